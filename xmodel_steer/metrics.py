@@ -1,0 +1,100 @@
+"""Numbers with their uncertainty: bootstrap intervals, and distances between distributions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval.
+
+    Args:
+        value: The mean.
+        low: Lower end of the interval.
+        high: Upper end.
+        n: Number of independent units (prompts) that were resampled.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def excludes(self, other: "Estimate") -> bool:
+        """Whether the two intervals have no point in common."""
+        return self.low > other.high or self.high < other.low
+
+
+def resamples(n: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Row indices of bootstrap samples, ``(draws, n)``, with replacement.
+
+    Statistics computed on the same indices are paired.
+    """
+    return np.random.default_rng(seed).integers(0, n, size=(draws, n))
+
+
+def bootstrap_mean(values: "np.ndarray | list[float] | list[list[float]]", *, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Mean with a 95 % percentile bootstrap interval (Efron 1979).
+
+    Args:
+        values: One number per prompt, or one row per prompt with a number per seed: then prompts
+            are resampled, whole rows at a time, because the seeds share them.
+        draws: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: There are no values, or one is NaN.
+
+    Example:
+        >>> estimate = bootstrap_mean([0.0, 1.0, 1.0, 1.0])
+        >>> estimate.value, estimate.n
+        (0.75, 4)
+    """
+    table = np.asarray(values, dtype=float)
+    if not table.size or np.isnan(table).any():
+        raise ValueError("bootstrap: needs at least one value, and none of them NaN")
+    rows = table.reshape(len(table), -1).mean(1)
+    means = rows[resamples(len(rows), draws=draws, seed=seed)].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(rows.mean()), float(low), float(high), len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Next-token distributions that others are compared with, kept so that they are computed once.
+
+    Args:
+        probabilities: p, one row per position.
+        negative_entropy: Σ p log p of each row, in nats.
+    """
+
+    probabilities: Float[Tensor, "n vocabulary"]
+    negative_entropy: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "n vocabulary"]) -> "Reference":
+        """The distributions of logits."""
+        log_p = logits.float().log_softmax(-1)
+        p = log_p.exp()
+        return cls(p, torch.linalg.vecdot(p, log_p))
+
+    def compare(
+        self, logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"], *, chunk: int = 16
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """KL(reference ‖ logits) and -log q(target) of each row, in nats.
+
+        KL = Σ p log p - Σ p z + log Z with the logits z; a few rows at a time, because
+        vocabularies are large and caches small.
+        """
+        kl, loss = [], []
+        for i in range(0, len(targets), chunk):
+            z = logits[i : i + chunk].float()
+            log_norm = z.logsumexp(-1)
+            cross = torch.linalg.vecdot(self.probabilities[i : i + chunk], z)
+            kl.append(self.negative_entropy[i : i + chunk] - cross + log_norm)
+            loss.append(log_norm - z.gather(1, targets[i : i + chunk, None])[:, 0])
+        return torch.cat(kl).clamp(min=0), torch.cat(loss)

