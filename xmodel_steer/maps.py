@@ -158,23 +158,34 @@ class AffineMap:
     def score_moments(self, moments: PairMoments) -> MapScore:
         """The same score from moments of held-out rows, without the rows.
 
-        With centred moments S, C, T and r the mean residual:
+        With centred scatters S, C, T and r the mean residual:
         SSE = diag(T) - 2 diag(WᵀC) + diag(WᵀSW) + n r².
         """
+        sse, agreed, own = self._errors(moments)
+        return _score(
+            sse=sse,
+            sst=moments.target_scatter.diagonal(),
+            dot=agreed,
+            own=own,
+            scale=self.target_scale,
+            count=moments.count,
+            documents=moments.documents,
+        )
+
+    def standardised_loss(self, moments: PairMoments) -> float:
+        """Mean squared error over rows and target dimensions, each in units of its training variance."""
+        precision = standardise(torch.ones_like(self.target_scale), self.target_scale) ** 2
+        return float((self._errors(moments)[0] * precision).sum() / ((precision > 0).sum() * moments.count))
+
+    def _errors(self, moments: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
+        """Per target dimension: squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around the mean of y."""
         weight = self.weight.to(torch.float64)
         shift = moments.source_mean @ weight + self.bias.to(torch.float64) - moments.target_mean
         fitted = torch.einsum("st,st->t", weight, moments.source_scatter @ weight)
         agreed = torch.einsum("st,st->t", weight, moments.cross_scatter)
         total = moments.target_scatter.diagonal()
-        return _score(
-            sse=total - 2 * agreed + fitted + moments.count * shift**2,
-            sst=total,
-            dot=agreed,
-            own=fitted + moments.count * shift**2,
-            scale=self.target_scale,
-            count=moments.count,
-            documents=moments.documents,
-        )
+        offset = moments.count * shift**2
+        return total - 2 * agreed + fitted + offset, agreed, fitted + offset
 
 
 def _score(
@@ -267,6 +278,12 @@ class Ridge:
             "train_documents": train.documents,
             "coverage": moments.coverage,
             "shuffled_pairs": moments.shuffled,
+            # Squared error per target dimension, in units of its variance over the training text.
+            "loss": {
+                name: chosen.standardised_loss(part)
+                for name, part in (("train", train), ("validation", moments.validation), ("test", moments.test))
+                if part.count
+            },
         }
         tested = chosen.score_moments(moments.test) if moments.test.count else None
         return replace(chosen, score_test=tested, info=info)

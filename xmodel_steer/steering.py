@@ -122,11 +122,15 @@ class Intervention:
             them: a tuple, such as ``("last", "generated")``. Or a boolean mask over text
             positions, ``(tokens,)`` or ``(prompts, tokens)``, false beyond its end. In a plain forward
             pass the whole text is the prompt.
+        prompts: Steer only these prompts, by their number in the list that is passed to `generate`
+            or `capture` (in a plain forward pass: rows of the batch); all of them by default.
+            One batch can then hold many arms.
     """
 
     vector: SteeringVector
     operator: Operator = Add()
     positions: Positions = "all"
+    prompts: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, Tensor):
@@ -194,8 +198,8 @@ class _Tracker:
         self.now = _Pass(position, self._prompt_lengths[:, None], known.rows if known else None)
         self.passes += 1
 
-    def selected(self, positions: Positions, like: Tensor) -> Tensor:
-        """Which of the new tokens the positions name: boolean ``(batch, new)``."""
+    def selected(self, step: Intervention, like: Tensor) -> Tensor:
+        """Which of the new tokens an intervention is about: boolean ``(batch, new)``."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
             raise SiteError(
@@ -204,10 +208,13 @@ class _Tracker:
             )
         place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
         real = place >= 0
+        rows = now.rows if now.rows is not None else tuple(range(len(place)))
+        if step.prompts is not None:
+            real &= torch.tensor([row in step.prompts for row in rows], device=like.device)[:, None]
+        positions = step.positions
         if isinstance(positions, Tensor):
             mask = positions.to(like.device)
             if mask.ndim == 2:
-                rows = now.rows if now.rows is not None else tuple(range(len(place)))
                 if max(rows) >= len(mask):
                     raise ValueError(f"positions: the mask has {len(mask)} rows, prompt {max(rows)} has none")
                 mask = mask[torch.tensor(rows, device=like.device)]
@@ -281,7 +288,7 @@ def steering(
 
         def write(value: Tensor, hook: Any) -> Tensor:
             fired.add(step.vector.space.site.hook_name)
-            where = tracker.selected(step.positions, value)
+            where = tracker.selected(step, value)
             if not bool(where.any()):
                 return value
             edited = edit(value.to(torch.float32)).to(value.dtype)

@@ -1,0 +1,190 @@
+"""The main job on two real models that come from the Python package index."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from xmodel_steer.capture import collect_moments
+from xmodel_steer.errors import ArtifactError, PromptError
+from xmodel_steer.evaluation import Scorer, WordBalance
+from xmodel_steer.models import content_hash, load
+from xmodel_steer.moments import Moments
+from xmodel_steer.packaged import cache_folder
+from xmodel_steer.persistence import SCHEMA, read, save
+from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.spaces import Site
+from xmodel_steer.transfer import TransferResult, transfer
+
+SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
+# Candidates; validation prompts choose among them.
+SOURCE_SITES = (Site(15), Site(18), Site(21))
+TARGET_SITES = (Site(8), Site(10), Site(12))
+MAP_DOCUMENTS, MAP_TOKENS, NEUTRAL_DOCUMENTS = 500, 192, 48
+
+
+@dataclass(frozen=True)
+class DemoBehaviour:
+    """A behaviour that ships with the package.
+
+    Args:
+        unit: What the score means.
+        scorer: Makes the scorer.
+    """
+
+    unit: str
+    scorer: Callable[[], Scorer]
+
+
+def _sentiment() -> Scorer:
+    lists = json.loads(_data("sentiment_words.json"))
+    return WordBalance(frozenset(lists["positive"]), frozenset(lists["negative"]))
+
+
+def _first_person() -> Scorer:
+    own = "i me my mine myself i'm i'd i've i'll"
+    others = "he him his himself he's he'd he'll she her hers herself she's she'd she'll they them their theirs themselves they're they'd they've they'll"
+    return WordBalance(frozenset(own.split()), frozenset(others.split()))
+
+
+def _tense() -> Scorer:
+    past = (
+        "was were had did went came took said got made saw gave found told left felt began kept knew thought stood heard "
+        "brought held wrote sat spoke ran met led lost sent paid became asked looked wanted turned seemed started called"
+    )
+    future = "will shall won't going i'll you'll he'll she'll we'll they'll it'll"
+    return WordBalance(frozenset(past.split()), frozenset(future.split()))
+
+
+BEHAVIOURS = {
+    "sentiment": DemoBehaviour("sentiment, positive minus negative words (−1 to 1)", _sentiment),
+    "first-person": DemoBehaviour("first-person minus third-person pronouns (−1 to 1)", _first_person),
+    "tense": DemoBehaviour("past minus future verb forms (−1 to 1)", _tense),
+}
+
+
+def _data(name: str) -> str:
+    file = resources.files("xmodel_steer").joinpath("data", name)
+    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+
+
+def general_text() -> tuple[Prompt, ...]:
+    """The 1,000 OpenWebText passages that ship with the package (CC0)."""
+    return tuple(Prompt(text=json.loads(line)["text"]) for line in _data("general_text.jsonl.gz").splitlines())
+
+
+def behaviour_data(name: str) -> tuple[ContrastSet, tuple[Prompt, ...]]:
+    """Contrast set and prompts of a shipped behaviour.
+
+    Raises:
+        PromptError: There is none of this name.
+    """
+    if name not in BEHAVIOURS:
+        raise PromptError(f"behaviour {name!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}")
+    contrast, prompts = (
+        [json.loads(line) for line in _data(f"behaviours/{name}/{file}.jsonl").splitlines()] for file in ("contrast", "prompts")
+    )
+    return ContrastSet.from_records(contrast), tuple(Prompt(text=row["text"]) for row in prompts)
+
+
+def cached_moments(
+    source: Any,
+    target: Any,
+    texts: Sequence[Prompt],
+    *,
+    source_sites: Sequence[Site],
+    target_sites: Sequence[Site],
+    max_tokens: int,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Moments:
+    """Moments, kept in the user's cache under a hash of all that they depend on.
+
+    The key covers every bit of both models' weights, their dtype and tokenizers, every text, the
+    sites and the settings: whatever changes, the moments are collected anew. A damaged file is too.
+    """
+    key = {
+        "schema": SCHEMA,
+        "source": content_hash(source),
+        "target": content_hash(target),
+        "texts": hashlib.sha256("\0".join(p.content_key() for p in texts).encode()).hexdigest(),
+        "source_sites": [s.hook_name for s in source_sites],
+        "target_sites": [s.hook_name for s in target_sites],
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    file = cache_folder() / "moments" / f"{name}.safetensors"
+    if file.is_file():
+        try:
+            return read(file)
+        except ArtifactError:
+            file.unlink()
+    moments = collect_moments(
+        source,
+        target,
+        texts,
+        source_sites=source_sites,
+        target_sites=target_sites,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    save(moments, file)
+    return moments
+
+
+def demo(behaviour: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True) -> TransferResult:
+    """Carry a shipped behaviour from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
+
+    Args:
+        behaviour: One of `BEHAVIOURS`.
+        device: Where to run; CUDA if there is one.
+        dtype: ``auto`` is bfloat16 where it is faster.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: The behaviour does not ship with the package.
+        DownloadError: The models cannot be downloaded.
+    """
+    contrast, prompts = behaviour_data(behaviour)
+    passages = general_text()
+    source = load(SOURCE, device=device, dtype=dtype, progress=progress)
+    target = load(TARGET, device=device, dtype=dtype, progress=progress)
+    moments = cached_moments(
+        source,
+        target,
+        passages[:MAP_DOCUMENTS],
+        source_sites=SOURCE_SITES,
+        target_sites=TARGET_SITES,
+        max_tokens=MAP_TOKENS,
+        progress=progress,
+    )
+    chosen = BEHAVIOURS[behaviour]
+    return transfer(
+        source,
+        target,
+        contrast,
+        (),
+        prompts=prompts[:144],
+        scorer=chosen.scorer(),
+        label=behaviour,
+        unit=chosen.unit,
+        source_sites=SOURCE_SITES,
+        target_sites=TARGET_SITES,
+        moments=moments,
+        neutral_texts=passages[-NEUTRAL_DOCUMENTS:],
+        max_new_tokens=20,
+        progress=progress,
+    )
+
+
+def default_folder(behaviour: str) -> Path:
+    """Where the command line writes a demo's run folder."""
+    return Path("runs") / f"demo-{behaviour}"

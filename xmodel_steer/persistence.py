@@ -1,0 +1,373 @@
+"""Files: vectors, maps and moments as safetensors, results as a folder around ``result.json``.
+
+Every file names its schema. Nothing is pickled. A file is written under a scratch name and
+takes its own in one step, so that what has the name is whole.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from xmodel_steer.errors import ArtifactError, XModelSteerError
+from xmodel_steer.maps import AffineMap, MapScore
+from xmodel_steer.metrics import Estimate
+from xmodel_steer.moments import PARTS, Moments, PartMoments
+from xmodel_steer.spaces import Site, Space
+from xmodel_steer.transfer import Arm, TransferResult, arm_record
+from xmodel_steer.vectors import SteeringVector
+
+SCHEMA = 1
+_KEY = "xmodel_steer"
+
+
+def save(value: SteeringVector | AffineMap | Moments | TransferResult, path: str | Path) -> Path:
+    """Write a vector, a map or moments to a ``.safetensors`` file, or a result to a folder.
+
+    Args:
+        value: What to save.
+        path: A file, or for a result a folder. An older artifact of the same kind is replaced;
+            anything else in the way is left alone.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArtifactError: The value has NaN, something else is in the way, or the disk is full.
+    """
+    path = Path(path)
+    if isinstance(value, TransferResult):
+        return _save_result(value, path)
+    if isinstance(value, SteeringVector):
+        tensors, record = _vector_parts(value)
+    elif isinstance(value, AffineMap):
+        tensors, record = _map_parts(value)
+    elif isinstance(value, Moments):
+        tensors, record = _moments_parts(value)
+    else:
+        raise TypeError(f"save: cannot save {type(value).__name__}; vectors, maps, moments and results can be saved")
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder; give a file name such as {path / 'vector.safetensors'}")
+    _refuse_nan(tensors, path)
+    header = {"schema": SCHEMA, "kind": type(value).__name__, **record}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, to_bytes(contiguous, metadata={_KEY: _dump(header, path)}))
+    return path
+
+
+def read(path: str | Path) -> Any:
+    """Read what `save` wrote.
+
+    Args:
+        path: A ``.safetensors`` file, or a result's folder.
+
+    Raises:
+        ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_result(path)
+    header, tensors = _read_file(path)
+    makers = {"SteeringVector": _vector_from, "AffineMap": _map_from, "Moments": _moments_from}
+    maker = makers.get(header["kind"])
+    if maker is None:
+        raise ArtifactError(f"{path}: holds a {header['kind']!r}, which this version cannot read")
+    try:
+        return maker(header, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, XModelSteerError):
+            raise ArtifactError(f"{path}: {error}") from error
+        raise ArtifactError(f"{path}: is damaged, {header['kind']} lacks or misstates {error}") from error
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ArtifactError: The folder cannot be written, or the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    scratch = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise ArtifactError(_disk_trouble(path, error)) from error
+    finally:
+        if scratch and os.path.exists(scratch):
+            os.unlink(scratch)
+
+
+def _disk_trouble(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"{path}: no space left on the device, nothing was written; free some or choose another place"
+    return f"{path}: cannot be written ({error.strerror or error}); choose another place"
+
+
+def _dump(record: Any, path: Path, indent: int | None = None) -> str:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not written, a number in it is NaN or infinite ({error})") from error
+
+
+def _refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        # A target dimension that does not vary has no R²: NaN is its value there.
+        if name != "score.r2" and not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{path}: tensor {name!r} has NaN or infinity; such an artifact is neither written nor read")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else") from error
+    if _KEY not in metadata:
+        raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
+    header = _parse(metadata[_KEY], path)
+    _refuse_nan(tensors, path)
+    return header, tensors
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        schema = header["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: is damaged or foreign, its record cannot be read ({error})") from error
+    if not isinstance(schema, int) or schema < 1:
+        raise ArtifactError(f"{path}: schema {schema!r} is not one that xmodel_steer ever wrote")
+    if schema > SCHEMA:
+        raise ArtifactError(
+            f"{path}: was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
+            "upgrade with pip install -U xmodel-steer"
+        )
+    return header
+
+
+# --- vectors ----------------------------------------------------------------------------------
+
+_VECTOR_TENSORS = ("direction", "positive_mean", "negative_mean", "scale")
+
+
+def _vector_parts(vector: SteeringVector) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: getattr(vector, name) for name in _VECTOR_TENSORS if getattr(vector, name) is not None}
+    record = {"space": vector.space.to_dict(), "label": vector.label, "counts": list(vector.counts), "origin": vector.origin}
+    return tensors, record
+
+
+def _vector_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> SteeringVector:
+    return SteeringVector(
+        direction=tensors["direction"],
+        space=Space.from_dict(header["space"]),
+        label=header["label"],
+        positive_mean=tensors.get("positive_mean"),
+        negative_mean=tensors.get("negative_mean"),
+        counts=(header["counts"][0], header["counts"][1]),
+        scale=tensors.get("scale"),
+        origin=header["origin"],
+    )
+
+
+# --- maps -------------------------------------------------------------------------------------
+
+_MAP_TENSORS = ("weight", "bias", "source_scale", "target_scale")
+
+
+def _map_parts(mapping: AffineMap) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: getattr(mapping, name) for name in _MAP_TENSORS}
+    record: dict[str, Any] = {
+        "source": mapping.source.to_dict(),
+        "target": mapping.target.to_dict(),
+        "info": dict(mapping.info),
+    }
+    score = mapping.score_test
+    if score is not None:
+        tensors["score.r2"] = score.r2
+        record["score"] = {name: getattr(score, name) for name in ("cosine", "norm_ratio", "count", "documents")}
+    return tensors, record
+
+
+def _map_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> AffineMap:
+    return AffineMap(
+        **{name: tensors[name] for name in _MAP_TENSORS},
+        source=Space.from_dict(header["source"]),
+        target=Space.from_dict(header["target"]),
+        score_test=MapScore(r2=tensors["score.r2"], **header["score"]) if "score" in header else None,
+        info=header["info"],
+    )
+
+
+# --- moments ----------------------------------------------------------------------------------
+
+_BY_SITE = ("source_means", "target_means", "source_scatters", "target_scatters")
+_BY_PAIR = ("cross", "shuffled")
+
+
+def _site_key(site: Site) -> str:
+    return f"{site.layer}.{site.stream}"
+
+
+def _moments_parts(moments: Moments) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    for name, part in moments.parts.items():
+        for kind in _BY_SITE:
+            tensors |= {f"{name}/{kind}/{_site_key(site)}": value for site, value in getattr(part, kind).items()}
+        for kind in _BY_PAIR:
+            tensors |= {f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}": v for (s, t), v in getattr(part, kind).items()}
+    record = {
+        "source": [space.to_dict() for space in moments.source.values()],
+        "target": [space.to_dict() for space in moments.target.values()],
+        "pairs": [[s.layer, s.stream, t.layer, t.stream] for s, t in moments.pairs],
+        "counts": {name: [part.count, part.documents] for name, part in moments.parts.items()},
+        "paired": moments.paired,
+        "eligible": moments.eligible,
+        "settings": dict(moments.settings),
+    }
+    return tensors, record
+
+
+def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments:
+    source = {space.site: space for space in map(Space.from_dict, header["source"])}
+    target = {space.site: space for space in map(Space.from_dict, header["target"])}
+    pairs = tuple((Site(a, b), Site(c, d)) for a, b, c, d in header["pairs"])
+
+    def part(name: str) -> PartMoments:
+        ends = {"source": source, "target": target}
+        by_site = {
+            kind: {site: tensors[f"{name}/{kind}/{_site_key(site)}"] for site in ends[kind.split("_")[0]]} for kind in _BY_SITE
+        }
+        by_pair = {kind: {(s, t): tensors[f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}"] for s, t in pairs} for kind in _BY_PAIR}
+        count, documents = header["counts"][name]
+        return PartMoments(count=count, documents=documents, **by_site, **by_pair)
+
+    return Moments(
+        source, target, pairs, {name: part(name) for name in PARTS}, header["paired"], header["eligible"], header["settings"]
+    )
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+def _save_result(result: TransferResult, folder: Path) -> Path:
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "result.json").is_file())):
+        raise ArtifactError(f"{folder}: exists and is not a run folder; choose another place, nothing was written")
+    record = {
+        "schema": SCHEMA,
+        "kind": "TransferResult",
+        "label": result.label,
+        "unit": result.unit,
+        "verdict": asdict(result.verdict()),
+        "headline": result.headline,
+        "source": dict(result.source),
+        "target": dict(result.target),
+        "map": dict(result.map),
+        "similarity": result.similarity,
+        "arms": [arm_record(arm) for arm in result.arms],
+        "selection": result.selection,
+        "spec": result.spec,
+        "splits": result.splits,
+        "seeds": result.seeds,
+        "versions": result.versions,
+    }
+    rows = [
+        {"arm": arm.arm, "strength": arm.strength, "unit": unit, "score": score, **({"text": arm.texts[i]} if arm.texts else {})}
+        for arm in result.arms
+        for i, (unit, score) in enumerate(zip(result.splits["evaluation"], arm.scores, strict=True))
+    ]
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        write_atomically(scratch / "result.json", _dump(record, folder, indent=1))
+        write_atomically(scratch / "generations.jsonl", "".join(_dump(row, folder) + "\n" for row in rows))
+        for name, vector in result.vectors.items():
+            save(vector, scratch / "vectors" / f"{name}.safetensors")
+        if result.mapping is not None:
+            save(result.mapping, scratch / "map.safetensors")
+        os.chmod(scratch, 0o755)
+        _swap(scratch, folder)
+    except OSError as error:
+        if isinstance(error, XModelSteerError):
+            raise
+        raise ArtifactError(_disk_trouble(folder, error)) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    """Put a finished folder in place of an older one, which is only removed afterwards."""
+    if not folder.exists():
+        scratch.rename(folder)
+        return
+    older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    folder.rename(older / folder.name)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        (older / folder.name).rename(folder)
+        raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def _read_result(folder: Path) -> TransferResult:
+    file = folder / "result.json"
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: has no result.json, it is not a run folder")
+    record = _parse(file.read_text(), file)
+    if record.get("kind") != "TransferResult":
+        raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
+    try:
+        rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+        arms = tuple(_arm_from(arm, rows) for arm in record["arms"])
+        vectors = {f.stem: read(f) for f in sorted((folder / "vectors").glob("*.safetensors"))}
+        mapping = read(folder / "map.safetensors")
+        names = ("label", "unit", "source", "target", "map", "headline", "selection", "similarity", "spec", "splits", "versions", "seeds")
+        return TransferResult(arms=arms, vectors=vectors, mapping=mapping, **{name: record[name] for name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{folder}: is damaged or incomplete ({type(error).__name__}: {error})") from error
+
+
+def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
+    own = [row for row in rows if row["arm"] == record["arm"] and row["strength"] == record["strength"]]
+    if len(own) != record["n"]:
+        raise ValueError(f"{record['arm']} at {record['strength']} has {len(own)} of {record['n']} scores")
+    return Arm(
+        arm=record["arm"],
+        strength=record["strength"],
+        effect=Estimate(record["effect"], record["low"], record["high"], record["n"]),
+        change=Estimate(record["change"], record["change_low"], record["change_high"], record["n"]),
+        kl=record["kl"],
+        perplexity=record["perplexity"],
+        scores=tuple(row["score"] for row in own),
+        seeds=tuple(record.get("seeds", ())),
+        texts=tuple(row["text"] for row in own if "text" in row),
+    )
+

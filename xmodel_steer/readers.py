@@ -1,0 +1,90 @@
+"""Contrast sets and corpora from files."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from xmodel_steer.errors import PromptError
+from xmodel_steer.prompts import ContrastSet, Prompt, prompt_of_row, rows_of
+
+
+def read_contrast(source: Any) -> ContrastSet:
+    """A contrast set from a ``.jsonl`` (also gzipped) or ``.csv`` file, or from rows in memory.
+
+    Args:
+        source: A path, or what `ContrastSet.from_records` takes: dictionaries, a pandas frame, a
+            ``datasets.Dataset``.
+
+    Raises:
+        PromptError: The file is missing, is of another kind, or a row cannot be used.
+    """
+    if not isinstance(source, (str, Path)):
+        return ContrastSet.from_records(source)
+    try:
+        return ContrastSet.from_records(_rows(Path(source)))
+    except PromptError as error:
+        raise PromptError(f"{source}: {error}") from None
+
+
+def read_prompts(source: Any) -> tuple[Prompt, ...]:
+    """Prompts or documents from a ``.jsonl`` (also gzipped), ``.csv`` or ``.txt`` file, or from rows.
+
+    JSONL and CSV rows have a ``text``, ``prompt`` or ``messages`` column; a text file has one
+    document per paragraph (paragraphs are separated by blank lines).
+
+    Args:
+        source: A path, a list of strings or messages, or rows in memory.
+
+    Raises:
+        PromptError: The file is missing, is of another kind, is empty, or a row cannot be used.
+    """
+    if not isinstance(source, (str, Path)):
+        items = source if hasattr(source, "columns") else list(source)
+        if not hasattr(items, "columns") and all(isinstance(i, (str, Prompt, list, tuple)) for i in items):
+            return tuple(Prompt.of(item) for item in items)
+        return tuple(prompt_of_row(row) for row in rows_of(items))
+    path = Path(source)
+    if path.suffix == ".txt":
+        paragraphs = [p.strip() for p in _text(path).split("\n\n") if p.strip()]
+        prompts = tuple(Prompt(text=p) for p in paragraphs)
+    else:
+        made = []
+        for number, row in enumerate(_rows(path), 1):
+            try:
+                made.append(prompt_of_row(row))
+            except PromptError as error:
+                raise PromptError(f"{path}: row {number}: {error}") from None
+        prompts = tuple(made)
+    if not prompts:
+        raise PromptError(f"{path}: has no prompts")
+    return prompts
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise PromptError(f"{path}: no such file")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise PromptError(f"{path}: is not UTF-8 text ({error})") from None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(_text(path), newline="")))
+    if not name.endswith(".jsonl"):
+        raise PromptError(f"{path}: needs a .jsonl or .csv file")
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{path}: line {number} is not JSON ({error.msg})") from None
+    return rows

@@ -1,0 +1,170 @@
+"""A result for people: a table for the terminal, and one HTML file that needs no network."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from xmodel_steer.persistence import write_atomically
+from xmodel_steer.plots import COLOURS, dose_response
+from xmodel_steer.transfer import Arm, TransferResult
+
+
+def table(result: TransferResult) -> Any:
+    """Every arm at every strength, as a ``rich`` table."""
+    from rich.table import Table
+
+    made = Table(title=f"{result.label}: {result.source['model']} → {result.target['model']}", title_style="bold")
+    for name, justify in _COLUMNS:
+        made.add_column(name, justify=justify)
+    for row in _rows(result):
+        style = "bold" if row[0] == "mapped" else "dim" if row[0] in ("random", "shuffled") else ""
+        made.add_row(*row, style=style)
+    return made
+
+
+def summary(result: TransferResult) -> list[str]:
+    """What the table does not say: the map, the choices, the verdict. One fact a line."""
+    source, target, fitted = result.source, result.target, result.map
+    lines = [
+        f"{result.source['model']} {source['hook']} (width {source['width']}, {source['dtype']}) → "
+        f"{target['model']} {target['hook']} (width {target['width']}, {target['dtype']})"
+    ]
+    if "r2" in fitted:
+        lines.append(
+            f"map: {fitted['fitter']}, penalty {fitted['penalty']:.2g}, {fitted['train_tokens']:,} training tokens, coverage {fitted['coverage']:.0%}; "
+            f"on {fitted['test_documents']} test documents: R² per dimension {fitted['r2']:.2f} (5–95 %: {fitted['r2_low']:.2f}–{fitted['r2_high']:.2f}), "
+            f"cosine {fitted['cosine']:.2f}, norm ratio {fitted['norm_ratio']:.2f}, loss {fitted['loss']['test']:.2f} (train {fitted['loss']['train']:.2f})"
+        )
+    mapped = result.similarity["mapped"]
+    lines.append(
+        f"mapped vector: cosine to native {mapped['cosine']:.2f} (standardised), norm {mapped['norm_ratio']:.2f} of native before rescaling; "
+        f"shuffled map: cosine {result.similarity['shuffled']['cosine']:.2f}"
+    )
+    lines.append(f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts")
+    return lines
+
+
+_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("arm", "left"),
+    ("strength", "right"),
+    ("effect", "right"),
+    ("95 % interval", "right"),
+    ("change", "right"),
+    ("n", "right"),
+    ("KL", "right"),
+    ("perplexity", "right"),
+)
+
+
+def _rows(result: TransferResult) -> list[tuple[str, ...]]:
+    return [
+        (
+            arm.arm if not arm.seeds else f"{arm.arm} ({len(arm.seeds)} seeds)",
+            f"{arm.strength:+g}" if arm.strength else "0",
+            f"{arm.effect.value:+.2f}",
+            f"[{arm.effect.low:+.2f}, {arm.effect.high:+.2f}]",
+            f"{arm.change.value:+.2f}",
+            str(arm.effect.n),
+            f"{arm.kl:.3f}",
+            f"{arm.perplexity:.1f}",
+        )
+        for arm in result.arms
+    ]
+
+
+def write_report(result: TransferResult, path: str | Path) -> Path:
+    """Write ``report.html``: verdict, figure, table, texts side by side, and how it was made.
+
+    Args:
+        result: What `transfer` returned.
+        path: The file; it needs no network to open.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    path = Path(path)
+    verdict = result.verdict()
+    figure = dose_response(result).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+    facts = "".join(f"<li>{html.escape(line)}</li>" for line in summary(result))
+    page = _PAGE.format(
+        title=html.escape(f"{result.label}: {result.source['model']} → {result.target['model']}"),
+        verdict=html.escape(verdict.text),
+        facts=facts,
+        figure=figure,
+        table=_html_table(result),
+        texts=_html_texts(result, verdict.strength),
+        unit=html.escape(result.unit),
+        record=html.escape(
+            json.dumps(
+                {
+                    "selection": result.selection,
+                    "similarity": result.similarity,
+                    "spec": result.spec,
+                    "seeds": result.seeds,
+                    "versions": result.versions,
+                },
+                indent=1,
+                ensure_ascii=False,
+            )
+        ),
+    )
+    write_atomically(path, page)
+    return path
+
+
+def _html_table(result: TransferResult) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in _COLUMNS)
+    body = ""
+    for arm, row in zip(result.arms, _rows(result), strict=True):
+        first = f'<td><span style="color:{COLOURS[arm.arm]}">■</span> {html.escape(row[0])}</td>'
+        body += "<tr>" + first + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+    return f"<table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _html_texts(result: TransferResult, strength: float, most: int = 8) -> str:
+    """The first evaluation prompts' texts, one row per arm, for each sign."""
+    prompts = result.splits.get("evaluation_texts", [])
+    signs = [s for s in (strength, -strength) if s in result.strengths]
+    shown: list[tuple[str, Arm]] = [("unsteered", result.arm("unsteered", 0))]
+    shown += [(f"{name} {s:+g}", result.arm(name, s)) for name in ("mapped", "native", "random", "shuffled") for s in signs]
+    if not shown[0][1].texts:
+        return "<p>This behaviour is measured without generating text.</p>"
+    made = ""
+    for i in range(min(most, len(shown[0][1].texts))):
+        prompt = html.escape(prompts[i]) if i < len(prompts) else html.escape(result.splits["evaluation"][i])
+        rows = "".join(
+            f'<tr><td style="color:{COLOURS[arm.arm]}">{html.escape(title)}</td><td>{arm.scores[i]:+.2f}</td>'
+            f"<td>{html.escape(arm.texts[i])}</td></tr>"
+            for title, arm in shown
+        )
+        made += f"<h3>{prompt} …</h3><table class='texts'>{rows}</table>"
+    return made
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+.verdict {{ font-size: 1.15rem; border-left: 5px solid #D55E00; padding: .6rem 1rem; background: #faf6f2; }}
+table {{ border-collapse: collapse; margin: .6rem 0 1.2rem; }}
+td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
+.numbers td:not(:first-child), .numbers th:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.texts td:first-child {{ white-space: nowrap; font-weight: 600; }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
+</style></head><body>
+<h1>{title}</h1>
+<p class="verdict">{verdict}</p>
+<ul>{facts}</ul>
+{figure}
+<p>Effect: mean {unit}. Intervals: 95 %, bootstrap over prompts. KL and perplexity: on neutral text that fitted nothing.
+Strength 1 is the norm of the target's own difference of means, in standardised coordinates, for every arm.</p>
+<h2>Every arm</h2>
+{table}
+<h2>Texts</h2>
+{texts}
+<h2>How it was made</h2>
+<pre>{record}</pre>
+</body></html>
+"""
