@@ -1,5 +1,4 @@
-"""Find a behaviour's direction in a small language model, carry it through a learned map into a
-larger model's residual stream, and show, against honest controls, how much of the effect survived.
+"""Carry a behaviour's direction from a small language model into a larger one, and show what survived.
 
 The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``.
 """

@@ -76,9 +76,7 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
     if not at_source or not at_target:
         return Alignment((), (), 0)
     seen = min(max(at_source), max(at_target))  # beyond it one model has read nothing
-    fewer = min(
-        sum(end <= seen for end in at_source), sum(end <= seen for end in at_target)
-    )
+    fewer = min(sum(end <= seen for end in at_source), sum(end <= seen for end in at_target))
     return Alignment(
         tuple(at_source[end] for end in common),
         tuple(at_target[end] for end in common),

@@ -124,7 +124,7 @@ def capture(
             bar.update(int(batch.mask.sum()))
     labels = tuple(
         (e.prompt.id, e.ends[p])
-        for e, positions in zip(encodings, chosen)
+        for e, positions in zip(encodings, chosen, strict=True)
         for p in (positions[-1:] if tokens == "mean" else positions)
     )
     made = {}
@@ -151,7 +151,9 @@ def _positions(encoding: Encoding, tokens: Tokens, include_special: bool) -> lis
     else:
         raise ValueError(f"tokens must be 'last', 'mean', 'all' or a (start, end) span of characters, got {tokens!r}")
     if not found:
-        raise PromptError(f"prompt {encoding.prompt.id} ({encoding.prompt.content_key()[:60]!r}) has no {lacks.replace('a token', 'token', 1)}")
+        raise PromptError(
+            f"prompt {encoding.prompt.id} ({encoding.prompt.content_key()[:60]!r}) has no {lacks.replace('a token', 'token', 1)}"
+        )
     return found
 
 
@@ -213,17 +215,22 @@ def collect_moments(
         settings={"max_tokens": max_tokens, "seed": seed},
         seed=seed,
     )
-    total = len(texts) if isinstance(texts, Sequence) else None
+    total = 2 * len(texts) if isinstance(texts, Sequence) else None
+    title = f"moments {name_of(source)} → {name_of(target)}"
     seen = False
-    with tqdm(total=total, unit="doc", desc=f"moments {name_of(source)} → {name_of(target)}", disable=not progress) as bar:
+    with tqdm(total=total, unit="text", desc=f"{title}, each text in both", disable=not progress) as bar:
         for window in _windows(texts, 8 * batch_size):  # sorting by length within it saves padding
             seen = True
-            encoded = (encode(source, window, max_tokens=max_tokens), encode(target, window, max_tokens=max_tokens))
-            aligned = [align(a.token_ends(), b.token_ends()) for a, b in zip(*encoded)]
-            read = [_paired_rows(m, e, s, aligned, side, batch_size) for m, e, s, side in (
-                (source, encoded[0], sources, "source"), (target, encoded[1], targets, "target"))]
-            _accumulate(accumulator, window, aligned, read[0], read[1], seed)
-            bar.update(len(window))
+            own, other = (encode(model, window, max_tokens=max_tokens) for model in (source, target))
+            aligned = [align(a.token_ends(), b.token_ends()) for a, b in zip(own, other, strict=True)]
+            _accumulate(
+                accumulator,
+                window,
+                aligned,
+                _paired_rows(source, own, sources, [a.source for a in aligned], batch_size, bar),
+                _paired_rows(target, other, targets, [a.target for a in aligned], batch_size, bar),
+                seed,
+            )
     if not seen:
         raise PromptError("collect_moments: no texts were given")
     moments = accumulator.moments()
@@ -232,15 +239,21 @@ def collect_moments(
 
 
 def _paired_rows(
-    model: Any, encodings: Sequence[Encoding], sites: Sequence[Site], aligned: Sequence[Alignment], side: str, batch_size: int
+    model: Any,
+    encodings: Sequence[Encoding],
+    sites: Sequence[Site],
+    positions: Sequence[tuple[int, ...]],
+    batch_size: int,
+    bar: Any,
 ) -> list[Mapping[Site, Tensor]]:
     """For each document, the rows of one model at the paired positions, at each site."""
     rows: list[Mapping[Site, Tensor]] = [{}] * len(encodings)
     for batch in batches(model, encodings, batch_size):
         streams = residuals(model, batch, sites)
         for r, i in enumerate(batch.rows):
-            place = torch.tensor(getattr(aligned[i], side), dtype=torch.long)
+            place = torch.tensor(positions[i], dtype=torch.long)
             rows[i] = {site: stream[r][place.to(stream.device)].cpu() for site, stream in streams.items()}
+        bar.update(len(batch.rows))
     return rows
 
 

@@ -50,7 +50,9 @@ def demo(
     from xmodel_steer.demo import demo as run
 
     if behaviour not in BEHAVIOURS:
-        raise typer.BadParameter(f"{behaviour!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}", param_hint="--behaviour")
+        raise typer.BadParameter(
+            f"{behaviour!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}", param_hint="--behaviour"
+        )
     folder = out or default_folder(behaviour)
     _require_writable(folder)
     _finish(run(behaviour, device=device, dtype=dtype), folder)
@@ -58,7 +60,9 @@ def demo(
 
 @app.command()
 def transfer(
-    source: Annotated[str, typer.Option(help="Model to find the vector in: hub name, folder, .gguf file or packaged:NAME.")],
+    source: Annotated[
+        str, typer.Option(help="Model to find the vector in: hub name, folder, .gguf file or packaged:NAME.")
+    ],
     target: Annotated[str, typer.Option(help="Model to carry it to.")],
     contrast: Annotated[Path, typer.Option(help="JSONL or CSV with positive and negative, or text and label.")],
     text: Annotated[Path, typer.Option(help="General text for the map: JSONL or CSV with text, or a .txt file.")],
@@ -85,7 +89,7 @@ def transfer(
     likelier the target finds the positive ones.
     """
     from xmodel_steer.demo import cached_moments
-    from xmodel_steer.models import load
+    from xmodel_steer.models import context_length, load
     from xmodel_steer.readers import read_contrast, read_prompts
     from xmodel_steer.transfer import default_sites
     from xmodel_steer.transfer import transfer as run
@@ -104,7 +108,7 @@ def transfer(
     kept = max(3, min(48, len(texts) // 10))
     if len(texts) <= kept:
         raise PromptError(f"{text}: {len(texts)} documents are too few; a map wants thousands of tokens")
-    limit = min(192, int(small.cfg.n_ctx), int(large.cfg.n_ctx))
+    limit = min(192, context_length(small), context_length(large))
     moments = cached_moments(
         small, large, texts[:-kept], source_sites=source_sites, target_sites=target_sites, max_tokens=limit, seed=seed
     )
@@ -202,7 +206,8 @@ def _scorer(text: str) -> Any:
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--score") from None
     raise typer.BadParameter(
-        f"{text!r} is not {', '.join(BEHAVIOURS)}, contains:STRING, matches:REGEX or language:NAME", param_hint="--score"
+        f"{text!r} is not {', '.join(BEHAVIOURS)}, contains:STRING, matches:REGEX or language:NAME",
+        param_hint="--score",
     )
 
 
@@ -225,5 +230,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {str(error).strip()[:400]} (run with --debug for the traceback)", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {str(error).strip()[:400]} (run with --debug for the traceback)",
+            file=sys.stderr,
+        )
         sys.exit(1)

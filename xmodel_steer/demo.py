@@ -86,7 +86,8 @@ def behaviour_data(name: str) -> tuple[ContrastSet, tuple[Prompt, ...]]:
     if name not in BEHAVIOURS:
         raise PromptError(f"behaviour {name!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}")
     contrast, prompts = (
-        [json.loads(line) for line in _data(f"behaviours/{name}/{file}.jsonl").splitlines()] for file in ("contrast", "prompts")
+        [json.loads(line) for line in _data(f"behaviours/{name}/{file}.jsonl").splitlines()]
+        for file in ("contrast", "prompts")
     )
     return ContrastSet.from_records(contrast), tuple(Prompt(text=row["text"]) for row in prompts)
 
@@ -140,7 +141,9 @@ def cached_moments(
     return moments
 
 
-def demo(behaviour: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True) -> TransferResult:
+def demo(
+    behaviour: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True
+) -> TransferResult:
     """Carry a shipped behaviour from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
 
     Args:

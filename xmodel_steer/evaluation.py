@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
 from xmodel_steer.metrics import Reference
-from xmodel_steer.models import batches, encode, forward, layout, name_of
+from xmodel_steer.models import Batch, batches, encode, forward, layout, name_of
 from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
 from xmodel_steer.steering import Intervention, steering
 
@@ -51,6 +51,7 @@ class WordBalance:
     negative: frozenset[str]
 
     def __call__(self, text: str) -> float:
+        """The balance of one text."""
         found = words(text)
         p = sum(word in self.positive for word in found)
         n = sum(word in self.negative for word in found)
@@ -65,6 +66,7 @@ class Contains:
     case_sensitive: bool = False
 
     def __call__(self, text: str) -> float:
+        """1 or 0 for one text."""
         if self.case_sensitive:
             return float(any(s in text for s in self.strings))
         return float(any(s.casefold() in text.casefold() for s in self.strings))
@@ -88,6 +90,7 @@ class Matches:
             raise ValueError(f"Matches: {self.pattern!r} is not a regular expression: {error}") from None
 
     def __call__(self, text: str) -> float:
+        """1 or 0 for one text."""
         return float(re.search(self.pattern, text, self.flags) is not None)
 
 
@@ -124,6 +127,7 @@ class Language:
             raise ValueError(f"Language: {self.language!r} is not one of {', '.join(FUNCTION_WORDS)}")
 
     def __call__(self, text: str) -> float:
+        """1 or 0 for one text; 0 where two languages tie."""
         found = words(text)
         counts = {name: sum(w in set(own.split()) for w in found) for name, own in FUNCTION_WORDS.items()}
         best = max(counts.values())
@@ -139,7 +143,9 @@ def score_texts(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
     scores = np.array([float(scorer(text)) for text in texts])
     if not np.isfinite(scores).all():
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise ValueError(f"scorer {scorer!r}: gave {scores[bad]} for {texts[bad][:60]!r}; it must give a finite number for any text")
+        raise ValueError(
+            f"scorer {scorer!r}: gave {scores[bad]} for {texts[bad][:60]!r}; it must give a finite number for any text"
+        )
     return scores
 
 
@@ -164,7 +170,7 @@ class SideEffect:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss per token."""
+        """Exp of the mean loss per token."""
         return float(np.exp(min(self.loss.sum() / self.tokens.sum(), 700.0)))
 
 
@@ -205,32 +211,40 @@ def side_effects(
     tokens = np.array([len(e.ids) - 1 for e in encodings])
     work = batches(model, encodings, batch_size)
     with tqdm(
-        total=int(tokens.sum()) * len(interventions), unit="tok", desc=f"KL and perplexity {name_of(model)}", disable=not progress, delay=2
+        total=int(tokens.sum()) * len(interventions),
+        unit="tok",
+        desc=f"KL and perplexity {name_of(model)}",
+        disable=not progress,
+        delay=2,
     ) as bar:
         for batch in work:
             predicted = batch.mask[:, 1:].bool()
             following = batch.ids[:, 1:][predicted]
             row = torch.arange(len(batch.rows), device=batch.ids.device)[:, None].expand_as(predicted)[predicted].cpu()
 
-            def logits() -> torch.Tensor:
-                with layout(batch.rows, batch.mask.sum(-1)):
-                    made, _ = forward(model, batch.ids, batch.mask, logits="all")
-                assert made is not None
-                return made[:, :-1][predicted]
-
-            unsteered = logits()
+            unsteered = _predictions(model, batch)
             reference = Reference.of(unsteered)
             for k, setting in enumerate(interventions):
                 if setting:
                     with steering(model, setting):
-                        steered = logits()
+                        steered = _predictions(model, batch)
                 else:
                     steered = unsteered
                 per_token, nll = reference.compare(steered, following)
+                if not setting:
+                    per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
                 for sums, values in ((kl, per_token), (loss, nll)):
                     sums[k, list(batch.rows)] = torch.zeros(len(batch.rows)).index_add(0, row, values.cpu()).numpy()
                 bar.update(int(predicted.sum()))
     return [SideEffect(kl[k], loss[k], tokens) for k in range(len(interventions))]
+
+
+def _predictions(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
+    with layout(batch.rows, batch.mask.sum(-1)):
+        made, _ = forward(model, batch.ids, batch.mask, logits="all")
+    assert made is not None
+    return made[:, :-1][batch.mask[:, 1:].bool()]
 
 
 def losses(
@@ -242,7 +256,10 @@ def losses(
     progress: bool = True,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each setting, the summed loss of each text in nats, and its number of predicted tokens."""
-    return [(e.loss, e.tokens) for e in side_effects(model, settings, texts, max_tokens=None, batch_size=batch_size, progress=progress)]
+    return [
+        (e.loss, e.tokens)
+        for e in side_effects(model, settings, texts, max_tokens=None, batch_size=batch_size, progress=progress)
+    ]
 
 
 class Behaviour:
@@ -357,7 +374,7 @@ class Preference(Behaviour):
     @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
         """Ids of the pairs."""
-        sides = zip(self.contrast.positive, self.contrast.negative)
+        sides = zip(self.contrast.positive, self.contrast.negative, strict=False)  # the longer side is cut
         return tuple(f"{p.id}/{n.id}" for p, n in sides)
 
     def measure(

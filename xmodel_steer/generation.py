@@ -62,7 +62,7 @@ def generate(
     )
     tokenizer = tokenizer_of(model)
     texts = []
-    for before, after in zip(prompt_ids, ids):
+    for before, after in zip(prompt_ids, ids, strict=True):
         # Some tokenizers drop the first token's leading space: decode with the prompt, cut it off.
         start = tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         whole = tokenizer.decode(before + after, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -101,7 +101,7 @@ def generate_tokens(
         for batch in batches(model, encodings, batch_size, padding_side="left"):
             generators = [torch.Generator().manual_seed(seed + row) for row in batch.rows]
             new = _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache)
-            for row, tokens in zip(batch.rows, new):
+            for row, tokens in zip(batch.rows, new, strict=True):
                 added[row] = tokens
             bar.update(len(batch.rows))
     return added, [list(e.ids) for e in encodings]
@@ -152,5 +152,5 @@ def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Gener
     if temperature <= 0:
         return logits.argmax(-1)
     shares = (logits.float() / temperature).softmax(-1).cpu()
-    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators)]
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators, strict=True)]
     return torch.cat(drawn).to(logits.device)

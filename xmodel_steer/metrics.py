@@ -37,7 +37,9 @@ def resamples(n: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, size=(draws, n))
 
 
-def bootstrap_mean(values: "np.ndarray | list[float] | list[list[float]]", *, draws: int = 2000, seed: int = 0) -> Estimate:
+def bootstrap_mean(
+    values: "np.ndarray | list[float] | list[list[float]]", *, draws: int = 2000, seed: int = 0
+) -> Estimate:
     """Mean with a 95 % percentile bootstrap interval (Efron 1979).
 
     Args:

@@ -9,14 +9,14 @@ import inspect
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.alignment import TokenEnds
@@ -34,9 +34,13 @@ class HookedModel(Protocol):
     tokenizer: Any
     blocks: Any
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass."""
+        ...
 
-    def hooks(self, fwd_hooks: list[Any]) -> Any: ...
+    def hooks(self, fwd_hooks: list[Any]) -> Any:
+        """A context in which functions are hooked to named points."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,9 @@ def load(
         DownloadError: A packaged model cannot be downloaded.
         SiteError: The model's residual stream does not fire or has the wrong shape.
     """
-    chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     kind = resolve_dtype(dtype, chosen)
     label, path = str(name), str(name)
     local = Path(name).expanduser()
@@ -93,7 +99,9 @@ def load(
         path, label = str(converted_gguf(local, progress=progress)), local.name
     elif local.is_dir():
         if not (local / "config.json").is_file():
-            raise ModelError(f"{label}: the folder has no config.json; give a folder in Hugging Face format, or a .gguf file")
+            raise ModelError(
+                f"{label}: the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"
+            )
         path, label = str(local), local.resolve().name
     elif label.startswith((".", "/", "~")) or label.count("/") > 1:
         raise ModelError(f"{label}: no such folder")
@@ -121,8 +129,22 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     said = " ".join(f"{type(e).__name__} {e}" for e in chain)
-    if path != label and not Path(path).exists() or not Path(path).exists():
-        if any(w in said for w in ("ConnectionError", "ConnectError", "Max retries", "resolve", "ProxyError", "Offline", "Timeout", "LocalEntryNotFound", "couldn't connect", "Cannot reach")):
+    if (path != label and not Path(path).exists()) or not Path(path).exists():
+        if any(
+            w in said
+            for w in (
+                "ConnectionError",
+                "ConnectError",
+                "Max retries",
+                "resolve",
+                "ProxyError",
+                "Offline",
+                "Timeout",
+                "LocalEntryNotFound",
+                "couldn't connect",
+                "Cannot reach",
+            )
+        ):
             return (
                 f"{label}: the model hub cannot be reached and the model is not in the local cache; connect, or give a "
                 "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m"
@@ -150,7 +172,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             return torch.bfloat16
         return torch.bfloat16 if _bfloat16_pays() else torch.float32
     chosen = names.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in names.values():
+    if chosen is None or chosen not in names.values():
         raise ModelError(
             f"dtype {dtype}: use float32, bfloat16 or auto (float16 overflows in the residual stream of Gemma and others)"
         )
@@ -165,7 +187,7 @@ def _bfloat16_pays() -> bool:
         times = []
         for _ in range(6):
             start = time.perf_counter()
-            a @ b
+            torch.mm(a, b)
             times.append(time.perf_counter() - start)
         return min(times)
 
@@ -207,11 +229,11 @@ def _facts(model: Any) -> _Facts:
     name = str(getattr(model.cfg, "model_name", None) or "model")
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ModelError(f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)")
-    try:
+        raise ModelError(
+            f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)"
+        )
+    with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
         tokenizer = _tokenizer_of(tokenizer.name_or_path)
-    except Exception:  # made in memory, or gone from where it was: the model's own has to do
-        pass
     register(model, name=name, tokenizer=tokenizer)
     check_sites(model)
     return _FACTS[model]
@@ -284,7 +306,7 @@ def content_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for parameter in _weights(model):
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     tokenizer = tokenizer_of(model)
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(getattr(tokenizer, "chat_template", "")).encode())
@@ -405,7 +427,9 @@ def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = No
         )
         ids, offsets = batch["input_ids"], batch["offset_mapping"]
         if not ids:
-            raise PromptError(f"prompt {prompt.id}: the tokenizer of {name_of(model)} makes no tokens of {rendered.text[:60]!r}")
+            raise PromptError(
+                f"prompt {prompt.id}: the tokenizer of {name_of(model)} makes no tokens of {rendered.text[:60]!r}"
+            )
         if max_tokens is not None:
             ids, offsets = ids[:max_tokens], offsets[:max_tokens]
         if len(ids) > limit:
@@ -414,7 +438,7 @@ def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = No
                 "shorten it or split it (it is not cut silently)"
             )
         ends, span = [], 0
-        for token, (start, end) in zip(ids, offsets):
+        for token, (start, end) in zip(ids, offsets, strict=True):
             while span < len(rendered.spans) and end > rendered.spans[span][1]:
                 span += 1
             inside = span < len(rendered.spans) and rendered.spans[span][0] < end
@@ -442,9 +466,7 @@ class Batch:
     mask: Int[Tensor, "batch tokens"]
 
 
-def batches(
-    model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right"
-) -> list[Batch]:
+def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right") -> list[Batch]:
     """Batches of prompts of similar length, longest first, so that little is padding.
 
     Longest first also means that a batch size that does not fit in memory fails at once.
@@ -548,7 +570,7 @@ def forward(
         where = {} if last else {"stop_at_layer": stop}
         model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
         return None, None
-    extra = {"logits_to_keep": 1} if logits == "last" and _accepts(model, "logits_to_keep") else {}
+    extra: dict[str, Any] = {"logits_to_keep": 1} if logits == "last" and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
     out = model.original_model(

@@ -101,7 +101,9 @@ def packaged_model(name: str, *, progress: bool = True) -> Path:
         DownloadError: The download failed or does not match its hash.
     """
     if name not in MODELS:
-        raise ModelError(f"packaged:{name}: no such packaged model; there are {', '.join(f'packaged:{n}' for n in MODELS)}")
+        raise ModelError(
+            f"packaged:{name}: no such packaged model; there are {', '.join(f'packaged:{n}' for n in MODELS)}"
+        )
     model = MODELS[name]
     key = hashlib.sha256(f"{model.sha256} {CONVERSION}".encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{name}-{key}"
@@ -201,7 +203,9 @@ def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
             bar.update()
-            model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+            )
             bar.update()
         except Exception as error:  # transformers raises many kinds for a file it cannot read
             raise ModelError(

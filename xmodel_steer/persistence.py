@@ -131,7 +131,9 @@ def _refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         # A target dimension that does not vary has no R²: NaN is its value there.
         if name != "score.r2" and not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{path}: tensor {name!r} has NaN or infinity; such an artifact is neither written nor read")
+            raise ArtifactError(
+                f"{path}: tensor {name!r} has NaN or infinity; such an artifact is neither written nor read"
+            )
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,7 +144,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else") from error
+        raise ArtifactError(
+            f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"
+        ) from error
     if _KEY not in metadata:
         raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
     header = _parse(metadata[_KEY], path)
@@ -173,7 +177,12 @@ _VECTOR_TENSORS = ("direction", "positive_mean", "negative_mean", "scale")
 
 def _vector_parts(vector: SteeringVector) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: getattr(vector, name) for name in _VECTOR_TENSORS if getattr(vector, name) is not None}
-    record = {"space": vector.space.to_dict(), "label": vector.label, "counts": list(vector.counts), "origin": vector.origin}
+    record = {
+        "space": vector.space.to_dict(),
+        "label": vector.label,
+        "counts": list(vector.counts),
+        "origin": vector.origin,
+    }
     return tensors, record
 
 
@@ -255,15 +264,25 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
 
     def part(name: str) -> PartMoments:
         ends = {"source": source, "target": target}
-        by_site = {
-            kind: {site: tensors[f"{name}/{kind}/{_site_key(site)}"] for site in ends[kind.split("_")[0]]} for kind in _BY_SITE
+        by_site: dict[str, Any] = {
+            kind: {site: tensors[f"{name}/{kind}/{_site_key(site)}"] for site in ends[kind.split("_")[0]]}
+            for kind in _BY_SITE
         }
-        by_pair = {kind: {(s, t): tensors[f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}"] for s, t in pairs} for kind in _BY_PAIR}
+        by_pair: dict[str, Any] = {
+            kind: {(s, t): tensors[f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}"] for s, t in pairs}
+            for kind in _BY_PAIR
+        }
         count, documents = header["counts"][name]
         return PartMoments(count=count, documents=documents, **by_site, **by_pair)
 
     return Moments(
-        source, target, pairs, {name: part(name) for name in PARTS}, header["paired"], header["eligible"], header["settings"]
+        source,
+        target,
+        pairs,
+        {name: part(name) for name in PARTS},
+        header["paired"],
+        header["eligible"],
+        header["settings"],
     )
 
 
@@ -292,7 +311,13 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
         "versions": result.versions,
     }
     rows = [
-        {"arm": arm.arm, "strength": arm.strength, "unit": unit, "score": score, **({"text": arm.texts[i]} if arm.texts else {})}
+        {
+            "arm": arm.arm,
+            "strength": arm.strength,
+            "unit": unit,
+            "score": score,
+            **({"text": arm.texts[i]} if arm.texts else {}),
+        }
         for arm in result.arms
         for i, (unit, score) in enumerate(zip(result.splits["evaluation"], arm.scores, strict=True))
     ]
@@ -343,11 +368,24 @@ def _read_result(folder: Path) -> TransferResult:
     if record.get("kind") != "TransferResult":
         raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
     try:
-        rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().split("\n") if line]
         arms = tuple(_arm_from(arm, rows) for arm in record["arms"])
         vectors = {f.stem: read(f) for f in sorted((folder / "vectors").glob("*.safetensors"))}
         mapping = read(folder / "map.safetensors")
-        names = ("label", "unit", "source", "target", "map", "headline", "selection", "similarity", "spec", "splits", "versions", "seeds")
+        names = (
+            "label",
+            "unit",
+            "source",
+            "target",
+            "map",
+            "headline",
+            "selection",
+            "similarity",
+            "spec",
+            "splits",
+            "versions",
+            "seeds",
+        )
         return TransferResult(arms=arms, vectors=vectors, mapping=mapping, **{name: record[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ArtifactError):
@@ -370,4 +408,3 @@ def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
         seeds=tuple(record.get("seeds", ())),
         texts=tuple(row["text"] for row in own if "text" in row),
     )
-

@@ -75,7 +75,16 @@ def dose_response(result: TransferResult) -> Any:
     for column, _, title in panels:
         figure.update_xaxes(title_text="strength (native norms)", row=1, col=column, zeroline=False)
         figure.update_yaxes(title_text=title, row=1, col=column, zeroline=False)
-    figure.add_hline(y=base.effect.value, line={"color": COLOURS["unsteered"], "width": 1, "dash": "dash"}, row=1, col=1)
+    figure.add_shape(
+        type="line",
+        x0=0,
+        x1=1,
+        xref="x domain",
+        y0=base.effect.value,
+        y1=base.effect.value,
+        yref="y",
+        line={"color": COLOURS["unsteered"], "width": 1, "dash": "dash"},
+    )
     figure.update_layout(
         template="plotly_white",
         title={"text": f"{result.label}: {result.source['model']} → {result.target['model']}", "y": 0.97},

@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from xmodel_steer.errors import PromptError
 
@@ -132,7 +132,7 @@ class Prompt:
         return Rendered(text, tuple(spans), False)
 
 
-PromptLike = Union[str, Prompt, Sequence[Mapping[str, str]]]
+PromptLike = str | Prompt | Sequence[Mapping[str, str]]
 
 
 def as_prompts(values: Iterable[PromptLike]) -> tuple[Prompt, ...]:
@@ -244,7 +244,7 @@ class ContrastSet:
         if any(f <= 0 for f in fractions) or sum(fractions) > 1 + 1e-9:
             raise ValueError(f"split: fractions must be positive and sum to at most 1, got {tuple(fractions)}")
         if self.paired:
-            units = [((p,), (n,)) for p, n in zip(self.positive, self.negative)]
+            units = [((p,), (n,)) for p, n in zip(self.positive, self.negative, strict=True)]
             pools = [_joined(units)]
         else:
             pools = [
@@ -335,6 +335,6 @@ def _chat_or_text(value: Any) -> Any:
             return value
     if isinstance(value, float):  # pandas' NaN for an empty cell
         raise PromptError("an empty cell; drop the row or fill it in")
-    if hasattr(value, "tolist"):  # numpy arrays out of parquet
+    if not isinstance(value, str) and hasattr(value, "tolist"):  # numpy arrays out of parquet
         return value.tolist()
     return value

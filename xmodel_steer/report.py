@@ -41,7 +41,9 @@ def summary(result: TransferResult) -> list[str]:
         f"mapped vector: cosine to native {mapped['cosine']:.2f} (standardised), norm {mapped['norm_ratio']:.2f} of native before rescaling; "
         f"shuffled map: cosine {result.similarity['shuffled']['cosine']:.2f}"
     )
-    lines.append(f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts")
+    lines.append(
+        f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts"
+    )
     return lines
 
 
@@ -85,7 +87,9 @@ def write_report(result: TransferResult, path: str | Path) -> Path:
     """
     path = Path(path)
     verdict = result.verdict()
-    figure = dose_response(result).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+    figure = dose_response(result).to_html(
+        full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True}
+    )
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in summary(result))
     page = _PAGE.format(
         title=html.escape(f"{result.label}: {result.source['model']} → {result.target['model']}"),
@@ -127,7 +131,9 @@ def _html_texts(result: TransferResult, strength: float, most: int = 8) -> str:
     prompts = result.splits.get("evaluation_texts", [])
     signs = [s for s in (strength, -strength) if s in result.strengths]
     shown: list[tuple[str, Arm]] = [("unsteered", result.arm("unsteered", 0))]
-    shown += [(f"{name} {s:+g}", result.arm(name, s)) for name in ("mapped", "native", "random", "shuffled") for s in signs]
+    shown += [
+        (f"{name} {s:+g}", result.arm(name, s)) for name in ("mapped", "native", "random", "shuffled") for s in signs
+    ]
     if not shown[0][1].texts:
         return "<p>This behaviour is measured without generating text.</p>"
     made = ""

@@ -29,8 +29,7 @@ class Site:
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(
-                f"Site: layer counts blocks from 0, got {self.layer}; "
-                "name the last block by its own index"
+                f"Site: layer counts blocks from 0, got {self.layer}; name the last block by its own index"
             )
         if self.stream not in STREAMS:
             raise ValueError(f"Site: stream must be one of {', '.join(STREAMS)}; got {self.stream!r}")

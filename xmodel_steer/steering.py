@@ -4,13 +4,12 @@ Positions are text positions: the same with left or right padding, with the key-
 without, in a batch or alone. Hooks return new tensors; leaving the block restores the model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodel_steer.errors import SiteError
@@ -22,18 +21,17 @@ Where = Literal["all", "prompt", "generated", "last"]
 Positions = Where | Sequence[Where] | Tensor
 
 
+# A function from rows (..., d) to new rows; it never writes into those it was given.
+Edit = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
 class Operator(Protocol):
     """What to do at a site: a new residual stream from the old one and a vector."""
 
-    def prepare(self, vector: SteeringVector) -> "Edit":
-        """The edit for one vector, in float32 on the CPU."""
+    def prepare(self, vector: SteeringVector) -> Edit:
+        """The edit for one vector; it works in float32."""
         ...
-
-
-class Edit(Protocol):
-    """A function of rows; it never writes into them."""
-
-    def __call__(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]: ...
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,11 @@ class _Tracker:
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
         ids = next(
-            (v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("input"), *args[:1]) if isinstance(v, Tensor)),
+            (
+                v
+                for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("input"), *args[:1])
+                if isinstance(v, Tensor)
+            ),
             None,
         )
         self.now = None
@@ -189,13 +191,15 @@ class _Tracker:
         first = mask.shape[1] == new
         if known is not None and len(known.rows) != batch:
             known = None
+        lengths = self._prompt_lengths
         if known is not None and known.prompt_lengths is not None:
-            self._prompt_lengths = known.prompt_lengths.to(ids.device)
+            lengths = known.prompt_lengths.to(ids.device)
         elif first:
-            self._prompt_lengths = mask.sum(1)
-        elif self._prompt_lengths is None or len(self._prompt_lengths) != batch:
-            self._prompt_lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
-        self.now = _Pass(position, self._prompt_lengths[:, None], known.rows if known else None)
+            lengths = mask.sum(1)
+        elif lengths is None or len(lengths) != batch:
+            lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
+        self._prompt_lengths = lengths
+        self.now = _Pass(position, lengths[:, None], known.rows if known else None)
         self.passes += 1
 
     def selected(self, step: Intervention, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference, Scorer, SideEffect, side_effects
 from xmodel_steer.maps import AffineMap, Ridge
 from xmodel_steer.metrics import Estimate, bootstrap_mean, resamples
-from xmodel_steer.models import dtype_of, name_of, space_of
+from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
 from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
-from xmodel_steer.spaces import Site
+from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.steering import Add, Intervention, Positions
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
 
@@ -105,7 +106,9 @@ class TransferResult:
         for arm in self.arms:
             if arm.arm == name and (name == "unsteered" or arm.strength == strength):
                 return arm
-        raise KeyError(f"{name} at strength {strength:g} was not run; strengths: {sorted({a.strength for a in self.arms})}")
+        raise KeyError(
+            f"{name} at strength {strength:g} was not run; strengths: {sorted({a.strength for a in self.arms})}"
+        )
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -223,7 +226,7 @@ def transfer(
         neutral_texts: Text for KL and perplexity; by default the map's test documents.
         random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
-        map_tokens: Tokens read of each document for the map.
+        map_tokens: Tokens read of each document for the map, within both models' contexts.
         neutral_tokens: Tokens read of each neutral text.
         batch_size: Texts generated at a time; forward passes over whole texts take at most 32.
         max_perplexity_ratio: Bound on perplexity over the unsteered one, for the choices.
@@ -237,7 +240,7 @@ def transfer(
     """
     if not any(s > 0 for s in strengths) or 0 in strengths:
         raise ValueError(f"transfer: strengths must include a positive one and not 0, got {tuple(strengths)}")
-    strengths = tuple(sorted(set(float(s) for s in strengths)))
+    strengths = tuple(sorted({float(s) for s in strengths}))
     chosen_sources = tuple(source_sites or default_sites(source, "source"))
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
     text_items = () if moments is not None else as_prompts(list(texts))
@@ -245,21 +248,9 @@ def transfer(
     fit_set, validation, evaluation = _behaviours(
         contrast, prompts, scorer, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
-    if moments is None:
-        if not neutral:  # the last texts stay out of the map
-            kept = max(2, min(48, len(text_items) // 10))
-            text_items, neutral = text_items[:-kept], text_items[-kept:]
-        moments = collect_moments(
-            source,
-            target,
-            text_items,
-            source_sites=chosen_sources,
-            target_sites=chosen_targets,
-            max_tokens=map_tokens,
-            batch_size=min(batch_size, 32),
-            seed=seed,
-            progress=progress,
-        )
+    if moments is None and not neutral:  # the last texts stay out of the map
+        kept = max(3, min(48, len(text_items) // 10))
+        text_items, neutral = text_items[:-kept], text_items[-kept:]
     elif not neutral:
         raise PromptError("transfer: moments were given without texts; give neutral_texts for KL and perplexity")
     _require_disjoint(
@@ -275,18 +266,38 @@ def transfer(
     if half < 1:
         raise PromptError(f"transfer: needs at least 3 neutral texts, got {len(neutral)}")
     neutral_validation, neutral_evaluation = neutral[:half], neutral[half:]
+    if moments is None:
+        moments = collect_moments(
+            source,
+            target,
+            text_items,
+            source_sites=chosen_sources,
+            target_sites=chosen_targets,
+            max_tokens=min(map_tokens, context_length(source), context_length(target)),
+            batch_size=min(batch_size, 32),
+            seed=seed,
+            progress=progress,
+        )
 
+    for model, sites, own in ((source, chosen_sources, moments.source), (target, chosen_targets, moments.target)):
+        for site in sites:
+            if site in own:  # one that was not collected is refused by moments.pair
+                require_same_space(space_of(model, site), own[site], f"transfer with moments, {name_of(model)}")
     source_vectors = _vectors(source, fit_set, chosen_sources, tokens, label, min(batch_size, 32), progress)
     natives = {
         site: vector.with_scale(moments.scale(site))
-        for site, vector in _vectors(target, fit_set, chosen_targets, tokens, label, min(batch_size, 32), progress).items()
+        for site, vector in _vectors(
+            target, fit_set, chosen_targets, tokens, label, min(batch_size, 32), progress
+        ).items()
     }
 
     def steer(vector: SteeringVector, strength: float) -> list[Intervention]:
         return [Intervention(vector, Add(strength), positions)]
 
     def damage(settings: Sequence[Sequence[Intervention]], texts: Sequence[Prompt]) -> list[SideEffect]:
-        return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=min(16, batch_size), progress=progress)
+        return side_effects(
+            target, settings, texts, max_tokens=neutral_tokens, batch_size=min(16, batch_size), progress=progress
+        )
 
     def gains(candidates: Mapping[Any, SteeringVector], at: Sequence[float]) -> list[dict[str, Any]]:
         """On validation: half the difference that the two signs make, and the damage."""
@@ -299,7 +310,13 @@ def transfer(
             up, down = (measured[2 * i + k].scores.mean() for k in (0, 1))
             ratio = max(effects[1 + 2 * i + k].perplexity for k in (0, 1)) / effects[0].perplexity
             records.append(
-                {"candidate": str(key), "key": key, "strength": strength, "gain": float(up - down) / 2, "perplexity_ratio": ratio}
+                {
+                    "candidate": str(key),
+                    "key": key,
+                    "strength": strength,
+                    "gain": float(up - down) / 2,
+                    "perplexity_ratio": ratio,
+                }
             )
         return records
 
@@ -393,7 +410,11 @@ def transfer(
             "map_documents": {name: moments.parts[name].documents for name in PARTS},
         },
         versions=versions(),
-        seeds={"split": seed, "random": [seed + k for k in range(random_seeds)], "moments": moments.settings.get("seed", seed)},
+        seeds={
+            "split": seed,
+            "random": [seed + k for k in range(random_seeds)],
+            "moments": moments.settings.get("seed", seed),
+        },
     )
 
 
@@ -419,7 +440,9 @@ def _behaviours(
 ) -> tuple[ContrastSet, Behaviour, Behaviour]:
     """The contrast set for the vector, and the behaviour on validation and on evaluation units."""
     if (prompts is None) != (scorer is None):
-        raise PromptError("transfer: prompts and scorer go together: give both, or neither to measure preference on held-out contrast prompts")
+        raise PromptError(
+            "transfer: prompts and scorer go together: give both, or neither to measure preference on held-out contrast prompts"
+        )
     if prompts is None or scorer is None:
         fit_set, validation, evaluation = contrast.split((0.5, 0.2, 0.3), seed=seed)
         return fit_set, Preference(validation), Preference(evaluation)
@@ -428,7 +451,9 @@ def _behaviours(
     order = np.random.default_rng(seed).permutation(len(distinct))
     third = len(distinct) // 3
     if third < 1 or len(distinct) < 3:
-        raise PromptError(f"transfer: needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}")
+        raise PromptError(
+            f"transfer: needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}"
+        )
 
     def behaviour(indices: Sequence[int]) -> GeneratedText:
         return GeneratedText(tuple(distinct[i] for i in indices), scorer, max_new_tokens, batch_size, unit)
@@ -455,7 +480,13 @@ def _require_disjoint(sets: Mapping[str, Sequence[str]]) -> None:
 
 
 def _vectors(
-    model: Any, contrast: ContrastSet, sites: Sequence[Site], tokens: Tokens, label: str, batch_size: int, progress: bool
+    model: Any,
+    contrast: ContrastSet,
+    sites: Sequence[Site],
+    tokens: Tokens,
+    label: str,
+    batch_size: int,
+    progress: bool,
 ) -> dict[Site, SteeringVector]:
     def side(prompts: tuple[Prompt, ...]) -> dict[Site, Activations]:
         return capture(model, prompts, sites, tokens=tokens, batch_size=batch_size, progress=progress)
@@ -474,7 +505,7 @@ def _arms(
     """Measure every setting, and join the seeds of the random arm."""
     groups: dict[tuple[str, float], list[tuple[np.ndarray, SideEffect, tuple[str, ...]]]] = {}
     measured = evaluation.measure(target, [interventions for _, _, interventions in settings], progress=progress)
-    for (arm, strength, _), effect, own in zip(settings, effects, measured):
+    for (arm, strength, _), effect, own in zip(settings, effects, measured, strict=True):
         groups.setdefault((arm, strength), []).append((own.scores, effect, own.texts))
     base = groups["unsteered", 0.0][0][0]
     arms = []
@@ -498,7 +529,12 @@ def _arms(
 
 def _end(model: Any, site: Site) -> dict[str, Any]:
     space = space_of(model, site)
-    return {**space.to_dict(), "hook": site.hook_name, "layers": model.cfg.n_layers, "dtype": str(dtype_of(model)).removeprefix("torch.")}
+    return {
+        **space.to_dict(),
+        "hook": site.hook_name,
+        "layers": model.cfg.n_layers,
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+    }
 
 
 def _map_record(mapping: AffineMap, moments: Moments) -> dict[str, Any]:
@@ -546,7 +582,7 @@ def _at_kl(result: TransferResult, name: str, sign: int, budget: float) -> np.nd
     path = [(0.0, np.array(base.scores))]
     own = sorted((a for a in result.arms if a.arm == name and a.strength * sign > 0), key=lambda a: abs(a.strength))
     path += [(a.kl, np.array(a.scores)) for a in own]
-    for (kl0, scores0), (kl1, scores1) in zip(path, path[1:]):
+    for (kl0, scores0), (kl1, scores1) in pairwise(path):
         if kl0 <= budget <= kl1 and kl1 > kl0:
             share = (budget - kl0) / (kl1 - kl0)
             return (1 - share) * scores0 + share * scores1

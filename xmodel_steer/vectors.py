@@ -78,7 +78,9 @@ class SteeringVector:
                     f"got {tuple(tensor.shape)}"
                 )
             if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"SteeringVector: {name} has NaN or infinity; check the activations that it came from")
+                raise NonFiniteError(
+                    f"SteeringVector: {name} has NaN or infinity; check the activations that it came from"
+                )
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         require_same_space(self.space, other.space, "adding steering vectors")

@@ -1,0 +1,145 @@
+"""Continuations: those of Hugging Face, whatever the batch, with the cache or without."""
+
+import copy
+
+import pytest
+import torch
+from toys import CONTEXT, TEXTS
+
+from xmodel_steer.errors import PromptError
+from xmodel_steer.generation import generate, generate_tokens
+from xmodel_steer.models import register
+
+STEPS = 8
+
+
+def tokens(toy, texts=TEXTS, *, stop_at_eos=False, **kwargs):
+    return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=stop_at_eos, progress=False, **kwargs)[0]
+
+
+def test_greedy_equals_the_untouched_model_one_at_a_time(toy):
+    made, prompts = generate_tokens(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    assert prompts == [toy.ids(text) for text in TEXTS]
+    assert made == [toy.continuation(toy.ids(text), STEPS) for text in TEXTS]
+    assert len({tuple(row) for row in made}) == len(TEXTS)
+
+
+@pytest.mark.parametrize("size, use_cache", [(1, True), (3, True), (8, False), (1, False)])
+def test_batch_and_cache_change_nothing(toy, size, use_cache):
+    assert tokens(toy, batch_size=size, use_cache=use_cache) == tokens(toy, batch_size=8)
+
+
+def test_order_of_the_prompts_is_kept(toy):
+    assert tokens(toy, TEXTS[::-1], batch_size=3) == tokens(toy, batch_size=3)[::-1]
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "generation_config"])
+def test_a_text_ends_at_eos_and_the_others_go_on(toy, place, monkeypatch):
+    free = tokens(toy)
+    eos = free[0][3]
+    if place == "tokenizer":
+        other = copy.deepcopy(toy.tokenizer)
+        other.eos_token = other.convert_ids_to_tokens(eos)
+        register(toy.model, name=toy.name, tokenizer=other)
+    elif toy.hf is None:
+        pytest.skip("a HookedTransformer has no generation_config")
+    else:
+        monkeypatch.setattr(toy.model.original_model.generation_config, "eos_token_id", [eos, 10**6])
+    try:
+        made = tokens(toy, stop_at_eos=True)
+    finally:
+        register(toy.model, name=toy.name, tokenizer=toy.tokenizer)
+    stops = {eos} if place == "tokenizer" else {eos, toy.tokenizer.eos_token_id}
+    expected = [row[: next((i for i, token in enumerate(row) if token in stops), STEPS)] for row in free]
+    assert made == expected
+    assert len(made[0]) < STEPS < max(map(len, made)) + 1
+
+
+def test_settings_that_come_with_the_model_are_not_read(bridge, monkeypatch):
+    plain = tokens(bridge)
+    for name, value in dict(do_sample=True, temperature=2.0, repetition_penalty=9.0, no_repeat_ngram_size=1).items():
+        monkeypatch.setattr(bridge.model.original_model.generation_config, name, value)
+    assert tokens(bridge) == plain
+
+
+def test_samples_are_reproducible_and_do_not_depend_on_the_batch(toy):
+    def sampled(texts=TEXTS[:4], seed=3, temperature=1.5, **kwargs):
+        return tokens(toy, texts, temperature=temperature, seed=seed, **kwargs)
+
+    one = sampled()
+    torch.rand(5)  # the global generator plays no part
+    assert sampled() == sampled(batch_size=1) == sampled(batch_size=3, use_cache=False) == one
+    assert one not in (sampled(seed=4), tokens(toy, TEXTS[:4]))
+    twice = sampled(TEXTS[:1] * 2)
+    assert twice[0] == one[0] != twice[1]
+    assert sampled(temperature=1e-4) == tokens(toy, TEXTS[:4])
+
+
+def test_samples_follow_the_models_probabilities(llama):
+    n, temperature = 1500, 0.7
+    made, _ = generate_tokens(
+        llama.model, TEXTS[:1] * n, max_new_tokens=1, temperature=temperature, batch_size=500, stop_at_eos=False, progress=False
+    )
+    shares = torch.bincount(torch.tensor(made)[:, 0], minlength=llama.model.cfg.d_vocab) / n
+    expected = (llama.reference(llama.ids(TEXTS[0]))[1][-1] / temperature).softmax(-1)
+    likely = expected > 0.01
+    assert likely.sum() > 3
+    error = (expected * (1 - expected) / n).sqrt()
+    assert ((shares - expected).abs() < 5 * error)[likely].all()
+
+
+def test_text_is_the_added_tokens_with_their_spaces(toy):
+    made, tokenizer = tokens(toy), toy.tokenizer
+    for text, new in zip(generate(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False), made, strict=True):
+        if tokenizer.bos_token is None:  # byte level: nothing is lost in decoding
+            assert text == tokenizer.decode(new, skip_special_tokens=True)
+        else:
+            pieces = [tokenizer.convert_ids_to_tokens(token) for token in new if token not in tokenizer.all_special_ids]
+            assert text == "".join(pieces).replace("▁", " ")
+
+
+def test_a_leading_space_is_kept(gemma):
+    """This tokenizer's decoder drops the first token's space."""
+    texts = generate(gemma.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    assert any(text.startswith(" ") for text in texts)
+
+
+def test_chat_prompts(llama):
+    chat = [{"role": "user", "content": "Call me Ishmael."}]
+    rendered = llama.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = llama.ids(rendered, add_special_tokens=False)
+    made, prompts = generate_tokens(llama.model, [chat, "Call me"], max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    assert prompts == [ids, llama.ids("Call me")]
+    assert made == [llama.continuation(p, STEPS) for p in prompts]
+    (text,) = generate(llama.model, [chat], max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    assert text == llama.tokenizer.decode(made[0], skip_special_tokens=True)
+
+
+def test_the_context_may_be_filled_but_not_exceeded(toy):
+    length = len(toy.ids(TEXTS[0]))
+    made, _ = generate_tokens(toy.model, TEXTS[:1], max_new_tokens=CONTEXT - length, stop_at_eos=False, progress=False)
+    assert made[0] == toy.continuation(toy.ids(TEXTS[0]), CONTEXT - length)
+    says = rf"{length} tokens and {CONTEXT - length + 1} new ones exceed the {CONTEXT} that {toy.name} reads; shorten"
+    with pytest.raises(PromptError, match=says):
+        generate(toy.model, TEXTS[:1], max_new_tokens=CONTEXT - length + 1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, says",
+    [
+        (dict(prompts=[]), PromptError, "no prompts were given"),
+        (dict(prompts="Call me"), PromptError, r"for a single one, \[prompt\]"),
+        (dict(prompts=[""]), PromptError, "the text is empty"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
+        (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_refuses(llama, arguments, error, says):
+    with pytest.raises(error, match=says):
+        generate(llama.model, **(dict(prompts=TEXTS, max_new_tokens=2, progress=False) | arguments))
+
+
+def test_chat_messages_need_a_template(gemma):
+    with pytest.raises(PromptError, match="has none .a base model.*give raw text instead"):
+        generate(gemma.model, [[{"role": "user", "content": "Call me"}]], progress=False)

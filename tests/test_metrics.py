@@ -1,0 +1,120 @@
+"""Intervals and distances, against simulation and torch's own functions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from xmodel_steer.metrics import Estimate, Reference, bootstrap_mean, resamples
+
+# --- the bootstrap ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_prompt", [1, 6])
+def test_the_interval_covers_the_mean_about_95_times_in_100(per_prompt):
+    """With several seeds per prompt most variance lies between prompts: resampling cells would cover half."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(500):
+        values = rng.exponential(size=(40, 1)) + 0.1 * rng.normal(size=(40, per_prompt))
+        made = bootstrap_mean(values, draws=400, seed=trial)
+        covered += made.low <= 1.0 <= made.high
+    assert 0.90 < covered / 500 < 0.975
+
+
+def test_seeds_of_a_prompt_are_resampled_together():
+    table = np.random.default_rng(1).normal(size=(30, 5)) + np.arange(30)[:, None]
+    assert bootstrap_mean(table) == bootstrap_mean(table.mean(1))
+    assert bootstrap_mean(table).n == 30
+    assert bootstrap_mean(table).value == pytest.approx(table.mean())
+
+
+def test_it_moves_and_scales_with_its_values():
+    values = np.random.default_rng(2).normal(size=50)
+    plain, moved = bootstrap_mean(values), bootstrap_mean(3 * values + 10)
+    for end in ("value", "low", "high"):
+        assert getattr(moved, end) == pytest.approx(3 * getattr(plain, end) + 10)
+    assert plain.low < plain.value < plain.high
+
+
+def test_it_is_the_normal_interval_on_many_values():
+    values = np.random.default_rng(3).normal(size=2000)
+    made = bootstrap_mean(values, draws=4000)
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert [made.low - made.value, made.high - made.value] == pytest.approx([-half, half], rel=0.1)
+
+
+def test_it_follows_its_seed_and_leaves_the_global_generator_alone():
+    values = np.random.default_rng(4).normal(size=50)
+    state = np.random.get_state()[1].copy()
+    assert bootstrap_mean(values) == bootstrap_mean(values) != bootstrap_mean(values, seed=1)
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_equal_seeds_give_paired_samples():
+    rows = resamples(10, draws=200, seed=3)
+    assert (rows == resamples(10, draws=200, seed=3)).all()
+    assert rows.shape == (200, 10)
+    assert set(rows.ravel()) == set(range(10))
+    assert any(len(set(row)) < 10 for row in rows)  # with replacement
+
+
+def test_values_without_spread_have_no_width():
+    assert bootstrap_mean([2.0] * 8) == Estimate(2.0, 2.0, 2.0, 8)
+
+
+@pytest.mark.parametrize("values", [[], [[]], [1.0, math.nan], [[1.0, 2.0], [math.nan, 1.0]]])
+def test_nothing_and_nan_are_refused(values):
+    with pytest.raises(ValueError, match="needs at least one value, and none of them NaN"):
+        bootstrap_mean(values)
+
+
+@pytest.mark.parametrize("low, high, apart", [(3.5, 5.0, True), (3.0, 5.0, False), (1.2, 1.8, False), (-2.0, 0.5, True)])
+def test_intervals_exclude_each_other_when_no_point_is_in_both(low, high, apart):
+    one, other = Estimate(2.0, 1.0, 3.0, 9), Estimate((low + high) / 2, low, high, 9)
+    assert one.excludes(other) == other.excludes(one) == apart
+
+
+# --- distributions ---------------------------------------------------------------------------
+
+N, VOCABULARY = 37, 101
+
+
+def logits(seed, dtype=torch.float32):
+    return (4 * torch.randn(N, VOCABULARY, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+TARGETS = torch.arange(N) * 2
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_and_loss_are_torchs(chunk, dtype):
+    p, q = logits(0, dtype), logits(1, dtype)
+    kl, loss = Reference.of(p).compare(q, TARGETS, chunk=chunk)
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    expected = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.double(), functional.cross_entropy(q.double(), TARGETS, reduction="none"), rtol=1e-4, atol=1e-5)
+
+
+def test_kl_is_0_against_itself_and_never_less():
+    kl, _ = Reference.of(logits(0)).compare(logits(0), TARGETS)
+    torch.testing.assert_close(kl, torch.zeros(N), rtol=0, atol=1e-5)
+    near, _ = Reference.of(logits(0)).compare(logits(0) + 1e-5 * logits(1), TARGETS)
+    assert (kl >= 0).all() and (near >= 0).all()
+
+
+def test_a_constant_on_all_logits_changes_nothing():
+    plain = Reference.of(logits(0)).compare(logits(1), TARGETS)
+    moved = Reference.of(logits(0) + 7).compare(logits(1) - 20, TARGETS)
+    for a, b in zip(plain, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_has_a_direction():
+    there, _ = Reference.of(logits(0)).compare(logits(1), TARGETS)
+    back, _ = Reference.of(logits(1)).compare(logits(0), TARGETS)
+    assert (there - back).abs().max() > 0.1

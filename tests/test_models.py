@@ -1,0 +1,322 @@
+"""Loading and knowing models: what is refused, and what a model's weights are known by."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from toys import CONTEXT, TEXTS, TOYS, bridged, hf_model
+
+from xmodel_steer import models
+from xmodel_steer.alignment import align
+from xmodel_steer.capture import capture
+from xmodel_steer.errors import ModelError, PromptError, SiteError
+from xmodel_steer.generation import generate_tokens
+from xmodel_steer.models import (
+    all_sites, batches, check_sites, content_hash, context_length, dtype_of, encode, fingerprint, forward, is_bridge, load, name_of,
+    pad_id, processing_of, register, resolve_dtype, space_of, tokenizer_of,
+)
+from xmodel_steer.prompts import Prompt, as_prompts
+from xmodel_steer.spaces import Site
+from xmodel_steer.steering import steering
+from xmodel_steer.vectors import SteeringVector
+
+CLOSE = dict(rtol=1e-4, atol=2e-4)
+
+
+@pytest.fixture(scope="session")
+def folders(tokenizers, tmp_path_factory):
+    """A Llama toy as a user's folder; and a copy with one weight changed."""
+    tokenizer, made = tokenizers["byte_level"], []
+    for name in ("tiny", "tuned"):
+        folder = tmp_path_factory.mktemp("models") / name
+        hf = hf_model("llama", tokenizer)
+        if name == "tuned":
+            with torch.no_grad():
+                hf.model.layers[1].mlp.up_proj.weight.mul_(1.05)
+        hf.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="session")
+def loaded(folders):
+    """The folders, loaded: the first in float32 and bfloat16, the second in float32."""
+    return load(folders[0], device="cpu"), load(str(folders[0]), device="cpu", dtype="bfloat16"), load(folders[1], device="cpu")
+
+
+def test_a_folder_is_loaded_as_it_was_saved(loaded, folders, llama):
+    model = loaded[0]
+    assert is_bridge(model) and name_of(model) == "tiny" and not model.training
+    assert dtype_of(model) == torch.float32 and context_length(model) == CONTEXT and processing_of(model) == "none"
+    made = capture(model, TEXTS, all_sites(model), tokens="all", include_special=True, progress=False)
+    references = [llama.reference(llama.ids(text))[0] for text in TEXTS]
+    for site, rows in made.items():
+        torch.testing.assert_close(rows.values, torch.cat([r[site.layer] for r in references]), **CLOSE)
+
+
+def test_fingerprint_knows_the_weights_and_not_their_dtype(loaded, llama):
+    full, half, tuned = map(fingerprint, loaded)
+    assert full == half == fingerprint(llama.model) != tuned
+    assert full == fingerprint(loaded[0]) and len(full) == 16
+    spaces = [space_of(model, Site(1)) for model in loaded]
+    assert spaces[0] == spaces[1] != spaces[2]
+
+
+def test_content_hash_knows_every_bit_dtype_and_tokenizer(loaded):
+    model, half, tuned = loaded
+    own = content_hash(model)
+    assert len({own, content_hash(half), content_hash(tuned)}) == 3 and content_hash(model) == own
+    for name, parameter in model.original_model.named_parameters():
+        bits = parameter.detach().view(torch.int32).view(-1)
+        bits[-1] ^= 1
+        assert content_hash(model) != own, name
+        bits[-1] ^= 1
+    tokenizer = copy.deepcopy(tokenizer_of(model))
+    for change in ("chat_template", "vocabulary"):
+        other = copy.deepcopy(tokenizer)
+        other.add_tokens(["another"]) if change == "vocabulary" else setattr(other, "chat_template", "another")
+        register(model, name="tiny", tokenizer=other)
+        assert content_hash(model) != own, change
+    register(model, name="tiny", tokenizer=tokenizer)
+    assert content_hash(model) == own
+
+
+def test_bfloat16_reads_writes_and_generates_in_its_own_dtype(loaded):
+    full, half, _ = loaded
+    plain = capture(full, TEXTS, [Site(1)], progress=False)[Site(1)].values
+    rows = capture(half, TEXTS, [Site(1)], progress=False)[Site(1)].values
+    assert rows.dtype == torch.bfloat16 and dtype_of(half) == torch.bfloat16
+    assert (rows.float() - plain).norm() < 0.03 * plain.norm()
+    assert capture(half, TEXTS, [Site(1)], tokens="mean", progress=False)[Site(1)].values.dtype == torch.float32
+    vector = SteeringVector(torch.randn(32, generator=torch.Generator().manual_seed(0)), space_of(full, Site(1)))
+    with steering(half, vector):
+        steered = capture(half, TEXTS, [Site(1)], progress=False)[Site(1)].values
+        assert generate_tokens(half, TEXTS[:2], max_new_tokens=2, progress=False)[0]
+    torch.testing.assert_close(steered.float(), rows.float() + vector.direction, rtol=1e-2, atol=1e-2)
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("./nowhere", r"\./nowhere: no such folder"),
+        ("/no/such/model", "no such folder"),
+        ("~/no_such_model_folder", "no such folder"),
+        ("nowhere/model.gguf", "nowhere/model.gguf: no such GGUF file"),
+        ("packaged:nothing", "no such packaged model; there are packaged:smollm2-135m-instruct"),
+        ("nobody/no-such-model", "nobody/no-such-model: the model hub cannot be reached .*a local folder, a .gguf file, or packaged:smollm2"),
+    ],
+)
+def test_unknown_names_are_refused(name, says):
+    with pytest.raises(ModelError, match=says):
+        load(name, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError("We couldn't connect to 'https://huggingface.co' to load the files"), "the model hub cannot be reached"),
+        (OSError("nobody/model is not a local folder and is not a valid model identifier listed on the hub"), "the hub knows no such model .*hf auth login"),
+        (ValueError("Unsupported architecture: MambaForCausalLM"), r"cannot be loaded \(ValueError: Unsupported architecture: Mamba"),
+    ],
+    ids=["no network", "unknown", "unsupported"],
+)
+def test_a_hub_failure_says_what_to_do(monkeypatch, error, says):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", fail)
+    with pytest.raises(ModelError, match=f"nobody/model: {says}") as caught:
+        load("nobody/model", device="cpu")
+    assert caught.value.__cause__ is error
+
+
+def test_a_folder_that_holds_no_model_is_refused(folders, tmp_path):
+    with pytest.raises(ModelError, match="the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"):
+        load(tmp_path, device="cpu")
+    broken = tmp_path / "broken"
+    shutil.copytree(folders[0], broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="broken: cannot be loaded"):
+        load(broken, device="cpu")
+    foreign = tmp_path / "foreign"
+    shutil.copytree(folders[0], foreign)
+    config = json.loads((foreign / "config.json").read_text()) | {"architectures": ["MadeUpForCausalLM"], "model_type": "made_up"}
+    (foreign / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="foreign: cannot be loaded"):
+        load(foreign, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "float64", "half", "int8"], ids=str)
+def test_dtypes_that_overflow_or_do_not_exist_are_refused(folders, dtype):
+    with pytest.raises(ModelError, match="use float32, bfloat16 or auto .float16 overflows"):
+        load(folders[0], device="cpu", dtype=dtype)
+
+
+def test_auto_dtype(monkeypatch):
+    cpu = torch.device("cpu")
+    for pays, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(models, "_bfloat16_pays", lambda pays=pays: pays)
+        assert resolve_dtype("auto", cpu) == expected
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype(torch.bfloat16, cpu) == resolve_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+def test_what_is_no_hooked_model_is_refused(llama):
+    for thing in (llama.hf, "llama", None):
+        with pytest.raises(ModelError, match=r"needs a TransformerLens model .*load it with xs.load"):
+            capture(thing, TEXTS, [Site(0)])
+
+
+def test_a_slow_tokenizer_is_refused(llama):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ModelError, match="llama: needs a fast tokenizer, which gives character offsets, got Slow"):
+        register(llama.model, name="llama", tokenizer=Slow())
+
+
+# --- models that the user made --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in TOYS.items() if recipe.hugging_face])
+def test_a_bridge_that_the_user_made_is_accepted_with_its_published_tokenizer(name, tokenizers):
+    """TransformerLens changes how its tokenizer handles BOS: the library must not see that."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    tokenizer = tokenizers[TOYS[name].tokenizer]
+    hf, theirs = hf_model(name, tokenizer), copy.deepcopy(tokenizer)
+    model = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, tokenizer=theirs, model_name="mine").eval()
+    made = capture(model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
+    known = bridged(hf_model(name, tokenizer), name, tokenizer)
+    references = [known.reference(known.ids(text))[0][1] for text in TEXTS]
+    torch.testing.assert_close(made.values, torch.cat(references), **CLOSE)
+    assert name_of(model) == "mine" and space_of(model, Site(1)) == space_of(known.model, Site(1))
+    assert encode(model, as_prompts(TEXTS))[0].ids == tuple(known.ids(TEXTS[0]))
+
+
+def test_a_model_without_a_tokenizer_is_refused_until_it_has_one(tokenizers):
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    hf = hf_model("qwen", tokenizers["byte_level"])
+    model = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name="bare")
+    with pytest.raises(ModelError, match="bare: the model has no tokenizer; give it one with xs.register"):
+        capture(model, TEXTS, [Site(0)])
+    register(model, name="dressed", tokenizer=tokenizers["byte_level"])
+    assert name_of(model) == "dressed" and capture(model, TEXTS, [Site(0)], progress=False)
+
+
+# --- sites ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])
+def test_every_stream_of_every_layer_fires(toy, stream):
+    sites = all_sites(toy.model, stream)
+    check_sites(toy.model, sites)
+    assert len(sites) == toy.depth
+    for site in sites:
+        space = space_of(toy.model, site)
+        assert (space.width, space.model, space.site) == (toy.width, toy.name, site)
+
+
+def test_a_hook_point_that_does_not_fire_is_refused(toy, monkeypatch):
+    monkeypatch.setattr(models, "forward", lambda *args, **kwargs: (None, None))
+    with pytest.raises(SiteError, match=rf"{toy.name}: the hook point of resid_post\[0\], .* exists but does not fire"):
+        check_sites(toy.model)
+
+
+def test_a_hook_point_of_the_wrong_shape_is_refused(toy, monkeypatch):
+    width = toy.width
+    monkeypatch.setattr(toy.model.cfg, "d_model", width + 1)
+    says = rf"resid_post\[0\] gives shape \(1, 2, {width}\) for 2 tokens, expected \(1, 2, {width + 1}\)"
+    with pytest.raises(SiteError, match=says):
+        check_sites(toy.model)
+
+
+def test_a_missing_hook_point_is_refused(toy):
+    with pytest.raises(SiteError, match=rf"{toy.name}: .*resid_post\[77\]"):
+        check_sites(toy.model, [Site(77)])
+    with pytest.raises(SiteError, match=rf"{toy.name}: has layers 0 to {toy.depth - 1}, no resid_post\[77\]"):
+        space_of(toy.model, Site(77))
+
+
+# --- tokens and passes ----------------------------------------------------------------------
+
+
+def test_ends_say_what_has_been_read(toy):
+    """The text before a token's end is the text that its tokens spell."""
+    for encoding in encode(toy.model, as_prompts([*TEXTS, "été 🙂 in  a\thole"])):
+        for i, end in enumerate(encoding.ends):
+            if end >= 0 and end not in encoding.ends[i + 1 :] and toy.tokenizer.bos_token is None:
+                assert toy.tokenizer.decode(encoding.ids[: i + 1]) == encoding.prompt.text[:end]
+        assert encoding.token_ends().ends[0] == -1
+        assert encoding.token_ends(include_special=True).ends == encoding.ends
+
+
+@pytest.mark.xfail(strict=True, reason="encode: a lone prefix token has offsets (0, 1), and is taken to have read character 1")
+def test_a_lone_prefix_has_read_nothing(gemma):
+    """Metaspace puts "▁" before a word; where that is a token of its own its offsets claim the word's first character."""
+    (encoding,) = encode(gemma.model, as_prompts(["日本 the"]))
+    assert gemma.tokenizer.convert_ids_to_tokens(encoding.ids[1]) == "▁"
+    assert encoding.ends[1] <= 0
+
+
+def test_alignment_of_two_tokenizers_pairs_equal_texts(llama, gemma):
+    for a, b in zip(encode(llama.model, as_prompts(TEXTS)), encode(gemma.model, as_prompts(TEXTS))):
+        pairs = align(a.token_ends(), b.token_ends())
+        assert len(pairs) > 0
+        for i, j in zip(pairs.source, pairs.target):
+            assert llama.tokenizer.decode(a.ids[: i + 1]) == gemma.tokenizer.decode(b.ids[: j + 1], skip_special_tokens=True)
+
+
+def test_batches_hold_every_prompt_once(toy):
+    encodings = encode(toy.model, as_prompts(TEXTS))
+    for side in ("left", "right"):
+        made = batches(toy.model, encodings, 3, padding_side=side)
+        assert sorted(row for batch in made for row in batch.rows) == list(range(len(TEXTS)))
+        for batch in made:
+            for row, ids, mask in zip(batch.rows, batch.ids, batch.mask.bool()):
+                assert tuple(ids[mask].tolist()) == encodings[row].ids
+                assert (ids[~mask] == pad_id(toy.model)).all()
+                assert mask[-1 if side == "left" else 0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_equal_the_untouched_model(toy, side):
+    (batch,) = batches(toy.model, encode(toy.model, as_prompts(TEXTS)), 8, padding_side=side)
+    made, cache = forward(toy.model, batch.ids, batch.mask)
+    assert cache is None
+    for row, scores, mask in zip(batch.rows, made, batch.mask.bool()):
+        torch.testing.assert_close(scores[mask], toy.reference(toy.ids(TEXTS[row]))[1], **CLOSE)
+    if side == "left":
+        last, cache = forward(toy.model, batch.ids, batch.mask, logits="last", use_cache=True)
+        assert last.shape[1] == 1 and cache is not None
+        torch.testing.assert_close(last[:, 0], made[:, -1], **CLOSE)
+
+
+def test_a_bridge_that_stops_early_keeps_no_cache(llama):
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="a pass that stops early has no cache"):
+        forward(llama.model, ids, torch.ones_like(ids), logits="none", use_cache=True)
+
+
+def test_empty_encodings_are_refused(llama):
+    class Nothing:
+        all_special_ids, added_tokens_decoder, is_fast = [], {}, True
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [], "offset_mapping": []}
+
+    try:
+        register(llama.model, name="llama", tokenizer=Nothing())
+        with pytest.raises(PromptError, match="the tokenizer of llama makes no tokens of 'x'"):
+            encode(llama.model, [Prompt.of("x")])
+    finally:
+        register(llama.model, name="llama", tokenizer=llama.tokenizer)

@@ -1,0 +1,245 @@
+"""Streamed moments: whatever the order and the cuts, they are the moments of all the rows."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xmodel_steer.errors import NonFiniteError, SpaceMismatchError, XModelSteerError
+from xmodel_steer.moments import PARTS, MomentsAccumulator, merge, part_of, shuffled_partners
+from xmodel_steer.spaces import Site, Space
+
+SOURCE = {Site(i): Space("small", Site(i), 3, "aaaa") for i in (0, 1)}
+TARGET = {Site(5): Space("large", Site(5), 4, "bbbb")}
+PAIRS = tuple((s, Site(5)) for s in SOURCE)
+
+
+def accumulator(**changes):
+    return MomentsAccumulator(**({"source": SOURCE, "target": TARGET, "pairs": PAIRS, "settings": {"seed": 0}} | changes))
+
+
+def rows(n, *, offset=0.0, spread=1.0, seed=0):
+    """Activations of every site; the second source site moves with the target."""
+    draw = torch.randn(n, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread + offset
+    return {Site(0): draw[:, :3], Site(1): draw[:, 3:6]}, {Site(5): draw[:, 3:7] + draw[:, 6:]}
+
+
+def collect(shards, documents, part="train"):
+    """The moments of shards that are each added to an accumulator of their own."""
+    made = []
+    for source, target in shards:
+        one = accumulator()
+        one.add(part, source, target, documents[: len(target[Site(5)])])
+        made.append(one.moments())
+    return merge(made)
+
+
+def taken(sides, index):
+    return tuple({site: values[index] for site, values in side.items()} for side in sides)
+
+
+def assert_equals_numpy(pair, x, y, rtol=1e-9):
+    x, y = x.numpy(), y.numpy()
+    n = len(x)
+    cov = np.cov(x.T, y.T, bias=True) * n
+    d = x.shape[1]
+    assert pair.count == n
+    np.testing.assert_allclose(pair.source_mean, x.mean(0), rtol=rtol, atol=1e-12)
+    np.testing.assert_allclose(pair.target_mean, y.mean(0), rtol=rtol, atol=1e-12)
+    scale = np.sqrt(np.outer(cov.diagonal(), cov.diagonal())).max()
+    for made, expected in (
+        (pair.source_scatter, cov[:d, :d]),
+        (pair.target_scatter, cov[d:, d:]),
+        (pair.cross_scatter, cov[:d, d:]),
+    ):
+        np.testing.assert_allclose(made, expected, rtol=rtol, atol=rtol * scale)
+    np.testing.assert_allclose(pair.source_scale, x.std(0), rtol=rtol, atol=1e-12)
+    np.testing.assert_allclose(pair.target_scale, y.std(0), rtol=rtol, atol=1e-12)
+
+
+# --- sums ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_shards_of_any_size_in_any_order_are_the_whole(sizes, random):
+    n = sum(sizes)
+    sides = rows(n, offset=5.0)
+    bounds = np.cumsum([0, *sizes])
+    shards = [taken(sides, slice(a, b)) for a, b in pairwise(bounds)]
+    random.shuffle(shards)
+    merged = collect(shards, list(range(n)))
+    for source, target in PAIRS:
+        assert_equals_numpy(merged.pair(source, target).train, sides[0][source], sides[1][target])
+    assert (merged.tokens, merged.documents, merged.coverage) == (n, n, 1.0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=8))
+def test_batches_of_one_accumulator_go_to_their_own_part(parts):
+    one, given_rows = accumulator(), {part: [] for part in PARTS}
+    for seed, part in enumerate(parts):
+        sides = rows(4, seed=seed, offset=seed)
+        one.add(part, *sides, [0, 0, 1, 1])
+        given_rows[part].append(sides)
+    made = one.moments()
+    for part in PARTS:
+        pair = getattr(made.pair(*PAIRS[1]), part)
+        assert (pair.count, pair.documents) == (4 * parts.count(part), 2 * parts.count(part))
+        if given_rows[part]:
+            x, y = (torch.cat([s[end][site] for s in given_rows[part]]) for end, site in enumerate(PAIRS[1]))
+            assert_equals_numpy(pair, x, y)
+    assert (made.tokens, made.documents) == (4 * len(parts), 2 * len(parts))
+
+
+def test_huge_means_cost_no_precision():
+    sides = rows(400, offset=1e6, spread=1e-2)  # E[x²] - E[x]² would have no digit left
+    merged = collect([taken(sides, slice(i, i + 100)) for i in range(0, 400, 100)], list(range(100)))
+    assert_equals_numpy(merged.pair(*PAIRS[1]).train, sides[0][Site(1)], sides[1][Site(5)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_rows_are_summed_in_float64(dtype):
+    sides = tuple({site: x.to(dtype) for site, x in side.items()} for side in rows(300, offset=100.0))
+    made = collect([sides], list(range(300))).pair(*PAIRS[1]).train
+    assert made.cross_scatter.dtype == torch.float64
+    assert_equals_numpy(made, sides[0][Site(1)].double(), sides[1][Site(5)].double())
+
+
+def test_moments_that_were_handed_out_do_not_change_afterwards():
+    one = accumulator()
+    one.add("train", *rows(5), list(range(5)))
+    before = one.moments()
+    mean = before.pair(*PAIRS[0]).train.source_mean.clone()
+    one.add("train", *rows(5, offset=9.0), list(range(5)))
+    assert before.tokens == 5
+    assert torch.equal(before.pair(*PAIRS[0]).train.source_mean, mean)
+
+
+def test_scale_is_the_standard_deviation_of_the_training_rows():
+    source, target = rows(50)
+    one = accumulator()
+    one.add("train", source, target, list(range(50)))
+    one.add("test", *rows(50, spread=100.0), list(range(50)))
+    made = one.moments()
+    np.testing.assert_allclose(made.scale(Site(5)), target[Site(5)].numpy().std(0))
+    np.testing.assert_allclose(made.scale(Site(1), end="source"), source[Site(1)].numpy().std(0))
+    with pytest.raises(ValueError, match=r"resid_post\[5\] of the source was not collected, but resid_post\[0\], "):
+        made.scale(Site(5), end="source")
+
+
+def test_coverage_counts_tokens_that_could_have_paired():
+    one = accumulator()
+    one.add("train", *rows(6), list(range(6)), eligible=8)
+    one.add("test", *rows(0), [], eligible=4)
+    made = one.moments()
+    assert made.coverage == made.pair(*PAIRS[0]).coverage == 6 / 12
+    assert (made + made).coverage == 0.5
+    assert accumulator().moments().coverage == 0.0
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_shards_of_other_models_do_not_merge():
+    moved = {Site(5): replace(TARGET[Site(5)], fingerprint="cccc")}
+    with pytest.raises(SpaceMismatchError, match="the shards' target spaces differ .*bbbb.*cccc.*same models and sites"):
+        accumulator().moments() + accumulator(target=moved).moments()
+    moved = {site: replace(space, processing="fold_ln") for site, space in SOURCE.items()}
+    with pytest.raises(SpaceMismatchError, match="the shards' source spaces differ .*fold_ln"):
+        accumulator().moments() + accumulator(source=moved).moments()
+
+
+@pytest.mark.parametrize("change", [{"settings": {"seed": 1}}, {"pairs": PAIRS[:1]}])
+def test_shards_that_were_read_otherwise_do_not_merge(change):
+    with pytest.raises(ValueError, match="different layer pairs or settings .*'seed': 0.*the same arguments"):
+        accumulator().moments() + accumulator(**change).moments()
+
+
+def test_no_shards_have_no_moments():
+    with pytest.raises(XModelSteerError, match="no shards were given"):
+        merge([])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("end, site", [("source", Site(1)), ("target", Site(5))])
+def test_rows_with_nan_are_refused(bad, end, site):
+    source, target = rows(5)
+    {"source": source, "target": target}[end][site][2] = bad
+    with pytest.raises(NonFiniteError, match=rf"moments: {end} resid_post\[{site.layer}\]: NaN or infinity in 1 row"):
+        accumulator().add("train", source, target, list(range(5)))
+
+
+def test_a_pair_that_was_not_collected_is_refused():
+    with pytest.raises(ValueError, match=r"the pair resid_post\[5\] to resid_post\[0\] was not collected, but resid_post\[0\] to"):
+        accumulator().moments().pair(Site(5), Site(0))
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+TEXTS = [f"document {i}" for i in range(4000)]
+PINNED = "train train validation train train validation train train train train train train"
+
+
+def test_parts_are_stable_and_depend_on_content_and_seed_only():
+    assert [part_of(t) for t in TEXTS[:20]] == [part_of(t) for t in TEXTS[:20]]
+    # Written down: another version of the library must not move test documents into training.
+    assert [part_of(t) for t in TEXTS[:12]] == PINNED.split()
+    assert [part_of(t) for t in TEXTS] != [part_of(t, seed=1) for t in TEXTS]
+
+
+@pytest.mark.parametrize("shares", [(0.1, 0.1), (0.3, 0.05), (0.0, 0.5), (0.5, 0.5)])
+def test_parts_have_about_their_shares(shares):
+    validation, test = shares
+    found = [part_of(t, validation=validation, test=test) for t in TEXTS]
+    expected = {"train": 1 - validation - test, "validation": validation, "test": test}
+    assert {p: found.count(p) / len(TEXTS) for p in PARTS} == pytest.approx(expected, abs=0.03)
+
+
+def test_a_larger_test_share_takes_from_training_alone():
+    small, large = ([part_of(t, test=share) for t in TEXTS] for share in (0.1, 0.3))
+    assert all(b == a or (a, b) == ("train", "test") for a, b in zip(small, large, strict=True))
+
+
+# --- the shuffled control --------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=8), st.integers(0, 1000))
+def test_no_row_is_paired_with_its_own_document_where_that_is_possible(runs, seed):
+    documents = [number for number, run in enumerate(runs) for _ in range(run)]
+    partners = shuffled_partners(documents, torch.Generator().manual_seed(seed)).tolist()
+    assert sorted(partners) == list(range(len(documents)))  # each row is used once
+    if 2 * max(runs) <= len(documents):
+        assert all(documents[i] != documents[j] for i, j in enumerate(partners))
+
+
+def test_shuffled_pairs_keep_everything_but_the_relation():
+    # Two documents of two rows leave one rotation only.
+    source, target = rows(4)
+    made = collect([(source, target)], [0, 0, 1, 1])
+    pair, control = made.pair(*PAIRS[1]), made.pair(*PAIRS[1], shuffled=True)
+    assert (pair.shuffled, control.shuffled) == (False, True)
+    assert torch.equal(control.train.source_scatter, pair.train.source_scatter)
+    assert torch.equal(control.train.target_scatter, pair.train.target_scatter)
+    assert_equals_numpy(control.train, source[Site(1)][[2, 3, 0, 1]], target[Site(5)])
+
+
+def test_shuffled_pairs_have_nothing_to_learn():
+    made = collect([rows(2000)], list(range(2000)))
+    pair, control = (made.pair(*PAIRS[1], shuffled=s).train for s in (False, True))
+    assert control.cross_scatter.norm() < 0.2 * pair.cross_scatter.norm()
+
+
+def test_the_shuffle_follows_its_seed():
+    def cross(seed):
+        one = accumulator(seed=seed)
+        one.add("train", *rows(40), list(range(40)))
+        return one.moments().pair(*PAIRS[0], shuffled=True).train.cross_scatter
+
+    assert torch.equal(cross(3), cross(3))
+    assert not torch.equal(cross(3), cross(4))

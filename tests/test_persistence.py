@@ -1,0 +1,232 @@
+"""Files come back bit-exact, or are refused by name and reason; nothing is ever half written."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from xmodel_steer.errors import ArtifactError
+from xmodel_steer.maps import AffineMap, Ridge
+from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.moments import Moments, MomentsAccumulator
+from xmodel_steer.persistence import read, save
+from xmodel_steer.spaces import Site, Space
+from xmodel_steer.transfer import Arm, TransferResult
+from xmodel_steer.vectors import SteeringVector
+
+SMALL = Space("small", Site(1), 4, "aaaa", "fold_ln")
+LARGE = Space("large", Site(2, "resid_mid"), 3, "bbbb")
+
+
+def vector(space: Space = SMALL, seed: int = 0) -> SteeringVector:
+    g = torch.Generator().manual_seed(seed)
+    d, p, n, s = (torch.randn(space.width, generator=g) for _ in range(4))
+    return SteeringVector(d, space, "joy", p, n, (3, 5), s.abs(), "a test")
+
+
+def moments() -> Moments:
+    rng = torch.Generator().manual_seed(1)
+    made = MomentsAccumulator(
+        {SMALL.site: SMALL}, {LARGE.site: LARGE}, [(SMALL.site, LARGE.site)], settings={"seed": 0}
+    )
+    for part in ("train", "validation", "test"):
+        x, y = torch.randn(40, 4, generator=rng), torch.randn(40, 3, generator=rng)
+        made.add(part, {SMALL.site: x}, {LARGE.site: y}, [i // 10 for i in range(40)], eligible=44)
+    return made.moments()
+
+
+def mapping() -> AffineMap:
+    return Ridge().fit(moments().pair(SMALL.site, LARGE.site))
+
+
+def result() -> TransferResult:
+    rng = np.random.default_rng(0)
+    rows = [("unsteered", 0.0)] + [(a, s) for a in ("native", "mapped", "random", "shuffled") for s in (-1.0, 1.0)]
+    base = rng.random(6)
+    arms = []
+    for i, (name, strength) in enumerate(rows):
+        scores = base + strength * (1.0 if name in ("native", "mapped") else 0.01)
+        arms.append(
+            Arm(name, strength, bootstrap_mean(scores), bootstrap_mean(scores - base), 0.1 * abs(strength), 10.0 + i,
+                tuple(scores.tolist()), (0.1, 0.2) if name == "random" else (), tuple(f"text {j} ∆\u2028" for j in range(6)))
+        )  # fmt: skip
+    ids = [f"prompt{i}" for i in range(6)]
+    return TransferResult(
+        "joy", "score", SMALL.to_dict() | {"hook": "h", "dtype": "float32"}, LARGE.to_dict() | {"hook": "h", "dtype": "float32"},
+        {"fitter": "Ridge", "r2": 0.5}, tuple(arms), 1.0, {}, {"mapped": {"cosine": 0.9, "norm_ratio": 1.0}, "shuffled": {"cosine": 0.0}},
+        {"native": vector(LARGE), "source": vector()}, mapping(), {"a": 1}, {"evaluation": ids}, {"torch": "x"}, {"split": 0},
+    )  # fmt: skip
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(same(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("make", [vector, mapping, moments])
+def test_round_trip_is_bit_exact_and_keeps_the_space(make: Any, tmp_path: Path) -> None:
+    value = make()
+    assert same(read(save(value, tmp_path / "deep" / "a.safetensors")), value)
+
+
+def test_a_vector_without_means_comes_back_without_them(tmp_path: Path) -> None:
+    bare = SteeringVector(torch.ones(4, dtype=torch.bfloat16), SMALL)
+    back = read(save(bare, tmp_path / "v.safetensors"))
+    assert back.positive_mean is None
+    assert back.direction.dtype == torch.bfloat16
+
+
+def test_a_result_comes_back_whole(tmp_path: Path) -> None:
+    value = result()
+    back = read(save(value, tmp_path / "run"))
+    assert same(back.arms, value.arms)
+    assert same(dict(back.vectors), {k: value.vectors[k] for k in sorted(value.vectors)})
+    assert same(back.mapping, value.mapping)
+    assert back.verdict() == value.verdict()
+    assert back.splits == value.splits
+
+
+def test_result_json_has_the_schema_that_readers_of_it_rely_on(tmp_path: Path) -> None:
+    record = json.loads((save(result(), tmp_path / "run") / "result.json").read_text())
+    assert record["schema"] == 1
+    assert {"source", "target", "map", "arms", "versions", "seeds"} <= record.keys()
+    assert len(record["arms"]) == 9
+    for arm in record["arms"]:
+        assert {"arm", "strength", "effect", "low", "high", "n", "kl", "perplexity"} <= arm.keys()
+
+
+def test_saving_again_replaces_a_run_but_nothing_else(tmp_path: Path) -> None:
+    save(result(), tmp_path / "run")
+    save(replace(result(), label="second"), tmp_path / "run")
+    assert read(tmp_path / "run").label == "second"
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not a run folder"):
+        save(result(), other)
+    assert (other / "thesis.txt").read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "run"]
+
+
+def edited(file: Path, **changes: Any) -> Path:
+    """The same file with another header."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as opened:
+        header = json.loads(opened.metadata()["xmodel_steer"])
+    save_file(load_file(file), file, metadata={"xmodel_steer": json.dumps(header | changes)})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-7]), "cut short"),
+        (lambda f: f.write_bytes(f.read_bytes()[:20]), "cut short"),
+        (lambda f: f.write_bytes(b""), "cut short"),
+        (lambda f: f.write_text("hello"), "not a whole safetensors file"),
+        (lambda f: save_file({"w": torch.ones(2)}, f), "not one of xmodel_steer"),
+        (lambda f: edited(f, schema=2), "newer version"),
+        (lambda f: edited(f, schema="x"), "ever wrote"),
+        (lambda f: edited(f, kind="Poem"), "'Poem'"),
+        (lambda f: edited(f, space={"model": "x"}), "damaged"),
+        (lambda f: save_file({"w": torch.ones(2)}, f, metadata={"xmodel_steer": "{"}), "damaged or foreign"),
+        (lambda f: f.unlink(), "no such file"),
+    ],
+)
+def test_files_that_are_not_ours_or_not_whole_are_refused_by_reason(damage: Any, reason: str, tmp_path: Path) -> None:
+    file = save(vector(), tmp_path / "v.safetensors")
+    damage(file)
+    with pytest.raises(ArtifactError, match=reason) as refused:
+        read(file)
+    assert "v.safetensors" in str(refused.value)
+
+
+def test_nan_is_neither_written_nor_read(tmp_path: Path) -> None:
+    bad = replace(mapping(), bias=torch.full((3,), torch.nan, dtype=torch.float64))
+    with pytest.raises(ArtifactError, match="NaN"):
+        save(bad, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+    file = save(mapping(), tmp_path / "m.safetensors")
+    tensors = load_file(file)
+    tensors["weight"][0, 0] = torch.nan
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ArtifactError, match="'weight' has NaN"):
+        read(file)
+
+
+def test_a_result_with_nan_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="NaN"):
+        save(replace(result(), headline=1.0, map={"r2": float("nan")}), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", [vector, result])
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_ctrl_c_leaves_the_older_file_and_no_scratch(
+    what: Any, trouble: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("run" if what is result else "v.safetensors")
+    save(what(), path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    calls = iter(range(100))
+
+    def fail(handle: int) -> None:
+        if next(calls) == (2 if what is result else 0):
+            raise trouble
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((ArtifactError, KeyboardInterrupt)) as raised:
+        save(what(), path)
+    if isinstance(trouble, OSError):
+        assert "no space left" in str(raised.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda run: (run / "result.json").unlink(), "not a run folder"),
+        (lambda run: (run / "generations.jsonl").unlink(), "incomplete"),
+        (lambda run: (run / "map.safetensors").unlink(), "no such file"),
+        (lambda run: (run / "result.json").write_text("{"), "damaged or foreign"),
+        (lambda run: (run / "result.json").write_text('{"schema": 9}'), "newer version"),
+        (lambda run: (run / "result.json").write_text('{"schema": 1, "kind": "Poem"}'), "not a TransferResult"),
+        (
+            lambda run: (run / "generations.jsonl").write_text(
+                "\n".join((run / "generations.jsonl").read_text().split("\n")[:-2])
+            ),
+            "5 of 6 scores",
+        ),
+    ],
+)
+def test_damaged_run_folders_are_refused(damage: Any, reason: str, tmp_path: Path) -> None:
+    run = save(result(), tmp_path / "run")
+    damage(run)
+    with pytest.raises(ArtifactError, match=reason):
+        read(run)
+
+
+def test_other_values_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        save({}, tmp_path / "x")  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match="is a folder"):
+        save(vector(), tmp_path)

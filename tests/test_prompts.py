@@ -1,0 +1,235 @@
+"""Prompts, contrast sets and their splits."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xmodel_steer.errors import PromptError
+from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
+
+CHAT = [{"role": "user", "content": "HELLO"}]
+REPLY = [*CHAT, {"role": "assistant", "content": "HELLO"}]
+PAIRS = [("What a joy.", "What a bore."), ("I won.", "I lost.")]
+LABELLED = [("What a joy.", 1), ("I won.", "positive"), ("What a bore.", 0), ("I lost.", "No"), ("Rain.", -1)]
+
+
+@dataclass
+class Tokenizer:
+    """A chat template like the real ones: it trims, tags each turn, and opens the assistant's."""
+
+    prefix: str = "<bos>"
+    user: str = "<|{role}|>\n{content}<|end|>\n"
+    name_or_path: str = "fake"
+    chat_template: str | None = "given"
+
+    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
+        assert not tokenize
+        said = [self.user.format(role=t["role"], content=t["content"].strip()) for t in turns]
+        return self.prefix + "".join(said) + ("<|assistant|>\n" if add_generation_prompt else "")
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def test_the_id_follows_the_content():
+    assert Prompt.of("a").id == Prompt.of("a").id != Prompt.of("b").id
+    assert Prompt.of(CHAT).id == Prompt.of([Message("user", "HELLO")]).id != Prompt.of("HELLO").id
+    assert Prompt.of(CHAT).id != Prompt.of([{"role": "system", "content": "HELLO"}]).id
+    assert Prompt("a", id="mine").id == "mine"
+    prompt = Prompt.of("a")
+    assert Prompt.of(prompt) is prompt
+
+
+def test_raw_text_is_rendered_as_it_is():
+    rendered = Prompt.of(" <s> Hi\n").render(Tokenizer(chat_template=None))
+    assert (rendered.text, rendered.spans, rendered.add_special_tokens) == (" <s> Hi\n", ((0, 8, 0),), True)
+
+
+@pytest.mark.parametrize("chat, opened", [(CHAT, True), (REPLY, False), ([*REPLY, *CHAT], True)])
+def test_the_template_opens_the_assistants_turn_unless_it_has_spoken(chat, opened):
+    rendered = Prompt.of(chat).render(Tokenizer())
+    assert rendered.text.endswith("<|assistant|>\n") == opened
+    assert not rendered.add_special_tokens  # the template has written them
+
+
+@given(st.lists(st.text("ABC 12", min_size=1).filter(str.strip), min_size=1, max_size=5))
+def test_spans_lead_to_the_same_content_under_every_template(contents):
+    prompt = Prompt.of([{"role": "user", "content": c} for c in contents])
+    trimmed = [c.strip() for c in contents]
+    for tokenizer in (Tokenizer(), Tokenizer(prefix="", user="[inst] {content} [/inst]")):
+        rendered = prompt.render(tokenizer)
+        assert [rendered.text[a:b] for a, b, _ in rendered.spans] == trimmed
+        assert ["".join(trimmed)[base : base + b - a] for a, b, base in rendered.spans] == trimmed
+        assert list(rendered.spans) == sorted(rendered.spans)
+        assert all(b <= a for (_, b, _), (a, _, _) in pairwise(rendered.spans))
+
+
+def test_content_that_a_template_drops_has_no_span_and_moves_no_other():
+    @dataclass
+    class NoSystem(Tokenizer):
+        def apply_chat_template(self, turns, **options):
+            return super().apply_chat_template([t for t in turns if t["role"] != "system"], **options)
+
+    prompt = Prompt.of([{"role": "system", "content": "BRIEF"}, *CHAT])
+    (span,) = prompt.render(NoSystem()).spans
+    assert span == (len("<bos><|user|>\n"), len("<bos><|user|>\nHELLO"), len("BRIEF"))
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(chat_template=None), object()])
+def test_chat_without_a_template_is_refused(tokenizer):
+    name = getattr(tokenizer, "name_or_path", "this model")
+    with pytest.raises(PromptError, match=f"need a chat template, .*'{name}' has none.*give raw text instead"):
+        Prompt.of(CHAT).render(tokenizer)
+
+
+# --- contrast sets ---------------------------------------------------------------------------
+
+
+def paired_set(pairs):
+    return ContrastSet.from_prompts(*zip(*pairs, strict=True), paired=True)
+
+
+PAIR_ROWS = [{"positive": p, "negative": n} for p, n in PAIRS]
+LABEL_ROWS = [{"text": text, "label": label} for text, label in LABELLED]
+FORMS = {"records": list, "frame": pd.DataFrame, "dataset": datasets.Dataset.from_list}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_paired_rows_of_every_form_give_the_same_set(form):
+    assert ContrastSet.from_records(FORMS[form](PAIR_ROWS)) == paired_set(PAIRS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("column", ["text", "prompt"])
+@pytest.mark.parametrize("on, off", [(1, 0), (True, False), ("positive", "negative"), (1.0, -1.0), (" Yes", "NO ")])
+def test_labelled_rows_of_every_form_give_the_same_set(form, column, on, off):
+    rows = [{column: text, "label": label} for text, label in (("a", on), ("b", off), ("c", off))]
+    assert ContrastSet.from_records(FORMS[form](rows)) == ContrastSet.from_prompts(["a"], ["b", "c"])
+
+
+def test_labels_of_mixed_spelling():
+    made = ContrastSet.from_records(LABEL_ROWS)
+    assert made == ContrastSet.from_prompts([t for t, _ in LABELLED[:2]], [t for t, _ in LABELLED[2:]])
+    assert not made.paired
+
+
+@pytest.mark.parametrize("write", [lambda m: m, json.dumps, np.array], ids=["list", "json", "array"])
+def test_chat_messages_come_as_lists_or_json_or_arrays(write):
+    made = ContrastSet.from_records([{"positive": write(REPLY), "negative": write(CHAT)}])
+    assert made == ContrastSet.from_prompts([REPLY], [CHAT], paired=True)
+    labelled = [{"messages": write(REPLY), "label": 1}, {"messages": write(CHAT), "label": 0}]
+    assert ContrastSet.from_records(labelled) == ContrastSet.from_prompts([REPLY], [CHAT])
+
+
+def test_text_that_only_looks_like_json_stays_text():
+    text = '[{"an unfinished thought'
+    assert ContrastSet.from_records([{"positive": text, "negative": "b"}]).positive[0].text == text
+
+
+REFUSED = {
+    "a blank text": (lambda: Prompt.of("  \n"), "the text is empty; drop the row or fill it in"),
+    "blank messages": (lambda: Prompt.of([{"role": "user", "content": " "}]), "every message is empty"),
+    "nothing": (Prompt, "either text or messages, not both and not neither"),
+    "both": (lambda: Prompt("a", (Message("user", "b"),)), "either text or messages, not both and not neither"),
+    "a number": (lambda: Prompt.of(3), "needs a string or a list of .* got int '3'"),
+    "an empty list": (lambda: Prompt.of([]), "needs a string or a list of .* got list"),
+    "no role": (lambda: Prompt.of([{"content": "a"}]), "needs role and content, 'role' is missing"),
+    "a lone string": (lambda: as_prompts("ab"), r"give a list of prompts; for a single one, \[prompt\]"),
+    "empty set": (lambda: ContrastSet.from_records([]), "no rows; each needs positive and negative"),
+    "one-sided": (lambda: ContrastSet.from_prompts(["a"], []), "on both sides, got 1 positive and 0 negative"),
+    "one label": (lambda: ContrastSet.from_records(LABEL_ROWS[2:]), "got 0 positive and 3 negative"),
+    "on both sides": (
+        lambda: ContrastSet.from_prompts(["a", "b"], ["c", "b", "a"]),
+        r"2 prompt\(s\) stand on both sides, for example 'a'; .* remove them",
+    ),
+    "chat on both sides": (lambda: ContrastSet.from_prompts([CHAT], ["a", CHAT]), r"1 prompt\(s\) stand on both"),
+    "unpaired length": (
+        lambda: ContrastSet.from_prompts(["a", "b"], ["c"], paired=True),
+        "paired, but 2 positive and 1 negative prompts; pass paired=False or complete the pairs",
+    ),
+    "no prompt column": (
+        lambda: ContrastSet.from_records([{"sentence": "a", "label": 1}]),
+        r"row 1: no text, prompt or messages among the columns \['label', 'sentence'\]",
+    ),
+    "no label column": (
+        lambda: ContrastSet.from_records([LABEL_ROWS[0], {"text": "a"}]),
+        r"row 2: label None is not 1/0, .* \(columns: \['text'\]",
+    ),
+    "half a pair": (lambda: ContrastSet.from_records([{"positive": "a"}]), "row 1: label None is not"),
+    "bad label": (lambda: ContrastSet.from_records([{"text": "a", "label": 7}]), "row 1: label 7 is not 1/0"),
+    "an empty cell": (
+        lambda: ContrastSet.from_records(pd.DataFrame({"positive": ["a", np.nan], "negative": ["b", "c"]})),
+        "row 2: an empty cell; drop the row",
+    ),
+    "rows of strings": (lambda: ContrastSet.from_records(["a"]), "row 1 is str, not a dictionary of columns"),
+    "a file name": (lambda: ContrastSet.from_records("set.csv"), "got one string; .*read a file"),
+    "too few to split": (lambda: paired_set(PAIRS).split((0.3, 0.3, 0.3)), "2 positive and 2 negative .* too few for 3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_and_told_why(case):
+    make, message = REFUSED[case]
+    with pytest.raises(PromptError, match=message) as caught:
+        make()
+    assert isinstance(caught.value, ValueError)
+
+
+# --- splits ----------------------------------------------------------------------------------
+
+FRACTIONS = st.sampled_from([(0.5, 0.5), (0.25, 0.25, 0.5), (0.6, 0.2), (1.0,), (1 / 3, 1 / 3, 1 / 3)])
+NAMES = st.integers(0, 9)
+
+
+def keys(part):
+    return {p.content_key() for p in part.positive + part.negative}
+
+
+def members(part):
+    """Pairs of a paired set, or the prompts of an unpaired one, with their multiplicities."""
+    if part.paired:
+        return Counter(zip(part.positive, part.negative, strict=True))
+    return Counter([(p, None) for p in part.positive] + [(None, n) for n in part.negative])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(NAMES, NAMES), min_size=1, max_size=30), st.booleans(), FRACTIONS, st.integers(0, 99))
+def test_no_split_puts_a_prompt_into_two_parts_or_tears_a_pair(names, paired, fractions, seed):
+    whole = ContrastSet.from_prompts([f"p{p}" for p, _ in names], [f"n{n}" for _, n in names], paired=paired)
+    try:
+        parts = whole.split(fractions, seed=seed)
+    except PromptError as error:
+        if "too few" not in str(error):
+            raise
+        return
+    assert parts == whole.split(fractions, seed=seed)
+    assert len(parts) == len(fractions)
+    assert sum(len(keys(part)) for part in parts) == len(set().union(*map(keys, parts)))
+    together = sum(map(members, parts), Counter())
+    assert together <= members(whole)
+    if sum(fractions) == 1:
+        assert together == members(whole)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_split_keeps_to_its_shares_and_follows_its_seed(paired):
+    whole = ContrastSet.from_prompts([f"p{i}" for i in range(40)], [f"n{i}" for i in range(40)], paired=paired)
+    parts = whole.split((0.5, 0.25, 0.1), seed=1)
+    assert [(len(p.positive), len(p.negative)) for p in parts] == [(20, 20), (10, 10), (4, 4)]
+    assert all(part.paired == paired for part in parts)
+    assert parts[0].positive != whole.positive[:20]  # shuffled
+    assert keys(whole.split(seed=0)[0]) != keys(whole.split(seed=1)[0])
+
+
+@pytest.mark.parametrize("fractions", [(0.7, 0.4), (0.5, 0.0), (1.2, -0.2)])
+def test_impossible_fractions_are_refused(fractions):
+    with pytest.raises(ValueError, match="fractions must be positive and sum to at most 1, got"):
+        paired_set(PAIRS).split(fractions)

@@ -1,0 +1,128 @@
+"""Scorers of generated text."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from xmodel_steer.evaluation import FUNCTION_WORDS, Contains, Language, Matches, WordBalance, score_texts, words
+
+BALANCE = WordBalance(frozenset({"good", "joy"}), frozenset({"bad", "isn't"}))
+
+# Article 1 of the Universal Declaration of Human Rights, and an everyday sentence.
+SENTENCES = {
+    "english": (
+        "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience.",
+        "There was not much to see, but they have been in this house for years.",
+    ),
+    "french": (
+        "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison.",
+        "Je ne suis pas sûr qu'il soit là, mais elle est dans la cuisine avec les enfants.",
+    ),
+    "german": (
+        "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft begabt.",
+        "Ich weiß nicht, wie das geht, aber wir sind auch nach der Arbeit bei dem Nachbarn.",
+    ),
+    "spanish": (
+        "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón.",
+        "El perro duerme sobre la mesa, pero ya es muy tarde y no hay nadie por las calles.",
+    ),
+    "italian": (
+        "Tutti gli esseri umani nascono liberi ed eguali. Essi sono dotati di ragione e di coscienza.",
+        "Non so che cosa dire, ma questo è il libro della maestra.",
+    ),
+    "portuguese": (
+        "Todos os seres humanos nascem livres e iguais em dignidade. São dotados de razão e não de outra coisa.",
+        "Ele não está em casa, mas isso já foi muito bom quando os meninos chegaram.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("It's Ann’s DAY, isn't it?", ["it's", "ann's", "day", "isn't", "it"]),
+        ("Don't 'quote' snake_case", ["don't", "quote", "snake", "case"]),
+        ("L'été à Zürich", ["l'été", "à", "zürich"]),
+        ("12 + 30 = 42!", []),
+        ("", []),
+    ],
+)
+def test_words(text, found):
+    assert words(text) == found
+
+
+@pytest.mark.parametrize(
+    "text, balance",
+    [
+        ("Good, good, bad, GOOD.", 0.5),
+        ("What a joy!", 1.0),
+        ("It isn’t.", -1.0),
+        ("good bad", 0.0),
+        ("Goodness, badly", 0.0),  # whole words
+        ("", 0.0),
+    ],
+)
+def test_word_balance(text, balance):
+    assert BALANCE(text) == balance
+
+
+def test_exchanging_the_lists_turns_the_balance_round():
+    text = "good, good, bad; isn't it a joy"
+    assert WordBalance(BALANCE.negative, BALANCE.positive)(text) == -BALANCE(text) == -0.2
+
+
+@pytest.mark.parametrize(
+    "scorer, text, score",
+    [
+        (Contains(("sorry", "cannot")), "I CANNOT.", 1.0),
+        (Contains(("sorry", "cannot")), "I can.", 0.0),
+        (Contains(("STRASSE",)), "Die Straße", 1.0),
+        (Contains(("I",), case_sensitive=True), "it is", 0.0),
+        (Contains(("is", "I"), case_sensitive=True), "it is", 1.0),
+        (Contains(()), "anything", 0.0),
+        (Matches(r"\bsorry\b"), "So SORRY!", 1.0),
+        (Matches(r"\bsorry\b"), "sorryish", 0.0),
+        (Matches(r"\bsorry\b", flags=0), "SORRY", 0.0),
+        (Matches(r"^b", flags=re.MULTILINE), "a\nb", 1.0),
+    ],
+)
+def test_contains_and_matches(scorer, text, score):
+    assert scorer(text) == score
+
+
+def test_a_bad_pattern_is_refused():
+    with pytest.raises(ValueError, match=r"Matches: '\(open' is not a regular expression: .*unterminated"):
+        Matches("(open")
+
+
+@pytest.mark.parametrize("language", FUNCTION_WORDS)
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_sentence_counts_for_its_own_language_alone(language, kind):
+    text = SENTENCES[language][kind]
+    assert {name: Language(name)(text) for name in FUNCTION_WORDS} == {name: float(name == language) for name in FUNCTION_WORDS}
+
+
+def test_a_tie_or_a_text_without_function_words_is_no_language():
+    for text in ("", "42", "Paris", "the und"):
+        assert not any(Language(name)(text) for name in FUNCTION_WORDS)
+
+
+def test_an_unknown_language_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'klingon' is not one of english, french, german"):
+        Language("klingon")
+
+
+def test_score_texts_keeps_the_order():
+    assert score_texts(BALANCE, ["good", "bad", "neither"]).tolist() == [1.0, -1.0, 0.0]
+    assert score_texts(len, ["ab", ""]).dtype == np.float64
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused_with_its_text(bad):
+    def scorer(text):
+        return bad if text == "second" else 1.0
+
+    with pytest.raises(ValueError, match=rf"scorer .*: gave {bad} for 'second'; it must give a finite number"):
+        score_texts(scorer, ["first", "second"])

@@ -1,0 +1,408 @@
+"""Writing to the residual stream: exactly where and what was asked, and nothing afterwards."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+from toys import CONTEXT, NO_STOP
+
+from xmodel_steer.capture import capture
+from xmodel_steer.errors import SiteError, SpaceMismatchError
+from xmodel_steer.generation import generate_tokens
+from xmodel_steer.models import all_sites, batches, encode, forward
+from xmodel_steer.prompts import as_prompts
+from xmodel_steer.spaces import Site
+from xmodel_steer.steering import Ablate, Add, Clamp, Intervention, steering
+from xmodel_steer.vectors import Activations, difference_of_means
+
+CLOSE = dict(rtol=1e-4, atol=2e-4)
+TEXTS = toys.TEXTS[:5]
+STEPS = 4
+
+#: Which text positions of prompt ``row``, of ``length`` tokens, are steered, and the arguments that ask for it.
+WHERE = {
+    "all": lambda row, length: range(length + STEPS),
+    "prompt": lambda row, length: range(length),
+    "generated": lambda row, length: range(length, length + STEPS),
+    "last": lambda row, length: [length - 1],
+    "last+generated": lambda row, length: range(length - 1, length + STEPS),
+    "mask": lambda row, length: [1, 3],
+    "mask of each": lambda row, length: [row, length - 1, length],
+    "two prompts": lambda row, length: range(length + STEPS) if row in (1, 2) else [],
+}
+
+
+def intervention(vector, where, lengths=(), operator=Add()):
+    """The intervention that asks for a row of `WHERE`."""
+    if where == "two prompts":
+        return Intervention(vector, operator, prompts=frozenset({1, 2}))
+    if not where.startswith("mask"):
+        return Intervention(vector, operator, tuple(where.split("+")) if "+" in where else where)
+    mask = torch.zeros(len(lengths), CONTEXT, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, list(WHERE[where](row, length))] = True
+    return Intervention(vector, operator, mask[0, :4] if where == "mask" else mask)
+
+
+def lengths_of(toy, texts=TEXTS):
+    return [len(toy.ids(text)) for text in texts]
+
+
+def streams(toy, *, texts=TEXTS, sites=None, **kwargs):
+    """Every residual stream at every token."""
+    return capture(toy.model, texts, sites or all_sites(toy.model), tokens="all", include_special=True, progress=False, **kwargs)
+
+
+def logits(toy, texts=TEXTS[:3], **kwargs):
+    (batch,) = batches(toy.model, encode(toy.model, as_prompts(texts)), len(texts), **kwargs)
+    return forward(toy.model, batch.ids, batch.mask)[0][batch.mask.bool()]
+
+
+def tokens(toy, texts=TEXTS, **kwargs):
+    return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=False, progress=False, **kwargs)[0]
+
+
+def clamped(toy, layer=1):
+    """A difference of means of the toy's own rows, with means and scale; and those rows."""
+    rows = streams(toy)[Site(layer)]
+    first = rows.values[:, 0] > rows.values[:, 0].median()
+    sides = [Activations(rows.values[keep], rows.space) for keep in (first, ~first)]
+    return difference_of_means(*sides, label="toy", scale=rows.values.std(0)), rows.values
+
+
+# --- how much -------------------------------------------------------------------------------
+
+
+def test_equals_the_same_addition_in_the_untouched_model(toy):
+    added = {layer: toy.vector(layer, seed=layer) for layer in (0, toy.depth - 1)}
+    with steering(toy.model, list(added.values()), operator=Add(0.7)):
+        made, last = streams(toy), capture(toy.model, TEXTS, [Site(toy.depth - 1)], progress=False)
+        scores = logits(toy, [TEXTS[1]])
+    edits = {layer: 0.7 * vector.direction for layer, vector in added.items()}
+    references = [toy.reference(toy.ids(text), edits) for text in TEXTS]
+    for layer in range(toy.depth):
+        torch.testing.assert_close(made[Site(layer)].values, torch.cat([r[layer] for r, _ in references]), **CLOSE)
+    torch.testing.assert_close(last[Site(toy.depth - 1)].values, torch.stack([r[-1][-1] for r, _ in references]), **CLOSE)
+    torch.testing.assert_close(scores, references[1][1], **CLOSE)
+
+
+def test_strength_zero_is_bit_exact(toy):
+    plain = logits(toy)
+    with steering(toy.model, toy.vector(1), operator=Add(0.0)):
+        assert torch.equal(logits(toy), plain)
+
+
+def test_twice_the_strength_is_twice_the_vector(toy):
+    vector = toy.vector(1)
+    with steering(toy.model, vector, operator=Add(2.0)):
+        strength = logits(toy)
+    with steering(toy.model, 2.0 * vector):
+        assert torch.equal(logits(toy), strength)
+    with steering(toy.model, -vector, operator=Add(-2.0)):
+        assert torch.equal(logits(toy), strength)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaving_restores_the_model_bit_exactly(toy, fails):
+    plain, seen = logits(toy), []
+    with toy.model.hooks(fwd_hooks=[(Site(0).hook_name, lambda value, hook: seen.append(1))]):
+        with ExitStack() as stack:
+            if fails:
+                stack.enter_context(pytest.raises(KeyboardInterrupt))
+            with steering(toy.model, [toy.vector(0), toy.vector(2)]):
+                assert not torch.equal(logits(toy), plain)
+                if fails:
+                    raise KeyboardInterrupt
+        seen.clear()
+        assert torch.equal(logits(toy), plain)
+        assert len(seen) == 1, "the user's own hook is gone"
+    inner = getattr(toy.model, "original_model", toy.model)
+    assert not inner._forward_pre_hooks
+
+
+def test_nothing_before_the_block_changes_and_everything_after_does(toy):
+    plain = streams(toy)
+    for layer in range(toy.depth):
+        with steering(toy.model, toy.vector(layer)):
+            steered = streams(toy)
+        for site in plain:
+            assert torch.equal(steered[site].values, plain[site].values) == (site.layer < layer)
+
+
+def test_a_capture_made_before_is_not_written_into(toy):
+    """The stream is read first, then written, in one pass: an in-place write would reach the reader."""
+    plain, read = streams(toy, sites=[Site(1)], batch_size=8)[Site(1)], []
+    with toy.model.hooks(fwd_hooks=[(Site(1).hook_name, lambda value, hook: read.append(value))]):
+        with steering(toy.model, toy.vector(1)):
+            streams(toy, sites=[Site(1)], batch_size=8)
+    (batch,) = batches(toy.model, encode(toy.model, as_prompts(TEXTS)), 8)
+    rows = dict(zip(batch.rows, read[0]))
+    kept = torch.cat([rows[i][: len(toy.ids(text))] for i, text in enumerate(TEXTS)])
+    assert torch.equal(kept, plain.values)
+
+
+# --- operators ------------------------------------------------------------------------------
+
+
+def test_ablate_leaves_no_projection_and_nothing_else_changes(toy):
+    vector = toy.vector(1)
+    plain = streams(toy)[Site(1)].values
+    with steering(toy.model, vector, operator=Ablate()):
+        left = streams(toy)[Site(1)].values
+    unit = vector.direction / vector.direction.norm()
+    assert (plain @ unit).abs().max() > 1
+    torch.testing.assert_close(left @ unit, torch.zeros(len(left)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(left + (plain @ unit)[:, None] * unit, plain, **CLOSE)
+
+
+@pytest.mark.parametrize("to", ["positive", "negative"])
+@pytest.mark.parametrize("gate, overshoot", [(True, 1.0), (False, 1.0), (True, 1.5), (False, 0.0)])
+def test_clamp_moves_the_projection_to_the_class_mean(toy, to, gate, overshoot):
+    vector, plain = clamped(toy)
+    with steering(toy.model, vector, operator=Clamp(to=to, gate=gate, overshoot=overshoot)):
+        made = streams(toy)[Site(1)].values
+    w = (vector.direction / vector.scale**2).double()
+    w = w / (w @ vector.direction.double())
+    before, after = plain.double() @ w, made.double() @ w
+    high, low = vector.positive_mean.double() @ w, vector.negative_mean.double() @ w
+    assert high > low
+    goal, middle = (high if to == "positive" else low), (high + low) / 2
+    moved = (before < middle if to == "positive" else before > middle) if gate else torch.ones_like(before, dtype=torch.bool)
+    assert 0 < moved.sum() and (moved.all() or gate)
+    assert torch.equal(made[~moved], plain[~moved])
+    torch.testing.assert_close(after[moved], (before + overshoot * (goal - before))[moved], atol=1e-4, rtol=1e-4)
+    # Only along the vector.
+    step = made - plain
+    along = (step @ w.float())[:, None] * vector.direction
+    torch.testing.assert_close(step, along, atol=1e-4, rtol=1e-3)
+
+
+def test_several_vectors_act_at_their_sites_and_in_order_at_one(toy):
+    w, deep = toy.vector(1, seed=2), toy.vector(2, seed=3)
+    v = w + toy.vector(1, seed=1)  # not orthogonal: the order matters
+    plain = streams(toy)[Site(1)].values
+    unit = w.direction / w.direction.norm()
+
+    def ablated(x):
+        return x - (x @ unit)[:, None] * unit
+
+    steps = [Intervention(v), Intervention(w, Ablate()), Intervention(deep, Add(2.0), "last")]
+    with steering(toy.model, steps):
+        one = streams(toy)
+    with steering(toy.model, [steps[1], steps[0]]):
+        other = streams(toy)
+    torch.testing.assert_close(one[Site(1)].values, ablated(plain + v.direction), **CLOSE)
+    torch.testing.assert_close(other[Site(1)].values, ablated(plain) + v.direction, **CLOSE)
+    assert not torch.allclose(one[Site(1)].values, other[Site(1)].values, atol=1e-2)
+    with steering(toy.model, steps[0]), steering(toy.model, steps[1]), steering(toy.model, steps[2]):
+        nested = streams(toy)
+    with steering(toy.model, steps[:2]):
+        shallow = streams(toy)
+    step, start = one[Site(2)].values - shallow[Site(2)].values, 0
+    for length in lengths_of(toy):  # the third vector moves the last token of every text, no other
+        assert not step[start : start + length - 1].any()
+        torch.testing.assert_close(step[start + length - 1], 2 * deep.direction, **CLOSE)
+        start += length
+    for site in nested:
+        assert torch.equal(nested[site].values, one[site].values)
+
+
+@pytest.mark.parametrize("stream", ["resid_pre", "resid_mid", "attn_out", "mlp_out"])
+def test_other_streams(toy, stream):
+    vector = toy.vector(1, stream=stream)
+    site, plain = vector.space.site, streams(toy, sites=[Site(0), vector.space.site, Site(1)])
+    with steering(toy.model, vector):
+        made = streams(toy, sites=[Site(0), site, Site(1)])
+    torch.testing.assert_close(made[site].values, plain[site].values + vector.direction, **CLOSE)
+    assert not torch.allclose(made[Site(1)].values, plain[Site(1)].values, atol=1e-2)
+    assert torch.equal(made[Site(0)].values, plain[Site(0)].values)
+
+
+# --- where ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("side, size", [("right", 8), ("left", 3), ("right", 1)])
+def test_positions_in_a_plain_pass(toy, where, side, size):
+    vector, lengths = toy.vector(1), lengths_of(toy)
+    plain = streams(toy, batch_size=size, padding_side=side)[Site(1)].values
+    with steering(toy.model, intervention(vector, where, lengths)):
+        made = streams(toy, batch_size=size, padding_side=side)[Site(1)].values
+    expected = torch.zeros(len(made), dtype=torch.bool)
+    start = 0
+    for row, length in enumerate(lengths):
+        expected[[start + p for p in WHERE[where](row, length) if p < length]] = True
+        start += length
+    assert torch.equal((made != plain).any(-1), expected)
+    torch.testing.assert_close(made[expected], plain[expected] + vector.direction, **CLOSE)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_in_a_decode(toy, where, use_cache):
+    """In every pass, what a hook after the steering sees less what one before it sees."""
+    vector, lengths, site = toy.vector(1), lengths_of(toy), Site(1).hook_name
+    before, after = [], []
+    with toy.model.hooks(fwd_hooks=[(site, lambda value, hook: before.append(value.clone()))]):
+        with steering(toy.model, intervention(vector, where, lengths)):
+            with toy.model.hooks(fwd_hooks=[(site, lambda value, hook: after.append(value.clone()))]):
+                tokens(toy, use_cache=use_cache)
+    assert len(before) == len(after) == STEPS
+    step = [a - b for a, b in zip(after, before)]
+    step = torch.cat(step, 1) if use_cache else step[-1]
+    assert step.shape[1] == max(lengths) + STEPS - 1
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # longest first, see `batches`
+    for row, i in enumerate(order):
+        own = step[row, max(lengths) - lengths[i] :]
+        expected = torch.zeros(len(own), dtype=torch.bool)
+        expected[[p for p in WHERE[where](i, lengths[i]) if p < len(own)]] = True
+        assert torch.equal(own.any(-1), expected), (i, lengths[i])
+        torch.testing.assert_close(own[expected], vector.direction.expand(int(expected.sum()), -1), atol=1e-4, rtol=1e-3)
+        assert not step[row, : max(lengths) - lengths[i]].any(), "padding was steered"
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_decodes_agree_with_and_without_cache_in_a_batch_and_alone(toy, where):
+    lengths, vector = lengths_of(toy), toy.vector(1)
+    with steering(toy.model, intervention(vector, where, lengths, Add(3.0))):
+        one = tokens(toy, batch_size=8)
+        assert tokens(toy, batch_size=8, use_cache=False) == one
+        assert tokens(toy, batch_size=3) == one
+        assert tokens(toy, batch_size=1) == one
+    assert one != tokens(toy)
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
+def test_a_decode_equals_uncached_steps_of_the_untouched_model(toy, where):
+    vector = toy.vector(1, size=4.0)
+    with steering(toy.model, vector, positions=where):
+        made = tokens(toy)
+    for text, new in zip(TEXTS, made):
+        ids = toy.ids(text)
+        length, edit = len(ids), torch.zeros(len(ids) + STEPS, toy.width)
+        edit[list(WHERE[where](0, length))] = vector.direction
+        for token in new:
+            assert toy.reference(ids, {1: edit[: len(ids)]})[1][-1].argmax() == token
+            ids.append(token)
+
+
+# --- the user's own calls -------------------------------------------------------------------
+
+
+def test_the_users_own_forward_pass_is_steered(toy):
+    vector = toy.vector(1)
+    (batch,) = batches(toy.model, encode(toy.model, as_prompts(TEXTS[:3])), 3)
+    with steering(toy.model, vector, positions="last"), torch.no_grad():
+        padded = toy.model(batch.ids, attention_mask=batch.mask)
+        alone = toy.model(torch.tensor([toy.ids(TEXTS[0])]))
+    for ids, mask, scores in zip(batch.ids, batch.mask.bool(), padded):
+        edit = torch.zeros(int(mask.sum()), toy.width)
+        edit[-1] = vector.direction
+        torch.testing.assert_close(scores[mask], toy.reference(ids[mask].tolist(), {1: edit})[1], **CLOSE)
+        if ids[mask].tolist() == toy.ids(TEXTS[0]):
+            torch.testing.assert_close(alone[0], scores[mask], **CLOSE)
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
+def test_the_models_own_generate_is_steered(toy, where, request):
+    if toy.hf is None:
+        reason = "HookedTransformer.generate calls self.forward with embeddings, which no forward pre-hook sees"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=SiteError, reason=reason))
+    with steering(toy.model, toy.vector(1, size=4.0), positions=where):
+        mine = tokens(toy, TEXTS[1:3])
+        for text, new in zip(TEXTS[1:3], mine):
+            ids = torch.tensor([toy.ids(text)])
+            theirs = toy.model.generate(
+                ids, max_new_tokens=STEPS, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens"
+            )
+            assert theirs[0, ids.shape[1] :].tolist() == new
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
+def test_the_models_own_padded_generate_is_steered(bridge, where):
+    (batch,) = batches(bridge.model, encode(bridge.model, as_prompts(TEXTS[:3])), 3, padding_side="left")
+    with steering(bridge.model, bridge.vector(1, size=4.0), positions=where):
+        mine = tokens(bridge, TEXTS[:3])
+        inner = bridge.model.original_model.generate(
+            batch.ids, attention_mask=batch.mask, do_sample=False, max_new_tokens=STEPS, **NO_STOP
+        )
+    for row, i in enumerate(batch.rows):
+        assert inner[row, batch.ids.shape[1] :].tolist() == mine[i]
+
+
+def test_a_cached_step_by_hand_counts_from_its_cache(bridge):
+    inner, ids = bridge.model.original_model, torch.tensor([bridge.ids(TEXTS[1])])
+    vector = bridge.vector(1)
+    with torch.no_grad(), steering(bridge.model, vector, positions="generated"):
+        cache = inner(ids, use_cache=True).past_key_values
+        stepped = inner(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+    edit = torch.zeros(ids.shape[1] + 1, bridge.width)
+    edit[-1] = vector.direction
+    expected = bridge.reference([*ids[0].tolist(), int(ids[0, -1])], {1: edit})[1][-1]
+    torch.testing.assert_close(stepped, expected, **CLOSE)
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["llama", "gemma"])
+def test_a_vector_of_another_model_is_refused(toy_named, other):
+    qwen, foreign = toy_named("qwen"), toy_named(other)
+    assert (qwen.width == foreign.width) == (other == "llama")
+    with pytest.raises(SpaceMismatchError, match=f"steering qwen: needs qwen .*got {other} .*carry it over with a map"):
+        with steering(qwen.model, foreign.vector(1)):
+            pass
+
+
+def test_a_pass_that_stops_below_the_site_is_an_error_on_leaving(toy):
+    vector = toy.vector(toy.depth - 1)
+    ids = torch.tensor([toy.ids(TEXTS[0])])
+    with pytest.raises(SiteError, match=rf"blocks.{toy.depth - 1}.hook_resid_post did not fire in 1 forward passes; nothing was steered"):
+        with steering(toy.model, vector):
+            toy.model(ids, stop_at_layer=1)
+    with steering(toy.model, vector):  # a block in which the model did not run is no error
+        pass
+    with pytest.raises(KeyError, match="mine"):  # the user's own error comes first
+        with steering(toy.model, vector):
+            toy.model(ids, stop_at_layer=1)
+            raise KeyError("mine")
+
+
+@pytest.mark.parametrize("positions", ["first", ("last", "first"), (), torch.ones(3), torch.ones(1, 1, 1, dtype=torch.bool)], ids=str)
+def test_unknown_positions_are_refused(llama, positions):
+    with pytest.raises((ValueError, TypeError), match="positions"):
+        Intervention(llama.vector(0), positions=positions)
+
+
+def test_a_mask_with_too_few_rows_is_refused(toy):
+    with steering(toy.model, toy.vector(1), positions=torch.ones(2, 4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="the mask has 2 rows, prompt 2 has none"):
+            streams(toy, texts=TEXTS[:3])
+        streams(toy, texts=TEXTS[:2])
+
+
+def test_operators_refuse_vectors_they_cannot_use(llama):
+    vector, _ = clamped(llama)
+    for operator, unfit, says in (
+        (Ablate(), 0.0 * vector, "zero vector, it has no direction to remove"),
+        (Clamp(), llama.vector(1), "has no class means to clamp to"),
+        (Clamp(), replace(vector, scale=None), "need the standard deviations"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            with steering(llama.model, unfit, operator=operator):
+                pass
+    with pytest.raises(ValueError, match="at least one vector"):
+        with steering(llama.model, []):
+            pass
+    assert not llama.model.original_model._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*without position_embeddings:RuntimeWarning")
+def test_a_pass_round_the_models_own_call_is_refused(llama):
+    with steering(llama.model, llama.vector(0)):
+        llama.model(torch.tensor([llama.ids(TEXTS[0])]))
+        with pytest.raises(SiteError, match="went round the model's own call"):
+            llama.model.blocks[0](torch.randn(1, 3, llama.width))
+
