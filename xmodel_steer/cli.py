@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,31 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Find a behaviour's direction in a small language model, carry it into a larger one, and show against controls what survived.",
 )
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are one line; inside it, because typer has its own way with Ctrl-C."""
+
+    @wraps(command)
+    def reported(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.BadParameter, typer.Exit):
+            raise
+        except KeyboardInterrupt:
+            print("\nerror: interrupted; nothing half-written is left, what was cached stays", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if "--debug" in sys.argv:
+                raise
+            known = isinstance(error, XModelSteerError)
+            text = " ".join(str(error).split())
+            hint = " (run xmodel-steer --debug ... for the traceback)"
+            print(f"error: {text if known else f'{type(error).__name__}: {text[:400]}{hint}'}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return reported
+
 
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu. Default: CUDA if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto (bfloat16 where it is faster).")]
@@ -35,6 +62,7 @@ def _options(
 
 
 @app.command()
+@_reported
 def demo(
     behaviour: Annotated[str, typer.Option(help="sentiment, first-person or tense.")] = "sentiment",
     out: Out = None,
@@ -59,6 +87,7 @@ def demo(
 
 
 @app.command()
+@_reported
 def transfer(
     source: Annotated[
         str, typer.Option(help="Model to find the vector in: hub name, folder, .gguf file or packaged:NAME.")
@@ -135,6 +164,7 @@ def transfer(
 
 
 @app.command()
+@_reported
 def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Print the table and the verdict of a run folder."""
     from xmodel_steer.persistence import read
@@ -213,25 +243,7 @@ def _scorer(text: str) -> Any:
 
 def main() -> None:
     """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
-    debug = "--debug" in sys.argv
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", AlignmentWarning)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
-    try:
-        app()
-    except XModelSteerError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing half-written is left, what was cached stays", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if debug:
-            raise
-        print(
-            f"error: {type(error).__name__}: {str(error).strip()[:400]} (run with --debug for the traceback)",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+    app()

@@ -24,7 +24,8 @@ SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 # Candidates; validation prompts choose among them.
 SOURCE_SITES = (Site(15), Site(18), Site(21))
 TARGET_SITES = (Site(8), Site(10), Site(12))
-MAP_DOCUMENTS, MAP_TOKENS, NEUTRAL_DOCUMENTS = 500, 192, 48
+MAP_DOCUMENTS, MAP_TOKENS = 500, 192
+NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 36, 24
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ def demo(
         target_sites=TARGET_SITES,
         moments=moments,
         neutral_texts=passages[-NEUTRAL_DOCUMENTS:],
+        neutral_tokens=NEUTRAL_TOKENS,
         max_new_tokens=20,
         progress=progress,
     )

@@ -16,6 +16,7 @@ from xmodel_steer.metrics import Reference
 from xmodel_steer.models import Batch, batches, encode, forward, layout, name_of
 from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
 from xmodel_steer.steering import Intervention, steering
+from xmodel_steer.vectors import check_finite
 
 Scorer = Callable[[str], float]
 
@@ -231,6 +232,7 @@ def side_effects(
                 else:
                     steered = unsteered
                 per_token, nll = reference.compare(steered, following)
+                check_finite(nll, f"side effects on {name_of(model)}: loss")
                 if not setting:
                     per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
                 for sums, values in ((kl, per_token), (loss, nll)):

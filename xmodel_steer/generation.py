@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from xmodel_steer.errors import PromptError
 from xmodel_steer.models import Batch, batches, context_length, encode, forward, layout, name_of, pad_id, tokenizer_of
 from xmodel_steer.prompts import PromptLike, as_prompts
+from xmodel_steer.vectors import check_finite
 
 
 def generate(
@@ -149,8 +150,11 @@ def _decode(
 
 
 def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    top = logits.argmax(-1)
+    # NaN is the largest of all to argmax: looking at the winner finds it without another pass.
+    check_finite(logits.gather(1, top[:, None]), "generate: logits")
     if temperature <= 0:
-        return logits.argmax(-1)
+        return top
     shares = (logits.float() / temperature).softmax(-1).cpu()
     drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators, strict=True)]
     return torch.cat(drawn).to(logits.device)

@@ -1,0 +1,186 @@
+"""The command line on toy models in local folders: runs end to end, and errors are one line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+from test_transfer import contrast, sentences
+
+from xmodel_steer import cli
+from xmodel_steer.persistence import read
+
+
+@pytest.fixture(scope="session")
+def folders(tokenizers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Toy models saved as a user's are, a contrast set, a corpus and prompts."""
+    root = tmp_path_factory.mktemp("cli")
+    for name, kind in (("llama", "byte_level"), ("gemma", "metaspace")):
+        toys.hf_model(name, tokenizers[kind]).save_pretrained(root / name)
+        tokenizers[kind].save_pretrained(root / name)
+    pairs = zip(contrast().positive, contrast().negative, strict=True)
+    (root / "pairs.jsonl").write_text(
+        "".join(json.dumps({"positive": p.text, "negative": n.text}) + "\n" for p, n in pairs)
+    )
+    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(60, 4)))
+    (root / "prompts.txt").write_text("\n\n".join(sentences(9, 3, 4)))
+    return {p.name: p for p in root.iterdir()}
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line; gives exit code, output and errors."""
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["xmodel-steer", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:
+    options: dict[str, object] = {
+        "source": folders["llama"], "target": folders["gemma"], "contrast": folders["pairs.jsonl"], "text": folders["corpus.jsonl"],
+        "out": out, "prompts": folders["prompts.txt"], "score": "contains:a", "max-new-tokens": 4, "strengths": "-1,1",
+        "source-layers": "1", "target-layers": "1,2", "dtype": "float32",
+    }  # fmt: skip
+    options |= {k.replace("_", "-"): v for k, v in changes.items()}
+    return ["transfer", *(item for k, v in options.items() if v is not None for item in (f"--{k}", v))]
+
+
+def test_transfer_writes_a_run_folder_and_show_prints_it(
+    command: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    code, out, err = command(*arguments(folders, tmp_path / "run"))
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "generations.jsonl", "map.safetensors", "report.html", "result.json", "vectors",
+    ]  # fmt: skip
+    result = read(tmp_path / "run")
+    assert result.verdict().text in out.replace("\n", " ")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "src=" not in page.split("<body>")[0]  # nothing is fetched
+    assert page.count("<h3>") == 6
+    code, shown, _ = command("show", tmp_path / "run")
+    assert code == 0
+    assert "shuffled" in shown
+    # Once more: the moments come from the cache, the result is the same.
+    assert command(*arguments(folders, tmp_path / "again"))[0] == 0
+    again = read(tmp_path / "again")
+    assert [a.scores for a in again.arms] == [a.scores for a in result.arms]
+
+
+def test_transfer_without_prompts_measures_preference(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    code, _out, err = command(*arguments(folders, tmp_path / "run", prompts=None, score=None))
+    assert code == 0, err
+    assert "log-likelihood" in read(tmp_path / "run").unit
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source": "no/such-model-anywhere"}, "hub"),
+        ({"source": "/no/such/folder"}, "no such folder"),
+        ({"source": "missing.gguf"}, "no such GGUF file"),
+        ({"source": "packaged:gpt-9"}, "packaged:gemma-3-270m"),
+        ({"source_layers": "40"}, "has layers 0 to 3"),
+        ({"contrast": "nowhere.jsonl"}, "no such file"),
+        ({"text": "nowhere.jsonl"}, "no such file"),
+        ({"prompts": None}, "go together"),
+        ({"dtype": "float16"}, "float16 overflows"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_1_and_leaves_nothing(
+    changes: dict[str, object], says: str, command: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    code, _, err = command(*arguments(folders, tmp_path / "run", **changes))
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 1
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"score": "vibes"}, {"score": "matches:("}, {"strengths": "one"}, {"tokens": "some"}, {"source": None}]
+)
+def test_a_wrong_call_is_exit_2(
+    wrong: dict[str, object], command: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert command(*arguments(folders, tmp_path / "run", **wrong))[0] == 2
+
+
+def test_debug_shows_the_traceback(command: Any) -> None:
+    with pytest.raises(Exception, match="no such run folder"):
+        command("--debug", "show", "nowhere")
+
+
+def test_a_folder_that_is_not_a_run_is_refused_before_any_work(
+    command: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    code, _, err = command(*arguments(folders, tmp_path / "mine"))
+    assert code == 1
+    assert "not a run folder" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_changed_input_is_never_served_from_the_cache(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    def cached() -> int:
+        return len(list((tmp_path / "cache" / "moments").glob("*.safetensors")))
+
+    assert command(*arguments(folders, tmp_path / "run", prompts=None, score=None))[0] == 0
+    assert cached() == 1
+    text = (folders["corpus.jsonl"]).read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(text[1:]) + text[0].replace("a", "e", 1))
+    assert (
+        command(*arguments(folders, tmp_path / "run", prompts=None, score=None, text=tmp_path / "other.jsonl"))[0] == 0
+    )
+    assert cached() == 2
+    # A damaged file in the cache is collected again, not served and not an error.
+    for file in (tmp_path / "cache" / "moments").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    assert command(*arguments(folders, tmp_path / "run", prompts=None, score=None))[0] == 0
+
+
+def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A real signal to a real process, while it measures."""
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(20000, 8, 25)))
+    call = [
+        sys.executable,
+        "-c",
+        "from xmodel_steer.cli import main; main()",
+        *arguments(folders, tmp_path / "run", text=long),
+    ]
+    environment = {"XMODEL_STEER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    import os
+
+    process = subprocess.Popen(list(map(str, call)), stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    assert process.stderr is not None
+    seen = ""
+    deadline = time.monotonic() + 120
+    while "moments" not in seen and time.monotonic() < deadline:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert not (tmp_path / "run").exists()
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]

@@ -1,0 +1,122 @@
+"""The two real models: what the README, the example and the notebooks promise, run as written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import xmodel_steer as xs
+from xmodel_steer.demo import behaviour_data, general_text
+from xmodel_steer.models import is_bridge, tokenizer_of
+
+pytestmark = pytest.mark.packaged
+
+ROOT = Path(__file__).parent.parent
+PARAGRAPH = (
+    "The river rises in the hills north of the town and flows south through farmland before it reaches the sea. "
+    "In winter the lower valley often floods, and the road to the coast is closed for several days."
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    names = ("packaged:smollm2-135m-instruct", "packaged:gemma-3-270m")
+    return {name: xs.load(name) for name in names}
+
+
+def test_the_conversion_is_sound(models: dict[str, Any]) -> None:
+    """Perplexity of plain English is that of a working model, not of one with a wrong layout."""
+    for name, model in models.items():
+        assert is_bridge(model)
+        assert 3 < xs.side_effects(model, [[]], [PARAGRAPH], max_tokens=None)[0].perplexity < 25, name
+
+
+def test_smollm_splits_digits(models: dict[str, Any]) -> None:
+    tokenizer = tokenizer_of(models["packaged:smollm2-135m-instruct"])
+    assert tokenizer.tokenize("in 2024")[-4:] == ["2", "0", "2", "4"]
+
+
+def test_capture_equals_hugging_face(models: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for model in models.values():
+        folder = tokenizer_of(model).name_or_path
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        depth = model.cfg.n_layers
+        sites = [xs.Site(0), xs.Site(depth // 2), xs.Site(depth - 2)]
+        ours = xs.capture(model, [PARAGRAPH], sites, tokens="all", include_special=True)
+        ids = tokenizer_of(model)(PARAGRAPH, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            states = reference(ids, output_hidden_states=True).hidden_states
+        for site in sites:
+            assert torch.allclose(ours[site].values, states[site.layer + 1][0], rtol=1e-5, atol=1e-3)
+
+
+def test_most_tokens_pair(models: dict[str, Any]) -> None:
+    small, large = models.values()
+    moments = xs.collect_moments(
+        small, large, general_text()[:12], source_sites=[xs.Site(2)], target_sites=[xs.Site(2)], max_tokens=64
+    )
+    assert moments.coverage > 0.95
+
+
+def test_greedy_text_does_not_depend_on_the_batch_or_the_cache(models: dict[str, Any]) -> None:
+    large = models["packaged:gemma-3-270m"]
+    site = xs.Site(10)
+    contrast, prompts = behaviour_data("sentiment")
+    sides = [
+        xs.capture(large, side[:8], [site], tokens="mean")[site] for side in (contrast.positive, contrast.negative)
+    ]
+    vector = xs.difference_of_means(*sides)
+    with xs.steering(large, vector, operator=xs.Add(1.0), positions=("last", "generated")):
+        together = xs.generate(large, prompts[:4], max_new_tokens=8, batch_size=4)
+        alone = xs.generate(large, prompts[:4], max_new_tokens=8, batch_size=1)
+        uncached = xs.generate(large, prompts[:4], max_new_tokens=8, batch_size=4, use_cache=False)
+    assert together == alone == uncached
+
+
+def demo(behaviour: str, folder: Path) -> Any:
+    command = [sys.executable, "-c", "from xmodel_steer.cli import main; main()", "demo", "--behaviour", behaviour]
+    done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mapped" in done.stdout
+    return xs.read(folder)
+
+
+@pytest.mark.parametrize("behaviour", ["sentiment", "first-person"])
+def test_the_demo_shows_transfer(behaviour: str, tmp_path: Path) -> None:
+    result = demo(behaviour, tmp_path / "run")
+    verdict = result.verdict()
+    assert len(result.splits["evaluation"]) >= 48
+    assert len(result.arm("random", 1.0).seeds) == 5
+    assert verdict.separated == {"+": True, "-": True}, verdict.text
+    assert max(verdict.perplexity_ratio.values()) < 2, verdict.text
+    assert verdict.ratio is not None
+    assert verdict.ratio.value > 0.7, verdict.text
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+    assert len(script.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_run(notebook: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(notebook, as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert len(book.cells) <= 40
+    assert sum(len(cell.source.splitlines()) for cell in code) <= 150
+    assert not any(re.search(r"^\s*def ", cell.source, re.MULTILINE) for cell in code)
+    assert not any(cell.outputs for cell in code), "committed without outputs"
+    NotebookClient(book, timeout=900, resources={"metadata": {"path": str(ROOT)}}).execute()
