@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 import toys
 
 torch.set_num_threads(1)  # toys are too small to share between cores

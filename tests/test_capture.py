@@ -15,7 +15,11 @@ from xmodel_steer.spaces import Site
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 CHATS = [
     [{"role": "user", "content": "Call me Ishmael."}],
-    [{"role": "system", "content": "In a hole"}, {"role": "user", "content": "the clocks"}, {"role": "assistant", "content": "were"}],
+    [
+        {"role": "system", "content": "In a hole"},
+        {"role": "user", "content": "the clocks"},
+        {"role": "assistant", "content": "were"},
+    ],
 ]
 
 
@@ -33,7 +37,9 @@ def test_equals_an_unpadded_pass_of_the_untouched_model(toy):
 def test_equals_output_hidden_states_but_for_the_last_layer_which_is_before_the_final_norm(bridge):
     made = everything(bridge, batch_size=7)
     with torch.no_grad():
-        states = [bridge.hf(torch.tensor([bridge.ids(text)]), output_hidden_states=True).hidden_states for text in TEXTS]
+        states = [
+            bridge.hf(torch.tensor([bridge.ids(text)]), output_hidden_states=True).hidden_states for text in TEXTS
+        ]
     for layer in range(bridge.depth):
         theirs = torch.cat([s[layer + 1][0] for s in states])
         same = torch.allclose(made[Site(layer)].values, theirs, **CLOSE)
@@ -60,7 +66,7 @@ def test_what_tokens_selects(toy):
     for text in TEXTS:
         coded = toy.tokenizer(text, return_offsets_mapping=True)
         rows = toy.reference(coded["input_ids"])[0][1]
-        end = [-1 if i in special else e for i, (_, e) in zip(coded["input_ids"], coded["offset_mapping"])]
+        end = [-1 if i in special else e for i, (_, e) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)]
         content = [i for i, e in enumerate(end) if e >= 0 and i > 0]
         span = [i for i, e in enumerate(end) if 2 < e <= 9]
         for name, chosen in (("last", [len(rows) - 1]), ("all", content), ((2, 9), span)):
@@ -77,7 +83,9 @@ def test_what_tokens_selects(toy):
 def test_template_tokens_are_not_content(llama):
     tokenizer, site = llama.tokenizer, Site(2)
     for chat in CHATS:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] != "assistant")
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=chat[-1]["role"] != "assistant"
+        )
         coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         rows, inside, start = llama.reference(coded["input_ids"])[0][2], [], 0
         for message in chat:
@@ -112,7 +120,8 @@ def test_order_of_the_prompts_is_kept(toy):
 def test_stops_at_the_deepest_site_and_computes_no_logits(toy):
     ran, logits = [], []
     handles = [
-        block.attn.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(toy.model.blocks)
+        block.attn.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer, block in enumerate(toy.model.blocks)
     ]
     handles.append(toy.model.unembed.register_forward_hook(lambda _, __, out: logits.append(out.shape)))
     try:
@@ -158,7 +167,9 @@ def test_refuses(toy, arguments, error, says):
 
 def test_a_long_prompt_is_cut_only_when_asked(toy):
     long = "the sky above the port " * CONTEXT
-    made = capture(toy.model, [long], [Site(1)], tokens="all", include_special=True, max_tokens=9, progress=False)[Site(1)]
+    made = capture(toy.model, [long], [Site(1)], tokens="all", include_special=True, max_tokens=9, progress=False)[
+        Site(1)
+    ]
     torch.testing.assert_close(made.values, toy.reference(toy.ids(long)[:9])[0][1], **CLOSE)
 
 
@@ -168,9 +179,9 @@ def test_a_prompt_of_specials_only_has_no_content(gemma):
 
 
 def test_a_site_that_does_not_fire_is_refused(toy):
-    with pytest.raises(SiteError, match=rf"{toy.name}: resid_post\[1\] did not fire"):
-        with recording(toy.model, [Site(1)]):
-            pass
+    says = rf"{toy.name}: resid_post\[1\] did not fire"
+    with pytest.raises(SiteError, match=says), recording(toy.model, [Site(1)]):
+        pass
 
 
 def test_nan_is_refused_by_name(toy):
@@ -180,7 +191,9 @@ def test_nan_is_refused_by_name(toy):
         with torch.no_grad():
             weight.fill_(float("nan"))
         assert capture(toy.model, TEXTS, [Site(0)], progress=False)
-        with pytest.raises(NonFiniteError, match=rf"capture {toy.name} resid_post\[1\] \(torch.float32\): NaN or infinity in 8 row"):
+        with pytest.raises(
+            NonFiniteError, match=rf"capture {toy.name} resid_post\[1\] \(torch.float32\): NaN or infinity in 8 row"
+        ):
             capture(toy.model, TEXTS, [Site(0), Site(1)], progress=False)
     finally:
         with torch.no_grad():

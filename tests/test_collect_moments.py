@@ -17,7 +17,11 @@ from xmodel_steer.spaces import Site
 
 SITES = dict(source_sites=[Site(0), Site(2)], target_sites=[Site(1)])
 #: Enough documents for every part; some with characters of several tokens.
-DOCUMENTS = [text[start:] for text in CORPUS for start in (0, 7, 15, 24)] + TEXTS + ["The sky 🙂 above été, the port", "Call\tme  Ishmael 😀😀"]
+DOCUMENTS = (
+    [text[start:] for text in CORPUS for start in (0, 7, 15, 24)]
+    + TEXTS
+    + ["The sky 🙂 above été, the port", "Call\tme  Ishmael 😀😀"]
+)
 PAIRS = [("llama", "gemma"), ("gemma", "gpt2"), ("qwen", "llama"), ("hooked", "qwen"), ("gpt2", "hooked-rotary")]
 
 
@@ -39,9 +43,11 @@ def paired_rows(source, target, max_tokens):
     rows: dict = {part: {(end, s): [] for end in (0, 1) for s in sites[end]} for part in PARTS}
     for prompt in prompts:
         ends = []
-        for toy, own in zip((source, target), sites):
+        for toy, own in zip((source, target), sites, strict=True):
             kept = capture(toy.model, [prompt], own, tokens="all", max_tokens=max_tokens, progress=False)
-            ends.append({site: dict(zip([e for _, e in a.rows], a.values)) for site, a in kept.items()})  # the last of equal ends stays
+            ends.append(
+                {site: dict(zip([e for _, e in a.rows], a.values, strict=True)) for site, a in kept.items()}
+            )  # the last of equal ends stays
         shared = sorted(set(ends[0][sites[0][0]]) & set(ends[1][sites[1][0]]))
         for end in (0, 1):
             for site in sites[end]:
@@ -103,7 +109,9 @@ def test_reads_a_generator_once_and_keeps_no_more_than_a_window(llama, toy_named
     assert drawn == list(range(50)) and made.documents == 50
     assert alive[1] <= alive[0] + 60, "tensors pile up with the text"
     listed = collected(llama, qwen, [f"{CORPUS[i % 6]} {i}" for i in range(50)], batch_size=2)
-    assert torch.equal(listed.pair(Site(0), Site(1)).train.cross_scatter, made.pair(Site(0), Site(1)).train.cross_scatter)
+    assert torch.equal(
+        listed.pair(Site(0), Site(1)).train.cross_scatter, made.pair(Site(0), Site(1)).train.cross_scatter
+    )
 
 
 def test_equal_tokenizers_pair_every_token_and_different_ones_those_that_end_together(llama, gemma, toy_named):
@@ -144,12 +152,19 @@ def test_chat_documents_pair_by_content_without_the_template(llama, toy_named):
         (dict(target_sites=[]), ValueError, "at least one source site and one target site"),
         (dict(target_sites=[Site(9)]), ModelError, r"no resid_post\[9\]"),
         pytest.param(
-            dict(texts=["日本語の文章です"]), AlignmentError, "no token that could be paired",
-            marks=pytest.mark.xfail(strict=True, reason="encode: a lone prefix token has offsets (0, 1), and is taken to have read character 1"),
+            dict(texts=["日本語の文章です"]),
+            AlignmentError,
+            "no token that could be paired",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="encode: a lone prefix token has offsets (0, 1), and is taken to have read character 1",
+            ),
         ),
         (dict(texts=["a"]), AlignmentError, "no token that could be paired .*check that both tokenizers"),
         pytest.param(
-            dict(batch_size=0), ValueError, "batch_size must be at least 1",
+            dict(batch_size=0),
+            ValueError,
+            "batch_size must be at least 1",
             marks=pytest.mark.xfail(strict=True, reason="collect_moments: an empty window is taken for no texts"),
         ),
     ],
@@ -173,12 +188,16 @@ def test_nan_is_refused_by_name(llama, gemma):
             weight.copy_(good)
 
 
-@pytest.mark.parametrize("sizes, says", [((7, 4), "2[0-9]% of the tokens pair"), ((7, 6), "only 1[0-9]% of the tokens pair")])
+@pytest.mark.parametrize(
+    "sizes, says", [((7, 4), "2[0-9]% of the tokens pair"), ((7, 6), "only 1[0-9]% of the tokens pair")]
+)
 def test_low_coverage_warns_and_hopeless_coverage_is_refused(llama, toy_named, tmp_path, sizes, says):
     models = (llama, toy_named("qwen"))
-    expected = pytest.raises(AlignmentError, match=says) if "only" in says else pytest.warns(AlignmentWarning, match=says)
+    expected = (
+        pytest.raises(AlignmentError, match=says) if "only" in says else pytest.warns(AlignmentWarning, match=says)
+    )
     try:
-        for toy, size in zip(models, sizes):
+        for toy, size in zip(models, sizes, strict=True):
             register(toy.model, name=toy.name, tokenizer=chunk_tokenizer(tmp_path / str(size), size))
         with expected:
             collected(*models, [" ".join(CORPUS)], max_tokens=CONTEXT)

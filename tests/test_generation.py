@@ -78,7 +78,13 @@ def test_samples_are_reproducible_and_do_not_depend_on_the_batch(toy):
 def test_samples_follow_the_models_probabilities(llama):
     n, temperature = 1500, 0.7
     made, _ = generate_tokens(
-        llama.model, TEXTS[:1] * n, max_new_tokens=1, temperature=temperature, batch_size=500, stop_at_eos=False, progress=False
+        llama.model,
+        TEXTS[:1] * n,
+        max_new_tokens=1,
+        temperature=temperature,
+        batch_size=500,
+        stop_at_eos=False,
+        progress=False,
     )
     shares = torch.bincount(torch.tensor(made)[:, 0], minlength=llama.model.cfg.d_vocab) / n
     expected = (llama.reference(llama.ids(TEXTS[0]))[1][-1] / temperature).softmax(-1)
@@ -90,7 +96,9 @@ def test_samples_follow_the_models_probabilities(llama):
 
 def test_text_is_the_added_tokens_with_their_spaces(toy):
     made, tokenizer = tokens(toy), toy.tokenizer
-    for text, new in zip(generate(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False), made, strict=True):
+    for text, new in zip(
+        generate(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False), made, strict=True
+    ):
         if tokenizer.bos_token is None:  # byte level: nothing is lost in decoding
             assert text == tokenizer.decode(new, skip_special_tokens=True)
         else:
@@ -108,7 +116,9 @@ def test_chat_prompts(llama):
     chat = [{"role": "user", "content": "Call me Ishmael."}]
     rendered = llama.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = llama.ids(rendered, add_special_tokens=False)
-    made, prompts = generate_tokens(llama.model, [chat, "Call me"], max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    made, prompts = generate_tokens(
+        llama.model, [chat, "Call me"], max_new_tokens=STEPS, stop_at_eos=False, progress=False
+    )
     assert prompts == [ids, llama.ids("Call me")]
     assert made == [llama.continuation(p, STEPS) for p in prompts]
     (text,) = generate(llama.model, [chat], max_new_tokens=STEPS, stop_at_eos=False, progress=False)

@@ -42,7 +42,10 @@ def related(n, *, seed, noise=0.0, units=1.0):
 
 def moments(train, validation=None, test=None, *, source=SOURCE, target=TARGET):
     """Moments of paired rows, each row a document of its own."""
-    ends = {source.site: replace(source, width=train[0].shape[1])}, {target.site: replace(target, width=train[1].shape[1])}
+    ends = (
+        {source.site: replace(source, width=train[0].shape[1])},
+        {target.site: replace(target, width=train[1].shape[1])},
+    )
     accumulator = MomentsAccumulator(*ends, [(source.site, target.site)])
     for part, rows in (("train", train), ("validation", validation), ("test", test)):
         if rows is not None:
@@ -209,10 +212,13 @@ def test_swapped_or_foreign_spaces_are_refused(fitter):
 
 
 @every_fitter
-@pytest.mark.parametrize("n, validation, message", [
-    (1, True, "fit: 1 training rows; give more text .* about 80 tokens"),
-    (50, False, r"no validation document to choose the penalty on; give more documents .*Ridge\(penalties"),
-])
+@pytest.mark.parametrize(
+    "n, validation, message",
+    [
+        (1, True, "fit: 1 training rows; give more text .* about 80 tokens"),
+        (50, False, r"no validation document to choose the penalty on; give more documents .*Ridge\(penalties"),
+    ],
+)
 def test_a_fit_on_too_little_is_refused(fitter, n, validation, message):
     given = moments(related(n, seed=1), related(20, seed=3) if validation else None)
     with pytest.raises(PromptError, match=message):

@@ -71,7 +71,9 @@ def test_nothing_and_nan_are_refused(values):
         bootstrap_mean(values)
 
 
-@pytest.mark.parametrize("low, high, apart", [(3.5, 5.0, True), (3.0, 5.0, False), (1.2, 1.8, False), (-2.0, 0.5, True)])
+@pytest.mark.parametrize(
+    "low, high, apart", [(3.5, 5.0, True), (3.0, 5.0, False), (1.2, 1.8, False), (-2.0, 0.5, True)]
+)
 def test_intervals_exclude_each_other_when_no_point_is_in_both(low, high, apart):
     one, other = Estimate(2.0, 1.0, 3.0, 9), Estimate((low + high) / 2, low, high, 9)
     assert one.excludes(other) == other.excludes(one) == apart
@@ -97,7 +99,9 @@ def test_kl_and_loss_are_torchs(chunk, dtype):
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     expected = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss.double(), functional.cross_entropy(q.double(), TARGETS, reduction="none"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loss.double(), functional.cross_entropy(q.double(), TARGETS, reduction="none"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_kl_is_0_against_itself_and_never_less():
@@ -118,3 +122,18 @@ def test_kl_has_a_direction():
     there, _ = Reference.of(logits(0)).compare(logits(1), TARGETS)
     back, _ = Reference.of(logits(1)).compare(logits(0), TARGETS)
     assert (there - back).abs().max() > 0.1
+
+
+def test_a_masked_vocabulary_row_gives_numbers() -> None:
+    a, b = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
+    a[:, 4] = b[:, 4] = -torch.inf
+    kl, loss = Reference.of(a).compare(b, torch.tensor([0, 1, 2]))
+    keep = [i for i in range(10) if i != 4]
+    same, _ = Reference.of(a[:, keep]).compare(b[:, keep], torch.tensor([0, 1, 2]))
+    assert torch.allclose(kl, same, atol=1e-6)
+    assert torch.isfinite(loss).all()
+
+
+def test_infinite_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="infinite"):
+        bootstrap_mean([1.0, float("inf")])

@@ -14,8 +14,24 @@ from xmodel_steer.capture import capture
 from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.generation import generate_tokens
 from xmodel_steer.models import (
-    all_sites, batches, check_sites, content_hash, context_length, dtype_of, encode, fingerprint, forward, is_bridge, load, name_of,
-    pad_id, processing_of, register, resolve_dtype, space_of, tokenizer_of,
+    all_sites,
+    batches,
+    check_sites,
+    content_hash,
+    context_length,
+    dtype_of,
+    encode,
+    fingerprint,
+    forward,
+    is_bridge,
+    load,
+    name_of,
+    pad_id,
+    processing_of,
+    register,
+    resolve_dtype,
+    space_of,
+    tokenizer_of,
 )
 from xmodel_steer.prompts import Prompt, as_prompts
 from xmodel_steer.spaces import Site
@@ -44,7 +60,11 @@ def folders(tokenizers, tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(folders):
     """The folders, loaded: the first in float32 and bfloat16, the second in float32."""
-    return load(folders[0], device="cpu"), load(str(folders[0]), device="cpu", dtype="bfloat16"), load(folders[1], device="cpu")
+    return (
+        load(folders[0], device="cpu"),
+        load(str(folders[0]), device="cpu", dtype="bfloat16"),
+        load(folders[1], device="cpu"),
+    )
 
 
 def test_a_folder_is_loaded_as_it_was_saved(loaded, folders, llama):
@@ -109,7 +129,10 @@ def test_bfloat16_reads_writes_and_generates_in_its_own_dtype(loaded):
         ("~/no_such_model_folder", "no such folder"),
         ("nowhere/model.gguf", "nowhere/model.gguf: no such GGUF file"),
         ("packaged:nothing", "no such packaged model; there are packaged:smollm2-135m-instruct"),
-        ("nobody/no-such-model", "nobody/no-such-model: the model hub cannot be reached .*a local folder, a .gguf file, or packaged:smollm2"),
+        (
+            "nobody/no-such-model",
+            "nobody/no-such-model: the model hub cannot be reached .*a local folder, a .gguf file, or packaged:smollm2",
+        ),
     ],
 )
 def test_unknown_names_are_refused(name, says):
@@ -120,9 +143,18 @@ def test_unknown_names_are_refused(name, says):
 @pytest.mark.parametrize(
     "error, says",
     [
-        (OSError("We couldn't connect to 'https://huggingface.co' to load the files"), "the model hub cannot be reached"),
-        (OSError("nobody/model is not a local folder and is not a valid model identifier listed on the hub"), "the hub knows no such model .*hf auth login"),
-        (ValueError("Unsupported architecture: MambaForCausalLM"), r"cannot be loaded \(ValueError: Unsupported architecture: Mamba"),
+        (
+            OSError("We couldn't connect to 'https://huggingface.co' to load the files"),
+            "the model hub cannot be reached",
+        ),
+        (
+            OSError("nobody/model is not a local folder and is not a valid model identifier listed on the hub"),
+            "the hub knows no such model .*hf auth login",
+        ),
+        (
+            ValueError("Unsupported architecture: MambaForCausalLM"),
+            r"cannot be loaded \(ValueError: Unsupported architecture: Mamba",
+        ),
     ],
     ids=["no network", "unknown", "unsupported"],
 )
@@ -139,7 +171,9 @@ def test_a_hub_failure_says_what_to_do(monkeypatch, error, says):
 
 
 def test_a_folder_that_holds_no_model_is_refused(folders, tmp_path):
-    with pytest.raises(ModelError, match="the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"):
+    with pytest.raises(
+        ModelError, match="the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"
+    ):
         load(tmp_path, device="cpu")
     broken = tmp_path / "broken"
     shutil.copytree(folders[0], broken)
@@ -148,7 +182,10 @@ def test_a_folder_that_holds_no_model_is_refused(folders, tmp_path):
         load(broken, device="cpu")
     foreign = tmp_path / "foreign"
     shutil.copytree(folders[0], foreign)
-    config = json.loads((foreign / "config.json").read_text()) | {"architectures": ["MadeUpForCausalLM"], "model_type": "made_up"}
+    config = json.loads((foreign / "config.json").read_text()) | {
+        "architectures": ["MadeUpForCausalLM"],
+        "model_type": "made_up",
+    }
     (foreign / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="foreign: cannot be loaded"):
         load(foreign, device="cpu")
@@ -193,7 +230,9 @@ def test_a_bridge_that_the_user_made_is_accepted_with_its_published_tokenizer(na
 
     tokenizer = tokenizers[TOYS[name].tokenizer]
     hf, theirs = hf_model(name, tokenizer), copy.deepcopy(tokenizer)
-    model = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, tokenizer=theirs, model_name="mine").eval()
+    model = build_bridge_from_module(
+        hf, type(hf).__name__, hf_config=hf.config, tokenizer=theirs, model_name="mine"
+    ).eval()
     made = capture(model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
     known = bridged(hf_model(name, tokenizer), name, tokenizer)
     references = [known.reference(known.ids(text))[0][1] for text in TEXTS]
@@ -260,7 +299,9 @@ def test_ends_say_what_has_been_read(toy):
         assert encoding.token_ends(include_special=True).ends == encoding.ends
 
 
-@pytest.mark.xfail(strict=True, reason="encode: a lone prefix token has offsets (0, 1), and is taken to have read character 1")
+@pytest.mark.xfail(
+    strict=True, reason="encode: a lone prefix token has offsets (0, 1), and is taken to have read character 1"
+)
 def test_a_lone_prefix_has_read_nothing(gemma):
     """Metaspace puts "▁" before a word; where that is a token of its own its offsets claim the word's first character."""
     (encoding,) = encode(gemma.model, as_prompts(["日本 the"]))
@@ -269,11 +310,13 @@ def test_a_lone_prefix_has_read_nothing(gemma):
 
 
 def test_alignment_of_two_tokenizers_pairs_equal_texts(llama, gemma):
-    for a, b in zip(encode(llama.model, as_prompts(TEXTS)), encode(gemma.model, as_prompts(TEXTS))):
+    for a, b in zip(encode(llama.model, as_prompts(TEXTS)), encode(gemma.model, as_prompts(TEXTS)), strict=True):
         pairs = align(a.token_ends(), b.token_ends())
         assert len(pairs) > 0
-        for i, j in zip(pairs.source, pairs.target):
-            assert llama.tokenizer.decode(a.ids[: i + 1]) == gemma.tokenizer.decode(b.ids[: j + 1], skip_special_tokens=True)
+        for i, j in zip(pairs.source, pairs.target, strict=True):
+            assert llama.tokenizer.decode(a.ids[: i + 1]) == gemma.tokenizer.decode(
+                b.ids[: j + 1], skip_special_tokens=True
+            )
 
 
 def test_batches_hold_every_prompt_once(toy):
@@ -282,7 +325,7 @@ def test_batches_hold_every_prompt_once(toy):
         made = batches(toy.model, encodings, 3, padding_side=side)
         assert sorted(row for batch in made for row in batch.rows) == list(range(len(TEXTS)))
         for batch in made:
-            for row, ids, mask in zip(batch.rows, batch.ids, batch.mask.bool()):
+            for row, ids, mask in zip(batch.rows, batch.ids, batch.mask.bool(), strict=True):
                 assert tuple(ids[mask].tolist()) == encodings[row].ids
                 assert (ids[~mask] == pad_id(toy.model)).all()
                 assert mask[-1 if side == "left" else 0]
@@ -293,7 +336,7 @@ def test_logits_equal_the_untouched_model(toy, side):
     (batch,) = batches(toy.model, encode(toy.model, as_prompts(TEXTS)), 8, padding_side=side)
     made, cache = forward(toy.model, batch.ids, batch.mask)
     assert cache is None
-    for row, scores, mask in zip(batch.rows, made, batch.mask.bool()):
+    for row, scores, mask in zip(batch.rows, made, batch.mask.bool(), strict=True):
         torch.testing.assert_close(scores[mask], toy.reference(toy.ids(TEXTS[row]))[1], **CLOSE)
     if side == "left":
         last, cache = forward(toy.model, batch.ids, batch.mask, logits="last", use_cache=True)

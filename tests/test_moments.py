@@ -20,7 +20,9 @@ PAIRS = tuple((s, Site(5)) for s in SOURCE)
 
 
 def accumulator(**changes):
-    return MomentsAccumulator(**({"source": SOURCE, "target": TARGET, "pairs": PAIRS, "settings": {"seed": 0}} | changes))
+    return MomentsAccumulator(
+        **({"source": SOURCE, "target": TARGET, "pairs": PAIRS, "settings": {"seed": 0}} | changes)
+    )
 
 
 def rows(n, *, offset=0.0, spread=1.0, seed=0):
@@ -148,7 +150,9 @@ def test_coverage_counts_tokens_that_could_have_paired():
 
 def test_shards_of_other_models_do_not_merge():
     moved = {Site(5): replace(TARGET[Site(5)], fingerprint="cccc")}
-    with pytest.raises(SpaceMismatchError, match="the shards' target spaces differ .*bbbb.*cccc.*same models and sites"):
+    with pytest.raises(
+        SpaceMismatchError, match="the shards' target spaces differ .*bbbb.*cccc.*same models and sites"
+    ):
         accumulator().moments() + accumulator(target=moved).moments()
     moved = {site: replace(space, processing="fold_ln") for site, space in SOURCE.items()}
     with pytest.raises(SpaceMismatchError, match="the shards' source spaces differ .*fold_ln"):
@@ -176,7 +180,9 @@ def test_rows_with_nan_are_refused(bad, end, site):
 
 
 def test_a_pair_that_was_not_collected_is_refused():
-    with pytest.raises(ValueError, match=r"the pair resid_post\[5\] to resid_post\[0\] was not collected, but resid_post\[0\] to"):
+    with pytest.raises(
+        ValueError, match=r"the pair resid_post\[5\] to resid_post\[0\] was not collected, but resid_post\[0\] to"
+    ):
         accumulator().moments().pair(Site(5), Site(0))
 
 
@@ -243,3 +249,22 @@ def test_the_shuffle_follows_its_seed():
 
     assert torch.equal(cross(3), cross(3))
     assert not torch.equal(cross(3), cross(4))
+
+
+def test_the_rounding_of_a_constant_is_no_variance() -> None:
+    site = Site(0)
+    space = Space("m", site, 2, "f")
+    made = MomentsAccumulator({site: space}, {site: space}, [(site, site)])
+    rows = torch.stack([torch.full((101,), 0.1, dtype=torch.float64), torch.randn(101, dtype=torch.float64)], 1)
+    made.add("train", {site: rows}, {site: rows}, [i // 10 for i in range(101)])
+    assert made.moments().scale(site)[0] == 0
+    assert made.moments().scale(site)[1] > 0.5
+
+
+def test_refused_rows_leave_no_trace() -> None:
+    site = Site(0)
+    space = Space("m", site, 2, "f")
+    made = MomentsAccumulator({site: space}, {site: space}, [(site, site)])
+    with pytest.raises(NonFiniteError):
+        made.add("train", {site: torch.full((3, 2), torch.nan)}, {site: torch.ones(3, 2)}, [0, 0, 1])
+    assert (made.moments().paired, made.moments().eligible, made.moments().tokens) == (0, 0, 0)

@@ -12,7 +12,15 @@ import pytest
 
 from xmodel_steer import packaged
 from xmodel_steer.errors import DownloadError, ModelError
-from xmodel_steer.packaged import Package, PackagedModel, atomic_folder, cache_folder, download_wheel, is_intact, sha256_of
+from xmodel_steer.packaged import (
+    Package,
+    PackagedModel,
+    atomic_folder,
+    cache_folder,
+    download_wheel,
+    is_intact,
+    sha256_of,
+)
 
 PARTS = (b"first half ", b"second half")
 
@@ -23,7 +31,9 @@ def sha256(data):
 
 MODEL = PackagedModel(
     tuple(Package(f"toy-part{i}==1", "ab" * 32, f"toy/part{i}", 1) for i in range(len(PARTS))),
-    "toy.gguf", sha256(b"".join(PARTS)), "Toys are free.",
+    "toy.gguf",
+    sha256(b"".join(PARTS)),
+    "Toys are free.",
 )
 
 
@@ -84,11 +94,23 @@ def test_pip_is_asked_for_one_pinned_wheel(pip, tmp_path):
 @pytest.mark.parametrize(
     "stderr, advice",
     [
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the file this library was made for; nothing was kept"),
-        ("WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement", "check the network and pip's index settings"),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+            "not the file this library was made for; nothing was kept",
+        ),
+        (
+            "WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement",
+            "check the network and pip's index settings",
+        ),
         ("/usr/bin/python: No module named pip", "install pip into this environment .python -m ensurepip."),
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "free some disk space, or set XMODEL_STEER_CACHE"),
-        ("ERROR: Exception:\nReadTimeoutError: HTTPSConnectionPool(host='files'): Read timed out.", "check the network"),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "free some disk space, or set XMODEL_STEER_CACHE",
+        ),
+        (
+            "ERROR: Exception:\nReadTimeoutError: HTTPSConnectionPool(host='files'): Read timed out.",
+            "check the network",
+        ),
         ("", "no wheel arrived.*check the network"),
     ],
     ids=["hash", "network", "no pip", "no space", "truncated", "silent"],
@@ -148,6 +170,7 @@ def test_a_failure_half_way_keeps_nothing(pip, convert, cache, monkeypatch, faul
 
     good = subprocess.run
     if fault == "second wheel":
+
         def run(command, **kwargs):
             pip.returncode = int(bool(pip.commands))
             return good(command, **kwargs)
@@ -164,7 +187,10 @@ def test_a_failure_half_way_keeps_nothing(pip, convert, cache, monkeypatch, faul
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(pip):
-    with pytest.raises(ModelError, match="packaged:nothing: no such packaged model; there are packaged:smollm2-135m-instruct, packaged:gemma-3-270m"):
+    with pytest.raises(
+        ModelError,
+        match="packaged:nothing: no such packaged model; there are packaged:smollm2-135m-instruct, packaged:gemma-3-270m",
+    ):
         packaged.packaged_model("nothing")
     assert not pip.commands
 
@@ -189,7 +215,9 @@ def test_a_converted_gguf_is_cached_by_its_content(convert, tmp_path):
 def test_a_file_that_is_no_gguf_is_refused(tmp_path, cache):
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"not a model")
-    with pytest.raises(ModelError, match="broken.gguf: transformers cannot convert this GGUF file .*check that it is complete"):
+    with pytest.raises(
+        ModelError, match="broken.gguf: transformers cannot convert this GGUF file .*check that it is complete"
+    ):
         packaged.converted_gguf(file, progress=False)
     assert left_in(cache / "models") == []
 
@@ -211,16 +239,19 @@ def test_a_folder_appears_whole_at_the_end(tmp_path):
     [
         (ValueError("mine"), ValueError, "mine"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
-        (OSError(errno.ENOSPC, "No space left on device"), DownloadError, "no space left on the device; free some, or set XMODEL_STEER_CACHE"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            DownloadError,
+            "no space left on the device; free some, or set XMODEL_STEER_CACHE",
+        ),
         (OSError(errno.EACCES, "Permission denied"), PermissionError, "Permission denied"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_an_error_leaves_nothing_behind(tmp_path, error, raised, says):
-    with pytest.raises(raised, match=says):
-        with atomic_folder(tmp_path / "model") as made:
-            (made / "a").write_text("x")
-            raise error
+    with pytest.raises(raised, match=says), atomic_folder(tmp_path / "model") as made:  # noqa: PT012
+        (made / "a").write_text("x")
+        raise error
     assert left_in(tmp_path) == []
 
 
@@ -261,8 +292,7 @@ def test_quiet_restores_the_users_settings():
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(ValueError):
-        with packaged.quiet():
-            assert not logging.is_progress_bar_enabled()
-            raise ValueError
+    with pytest.raises(ValueError, match="mine"), packaged.quiet():  # noqa: PT012
+        assert not logging.is_progress_bar_enabled()
+        raise ValueError("mine")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -171,7 +171,10 @@ REFUSED = {
     ),
     "rows of strings": (lambda: ContrastSet.from_records(["a"]), "row 1 is str, not a dictionary of columns"),
     "a file name": (lambda: ContrastSet.from_records("set.csv"), "got one string; .*read a file"),
-    "too few to split": (lambda: paired_set(PAIRS).split((0.3, 0.3, 0.3)), "2 positive and 2 negative .* too few for 3"),
+    "too few to split": (
+        lambda: paired_set(PAIRS).split((0.3, 0.3, 0.3)),
+        "2 positive and 2 negative .* too few for 3",
+    ),
 }
 
 
@@ -233,3 +236,52 @@ def test_a_split_keeps_to_its_shares_and_follows_its_seed(paired):
 def test_impossible_fractions_are_refused(fractions):
     with pytest.raises(ValueError, match="fractions must be positive and sum to at most 1, got"):
         paired_set(PAIRS).split(fractions)
+
+
+class Roles:
+    """A tokenizer whose template has words that a message may have too."""
+
+    chat_template = "yes"
+    name_or_path = "roles"
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+
+    def apply_chat_template(self, turns: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        body = "".join(
+            f"<|im_start|>{t['role']}\n{t['content'] if self.keep else t['content'].strip()}<|im_end|>\n" for t in turns
+        )
+        return (
+            "<|im_start|>system\nYou are an art critic.<|im_end|>\n"
+            + body
+            + "<|im_start|>assistant\n" * add_generation_prompt
+        )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("content", ["user", "art", "You are an art critic.", " assistant ", "im_start", "a"])
+def test_content_is_not_mistaken_for_the_templates_own_words(content: str, keep: bool) -> None:
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "art"},
+        {"role": "user", "content": "user"},
+    ]
+    rendered = Prompt.of(messages).render(Roles(keep))
+    own = [content.strip(), "art", "user"]
+    assert [rendered.text[start:end] for start, end, _ in rendered.spans] == own
+    assert [base for _, _, base in rendered.spans] == [0, len(own[0]), len(own[0]) + 3]
+    # Each stands right after its own role tag.
+    for (start, _, _), role in zip(rendered.spans, ("user", "assistant", "user"), strict=True):
+        assert rendered.text[:start].rstrip().endswith(f"<|im_start|>{role}")
+
+
+def test_text_that_spells_out_messages_is_another_prompt() -> None:
+    chat = Prompt.of([{"role": "user", "content": "Hello"}])
+    text = Prompt.of('[["user", "Hello"]]')
+    assert chat.content_key() != text.content_key()
+    assert chat.id != text.id
+
+
+def test_message_content_must_be_text() -> None:
+    with pytest.raises(PromptError, match="must be strings"):
+        Prompt.of([{"role": "user", "content": None}])  # type: ignore[dict-item]

@@ -101,7 +101,9 @@ def test_a_bad_pattern_is_refused():
 @pytest.mark.parametrize("kind", [0, 1])
 def test_a_sentence_counts_for_its_own_language_alone(language, kind):
     text = SENTENCES[language][kind]
-    assert {name: Language(name)(text) for name in FUNCTION_WORDS} == {name: float(name == language) for name in FUNCTION_WORDS}
+    assert {name: Language(name)(text) for name in FUNCTION_WORDS} == {
+        name: float(name == language) for name in FUNCTION_WORDS
+    }
 
 
 def test_a_tie_or_a_text_without_function_words_is_no_language():

@@ -18,7 +18,12 @@ def measured(toy, settings, texts=TEXTS, **kwargs):
 def settings(toy):
     """Unsteered, one vector, two vectors at two sites, nothing added."""
     v, w = toy.vector(1, seed=1, size=1.0), toy.vector(0, seed=2, size=1.0)
-    return [[], [Intervention(v)], [Intervention(v, Ablate()), Intervention(w, Add(0.5), "last")], [Intervention(v, Add(0.0))]]
+    return [
+        [],
+        [Intervention(v)],
+        [Intervention(v, Ablate()), Intervention(w, Add(0.5), "last")],
+        [Intervention(v, Add(0.0))],
+    ]
 
 
 def test_equals_transformers_own_loss_when_unsteered(bridge):
@@ -54,7 +59,7 @@ def test_unsteered_and_strength_zero_do_nothing_and_steering_costs(toy):
 def test_batch_size_order_and_company_change_nothing(toy):
     made = measured(toy, settings(toy), batch_size=8)
     for other in (measured(toy, settings(toy), batch_size=3), measured(toy, settings(toy), batch_size=1)):
-        for a, b in zip(made, other):
+        for a, b in zip(made, other, strict=True):
             np.testing.assert_allclose(a.kl, b.kl, rtol=1e-3, atol=1e-3)
             np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4)
     (back,) = measured(toy, settings(toy)[1:2], TEXTS[::-1])
@@ -76,11 +81,19 @@ def test_max_tokens_cuts(toy):
         assert made.tokens.tolist() == [min(n, limit or n) - 1 for n in lengths]
 
 
-@pytest.mark.parametrize("texts, limit, says", [
-    ([], 64, "at least two tokens, got 0 documents$"),
-    ([Prompt(text="the port", id="long"), Prompt(text="a", id="short")], 64, "got 2 documents, of which short are shorter"),
-    (TEXTS, 1, "got 8 documents, of which .* are shorter"),
-], ids=["none", "one", "all"])
+@pytest.mark.parametrize(
+    "texts, limit, says",
+    [
+        ([], 64, "at least two tokens, got 0 documents$"),
+        (
+            [Prompt(text="the port", id="long"), Prompt(text="a", id="short")],
+            64,
+            "got 2 documents, of which short are shorter",
+        ),
+        (TEXTS, 1, "got 8 documents, of which .* are shorter"),
+    ],
+    ids=["none", "one", "all"],
+)
 def test_texts_without_a_prediction_are_refused(llama, texts, limit, says):
     with pytest.raises(PromptError, match=says):
         measured(llama, [[]], texts, max_tokens=limit)

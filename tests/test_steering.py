@@ -52,7 +52,9 @@ def lengths_of(toy, texts=TEXTS):
 
 def streams(toy, *, texts=TEXTS, sites=None, **kwargs):
     """Every residual stream at every token."""
-    return capture(toy.model, texts, sites or all_sites(toy.model), tokens="all", include_special=True, progress=False, **kwargs)
+    return capture(
+        toy.model, texts, sites or all_sites(toy.model), tokens="all", include_special=True, progress=False, **kwargs
+    )
 
 
 def logits(toy, texts=TEXTS[:3], **kwargs):
@@ -62,6 +64,11 @@ def logits(toy, texts=TEXTS[:3], **kwargs):
 
 def tokens(toy, texts=TEXTS, **kwargs):
     return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=False, progress=False, **kwargs)[0]
+
+
+def listening(toy, kept):
+    """Keep what passes at the output of block 1, as a user's own hook sees it."""
+    return toy.model.hooks(fwd_hooks=[(Site(1).hook_name, lambda value, hook: kept.append(value))])
 
 
 def clamped(toy, layer=1):
@@ -84,7 +91,9 @@ def test_equals_the_same_addition_in_the_untouched_model(toy):
     references = [toy.reference(toy.ids(text), edits) for text in TEXTS]
     for layer in range(toy.depth):
         torch.testing.assert_close(made[Site(layer)].values, torch.cat([r[layer] for r, _ in references]), **CLOSE)
-    torch.testing.assert_close(last[Site(toy.depth - 1)].values, torch.stack([r[-1][-1] for r, _ in references]), **CLOSE)
+    torch.testing.assert_close(
+        last[Site(toy.depth - 1)].values, torch.stack([r[-1][-1] for r, _ in references]), **CLOSE
+    )
     torch.testing.assert_close(scores, references[1][1], **CLOSE)
 
 
@@ -134,11 +143,10 @@ def test_nothing_before_the_block_changes_and_everything_after_does(toy):
 def test_a_capture_made_before_is_not_written_into(toy):
     """The stream is read first, then written, in one pass: an in-place write would reach the reader."""
     plain, read = streams(toy, sites=[Site(1)], batch_size=8)[Site(1)], []
-    with toy.model.hooks(fwd_hooks=[(Site(1).hook_name, lambda value, hook: read.append(value))]):
-        with steering(toy.model, toy.vector(1)):
-            streams(toy, sites=[Site(1)], batch_size=8)
+    with listening(toy, read), steering(toy.model, toy.vector(1)):
+        streams(toy, sites=[Site(1)], batch_size=8)
     (batch,) = batches(toy.model, encode(toy.model, as_prompts(TEXTS)), 8)
-    rows = dict(zip(batch.rows, read[0]))
+    rows = dict(zip(batch.rows, read[0], strict=True))
     kept = torch.cat([rows[i][: len(toy.ids(text))] for i, text in enumerate(TEXTS)])
     assert torch.equal(kept, plain.values)
 
@@ -169,8 +177,12 @@ def test_clamp_moves_the_projection_to_the_class_mean(toy, to, gate, overshoot):
     high, low = vector.positive_mean.double() @ w, vector.negative_mean.double() @ w
     assert high > low
     goal, middle = (high if to == "positive" else low), (high + low) / 2
-    moved = (before < middle if to == "positive" else before > middle) if gate else torch.ones_like(before, dtype=torch.bool)
-    assert 0 < moved.sum() and (moved.all() or gate)
+    moved = (
+        (before < middle if to == "positive" else before > middle)
+        if gate
+        else torch.ones_like(before, dtype=torch.bool)
+    )
+    assert moved.sum() > 0 and (moved.all() or gate)
     assert torch.equal(made[~moved], plain[~moved])
     torch.testing.assert_close(after[moved], (before + overshoot * (goal - before))[moved], atol=1e-4, rtol=1e-4)
     # Only along the vector.
@@ -243,14 +255,11 @@ def test_positions_in_a_plain_pass(toy, where, side, size):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_positions_in_a_decode(toy, where, use_cache):
     """In every pass, what a hook after the steering sees less what one before it sees."""
-    vector, lengths, site = toy.vector(1), lengths_of(toy), Site(1).hook_name
-    before, after = [], []
-    with toy.model.hooks(fwd_hooks=[(site, lambda value, hook: before.append(value.clone()))]):
-        with steering(toy.model, intervention(vector, where, lengths)):
-            with toy.model.hooks(fwd_hooks=[(site, lambda value, hook: after.append(value.clone()))]):
-                tokens(toy, use_cache=use_cache)
+    vector, lengths, before, after = toy.vector(1), lengths_of(toy), [], []
+    with listening(toy, before), steering(toy.model, intervention(vector, where, lengths)), listening(toy, after):
+        tokens(toy, use_cache=use_cache)
     assert len(before) == len(after) == STEPS
-    step = [a - b for a, b in zip(after, before)]
+    step = [a - b for a, b in zip(after, before, strict=True)]
     step = torch.cat(step, 1) if use_cache else step[-1]
     assert step.shape[1] == max(lengths) + STEPS - 1
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # longest first, see `batches`
@@ -259,7 +268,9 @@ def test_positions_in_a_decode(toy, where, use_cache):
         expected = torch.zeros(len(own), dtype=torch.bool)
         expected[[p for p in WHERE[where](i, lengths[i]) if p < len(own)]] = True
         assert torch.equal(own.any(-1), expected), (i, lengths[i])
-        torch.testing.assert_close(own[expected], vector.direction.expand(int(expected.sum()), -1), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            own[expected], vector.direction.expand(int(expected.sum()), -1), atol=1e-4, rtol=1e-3
+        )
         assert not step[row, : max(lengths) - lengths[i]].any(), "padding was steered"
 
 
@@ -279,7 +290,7 @@ def test_a_decode_equals_uncached_steps_of_the_untouched_model(toy, where):
     vector = toy.vector(1, size=4.0)
     with steering(toy.model, vector, positions=where):
         made = tokens(toy)
-    for text, new in zip(TEXTS, made):
+    for text, new in zip(TEXTS, made, strict=True):
         ids = toy.ids(text)
         length, edit = len(ids), torch.zeros(len(ids) + STEPS, toy.width)
         edit[list(WHERE[where](0, length))] = vector.direction
@@ -297,7 +308,7 @@ def test_the_users_own_forward_pass_is_steered(toy):
     with steering(toy.model, vector, positions="last"), torch.no_grad():
         padded = toy.model(batch.ids, attention_mask=batch.mask)
         alone = toy.model(torch.tensor([toy.ids(TEXTS[0])]))
-    for ids, mask, scores in zip(batch.ids, batch.mask.bool(), padded):
+    for ids, mask, scores in zip(batch.ids, batch.mask.bool(), padded, strict=True):
         edit = torch.zeros(int(mask.sum()), toy.width)
         edit[-1] = vector.direction
         torch.testing.assert_close(scores[mask], toy.reference(ids[mask].tolist(), {1: edit})[1], **CLOSE)
@@ -312,7 +323,7 @@ def test_the_models_own_generate_is_steered(toy, where, request):
         request.applymarker(pytest.mark.xfail(strict=True, raises=SiteError, reason=reason))
     with steering(toy.model, toy.vector(1, size=4.0), positions=where):
         mine = tokens(toy, TEXTS[1:3])
-        for text, new in zip(TEXTS[1:3], mine):
+        for text, new in zip(TEXTS[1:3], mine, strict=True):
             ids = torch.tensor([toy.ids(text)])
             theirs = toy.model.generate(
                 ids, max_new_tokens=STEPS, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens"
@@ -351,26 +362,27 @@ def test_a_cached_step_by_hand_counts_from_its_cache(bridge):
 def test_a_vector_of_another_model_is_refused(toy_named, other):
     qwen, foreign = toy_named("qwen"), toy_named(other)
     assert (qwen.width == foreign.width) == (other == "llama")
-    with pytest.raises(SpaceMismatchError, match=f"steering qwen: needs qwen .*got {other} .*carry it over with a map"):
-        with steering(qwen.model, foreign.vector(1)):
-            pass
+    says = f"steering qwen: needs qwen .*got {other} .*carry it over with a map"
+    with pytest.raises(SpaceMismatchError, match=says), steering(qwen.model, foreign.vector(1)):
+        pass
 
 
 def test_a_pass_that_stops_below_the_site_is_an_error_on_leaving(toy):
     vector = toy.vector(toy.depth - 1)
     ids = torch.tensor([toy.ids(TEXTS[0])])
-    with pytest.raises(SiteError, match=rf"blocks.{toy.depth - 1}.hook_resid_post did not fire in 1 forward passes; nothing was steered"):
-        with steering(toy.model, vector):
-            toy.model(ids, stop_at_layer=1)
+    says = rf"blocks.{toy.depth - 1}.hook_resid_post did not fire in 1 forward passes; nothing was steered"
+    with pytest.raises(SiteError, match=says), steering(toy.model, vector):
+        toy.model(ids, stop_at_layer=1)
     with steering(toy.model, vector):  # a block in which the model did not run is no error
         pass
-    with pytest.raises(KeyError, match="mine"):  # the user's own error comes first
-        with steering(toy.model, vector):
-            toy.model(ids, stop_at_layer=1)
-            raise KeyError("mine")
+    with pytest.raises(KeyError, match="mine"), steering(toy.model, vector):  # noqa: PT012  # the user's own error comes first
+        toy.model(ids, stop_at_layer=1)
+        raise KeyError("mine")
 
 
-@pytest.mark.parametrize("positions", ["first", ("last", "first"), (), torch.ones(3), torch.ones(1, 1, 1, dtype=torch.bool)], ids=str)
+@pytest.mark.parametrize(
+    "positions", ["first", ("last", "first"), (), torch.ones(3), torch.ones(1, 1, 1, dtype=torch.bool)], ids=str
+)
 def test_unknown_positions_are_refused(llama, positions):
     with pytest.raises((ValueError, TypeError), match="positions"):
         Intervention(llama.vector(0), positions=positions)
@@ -390,12 +402,10 @@ def test_operators_refuse_vectors_they_cannot_use(llama):
         (Clamp(), llama.vector(1), "has no class means to clamp to"),
         (Clamp(), replace(vector, scale=None), "need the standard deviations"),
     ):
-        with pytest.raises(ValueError, match=says):
-            with steering(llama.model, unfit, operator=operator):
-                pass
-    with pytest.raises(ValueError, match="at least one vector"):
-        with steering(llama.model, []):
+        with pytest.raises(ValueError, match=says), steering(llama.model, unfit, operator=operator):
             pass
+    with pytest.raises(ValueError, match="at least one vector"), steering(llama.model, []):
+        pass
     assert not llama.model.original_model._forward_pre_hooks
 
 
@@ -405,4 +415,3 @@ def test_a_pass_round_the_models_own_call_is_refused(llama):
         llama.model(torch.tensor([llama.ids(TEXTS[0])]))
         with pytest.raises(SiteError, match="went round the model's own call"):
             llama.model.blocks[0](torch.randn(1, 3, llama.width))
-

@@ -211,7 +211,13 @@ def test_a_zero_vector_has_no_norm_to_give():
 
 
 @pytest.mark.parametrize(
-    "use", [SteeringVector.standardised, SteeringVector.covector, lambda v: v.with_norm(1.0), lambda v: random_like(v, seed=0)]
+    "use",
+    [
+        SteeringVector.standardised,
+        SteeringVector.covector,
+        lambda v: v.with_norm(1.0),
+        lambda v: random_like(v, seed=0),
+    ],
 )
 def test_without_a_scale_there_are_no_standardised_coordinates(use):
     with pytest.raises(ValueError, match=r"need the standard deviations of small.*use vector.with_scale\("):
@@ -261,3 +267,9 @@ def test_the_random_vector_leaves_the_global_generator_alone():
     expected = torch.get_rng_state()
     random_like(vector(1), seed=4)
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_zero_vector_has_no_covector() -> None:
+    zero = SteeringVector(torch.zeros(3), Space("m", Site(0), 3, "f"), "nil", scale=torch.ones(3))
+    with pytest.raises(ValueError, match="zero in standardised coordinates"):
+        zero.covector()

@@ -50,7 +50,9 @@ def byte_level_tokenizer(folder: Path) -> Any:
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet))
+    raw.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
+    )
     return _saved(raw, folder, eos_token="<|endoftext|>", chat_template=CHAT)
 
 
@@ -73,7 +75,9 @@ def chunk_tokenizer(folder: Path, size: int) -> Any:
 
     raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(f".{{1,{size}}}"), "isolated")
-    raw.train_from_iterator([" ".join(CORPUS)], trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>"]))
+    raw.train_from_iterator(
+        [" ".join(CORPUS)], trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>"])
+    )
     return _saved(raw, folder, unk_token="<unk>")
 
 
@@ -87,35 +91,69 @@ def _saved(raw: Any, folder: Path, **kwargs: Any) -> Any:
 def _llama(tokenizer: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                                        num_key_value_heads=2, **_common(tokenizer)))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **_common(tokenizer),
+        )
+    )
 
 
 def _gemma(tokenizer: Any) -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    return Gemma3ForCausalLM(Gemma3TextConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=3,
-                                              num_key_value_heads=1, head_dim=8, sliding_window=6, query_pre_attn_scalar=8,
-                                              layer_types=["sliding_attention", "full_attention"] * 2, **_common(tokenizer)))
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=8,
+            sliding_window=6,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            **_common(tokenizer),
+        )
+    )
 
 
 def _qwen(tokenizer: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                                        num_key_value_heads=2, **_common(tokenizer)))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **_common(tokenizer),
+        )
+    )
 
 
 def _gpt2(tokenizer: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     common = _common(tokenizer)
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=common.pop("max_position_embeddings"), **common))
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=common.pop("max_position_embeddings"), **common)
+    )
 
 
 def _common(tokenizer: Any) -> dict[str, Any]:
-    return dict(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return dict(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 @dataclass(frozen=True)
@@ -133,8 +171,18 @@ TOYS = {
     "qwen": Recipe("byte_level", _qwen),
     "gpt2": Recipe("byte_level", _gpt2),
     "hooked": Recipe("metaspace", hooked=dict(d_model=16, n_layers=3, n_heads=2, d_head=8)),
-    "hooked-rotary": Recipe("byte_level", hooked=dict(d_model=24, n_layers=3, n_heads=3, d_head=8, normalization_type="RMS",
-                                                      positional_embedding_type="rotary", rotary_dim=8)),
+    "hooked-rotary": Recipe(
+        "byte_level",
+        hooked=dict(
+            d_model=24,
+            n_layers=3,
+            n_heads=3,
+            d_head=8,
+            normalization_type="RMS",
+            positional_embedding_type="rotary",
+            rotary_dim=8,
+        ),
+    ),
 }
 
 
@@ -167,6 +215,7 @@ class Toy:
         left: dict[int, Tensor] = {}
         if self.hf is None:
             for layer in range(self.depth):
+
                 def edit(value: Tensor, hook: Any, layer: int = layer) -> Tensor:
                     left[layer] = value + edits.get(layer, 0.0)
                     return left[layer]
@@ -178,6 +227,7 @@ class Toy:
 
         handles = []
         for layer, block in enumerate(hf_blocks(self.hf)):
+
             def edit(module: Any, args: Any, out: Any, layer: int = layer) -> Any:
                 first = (out[0] if isinstance(out, tuple) else out) + edits.get(layer, 0.0)
                 left[layer] = first
@@ -194,7 +244,9 @@ class Toy:
         """Greedy tokens after one text: Hugging Face's own, or for a HookedTransformer the argmax of its logits."""
         if self.hf is not None:
             tokens = torch.tensor([list(ids)])
-            made = self.hf.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=steps, **NO_STOP)
+            made = self.hf.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=steps, **NO_STOP
+            )
             return made[0, len(ids) :].tolist()
         own = list(ids)
         for _ in range(steps):
@@ -255,7 +307,9 @@ def toy(name: str, tokenizer: Any, *, seed: int = 0) -> Toy:
     with warnings.catch_warnings():  # the class says that it is deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         # A copy: the class changes how its tokenizer handles BOS.
-        model = hooked_transformer()(lens.HookedTransformerConfig(**(settings | recipe.hooked)), copy.deepcopy(tokenizer)).eval()
+        model = hooked_transformer()(
+            lens.HookedTransformerConfig(**(settings | recipe.hooked)), copy.deepcopy(tokenizer)
+        ).eval()
     _randomise(model, seed, spread=0.35)
     register(model, name=name, tokenizer=tokenizer)
     return Toy(name, model, tokenizer)

@@ -95,14 +95,14 @@ class Matches:
         return float(re.search(self.pattern, text, self.flags) is not None)
 
 
-# The most frequent function words of each language, those shared with another of them left out.
+# Frequent function words of each language. A word that several of them have counts for each.
 FUNCTION_WORDS = {
-    "english": "the and of to that was with his they this have from were she which would there been their you it for not are but",
-    "french": "le les des une dans qui pour sur pas au avec sont mais ce cette aux il elle nous vous ils être ses comme et est du",
-    "german": "der die das und ist nicht ein eine mit sich auf dem den von zu auch wie aus bei nach wird sind oder ich wir",
-    "spanish": "el los las por con una su para como más pero fue este sus ya todo esta muy sin sobre también hasta donde y lo",
-    "italian": "il gli che di per sono della nel alla anche dei delle questo come ma più suo stato dal ha è non nella degli",
-    "portuguese": "os uma não em mais ao das dos pela pelo são foi seu sua também já ser quando muito nos está isso ele às",
+    "english": "the and of to that with his they this have from were she which would there been their you it for not are but",
+    "french": "le les des une dans qui pour pas au avec sont ce cette aux elle nous vous ils être ses comme et est du que il mais",
+    "german": "der die und ist nicht ein eine mit sich auf dem den von zu auch wie aus bei nach wird sind oder ich wir das",
+    "spanish": "el los las más pero fue sus ya todo esta muy sin hasta donde y lo cuando porque había también hay con una que por para como su del se",
+    "italian": "gli che di per sono della nel alla anche dei delle questo ma più suo stato dal è degli ho una con del su il lo",
+    "portuguese": "os uma não em ao dos pelo são foi seu já ser muito nos está isso ele às eu antes que por para como mais das se",
 }
 
 

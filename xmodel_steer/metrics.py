@@ -49,7 +49,7 @@ def bootstrap_mean(
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: There are no values, or one is NaN.
+        ValueError: There are no values, or one is NaN or infinite.
 
     Example:
         >>> estimate = bootstrap_mean([0.0, 1.0, 1.0, 1.0])
@@ -57,8 +57,8 @@ def bootstrap_mean(
         (0.75, 4)
     """
     table = np.asarray(values, dtype=float)
-    if not table.size or np.isnan(table).any():
-        raise ValueError("bootstrap: needs at least one value, and none of them NaN")
+    if not table.size or not np.isfinite(table).all():
+        raise ValueError("bootstrap: needs at least one value, and none of them NaN or infinite")
     rows = table.reshape(len(table), -1).mean(1)
     means = rows[resamples(len(rows), draws=draws, seed=seed)].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -80,9 +80,8 @@ class Reference:
     @classmethod
     def of(cls, logits: Float[Tensor, "n vocabulary"]) -> "Reference":
         """The distributions of logits."""
-        log_p = logits.float().log_softmax(-1)
-        p = log_p.exp()
-        return cls(p, torch.linalg.vecdot(p, log_p))
+        p = logits.float().softmax(-1)
+        return cls(p, torch.xlogy(p, p).sum(-1))
 
     def compare(
         self, logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"], *, chunk: int = 16
@@ -94,7 +93,7 @@ class Reference:
         """
         kl, loss = [], []
         for i in range(0, len(targets), chunk):
-            z = logits[i : i + chunk].float()
+            z = logits[i : i + chunk].float().clamp(min=-1e30)  # 0 · -inf is no number
             log_norm = z.logsumexp(-1)
             cross = torch.linalg.vecdot(self.probabilities[i : i + chunk], z)
             kl.append(self.negative_entropy[i : i + chunk] - cross + log_norm)

@@ -39,6 +39,13 @@ def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float
     return "validation" if draw < validation else "test" if draw < validation + test else "train"
 
 
+def deviations(scatter: Float[Tensor, "d d"], mean: Float[Tensor, " d"], count: int) -> Float[Tensor, " d"]:
+    """Standard deviation of each dimension; exactly 0 where it is only the rounding of a constant."""
+    made = (scatter.diagonal() / max(count, 1)).clamp(min=0).sqrt()
+    rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
+    return torch.where(made > rounding, made, 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class PairMoments:
     """First and second moments of paired rows (s, t), float64.
@@ -64,12 +71,12 @@ class PairMoments:
     @property
     def source_scale(self) -> Float[Tensor, " ds"]:
         """Standard deviation of each source dimension."""
-        return (self.source_scatter.diagonal() / max(self.count, 1)).clamp(min=0).sqrt()
+        return deviations(self.source_scatter, self.source_mean, self.count)
 
     @property
     def target_scale(self) -> Float[Tensor, " dt"]:
         """Standard deviation of each target dimension."""
-        return (self.target_scatter.diagonal() / max(self.count, 1)).clamp(min=0).sqrt()
+        return deviations(self.target_scatter, self.target_mean, self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,10 +243,12 @@ class Moments:
             end: ``"source"`` or ``"target"``: which of the two models.
         """
         train = self.parts["train"]
-        scatters = train.source_scatters if end == "source" else train.target_scatters
+        source = end == "source"
+        scatters = train.source_scatters if source else train.target_scatters
+        means = train.source_means if source else train.target_means
         if site not in scatters:
             raise ValueError(f"moments: {site} of the {end} was not collected, but {', '.join(map(str, scatters))}")
-        return (scatters[site].diagonal() / max(train.count, 1)).clamp(min=0).sqrt()
+        return deviations(scatters[site], means[site], train.count)
 
 
 def _names(spaces: Mapping[Site, Space]) -> str:
@@ -311,9 +320,9 @@ class MomentsAccumulator:
             NonFiniteError: A row has NaN or infinity.
         """
         n = len(documents)
-        self._paired += n
-        self._eligible += n if eligible is None else eligible
+        possible = n if eligible is None else eligible
         if n == 0:
+            self._eligible += possible
             return
 
         def centred(rows: Mapping[Site, Tensor], end: str) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
@@ -337,6 +346,8 @@ class MomentsAccumulator:
             {(a, b): s[a][other].T @ t[b] for a, b in self._pairs},
         )
         self._parts[part] = self._parts[part] + batch
+        self._paired += n
+        self._eligible += possible
 
     def moments(self) -> Moments:
         """The moments of everything that was added."""

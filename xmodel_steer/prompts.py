@@ -3,8 +3,10 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from xmodel_steer.errors import PromptError
@@ -81,9 +83,12 @@ class Prompt:
             return cls(text=value)
         if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) for m in value):
             try:
-                return cls(messages=tuple(Message(str(m["role"]), str(m["content"])) for m in value))
+                turns = [(m["role"], m["content"]) for m in value]
             except KeyError as missing:
                 raise PromptError(f"Prompt: a chat message needs role and content, {missing} is missing") from None
+            if not all(isinstance(part, str) for turn in turns for part in turn):
+                raise PromptError(f"Prompt: role and content of a chat message must be strings, got {str(value)[:80]}")
+            return cls(messages=tuple(Message(role, content) for role, content in turns))
         if isinstance(value, Sequence) and value and all(isinstance(m, Message) for m in value):
             return cls(messages=tuple(value))
         raise PromptError(
@@ -95,7 +100,8 @@ class Prompt:
         """The content as one string that two prompts share only when they are the same."""
         if self.text is not None:
             return self.text
-        return json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)
+        # No text begins like this, also not one that spells out messages.
+        return "\0" + json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)
 
     def render(self, tokenizer: Any) -> Rendered:
         """The prompt as text for one tokenizer, with its own chat template.
@@ -117,19 +123,38 @@ class Prompt:
                 f"{getattr(tokenizer, 'name_or_path', 'this model')!r} has none (a base model?); "
                 "give raw text instead, or set tokenizer.chat_template"
             )
-        turns = [{"role": m.role, "content": m.content} for m in self.messages]
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=self.messages[-1].role != "assistant"
-        )
-        spans, cursor, base = [], 0, 0
-        for message in self.messages:
-            content = message.content.strip()  # templates trim; what is trimmed cannot be found
-            found = text.find(content, cursor) if content else -1
-            if found >= 0:
-                cursor = found + len(content)
-                spans.append((found, cursor, base))
-            base += len(content)
-        return Rendered(text, tuple(spans), False)
+        text = self._template(tokenizer, [m.content for m in self.messages])
+        return Rendered(text, self._spans(tokenizer, text), False)
+
+    def _template(self, tokenizer: Any, contents: Sequence[str]) -> str:
+        turns = [{"role": m.role, "content": c} for m, c in zip(self.messages, contents, strict=True)]
+        opens = self.messages[-1].role != "assistant"
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens)
+
+    def _spans(self, tokenizer: Any, text: str) -> tuple[tuple[int, int, int], ...]:
+        """Where the messages' contents stand in the rendered text.
+
+        Searching for them would also find a role tag or a default system prompt with the same
+        words. Rendering markers in their place shows the template's own text around them.
+        """
+        trimmed = [m.content.strip() for m in self.messages]
+        bases = list(accumulate(map(len, trimmed), initial=0))
+        marked = self._template(tokenizer, [f"\ue000{i}\ue001" for i in range(len(trimmed))])
+        # literal, number, literal, number, ..., literal
+        pieces = re.split("\ue000(\\d+)\ue001", marked)
+        spans: list[tuple[int, int, int]] = []
+        cursor = len(pieces[0])
+        for number, literal in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
+            # Most templates trim the content, some keep it as it is.
+            for content in (trimmed[number], self.messages[number].content):
+                if text.startswith(content + literal, cursor):
+                    start = cursor + content.find(trimmed[number])
+                    spans.append((start, start + len(trimmed[number]), bases[number]))
+                    cursor += len(content) + len(literal)
+                    break
+            else:
+                break  # the template rewrites this message: its tokens count as the template's
+        return tuple(span for span in spans if span[0] < span[1])
 
 
 PromptLike = str | Prompt | Sequence[Mapping[str, str]]

@@ -611,11 +611,14 @@ def _verdict(result: TransferResult) -> Verdict:
     if ratio is None:
         text = f"{result.label}: undefined, the native vector does nothing at strength {result.headline:g}"
     else:
+        budget = " and ".join(f"{native[name].kl:.2f}" for name in present)
         text = (
-            f"{result.label}: {'transfers' if ok else 'no evidence of transfer'}: {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of native "
-            f"at equal KL ({', '.join(f'{n}{native[n].kl:.2f}' for n in present)} nats per token), n = {ratio.n}; "
-            f"intervals {'exclude' if ok else 'do not exclude'} random and shuffled in "
-            f"{'both directions' if len(present) == 2 else 'the direction run'}; perplexity at most {held:.2f} times the unsteered one"
+            f"{result.label}: {'transfers' if ok else 'no evidence of transfer'}: "
+            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of native at equal KL ({budget} nats per token), "
+            f"n = {ratio.n}; at strength ±{result.headline:g} the interval "
+            f"{'excludes' if ok else 'does not exclude'} random and shuffled in "
+            f"{'both directions' if len(present) == 2 else 'the direction run'}, "
+            f"perplexity is at most {held:.2f} times the unsteered one"
         )
     return Verdict(result.headline, ratio, {n: native[n].kl for n in present}, separated, perplexity, text)
 

@@ -170,7 +170,12 @@ class SteeringVector:
         """
         inverse = _inverse(self._scale())
         dual = self.direction.to(torch.float64) * inverse * inverse
-        return dual / (dual @ self.direction.to(torch.float64))
+        size = dual @ self.direction.to(torch.float64)
+        if size <= 0:
+            raise ValueError(
+                f"SteeringVector {self.label!r}: is zero in standardised coordinates, no projection on it exists"
+            )
+        return dual / size
 
     def _scale(self) -> Tensor:
         self.standardised()  # refuses a vector without scale
