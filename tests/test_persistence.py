@@ -25,6 +25,12 @@ SMALL = Space("small", Site(1), 4, "aaaa", "fold_ln")
 LARGE = Space("large", Site(2, "resid_mid"), 3, "bbbb")
 
 
+MAP_RECORD = {
+    "fitter": "Ridge", "penalty": 0.01, "train_tokens": 51234, "coverage": 0.98, "test_documents": 49, "r2": 0.48, "r2_low": 0.2,
+    "r2_high": 0.7, "cosine": 0.69, "norm_ratio": 0.69, "loss": {"train": 0.4, "test": 0.52},
+}  # fmt: skip
+
+
 def vector(space: Space = SMALL, seed: int = 0) -> SteeringVector:
     g = torch.Generator().manual_seed(seed)
     d, p, n, s = (torch.randn(space.width, generator=g) for _ in range(4))
@@ -60,7 +66,7 @@ def result() -> TransferResult:
     ids = [f"prompt{i}" for i in range(6)]
     return TransferResult(
         "joy", "score", SMALL.to_dict() | {"hook": "h", "dtype": "float32"}, LARGE.to_dict() | {"hook": "h", "dtype": "float32"},
-        {"fitter": "Ridge", "r2": 0.5}, tuple(arms), 1.0, {}, {"mapped": {"cosine": 0.9, "norm_ratio": 1.0}, "shuffled": {"cosine": 0.0}},
+        MAP_RECORD, tuple(arms), 1.0, {}, {"mapped": {"cosine": 0.9, "norm_ratio": 1.0}, "shuffled": {"cosine": 0.0}},
         {"native": vector(LARGE), "source": vector()}, mapping(), {"a": 1}, {"evaluation": ids}, {"torch": "x"}, {"split": 0},
     )  # fmt: skip
 
