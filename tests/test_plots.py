@@ -41,7 +41,7 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
     outside_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"(src|href)=", outside_scripts)
     assert not re.search(r"<script[^>]*src=", page)
-    for arm in ("native", "mapped", "random (2 seeds)", "shuffled"):
+    for arm in ("native", "mapped", "random × 2", "shuffled"):
         assert f"</span> {arm}</td>" in page
 
 

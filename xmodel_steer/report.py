@@ -12,11 +12,13 @@ from xmodel_steer.transfer import Arm, TransferResult
 
 def table(result: TransferResult) -> Any:
     """Every arm at every strength, as a ``rich`` table."""
+    from rich import box
     from rich.table import Table
 
-    made = Table(title=f"{result.label}: {result.source['model']} → {result.target['model']}", title_style="bold")
+    title = f"{result.label}: {result.source['model']} → {result.target['model']}"
+    made = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, justify in _COLUMNS:
-        made.add_column(name, justify=justify)
+        made.add_column(name, justify=justify, no_wrap=True)
     for row in _rows(result):
         style = "bold" if row[0] == "mapped" else "dim" if row[0] in ("random", "shuffled") else ""
         made.add_row(*row, style=style)
@@ -62,7 +64,7 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
 def _rows(result: TransferResult) -> list[tuple[str, ...]]:
     return [
         (
-            arm.arm if not arm.seeds else f"{arm.arm} ({len(arm.seeds)} seeds)",
+            arm.arm if not arm.seeds else f"{arm.arm} × {len(arm.seeds)}",
             f"{arm.strength:+g}" if arm.strength else "0",
             f"{arm.effect.value:+.2f}",
             f"[{arm.effect.low:+.2f}, {arm.effect.high:+.2f}]",
