@@ -51,7 +51,8 @@ def test_equals_the_same_addition_in_the_untouched_model(toy):
 
 def test_unsteered_and_strength_zero_do_nothing_and_steering_costs(toy):
     none, one, two, zero = measured(toy, settings(toy))
-    assert none.mean_kl == pytest.approx(0, abs=1e-5) and (zero.kl == none.kl).all() and (zero.loss == none.loss).all()
+    assert (zero.loss == none.loss).all()
+    np.testing.assert_allclose([none.kl, zero.kl], 0, atol=1e-4)
     assert (one.kl > 0.01).all() and (two.kl > 0.001).all()
     assert one.mean_kl == pytest.approx(one.kl.sum() / one.tokens.sum())
 
