@@ -203,6 +203,8 @@ def collect_moments(
     wanted = tuple(pairs) if pairs is not None else tuple(itertools.product(source_sites, target_sites))
     sources = tuple(dict.fromkeys(s for s, _ in wanted))
     targets = tuple(dict.fromkeys(t for _, t in wanted))
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not wanted:
         raise ValueError("collect_moments: give at least one source site and one target site")
     for model in (source, target):

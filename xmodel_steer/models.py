@@ -431,7 +431,10 @@ def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = No
                 "shorten it or split it (it is not cut silently)"
             )
         ends, span = [], 0
-        for token, (start, end) in zip(ids, offsets, strict=True):
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        for token, piece, (start, end) in zip(ids, pieces, offsets, strict=True):
+            if not piece.strip("▁") and rendered.text[start:end].strip():
+                end = start  # a prefix that SentencePiece adds: its offsets claim a character that it has not read
             while span < len(rendered.spans) and end > rendered.spans[span][1]:
                 span += 1
             inside = span < len(rendered.spans) and rendered.spans[span][0] < end

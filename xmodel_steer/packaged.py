@@ -253,7 +253,7 @@ def is_intact(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         return all(sha256_of(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut short, or not ours
         return False
 
 

@@ -202,6 +202,10 @@ class _Tracker:
         self.now = _Pass(position, lengths[:, None], known.rows if known else None)
         self.passes += 1
 
+    def after(self, *_: Any) -> None:
+        """Forward hook: what was known of this pass says nothing about another."""
+        self.now = None
+
     def selected(self, step: Intervention, like: Tensor) -> Tensor:
         """Which of the new tokens an intervention is about: boolean ``(batch, new)``."""
         now = self.now
@@ -301,12 +305,16 @@ def steering(
         return write
 
     inner = model.original_model if is_bridge(model) else model
-    handle = inner.register_forward_pre_hook(tracker.before, with_kwargs=True)
+    handles = [
+        inner.register_forward_pre_hook(tracker.before, with_kwargs=True),
+        inner.register_forward_hook(tracker.after, always_call=True),
+    ]
     try:
         with model.hooks(fwd_hooks=[(step.vector.space.site.hook_name, hook(step)) for step in steps]):
             yield model
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     silent = {step.vector.space.site.hook_name for step in steps} - fired
     if tracker.passes and silent:
         raise SiteError(
