@@ -315,6 +315,10 @@ def _weights(model: Any) -> Iterator[Tensor]:
 def space_of(model: Any, site: Site) -> Space:
     """The vector space at a site of a model.
 
+    Args:
+        model: A TransformerLens model.
+        site: The place in it.
+
     Raises:
         SiteError: The model has no such layer or stream.
     """
