@@ -25,7 +25,8 @@ SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 SOURCE_SITES = (Site(15), Site(18), Site(21))
 TARGET_SITES = (Site(8), Site(10), Site(12))
 MAP_DOCUMENTS, MAP_TOKENS = 500, 192
-NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 36, 24
+NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 30, 24
+PROMPTS = 108  # a third validates, the rest evaluates
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def demo(
         target,
         contrast,
         (),
-        prompts=prompts[:144],
+        prompts=prompts[:PROMPTS],
         scorer=chosen.scorer(),
         label=behaviour,
         unit=chosen.unit,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -181,8 +182,8 @@ class AffineMap:
         """Per target dimension: squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around the mean of y."""
         weight = self.weight.to(torch.float64)
         shift = moments.source_mean @ weight + self.bias.to(torch.float64) - moments.target_mean
-        fitted = torch.einsum("st,st->t", weight, moments.source_scatter @ weight)
-        agreed = torch.einsum("st,st->t", weight, moments.cross_scatter)
+        fitted = einsum(weight, moments.source_scatter @ weight, "s t, s t -> t")
+        agreed = einsum(weight, moments.cross_scatter, "s t, s t -> t")
         total = moments.target_scatter.diagonal()
         offset = moments.count * shift**2
         return total - 2 * agreed + fitted + offset, agreed, fitted + offset
