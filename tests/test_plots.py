@@ -28,7 +28,8 @@ def test_dose_response_draws_every_arm_with_its_interval() -> None:
         )
     assert len(set(COLOURS.values())) == len(COLOURS)
     titles = [axis.title.text for axis in (figure.layout.yaxis, figure.layout.yaxis2, figure.layout.yaxis3)]
-    assert titles == ["mean score (n = 6 prompts)", "nats per token", "perplexity"]
+    assert titles == ["mean score", "nats per token", "perplexity"]
+    assert "score; n = 6" in figure.layout.title.text
 
 
 def test_the_table_has_a_row_per_arm() -> None:

@@ -35,7 +35,7 @@ def dose_response(result: TransferResult) -> Any:
         horizontal_spacing=0.09,
     )
     panels = (
-        (1, lambda arm: arm.effect.value, f"mean {result.unit} (n = {base.effect.n} prompts)"),
+        (1, lambda arm: arm.effect.value, "mean score"),
         (2, lambda arm: arm.kl, "nats per token"),
         (3, lambda arm: arm.perplexity, "perplexity"),
     )
@@ -87,10 +87,14 @@ def dose_response(result: TransferResult) -> Any:
     )
     figure.update_layout(
         template="plotly_white",
-        title={"text": f"{result.label}: {result.source['model']} → {result.target['model']}", "y": 0.97},
+        title={
+            "text": f"{result.label}: {result.source['model']} → {result.target['model']}"
+            f"<br><sup>score: {result.unit}; n = {base.effect.n}, bars are 95 % bootstrap intervals</sup>",
+            "y": 0.95,
+        },
         legend={"orientation": "h", "y": -0.22, "x": 0},
-        margin={"t": 90, "b": 90, "l": 70, "r": 20},
-        height=460,
+        margin={"t": 110, "b": 90, "l": 70, "r": 20},
+        height=480,
         font={"size": 13},
     )
     return figure

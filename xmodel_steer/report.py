@@ -142,12 +142,17 @@ def _html_texts(result: TransferResult, strength: float, most: int = 8) -> str:
     for i in range(min(most, len(shown[0][1].texts))):
         prompt = html.escape(prompts[i]) if i < len(prompts) else html.escape(result.splits["evaluation"][i])
         rows = "".join(
-            f'<tr><td style="color:{COLOURS[arm.arm]}">{html.escape(title)}</td><td>{arm.scores[i]:+.2f}</td>'
+            f'<tr><td style="color:{COLOURS[arm.arm]}">{html.escape(title)}</td><td>{_score(arm, i)}</td>'
             f"<td>{html.escape(arm.texts[i])}</td></tr>"
             for title, arm in shown
         )
         made += f"<h3>{prompt} …</h3><table class='texts'>{rows}</table>"
     return made
+
+
+def _score(arm: Arm, i: int) -> str:
+    """The score of a text; of several seeds only the first one's text is shown, beside the mean of all."""
+    return f"{arm.scores[i]:+.2f}" + (f" (mean of {len(arm.seeds)})" if arm.seeds else "")
 
 
 _PAGE = """<!doctype html>
