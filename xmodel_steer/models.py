@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import TokenEnds
 from xmodel_steer.errors import ModelError, PromptError, SiteError
@@ -105,20 +106,24 @@ def load(
     elif label.startswith((".", "/", "~")) or label.count("/") > 1:
         raise ModelError(f"{label}: no such folder")
 
-    from transformer_lens.model_bridge import TransformerBridge
+    with tqdm(total=4, desc=f"load {label}", unit="step", disable=not progress, leave=False) as bar, quiet():
+        from transformer_lens.model_bridge import TransformerBridge
 
-    with quiet():
+        bar.update()
         try:
             model = TransformerBridge.boot_transformers(path, device=chosen, dtype=kind, revision=revision)
+            bar.update()
             tokenizer = _tokenizer_of(path, revision)
         except Exception as error:  # the hub client and both libraries raise many kinds
             raise ModelError(_load_failure(label, path, error)) from error
-    # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
-    # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
-    # Every pass of this library runs under no_grad.
-    model.eval()
-    register(model, name=label, tokenizer=tokenizer)
-    check_sites(model)
+        # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
+        # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
+        # Every pass of this library runs under no_grad.
+        model.eval()
+        bar.update()
+        register(model, name=label, tokenizer=tokenizer)
+        check_sites(model)
+        bar.update()
     return model
 
 
