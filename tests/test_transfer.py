@@ -223,12 +223,12 @@ def made_up(result: TransferResult, effects: dict[str, float], *, noise: float =
 def test_verdict_compares_at_equal_kl(result: TransferResult) -> None:
     made = made_up(result, {"native": 0.2, "mapped": 0.2, "random": 0.0, "shuffled": 0.0})
     verdict = made.verdict()
-    # Native at strength 1 costs KL 1; mapped costs 2 there, so that KL 1 buys half of its strength.
+    # Native at strength s costs KL s², mapped 2 s²: a KL of 1 buys 1/√2 of strength, and of effect.
     assert verdict.ratio is not None
-    assert verdict.ratio.value == pytest.approx(0.5, abs=0.03)
+    assert verdict.ratio.value == pytest.approx(0.5**0.5, abs=0.03)
     assert verdict.ratio.low < verdict.ratio.value < verdict.ratio.high
     assert verdict.separated == {"+": True, "-": True}
-    assert "transfers: 0.5" in verdict.text
+    assert "transfers: 0.7" in verdict.text
 
 
 @pytest.mark.parametrize("control", ["random", "shuffled"])

@@ -577,14 +577,17 @@ def versions() -> dict[str, str]:
 
 
 def _at_kl(result: TransferResult, name: str, sign: int, budget: float) -> np.ndarray:
-    """Scores of an arm along one sign, interpolated between strengths to a KL; held at the last one."""
+    """Scores of an arm along one sign, interpolated between strengths to a KL; held at the last one.
+
+    Linear in √KL: to second order KL grows with the square of the strength, and the effect with the strength.
+    """
     base = result.arm("unsteered", 0)
     path = [(0.0, np.array(base.scores))]
     own = sorted((a for a in result.arms if a.arm == name and a.strength * sign > 0), key=lambda a: abs(a.strength))
     path += [(a.kl, np.array(a.scores)) for a in own]
     for (kl0, scores0), (kl1, scores1) in pairwise(path):
         if kl0 <= budget <= kl1 and kl1 > kl0:
-            share = (budget - kl0) / (kl1 - kl0)
+            share = (budget**0.5 - kl0**0.5) / (kl1**0.5 - kl0**0.5)
             return (1 - share) * scores0 + share * scores1
     return path[-1][1]
 
