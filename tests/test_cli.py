@@ -171,7 +171,9 @@ def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path
     environment = {"XMODEL_STEER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     import os
 
-    process = subprocess.Popen(list(map(str, call)), stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    process = subprocess.Popen(list(map(str, call)), stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would inherit "ignore"
+    )  # fmt: skip
     assert process.stderr is not None
     seen = ""
     deadline = time.monotonic() + 120

@@ -224,17 +224,22 @@ def test_a_slow_tokenizer_is_refused(llama):
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in TOYS.items() if recipe.hugging_face])
-def test_a_bridge_that_the_user_made_is_accepted_with_its_published_tokenizer(name, tokenizers):
-    """TransformerLens changes how its tokenizer handles BOS: the library must not see that."""
+def test_a_bridge_that_the_user_made_is_accepted_with_its_published_tokenizer(name, tokenizers, tmp_path):
+    """TransformerLens makes its tokenizer add BOS, also where it was published not to: the library must not see that."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import AutoTokenizer
 
-    tokenizer = tokenizers[TOYS[name].tokenizer]
-    hf, theirs = hf_model(name, tokenizer), copy.deepcopy(tokenizer)
+    published = copy.deepcopy(tokenizers[TOYS[name].tokenizer])
+    published.bos_token = published.bos_token or "<|endoftext|>"  # as GPT-2's: there is one, and it is not added
+    published.save_pretrained(tmp_path)
+    hf, known = hf_model(name, published), bridged(hf_model(name, published), name, published)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     model = build_bridge_from_module(
         hf, type(hf).__name__, hf_config=hf.config, tokenizer=theirs, model_name="mine"
     ).eval()
+    if name != "gemma":
+        assert model.tokenizer(TEXTS[0])["input_ids"] != known.ids(TEXTS[0])
     made = capture(model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
-    known = bridged(hf_model(name, tokenizer), name, tokenizer)
     references = [known.reference(known.ids(text))[0][1] for text in TEXTS]
     torch.testing.assert_close(made.values, torch.cat(references), **CLOSE)
     assert name_of(model) == "mine" and space_of(model, Site(1)) == space_of(known.model, Site(1))

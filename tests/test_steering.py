@@ -417,3 +417,11 @@ def test_a_pass_round_the_models_own_call_is_refused(llama):
         llama.model(torch.tensor([llama.ids(TEXTS[0])]))
         with pytest.raises(SiteError, match="went round the model's own call"):
             llama.model.blocks[0](torch.randn(1, 3, llama.width))
+
+
+def test_a_vector_of_a_deeper_model_is_another_space_too(llama, toy_named):
+    deep = llama.vector(llama.depth - 1)
+    shallow = toy_named("qwen")
+    assert shallow.depth < llama.depth
+    with pytest.raises(SpaceMismatchError, match="carry it over"), steering(shallow.model, deep):
+        pass

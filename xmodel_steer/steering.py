@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xmodel_steer.errors import SiteError
 from xmodel_steer.models import LAYOUT, is_bridge, name_of, space_of
-from xmodel_steer.spaces import require_same_space
+from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.vectors import SteeringVector
 
 Where = Literal["all", "prompt", "generated", "last"]
@@ -287,7 +287,10 @@ def steering(
         raise ValueError("steering: give at least one vector")
     steps = [v if isinstance(v, Intervention) else Intervention(v, operator, positions) for v in given]
     for step in steps:
-        require_same_space(space_of(model, step.vector.space.site), step.vector.space, f"steering {name_of(model)}")
+        site = step.vector.space.site
+        # A layer that this model does not have is as much another space as any.
+        own = space_of(model, Site(min(site.layer, model.cfg.n_layers - 1), site.stream))
+        require_same_space(own, step.vector.space, f"steering {name_of(model)}")
     tracker = _Tracker()
     fired: set[str] = set()
 
