@@ -11,7 +11,7 @@ from toys import CONTEXT, NO_STOP
 from xmodel_steer.capture import capture
 from xmodel_steer.errors import SiteError, SpaceMismatchError
 from xmodel_steer.generation import generate_tokens
-from xmodel_steer.models import all_sites, batches, encode, forward
+from xmodel_steer.models import all_sites, batches, encode, forward, space_of
 from xmodel_steer.prompts import as_prompts
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Ablate, Add, Clamp, Intervention, steering
@@ -425,3 +425,36 @@ def test_a_vector_of_a_deeper_model_is_another_space_too(llama, toy_named):
     assert shallow.depth < llama.depth
     with pytest.raises(SpaceMismatchError, match="carry it over"), steering(shallow.model, deep):
         pass
+
+
+# --- every operator: a new one is a new row -------------------------------------------------
+
+OPERATORS = {
+    "add": Add(-1.5),
+    "ablate": Ablate(),
+    "clamp": Clamp("positive"),
+    "clamp every row": Clamp("negative", gate=False, overshoot=1.3),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_an_operator_moves_rows_along_the_vector_one_by_one_and_writes_into_none(llama, operator):
+    draw = torch.Generator().manual_seed(3)
+    sides = [Activations(torch.randn(9, llama.width, generator=draw), space_of(llama.model, Site(1))) for _ in range(2)]
+    vector = difference_of_means(*sides, scale=torch.rand(llama.width, generator=draw) + 0.5)
+    rows = 3 * torch.randn(2, 20, llama.width, generator=draw)
+    before = rows.clone()
+    edit = operator.prepare(vector)
+    after = edit(rows)
+    assert torch.equal(rows, before)
+    assert not torch.equal(after, rows)
+    torch.testing.assert_close(after[1, 7], edit(rows[1, 7][None])[0], **CLOSE)
+    moved = (after - rows).reshape(-1, llama.width)
+    along = vector.direction / vector.direction.norm()
+    torch.testing.assert_close(moved, (moved @ along)[:, None] * along, **CLOSE)
+    # A pass in which no position is selected leaves every bit as it was.
+    (batch,) = batches(llama.model, encode(llama.model, as_prompts(TEXTS[:2])), 2)
+    plain = forward(llama.model, batch.ids, batch.mask)[0]
+    nowhere = torch.zeros(CONTEXT, dtype=torch.bool)
+    with steering(llama.model, vector, operator=operator, positions=nowhere):
+        assert torch.equal(forward(llama.model, batch.ids, batch.mask)[0], plain)

@@ -75,7 +75,7 @@ def _data(name: str) -> str:
 
 
 def general_text() -> tuple[Prompt, ...]:
-    """The 1,000 OpenWebText passages that ship with the package (CC0)."""
+    """The 600 OpenWebText passages that ship with the package (CC0)."""
     return tuple(Prompt(text=json.loads(line)["text"]) for line in _data("general_text.jsonl.gz").splitlines())
 
 
