@@ -120,7 +120,7 @@ def transfer(
     from xmodel_steer.demo import cached_moments
     from xmodel_steer.models import context_length, load
     from xmodel_steer.readers import read_contrast, read_prompts
-    from xmodel_steer.transfer import default_sites
+    from xmodel_steer.transfer import default_sites, hold_out_neutral
     from xmodel_steer.transfer import transfer as run
 
     if tokens not in ("last", "mean", "all"):
@@ -134,12 +134,12 @@ def transfer(
     large = load(target, device=device, dtype=dtype)
     source_sites = _sites(source_layers, "--source-layers") or default_sites(small, "source")
     target_sites = _sites(target_layers, "--target-layers") or default_sites(large, "target")
-    kept = max(3, min(48, len(texts) // 10))
-    if len(texts) <= kept:
+    map_texts, neutral_texts = hold_out_neutral(texts)
+    if not map_texts:
         raise PromptError(f"{text}: {len(texts)} documents are too few; a map wants thousands of tokens")
     limit = min(192, context_length(small), context_length(large))
     moments = cached_moments(
-        small, large, texts[:-kept], source_sites=source_sites, target_sites=target_sites, max_tokens=limit, seed=seed
+        small, large, map_texts, source_sites=source_sites, target_sites=target_sites, max_tokens=limit, seed=seed
     )
     result = run(
         small,
@@ -155,7 +155,7 @@ def transfer(
         strengths=doses,
         tokens=tokens,  # type: ignore[arg-type]
         moments=moments,
-        neutral_texts=texts[-kept:],
+        neutral_texts=neutral_texts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
@@ -201,7 +201,9 @@ def _print(result: Any) -> None:
 
 def _require_writable(folder: Path) -> None:
     """Refuse a place that the run could not be written to, before the work is done."""
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "result.json").is_file())):
+    from xmodel_steer.persistence import may_hold_run
+
+    if not may_hold_run(folder):
         raise PromptError(f"{folder}: exists and is not a run folder; choose another --out")
     parent = folder.absolute().parent
     try:

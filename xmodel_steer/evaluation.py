@@ -249,21 +249,6 @@ def _predictions(model: Any, batch: Batch) -> torch.Tensor:
     return made[:, :-1][batch.mask[:, 1:].bool()]
 
 
-def losses(
-    model: Any,
-    settings: Sequence[Sequence[Intervention]],
-    texts: Sequence[Prompt],
-    *,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each setting, the summed loss of each text in nats, and its number of predicted tokens."""
-    return [
-        (e.loss, e.tokens)
-        for e in side_effects(model, settings, texts, max_tokens=None, batch_size=batch_size, progress=progress)
-    ]
-
-
 class Behaviour:
     """A behaviour that can be measured under any intervention: one score per unit.
 
@@ -385,7 +370,8 @@ class Preference(Behaviour):
         """Likelihoods of both sides under each setting."""
         prompts = self.contrast.positive[: self._count] + self.contrast.negative[: self._count]
         measured = []
-        for loss, tokens in losses(model, settings, prompts, batch_size=self.batch_size, progress=progress):
-            per_token = -loss / tokens
+        effects = side_effects(model, settings, prompts, max_tokens=None, batch_size=self.batch_size, progress=progress)
+        for effect in effects:
+            per_token = -effect.loss / effect.tokens
             measured.append(Measured(per_token[: self._count] - per_token[self._count :]))
         return measured

@@ -289,8 +289,15 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
 # --- results ----------------------------------------------------------------------------------
 
 
+def may_hold_run(folder: Path) -> bool:
+    """Whether a run may be written there: nothing is in the way but an empty folder or an older run."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "result.json").is_file())
+
+
 def _save_result(result: TransferResult, folder: Path) -> Path:
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "result.json").is_file())):
+    if not may_hold_run(folder):
         raise ArtifactError(f"{folder}: exists and is not a run folder; choose another place, nothing was written")
     record = {
         "schema": SCHEMA,

@@ -223,7 +223,7 @@ def transfer(
         positions: Where to steer; see `Intervention`.
         fitter: Fits the map.
         moments: Moments collected earlier for these sites; ``texts`` is then not read.
-        neutral_texts: Text for KL and perplexity; by default the map's test documents.
+        neutral_texts: Text for KL and perplexity; by default the last tenth of ``texts``, at most 48, kept out of the map.
         random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
         map_tokens: Tokens read of each document for the map, within both models' contexts.
@@ -249,8 +249,7 @@ def transfer(
         contrast, prompts, scorer, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
     if moments is None and not neutral:  # the last texts stay out of the map
-        kept = max(3, min(48, len(text_items) // 10))
-        text_items, neutral = text_items[:-kept], text_items[-kept:]
+        text_items, neutral = hold_out_neutral(text_items)
     elif not neutral:
         raise PromptError("transfer: moments were given without texts; give neutral_texts for KL and perplexity")
     _require_disjoint(
@@ -416,6 +415,12 @@ def transfer(
             "moments": moments.settings.get("seed", seed),
         },
     )
+
+
+def hold_out_neutral(texts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Text for the map, and the last tenth (3 to 48 documents) for KL and perplexity."""
+    kept = max(3, min(48, len(texts) // 10))
+    return tuple(texts[:-kept]), tuple(texts[-kept:])
 
 
 def default_sites(model: Any, end: str) -> list[Site]:
