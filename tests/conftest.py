@@ -21,10 +21,8 @@ NO_CLASS = "HookedTransformer was removed in transformer-lens 4: run these rows 
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Tokenizers trained in this session, saved and loaded again as a user's are."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {
-        "byte_level": toys.byte_level_tokenizer(folder / "byte_level"),
-        "metaspace": toys.metaspace_tokenizer(folder / "metaspace"),
-    }
+    kinds = ("byte_level", "metaspace", "byte_fallback", "unigram", "wordpiece")
+    return {kind: getattr(toys, f"{kind}_tokenizer")(folder / kind) for kind in kinds}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Paired moments of two models in one pass, against brute force over captured rows."""
 
 import gc
+import sys
 import warnings
 from itertools import product
 
@@ -10,8 +11,8 @@ from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
 from xmodel_steer.capture import capture, collect_moments
 from xmodel_steer.errors import AlignmentError, AlignmentWarning, ModelError, NonFiniteError, PromptError
-from xmodel_steer.models import register
-from xmodel_steer.moments import PARTS, part_of
+from xmodel_steer.models import encode, register
+from xmodel_steer.moments import PARTS, merge, part_of
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site
 
@@ -22,6 +23,8 @@ DOCUMENTS = (
     + TEXTS
     + ["The sky 🙂 above été, the port", "Call\tme  Ishmael 😀😀"]
 )
+#: Products of one batch are formed in float32.
+CLOSE = dict(rtol=1e-4, atol=1e-2)
 PAIRS = [("llama", "gemma"), ("gemma", "gpt2"), ("qwen", "llama"), ("hooked", "qwen"), ("gpt2", "hooked-rotary")]
 
 
@@ -71,7 +74,7 @@ def test_equals_brute_force_over_captured_rows(pair):
         torch.testing.assert_close(own.target_scatter, y.T @ y, **close)
         torch.testing.assert_close(own.cross_scatter, x.T @ y, **close)
     scatter = made.pair(Site(0), Site(1)).train.cross_scatter
-    assert not torch.allclose(scatter, made.pair(Site(0), Site(1), shuffled=True).train.cross_scatter, atol=1.0)
+    assert not torch.allclose(scatter, made.pair(Site(0), Site(1)).control.train.cross_scatter, atol=1.0)
 
 
 def test_batch_size_changes_nothing(pair):
@@ -94,7 +97,8 @@ def test_shards_merge_to_the_whole(pair):
         torch.testing.assert_close(a.cross_scatter, b.cross_scatter, rtol=1e-4, atol=1e-2)
 
 
-def test_reads_a_generator_once_and_keeps_no_more_than_a_window(llama, toy_named):
+def test_reads_a_generator_once_and_keeps_no_more_than_a_window(llama, toy_named, monkeypatch):
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 8)
     qwen, drawn, alive = toy_named("qwen"), [], []
 
     def texts():
@@ -135,10 +139,72 @@ def test_pairs_limits_what_is_kept(llama, gemma, toy_named):
         made.pair(Site(0), Site(1))
 
 
-def test_chat_documents_pair_by_content_without_the_template(llama, toy_named):
+def test_chat_documents_pair_by_content_and_their_templates_by_role(llama, toy_named):
     chat = [{"role": "user", "content": "Call me Ishmael."}, {"role": "assistant", "content": "the clocks"}]
-    made = collected(llama, toy_named("qwen"), [chat], max_tokens=CONTEXT)
-    assert made.paired == sum(len(llama.ids(m["content"])) for m in chat)
+    models = llama, toy_named("qwen")
+    content = sum(len(llama.ids(m["content"])) for m in chat)
+    assert collected(*models, [chat], max_tokens=CONTEXT, template=False).paired == content
+    # A beginning and an end of both turns; of a chat whose assistant is to speak, a beginning more.
+    assert collected(*models, [chat], max_tokens=CONTEXT).paired == content + 4
+    assert collected(*models, [chat[:1]], max_tokens=CONTEXT).paired == len(llama.ids(chat[0]["content"])) + 3
+
+
+def test_shards_of_windows_are_disjoint_and_merge_to_the_whole(llama, toy_named, monkeypatch):
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 5)
+    models = llama, toy_named("qwen")
+    whole = collected(*models)
+    shards = [collected(*models, shard=(i, 3)) for i in range(3)]
+    assert [s.shards for s in shards] == [("0/3",), ("1/3",), ("2/3",)]
+    assert all(0 < s.tokens < whole.tokens for s in shards)
+    merged = merge([shards[1], shards[2], shards[0]])
+    assert (merged.tokens, merged.documents, merged.eligible) == (whole.tokens, whole.documents, whole.eligible)
+    for part in PARTS:
+        a, b = (m.pair(Site(2), Site(1)) for m in (whole, merged))
+        for one, two in ((a, b), (a.control, b.control)):  # the same shuffle, too
+            torch.testing.assert_close(
+                getattr(one, part).cross_scatter, getattr(two, part).cross_scatter, rtol=1e-10, atol=1e-9
+            )
+    with pytest.raises(ValueError, match=r"shard must be \(i, n\) with 0 <= i < n, got \(3, 3\)"):
+        collected(*models, shard=(3, 3))
+
+
+def test_where_full_pairs_do_not_fit_every_pair_is_sketched(llama, toy_named, monkeypatch):
+    models = llama, toy_named("qwen")
+    full = collected(*models)
+    assert full.pairs and not full.sketch
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "FULL_PAIRS_BYTES", 1000)
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "SKETCH", 7)
+    made = collected(*models)
+    assert (len(made.sketch), made.pairs) == (7, ())
+    for s, t in full.pairs:
+        torch.testing.assert_close(
+            made.sketched(s, t).train.cross_scatter,
+            full.pair(s, t).train.cross_scatter[:, list(made.sketch)],
+            **CLOSE,
+        )
+    both = collected(*models, pairs=[(Site(2), Site(1))], sketch=7)  # full moments of a chosen pair, in the same pass
+    torch.testing.assert_close(
+        both.pair(Site(2), Site(1)).test.cross_scatter, full.pair(Site(2), Site(1)).test.cross_scatter, **CLOSE
+    )
+    assert both.pairs == ((Site(2), Site(1)),) and set(both.source) == set(SITES["source_sites"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_texts_are_cut_at_either_side(llama, gemma, side):
+    text = " ".join(CORPUS[:3])
+    for toy in (llama, gemma):
+        ids = toy.ids(text)
+        (cut,) = encode(toy.model, [Prompt(text=text)], max_tokens=12, truncation_side=side)
+        head = int(toy.tokenizer.bos_token_id is not None)
+        expected = ids[:12] if side == "right" else ids[:head] + ids[len(ids) - 12 + head :]
+        assert list(cut.ids) == expected
+        assert cut.ends[-1] == (len(text) if side == "left" else cut.ends[-1]) > 0
+    with pytest.raises(ValueError, match="truncation_side must be 'left' or 'right'"):
+        encode(llama.model, [Prompt(text=text)], max_tokens=12, truncation_side="middle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AlignmentWarning)
+        made = collected(llama, gemma, [text], max_tokens=20, truncation_side=side)
+    assert made.paired > 3
 
 
 @pytest.mark.parametrize(

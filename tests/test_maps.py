@@ -6,17 +6,40 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 from sklearn import linear_model
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
 from xmodel_steer.errors import PromptError, SpaceMismatchError
-from xmodel_steer.maps import PENALTIES, AffineMap, Ridge
+from xmodel_steer.fitters import (
+    PENALTIES,
+    Identity,
+    Procrustes,
+    RandomMap,
+    ReducedRank,
+    Ridge,
+    ShuffledPairs,
+    pinned,
+)
+from xmodel_steer.maps import AffineMap, cycle_score
 from xmodel_steer.moments import MomentsAccumulator
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
 
-FITTERS = {"ridge": Ridge()}
+FITTERS = {
+    "ridge": Ridge(),
+    "reduced-rank": ReducedRank(5),
+    "procrustes": Procrustes(standardise=False),
+    "procrustes-standardised": Procrustes(),
+    "identity": Identity(),
+    "random": RandomMap(),
+    "shuffled-ridge": ShuffledPairs(Ridge()),
+}
+#: Which of them learn the relation of the rows; the others are controls.
+LEARN = {name: FITTERS[name] for name in ("ridge", "reduced-rank", "procrustes")}
+#: Which of them choose a penalty.
+CHOOSE = {name: FITTERS[name] for name in ("ridge", "reduced-rank", "shuffled-ridge")}
 
 DS, DT = 5, 8
 SOURCE = Space("small", Site(1), DS, "aaaa")
@@ -24,6 +47,15 @@ TARGET = Space("large", Site(7), DT, "bbbb")
 UNITS = torch.tensor([1e-3, 1.0, 30.0, 1e4, 0.2], dtype=torch.float64)  # residual streams are like that
 
 every_fitter = pytest.mark.parametrize("fitter", FITTERS.values(), ids=FITTERS)
+every_learner = pytest.mark.parametrize("fitter", LEARN.values(), ids=LEARN)
+#: The rows that a control is scored on are shuffled, too.
+every_unshuffled = pytest.mark.parametrize(
+    "fitter", [f for n, f in FITTERS.items() if "shuffled" not in n], ids=[n for n in FITTERS if "shuffled" not in n]
+)
+#: Identity keeps the numbers, means and all.
+every_centred = pytest.mark.parametrize(
+    "fitter", [f for n, f in FITTERS.items() if n != "identity"], ids=[n for n in FITTERS if n != "identity"]
+)
 
 
 def normal(*shape, seed):
@@ -65,7 +97,7 @@ def as_activations(x, y):
 # --- laws of every fitter --------------------------------------------------------------------
 
 
-@every_fitter
+@every_learner
 def test_a_planted_isometry_is_recovered(fitter):
     fitted = fitter.fit(moments(*(related(n, seed=seed) for n, seed in ((200, 1), (60, 3), (60, 5)))))
     torch.testing.assert_close(fitted.weight, WEIGHT, rtol=0, atol=1e-4)
@@ -102,14 +134,14 @@ def test_transport_is_linear_and_knows_no_bias(fitter):
     assert torch.equal(biased.transport(a).direction, fitted.transport(a).direction)
 
 
-@every_fitter
+@every_centred
 def test_the_mean_goes_to_the_mean(fitter):
     x, y = related(200, seed=1, noise=0.3)
     fitted = fitter.fit(usual())
     torch.testing.assert_close(fitted.transform(x.mean(0)), y.mean(0))
 
 
-@every_fitter
+@every_learner
 def test_the_test_score_is_that_of_the_test_rows_alone(fitter):
     train, test = related(200, seed=1), related(50, seed=5)
     test = (test[0], -test[1] + normal(50, DT, seed=8))  # the opposite relation, as no training row has it
@@ -120,7 +152,7 @@ def test_the_test_score_is_that_of_the_test_rows_alone(fitter):
     assert (fitted.score_test.count, fitted.score_test.documents) == (50, 50)
 
 
-@every_fitter
+@every_learner
 def test_test_rows_change_the_score_and_not_the_map(fitter):
     parts = related(200, seed=1, noise=0.3), related(60, seed=3, noise=0.3)
     one = fitter.fit(moments(*parts, related(60, seed=5)))
@@ -147,7 +179,7 @@ def test_a_fit_is_reproducible(fitter):
     assert torch.equal(fitter.fit(usual()).weight, fitter.fit(usual()).weight)
 
 
-@every_fitter
+@every_centred
 def test_a_dimension_that_does_not_vary_gets_no_weight(fitter):
     (x, y), (vx, vy) = related(200, seed=1, noise=0.3), related(60, seed=3, noise=0.3)
     x[:, 2] = vx[:, 2] = 7.5
@@ -155,7 +187,7 @@ def test_a_dimension_that_does_not_vary_gets_no_weight(fitter):
     fitted = fitter.fit(moments((x, y), (vx, vy), (vx, vy)))
     assert fitted.weight.isfinite().all()
     assert fitted.weight.norm() < 10
-    assert not fitted.weight[2].any()
+    assert fitted.weight[2].abs().max() < 1e-12
     torch.testing.assert_close(fitted.transform(x)[:, 4], y[:, 4])
     assert fitted.score_test.r2.isnan().tolist() == [d == 4 for d in range(DT)]
     assert fitted.score_test.mean_r2 == pytest.approx(fitted.score_test.r2.nanmean())
@@ -169,14 +201,14 @@ def test_fewer_rows_than_dimensions_do_not_blow_up(fitter):
     assert fitted.transform(held_out[0]).abs().max() < 100
 
 
-@every_fitter
+@every_learner
 def test_shuffled_pairs_teach_nothing(fitter):
     accumulator = MomentsAccumulator({SOURCE.site: SOURCE}, {TARGET.site: TARGET}, [(SOURCE.site, TARGET.site)])
     for seed, part in enumerate(("train", "validation", "test")):
         x, y = related(400, seed=2 * seed)
         accumulator.add(part, {SOURCE.site: x}, {TARGET.site: y}, list(range(400)))
     honest, control = (
-        fitter.fit(accumulator.moments().pair(SOURCE.site, TARGET.site, shuffled=s)) for s in (False, True)
+        made.fit(accumulator.moments().pair(SOURCE.site, TARGET.site)) for made in (fitter, ShuffledPairs(fitter))
     )
     assert honest.score_test.mean_r2 > 0.99
     assert control.score_test.mean_r2 < 0.05
@@ -211,18 +243,16 @@ def test_swapped_or_foreign_spaces_are_refused(fitter):
             misuse()
 
 
-@every_fitter
-@pytest.mark.parametrize(
-    "n, validation, message",
-    [
-        (1, True, "fit: 1 training rows; give more text .* about 80 tokens"),
-        (50, False, r"no validation document to choose the penalty on; give more documents .*Ridge\(penalties"),
-    ],
-)
-def test_a_fit_on_too_little_is_refused(fitter, n, validation, message):
-    given = moments(related(n, seed=1), related(20, seed=3) if validation else None)
-    with pytest.raises(PromptError, match=message):
-        fitter.fit(given)
+@every_centred
+def test_a_fit_on_one_row_is_refused(fitter):
+    with pytest.raises(PromptError, match="fit: 1 training rows; give more text .* about 80 tokens"):
+        fitter.fit(moments(related(1, seed=1), related(20, seed=3)))
+
+
+@pytest.mark.parametrize("fitter", CHOOSE.values(), ids=CHOOSE)
+def test_a_choice_without_validation_rows_is_refused(fitter):
+    with pytest.raises(PromptError, match=r"no validation document to choose the penalty on; .*Ridge\(penalties"):
+        fitter.fit(moments(related(50, seed=1)))
 
 
 # --- scores ----------------------------------------------------------------------------------
@@ -263,7 +293,7 @@ def test_score_from_moments_is_the_score_of_the_rows():
     assert by_moments.count == by_rows.count == 40
 
 
-@every_fitter
+@every_unshuffled
 def test_losses_are_squared_errors_in_units_of_the_training_variance(fitter):
     parts = {name: related(n, seed=seed, noise=0.3) for name, n, seed in (("train", 200, 1), ("validation", 60, 3))}
     parts["test"] = scored_map()[1:]
@@ -290,6 +320,117 @@ def test_rows_that_do_not_pair_have_no_score(n, m):
 def test_a_map_must_fit_its_spaces():
     with pytest.raises(ValueError, match=r"weight must be \(5, 8\) from small .* to large .*, got \(4, 8\)"):
         AffineMap(torch.ones(4, DT), BIAS, SOURCE, TARGET, torch.ones(4), torch.ones(DT))
+
+
+# --- the other closed forms -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ds, dt", [(5, 5), (3, 6), (6, 3)])
+def test_procrustes_is_scipys(ds, dt):
+    x, y = normal(80, ds, seed=1) @ normal(ds, ds, seed=2), normal(80, dt, seed=3)
+    y[:, : min(ds, dt)] += x[:, : min(ds, dt)].flip(1)
+    fitted = Procrustes(standardise=False, scale=False).fit(moments((x, y)))
+    wide = max(ds, dt)  # rectangular: rotate within the wider space, where the narrower rows are padded with zeros
+    padded = [np.pad(rows - rows.mean(0), ((0, 0), (0, wide - rows.shape[1]))) for rows in (x.numpy(), y.numpy())]
+    rotation, total = orthogonal_procrustes(*padded)
+    fit = padded[0] @ rotation
+    made = (fitted.transform(x) - y.mean(0)).numpy()
+    assert ((made - padded[1][:, :dt]) ** 2).sum() == pytest.approx(((fit - padded[1])[:, :dt] ** 2).sum())
+    if ds <= dt:
+        np.testing.assert_allclose(made, fit[:, :dt], atol=1e-9)
+        scaled = Procrustes(standardise=False).fit(moments((x, y)))
+        assert scaled.info["size"] == pytest.approx(total / (padded[0] ** 2).sum())
+
+
+def test_procrustes_finds_rotation_and_size_in_standardised_coordinates():
+    x = normal(300, 4, seed=1) * torch.tensor([1e-3, 1.0, 50.0, 1e4], dtype=torch.float64) + 7
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    rotation = torch.linalg.qr(normal(4, 4, seed=2))[0]
+    made = moments((x, z @ rotation * torch.tensor([1e3, 1.0, 0.1, 5.0], dtype=torch.float64) - 3))
+    fitted = Procrustes().fit(made)
+    assert fitted.standardised_loss(made.train) < 0.02  # the target's own deviations are not all one before
+    assert Procrustes(standardise=False).fit(made).standardised_loss(made.train) > 0.3
+    assert fitted.info["coordinates"] == "standardised"
+
+
+def test_without_centring_procrustes_keeps_the_origin():
+    x = normal(100, 4, seed=1) + 5
+    rotation = torch.linalg.qr(normal(4, 4, seed=2))[0]
+    fitted = Procrustes(standardise=False, centre=False).fit(moments((x, 2 * x @ rotation)))
+    assert not fitted.bias.any() and fitted.info["size"] == pytest.approx(2)
+    torch.testing.assert_close(fitted.weight, 2 * rotation)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_reduced_rank_map_is_the_best_of_its_rank(rank):
+    x, y = related(200, seed=1, noise=1.0)
+    y = y * torch.logspace(-2, 2, DT, dtype=torch.float64)
+    given = moments((x, y))
+    fitted, full = ReducedRank(rank, penalties=(0.0,)).fit(given), Ridge(penalties=(0.0,)).fit(given)
+    assert torch.linalg.matrix_rank(fitted.weight / y.std(0), tol=1e-9) == rank
+    # The textbook's way (Izenman 1975): project the least-squares fit onto its own leading directions.
+    centred = (full.transform(x) - y.mean(0)) / y.std(0, correction=0)
+    leading = torch.linalg.svd(centred, full_matrices=False).Vh[:rank]
+    textbook = centred @ leading.T @ leading * y.std(0, correction=0) + y.mean(0)
+    torch.testing.assert_close(fitted.transform(x), textbook)
+    scale = y.std(0, correction=0)
+    u, s, vh = torch.linalg.svd(full.weight / scale, full_matrices=False)
+    cut = replace(full, weight=(u[:, :rank] * s[:rank]) @ vh[:rank] * scale)
+    cut = replace(cut, bias=y.mean(0) - x.mean(0) @ cut.weight)
+    assert fitted.standardised_loss(given.train) <= cut.standardised_loss(given.train) + 1e-12
+
+
+def test_full_rank_is_ridge():
+    given = usual()
+    ridge, full = Ridge(penalties=(0.1,)).fit(given), ReducedRank(DT, penalties=(0.1,)).fit(given)
+    torch.testing.assert_close(full.weight, ridge.weight)
+    assert full.info["rank"] == DT
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        ReducedRank(0)
+
+
+def test_identity_keeps_the_numbers_and_fills_up_with_zeros():
+    x = related(4, seed=1)[0]
+    made = Identity().fit(usual()).transform(x)
+    assert torch.equal(made[:, :DS], x) and not made[:, DS:].any()
+    short = Identity().fit(usual().inverse()).transform(torch.ones(1, DT, dtype=torch.float64))
+    assert torch.equal(short, torch.ones(1, DS, dtype=torch.float64))
+
+
+def test_a_random_map_has_the_means_and_the_spread_of_the_target():
+    x, y = normal(3000, 60, seed=1) * 100 + 5, normal(3000, 50, seed=2) * torch.logspace(-2, 2, 50) + 9
+    given = moments((x, y), None, (x, y))
+    made, other = RandomMap(seed=1).fit(given), RandomMap(seed=2).fit(given)
+    assert 0.9 < made.score_test.norm_ratio < 1.1 and abs(made.score_test.cosine) < 0.1
+    assert not torch.equal(made.weight, other.weight)
+    assert torch.equal(made.weight, RandomMap(seed=1).fit(given).weight)
+
+
+def test_the_control_needs_its_moments():
+    with pytest.raises(PromptError, match="collected without the control; use shuffled=True"):
+        ShuffledPairs(Ridge()).fit(replace(usual(), control=None))
+
+
+def test_a_pinned_fitter_takes_the_penalty_that_was_chosen():
+    fitted = Ridge().fit(usual())
+    assert pinned(Ridge(), fitted).penalties == (fitted.info["penalty"],)
+    assert pinned(ReducedRank(3), fitted) == ReducedRank(3, penalties=(fitted.info["penalty"],))
+    assert pinned(Procrustes(), fitted) == Procrustes()
+
+
+def test_there_and_back_loses_what_the_maps_lose():
+    parts = [related(n, seed=seed, noise=0.0) for n, seed in ((200, 1), (60, 3), (60, 5))]
+    clean = moments(*parts)
+    there, back = Ridge().fit(clean), Ridge().fit(clean.inverse())
+    assert cycle_score(there, back, clean.test).mean_r2 == pytest.approx(1, abs=1e-4)
+    noisy = usual(noise=1.0)
+    there, back = Ridge().fit(noisy), Ridge().fit(noisy.inverse())
+    x = related(60, seed=5, noise=1.0)[0]
+    expected = r2_score(x, back.transform(there.transform(x)), multioutput="uniform_average")
+    assert cycle_score(there, back, noisy.test).mean_r2 == pytest.approx(expected)
+    assert expected < 0.9
+    with pytest.raises(SpaceMismatchError, match="then: needs small"):
+        there.then(there)
 
 
 # --- ridge -----------------------------------------------------------------------------------

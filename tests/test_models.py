@@ -272,7 +272,7 @@ def test_every_stream_of_every_layer_fires(toy, stream):
 
 def test_a_hook_point_that_does_not_fire_is_refused(toy, monkeypatch):
     monkeypatch.setattr(models, "forward", lambda *args, **kwargs: (None, None))
-    with pytest.raises(SiteError, match=rf"{toy.name}: the hook point of resid_post\[0\], .* exists but does not fire"):
+    with pytest.raises(SiteError, match=rf"{toy.name}: the hook point of resid_post\[0\], .* did not fire"):
         check_sites(toy.model)
 
 
@@ -355,6 +355,7 @@ def test_a_bridge_that_stops_early_keeps_no_cache(llama):
 def test_empty_encodings_are_refused(llama):
     class Nothing:
         all_special_ids, added_tokens_decoder, is_fast = [], {}, True
+        bos_token_id = cls_token_id = None
 
         def __call__(self, text, **kwargs):
             return {"input_ids": [], "offset_mapping": []}

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xmodel_steer.errors import ArtifactError
-from xmodel_steer.maps import AffineMap, Ridge
+from xmodel_steer.fitters import Ridge
+from xmodel_steer.maps import AffineMap
 from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.moments import Moments, MomentsAccumulator
 from xmodel_steer.persistence import read, save

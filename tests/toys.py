@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,52 @@ def metaspace_tokenizer(folder: Path) -> Any:
     raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
     raw.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
     return _saved(raw, folder, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+def byte_fallback_tokenizer(folder: Path) -> Any:
+    """Like Gemma's: no pre-tokenizer, spaces are part of words, unknown characters fall apart into bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=256 + VOCABULARY, special_tokens=special))
+    learnt = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    raw = Tokenizer(models.BPE(learnt["vocab"], merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return _saved(raw, folder, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+def unigram_tokenizer(folder: Path) -> Any:
+    """Like T5's and XLM-R's: SentencePiece Unigram on text that NFKC has normalised."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.Unigram())
+    raw.normalizer = normalizers.NFKC()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    raw.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>", "</s>"], unk_token="<unk>")
+    )
+    return _saved(raw, folder, eos_token="</s>", unk_token="<unk>")
+
+
+def wordpiece_tokenizer(folder: Path) -> Any:
+    """Like BERT's: lower case, accents stripped, [CLS] and [SEP] around the text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer(lowercase=True)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    raw.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special))
+    raw.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return _saved(raw, folder, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
 
 
 def chunk_tokenizer(folder: Path, size: int) -> Any:

@@ -4,7 +4,6 @@ The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``.
 """
 
 from xmodel_steer import plots as plots
-from xmodel_steer.alignment import Alignment as Alignment
 from xmodel_steer.alignment import align as align
 from xmodel_steer.capture import capture as capture
 from xmodel_steer.capture import collect_moments as collect_moments
@@ -25,9 +24,20 @@ from xmodel_steer.evaluation import Matches as Matches
 from xmodel_steer.evaluation import Preference as Preference
 from xmodel_steer.evaluation import WordBalance as WordBalance
 from xmodel_steer.evaluation import side_effects as side_effects
+from xmodel_steer.fitters import Identity as Identity
+from xmodel_steer.fitters import Procrustes as Procrustes
+from xmodel_steer.fitters import RandomMap as RandomMap
+from xmodel_steer.fitters import ReducedRank as ReducedRank
+from xmodel_steer.fitters import RelativeAnchors as RelativeAnchors
+from xmodel_steer.fitters import Ridge as Ridge
+from xmodel_steer.fitters import ShuffledPairs as ShuffledPairs
 from xmodel_steer.generation import generate as generate
+from xmodel_steer.layers import data_curve as data_curve
+from xmodel_steer.layers import last_strong_layer as last_strong_layer
+from xmodel_steer.layers import layer_grid as layer_grid
 from xmodel_steer.maps import AffineMap as AffineMap
-from xmodel_steer.maps import Ridge as Ridge
+from xmodel_steer.maps import AutoencoderMap as AutoencoderMap
+from xmodel_steer.maps import cycle_score as cycle_score
 from xmodel_steer.models import load as load
 from xmodel_steer.models import register as register
 from xmodel_steer.models import space_of as space_of
@@ -39,6 +49,7 @@ from xmodel_steer.prompts import Prompt as Prompt
 from xmodel_steer.readers import read_contrast as read_contrast
 from xmodel_steer.readers import read_prompts as read_prompts
 from xmodel_steer.report import write_report as write_report
+from xmodel_steer.rows import PairedRows as PairedRows
 from xmodel_steer.spaces import Site as Site
 from xmodel_steer.spaces import Space as Space
 from xmodel_steer.steering import Ablate as Ablate

@@ -19,16 +19,12 @@ class TokenEnds:
 
     Args:
         ends: For each token, the position after its last character, in characters of the
-            prompt's content; -1 for tokens that are left out (special tokens, chat template,
-            padding, text position 0).
+            prompt's content; -1 for tokens that are left out (special tokens, padding, text
+            position 0); -2 - r for a chat template's token of role r (2i: the last one before the
+            content of message i; 2i + 1: the first one after it).
     """
 
     ends: tuple[int, ...]
-
-    @property
-    def eligible(self) -> int:
-        """Number of tokens that may be paired."""
-        return sum(end >= 0 for end in self.ends)
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Alignment:
 
 
 def align(source: TokenEnds, target: TokenEnds) -> Alignment:
-    """Pair the tokens that end on the same character.
+    """Pair the tokens that end on the same character, and template tokens of the same role.
 
     Where several tokens of one model end on one character (the bytes of an emoji), the last
     of them has read all of it, and takes the pair.
@@ -70,17 +66,19 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
         >>> pairs.source, pairs.target, pairs.eligible
         ((1, 2), (0, 2), 3)
     """
-    at_source = {end: i for i, end in enumerate(source.ends) if end >= 0}
-    at_target = {end: i for i, end in enumerate(target.ends) if end >= 0}
-    common = sorted(at_source.keys() & at_target.keys())
-    if not at_source or not at_target:
-        return Alignment((), (), 0)
-    seen = min(max(at_source), max(at_target))  # beyond it one model has read nothing
-    fewer = min(sum(end <= seen for end in at_source), sum(end <= seen for end in at_target))
+    at_source = {end: i for i, end in enumerate(source.ends) if end != -1}
+    at_target = {end: i for i, end in enumerate(target.ends) if end != -1}
+    common = sorted(at_source.keys() & at_target.keys(), key=at_source.__getitem__)
+    contents = [[end for end in side if end >= 0] for side in (at_source, at_target)]
+    possible = 0
+    if all(contents):
+        # Before and beyond what both have read there is nothing to pair with.
+        first, last = max(map(min, contents)), min(map(max, contents))
+        possible = min(sum(first <= end <= last for end in side) for side in contents)
     return Alignment(
         tuple(at_source[end] for end in common),
         tuple(at_target[end] for end in common),
-        max(fewer, len(common)),
+        max(possible + sum(end < 0 for end in common), len(common)),
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from xmodel_steer.models import (
     name_of,
     space_of,
 )
-from xmodel_steer.moments import Moments, MomentsAccumulator, part_of
+from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of, sketch_dimensions
 from xmodel_steer.prompts import Prompt, PromptLike, as_prompts
 from xmodel_steer.spaces import Site
 from xmodel_steer.vectors import Activations, check_finite
@@ -157,10 +158,24 @@ def _positions(encoding: Encoding, tokens: Tokens, include_special: bool) -> lis
     return found
 
 
+def window_size(max_tokens: int) -> int:
+    """How many documents are read together."""
+    return max(4, min(WINDOW, WINDOW_TOKENS // max_tokens))
+
+
 def _windows(texts: Iterable[PromptLike], size: int) -> Iterator[tuple[Prompt, ...]]:
     iterator = iter(texts)
     while window := as_prompts(list(itertools.islice(iterator, size))):
         yield window
+
+
+#: Documents that are read together, at most, and their tokens. Sorting by length within them saves padding, and
+#: the shuffled control pairs rows among them. The same at any batch size, so that the moments are, too.
+WINDOW = 64
+WINDOW_TOKENS = 16384
+#: Bytes of cross moments up to which every layer pair is kept in full.
+FULL_PAIRS_BYTES = 2 * 2**30
+SKETCH = 64
 
 
 def collect_moments(
@@ -171,15 +186,22 @@ def collect_moments(
     source_sites: Sequence[Site],
     target_sites: Sequence[Site],
     pairs: Sequence[tuple[Site, Site]] | None = None,
+    sketch: int | None = None,
+    shuffled: bool = True,
     max_tokens: int = 256,
     batch_size: int = 16,
+    truncation_side: str = "right",
+    template: bool = True,
     seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Moments:
     """Moments of paired activations of two models over general text, in one pass.
 
-    Positions pair by the character that their tokens end on. Special tokens, chat template and
-    text position 0 stay out. Memory does not depend on the length of the text.
+    Positions pair by the character that their tokens end on, and in chat documents tokens of the
+    template by their role. Other special tokens and text position 0 stay out. Memory does not
+    depend on the length of the text.
 
     Args:
         source: The model to map from.
@@ -187,10 +209,20 @@ def collect_moments(
         texts: Documents; any iterable, read once.
         source_sites: Sites of the source.
         target_sites: Sites of the target.
-        pairs: Layer pairs to keep cross moments of; every combination by default.
+        pairs: Layer pairs to keep full cross moments of, which maps are fitted on; every combination
+            by default, where they take no more than 2 GiB.
+        sketch: Number of target dimensions, drawn by seed, to keep cross moments of for every
+            combination of sites: enough for `layer_grid`. None without need; by default 64 where
+            not every combination is kept in full and no pairs were named.
+        shuffled: Keep the moments of the shuffled control for the full pairs.
         max_tokens: Longer documents are cut to this many tokens in each model.
         batch_size: Documents per forward pass.
-        seed: Seed of the split into parts and of the shuffled control.
+        truncation_side: Where longer documents are cut, ``"right"`` or ``"left"``.
+        template: Pair the tokens of chat templates that have the same role; see `align`.
+        seed: Seed of the split into parts, of the sketch and of the shuffled control.
+        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards
+            merge to the moments of the whole.
+        device: Where products are formed and kept; moments come back on the CPU.
         progress: Show a progress bar when it takes over two seconds.
 
     Raises:
@@ -200,44 +232,98 @@ def collect_moments(
     """
     if isinstance(texts, (str, Prompt)):
         raise PromptError("collect_moments: give a list of texts; for a single one, [text]")
-    wanted = tuple(pairs) if pairs is not None else tuple(itertools.product(source_sites, target_sites))
-    sources = tuple(dict.fromkeys(s for s, _ in wanted))
-    targets = tuple(dict.fromkeys(t for _, t in wanted))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not wanted:
-        raise ValueError("collect_moments: give at least one source site and one target site")
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise ValueError(f"collect_moments: shard must be (i, n) with 0 <= i < n, got {shard}")
     for model in (source, target):
         if max_tokens > int(model.cfg.n_ctx):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
+    plan = _Plan.of(source, target, source_sites, target_sites, pairs, sketch, shuffled, seed)
     accumulator = MomentsAccumulator(
-        {s: space_of(source, s) for s in sources},
-        {t: space_of(target, t) for t in targets},
-        wanted,
-        settings={"max_tokens": max_tokens, "seed": seed},
+        {s: space_of(source, s) for s in plan.sources},
+        {t: space_of(target, t) for t in plan.targets},
+        plan.pairs,
+        sketch=plan.sketch,
+        shuffled=shuffled,
+        settings={"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed},
         seed=seed,
+        shard=f"{part}/{parts}" if parts > 1 else "",
+        device=device,
     )
-    total = 2 * len(texts) if isinstance(texts, Sequence) else None
+    total = 2 * len(texts) if isinstance(texts, Sequence) and parts == 1 else None
     title = f"moments {name_of(source)} → {name_of(target)}"
     seen = False
-    with tqdm(total=total, unit="text", desc=f"{title}, each text in both", disable=not progress) as bar:
-        for window in _windows(texts, 8 * batch_size):  # sorting by length within it saves padding
+    with tqdm(total=total, unit="text", desc=f"{title}, each text in both", disable=not progress, delay=2) as bar:
+        for number, window in enumerate(_windows(texts, window_size(max_tokens))):
             seen = True
-            own, other = (encode(model, window, max_tokens=max_tokens) for model in (source, target))
-            aligned = [align(a.token_ends(), b.token_ends()) for a, b in zip(own, other, strict=True)]
+            if number % parts != part:
+                continue
+            own, other = (
+                encode(model, window, max_tokens=max_tokens, truncation_side=truncation_side)
+                for model in (source, target)
+            )
+            aligned = [
+                align(a.token_ends(template=template), b.token_ends(template=template))
+                for a, b in zip(own, other, strict=True)
+            ]
             _accumulate(
                 accumulator,
                 window,
+                number * window_size(max_tokens),
                 aligned,
-                _paired_rows(source, own, sources, [a.source for a in aligned], batch_size, bar),
-                _paired_rows(target, other, targets, [a.target for a in aligned], batch_size, bar),
+                _paired_rows(source, own, plan.sources, [a.source for a in aligned], batch_size, device, bar),
+                _paired_rows(target, other, plan.targets, [a.target for a in aligned], batch_size, device, bar),
                 seed,
             )
     if not seen:
         raise PromptError("collect_moments: no texts were given")
     moments = accumulator.moments()
-    check_coverage(moments.paired, moments.eligible)
+    if parts == 1 or moments.eligible:  # a shard may have got nothing
+        check_coverage(moments.paired, moments.eligible)
     return moments
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which moments to keep."""
+
+    sources: tuple[Site, ...]
+    targets: tuple[Site, ...]
+    pairs: tuple[tuple[Site, Site], ...]
+    sketch: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        source: Any,
+        target: Any,
+        source_sites: Sequence[Site],
+        target_sites: Sequence[Site],
+        pairs: Sequence[tuple[Site, Site]] | None,
+        sketch: int | None,
+        shuffled: bool,
+        seed: int,
+    ) -> "_Plan":
+        every = tuple(itertools.product(dict.fromkeys(source_sites), dict.fromkeys(target_sites)))
+        width = int(target.cfg.d_model)
+        if pairs is None:
+            size = 8 * len(PARTS) * (1 + shuffled) * len(every) * int(source.cfg.d_model) * width
+            fits = size <= FULL_PAIRS_BYTES
+            chosen = every if fits and not sketch else ()
+            sketch = sketch if sketch is not None or fits else min(SKETCH, width)
+        else:
+            chosen = tuple(pairs)
+        grid = every if sketch else ()
+        if not chosen and not grid:
+            raise ValueError("collect_moments: give at least one source site and one target site")
+        return cls(
+            tuple(dict.fromkeys(s for s, _ in (*grid, *chosen))),
+            tuple(dict.fromkeys(t for _, t in (*grid, *chosen))),
+            chosen,
+            sketch_dimensions(width, sketch, seed=seed) if sketch else (),
+        )
 
 
 def _paired_rows(
@@ -246,6 +332,7 @@ def _paired_rows(
     sites: Sequence[Site],
     positions: Sequence[tuple[int, ...]],
     batch_size: int,
+    device: str | torch.device,
     bar: Any,
 ) -> list[Mapping[Site, Tensor]]:
     """For each document, the rows of one model at the paired positions, at each site."""
@@ -254,7 +341,7 @@ def _paired_rows(
         streams = residuals(model, batch, sites)
         for r, i in enumerate(batch.rows):
             place = torch.tensor(positions[i], dtype=torch.long)
-            rows[i] = {site: stream[r][place.to(stream.device)].cpu() for site, stream in streams.items()}
+            rows[i] = {site: stream[r][place.to(stream.device)].to(device) for site, stream in streams.items()}
         bar.update(len(batch.rows))
     return rows
 
@@ -262,6 +349,7 @@ def _paired_rows(
 def _accumulate(
     accumulator: MomentsAccumulator,
     window: Sequence[Prompt],
+    first: int,
     aligned: Sequence[Alignment],
     source: Sequence[Mapping[Site, Tensor]],
     target: Sequence[Mapping[Site, Tensor]],
@@ -275,6 +363,6 @@ def _accumulate(
             part,
             {site: torch.cat([source[i][site] for i in members]) for site in source[0]},
             {site: torch.cat([target[i][site] for i in members]) for site in target[0]},
-            [i for i in members for _ in range(len(aligned[i]))],
+            [first + i for i in members for _ in range(len(aligned[i]))],
             eligible=sum(aligned[i].eligible for i in members),
         )

@@ -1,11 +1,12 @@
-"""Maps from one model's space to another's, fitted in closed form on streamed moments.
+"""Maps from one model's space to another's.
 
-A fitter is a frozen value with ``fit(moments.pair(source, target)) -> map``; it never changes
-itself. Points and directions map differently: ``transform`` is ``xW + b``, ``transport`` is
-``vW``: a bias added to a direction is a mistake that no shape check finds.
+Points and directions map differently: an affine map's ``transform`` is ``xW + b``, its ``transport``
+is ``vW``: a bias added to a direction is a mistake that no shape check finds. A nonlinear map has
+no single answer for a direction: it transports between points, and says which.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -15,11 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.moments import PairMoments, SplitMoments
+from xmodel_steer.moments import PairMoments
 from xmodel_steer.spaces import Space, require_same_space
 from xmodel_steer.vectors import Activations, SteeringVector, standardise
-
-PENALTIES = tuple(10.0**k for k in (-5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +47,75 @@ class MapScore:
         return float(self.r2[~self.r2.isnan()].mean())
 
 
+class Map(ABC):
+    """A map from one space to another; see `AffineMap` and `AutoencoderMap`."""
+
+    source: Space
+    target: Space
+    source_scale: Float[Tensor, " ds"]
+    target_scale: Float[Tensor, " dt"]
+    score_test: MapScore | None
+    info: Mapping[str, Any]
+
+    @abstractmethod
+    def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
+        """Map points in float64."""
+
+    @abstractmethod
+    def transport(self, vector: SteeringVector) -> SteeringVector:
+        """Map a direction."""
+
+    @overload
+    def transform(self, points: Activations) -> Activations: ...
+    @overload
+    def transform(self, points: Tensor) -> Tensor: ...
+    def transform(self, points: Activations | Tensor) -> Activations | Tensor:
+        """Map points, computed in float64, returned in the input's dtype.
+
+        Args:
+            points: Activations of the source space, or a bare tensor ``(..., ds)`` of them.
+
+        Raises:
+            SpaceMismatchError: The activations live in another space.
+        """
+        if isinstance(points, Activations):
+            require_same_space(self.source, points.space, "transform")
+            return Activations(self.points(points.values).to(points.values.dtype), self.target, points.rows)
+        return self.points(points).to(points.dtype)
+
+    def score(self, source: Activations, target: Activations) -> MapScore:
+        """Agreement of mapped source rows with the target rows that they pair with.
+
+        Args:
+            source: Rows of the source space, not those that the map was fitted on.
+            target: The paired rows of the target space.
+
+        Raises:
+            SpaceMismatchError: Source and target are swapped, or from elsewhere.
+            PromptError: The numbers of rows differ, or there are none.
+        """
+        require_same_space(self.source, source.space, "score (source)")
+        require_same_space(self.target, target.space, "score (target)")
+        if len(source) != len(target) or not len(source):
+            raise PromptError(f"score: needs paired rows, got {len(source)} source and {len(target)} target rows")
+        sums = self.error_sums(source.values, target.values, target.mean())
+        return score_of(
+            *sums, scale=self.target_scale, count=len(source), documents=len({row[0] for row in source.rows})
+        )
+
+    def error_sums(
+        self, source: Float[Tensor, "n ds"], target: Float[Tensor, "n dt"], centre: Float[Tensor, " dt"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over rows, per target dimension: squared error, ⟨y, y⟩, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around a centre."""
+        truth = target.to(torch.float64)
+        mapped, centre = self.points(source).to(truth.device), centre.to(truth.device, torch.float64)
+        y, fitted = truth - centre, mapped - centre
+        sums = ((mapped - truth) ** 2, y**2, fitted * y, fitted**2)
+        return tuple(x.sum(0).cpu() for x in sums)  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, eq=False)
-class AffineMap:
+class AffineMap(Map):
     """An affine map between two spaces: y = x W + b.
 
     Args:
@@ -79,27 +145,10 @@ class AffineMap:
                 f"{self.target}, got {tuple(self.weight.shape)}"
             )
 
-    @overload
-    def transform(self, points: Activations) -> Activations: ...
-    @overload
-    def transform(self, points: Tensor) -> Tensor: ...
-    def transform(self, points: Activations | Tensor) -> Activations | Tensor:
-        """Map points: x W + b, computed in float64, returned in the input's dtype.
-
-        Args:
-            points: Activations of the source space, or a bare tensor ``(..., ds)`` of them.
-
-        Raises:
-            SpaceMismatchError: The activations live in another space.
-        """
-        if isinstance(points, Activations):
-            require_same_space(self.source, points.space, "transform")
-            return Activations(self._points(points.values), self.target, points.rows)
-        return self._points(points)
-
-    def _points(self, values: Tensor) -> Tensor:
+    def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
+        """Map points in float64: x W + b."""
         wide = values.to(torch.float64) @ self.weight.to(values.device, torch.float64)
-        return (wide + self.bias.to(values.device, torch.float64)).to(values.dtype)
+        return wide + self.bias.to(values.device, torch.float64)
 
     def transport(self, vector: SteeringVector) -> SteeringVector:
         """Map a direction: v W, without the bias; its class means, being points, with it.
@@ -113,7 +162,7 @@ class AffineMap:
         wide = vector.direction.to(torch.float64).cpu() @ self.weight.to(torch.float64)
 
         def mean(point: Tensor | None) -> Tensor | None:
-            return None if point is None else self._points(point.cpu())
+            return None if point is None else self.transform(point.cpu())
 
         return SteeringVector(
             direction=wide.to(vector.direction.dtype),
@@ -126,36 +175,6 @@ class AffineMap:
             origin=f"{vector.origin or 'vector'}, transported from {vector.space}",
         )
 
-    def score(self, source: Activations, target: Activations) -> MapScore:
-        """Agreement of mapped source rows with the target rows that they pair with.
-
-        Args:
-            source: Rows of the source space, not those that the map was fitted on.
-            target: The paired rows of the target space.
-
-        Raises:
-            SpaceMismatchError: Source and target are swapped, or from elsewhere.
-            PromptError: The numbers of rows differ, or there are none.
-        """
-        require_same_space(self.source, source.space, "score (source)")
-        require_same_space(self.target, target.space, "score (target)")
-        if len(source) != len(target) or not len(source):
-            raise PromptError(f"score: needs paired rows, got {len(source)} source and {len(target)} target rows")
-        mapped = source.values.to(torch.float64) @ self.weight.to(source.values.device, torch.float64) + self.bias.to(
-            source.values.device, torch.float64
-        )
-        truth = target.values.to(torch.float64)
-        centre = truth.mean(0)
-        return _score(
-            sse=((mapped - truth) ** 2).sum(0).cpu(),
-            sst=((truth - centre) ** 2).sum(0).cpu(),
-            dot=((mapped - centre) * (truth - centre)).sum(0).cpu(),
-            own=((mapped - centre) ** 2).sum(0).cpu(),
-            scale=self.target_scale,
-            count=len(source),
-            documents=len({row[0] for row in source.rows}),
-        )
-
     def score_moments(self, moments: PairMoments) -> MapScore:
         """The same score from moments of held-out rows, without the rows.
 
@@ -163,11 +182,11 @@ class AffineMap:
         SSE = diag(T) - 2 diag(WᵀC) + diag(WᵀSW) + n r².
         """
         sse, agreed, own = self._errors(moments)
-        return _score(
-            sse=sse,
-            sst=moments.target_scatter.diagonal(),
-            dot=agreed,
-            own=own,
+        return score_of(
+            sse,
+            moments.target_scatter.diagonal(),
+            agreed,
+            own,
             scale=self.target_scale,
             count=moments.count,
             documents=moments.documents,
@@ -175,8 +194,26 @@ class AffineMap:
 
     def standardised_loss(self, moments: PairMoments) -> float:
         """Mean squared error over rows and target dimensions, each in units of its training variance."""
-        precision = standardise(torch.ones_like(self.target_scale), self.target_scale) ** 2
-        return float((self._errors(moments)[0] * precision).sum() / ((precision > 0).sum() * moments.count))
+        return loss_of(self._errors(moments)[0], self.target_scale, moments.count)
+
+    def then(self, other: "AffineMap") -> "AffineMap":
+        """This map followed by another one that starts where it ends.
+
+        Raises:
+            SpaceMismatchError: The other map starts elsewhere.
+        """
+        require_same_space(other.source, self.target, "then")
+        weight, bias = self.weight.to(torch.float64), self.bias.to(torch.float64)
+        onward = other.weight.to(torch.float64)
+        return AffineMap(
+            weight @ onward,
+            bias @ onward + other.bias,
+            self.source,
+            other.target,
+            self.source_scale,
+            other.target_scale,
+            info={"fitter": f"{self.info.get('fitter', 'map')} then {other.info.get('fitter', 'map')}"},
+        )
 
     def _errors(self, moments: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
         """Per target dimension: squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around the mean of y."""
@@ -189,9 +226,16 @@ class AffineMap:
         return total - 2 * agreed + fitted + offset, agreed, fitted + offset
 
 
-def _score(
-    *, sse: Tensor, sst: Tensor, dot: Tensor, own: Tensor, scale: Tensor, count: int, documents: int
+def loss_of(sse: Float[Tensor, " dt"], scale: Float[Tensor, " dt"], count: int) -> float:
+    """Mean squared error over rows and target dimensions, each in units of its training variance."""
+    precision = standardise(torch.ones_like(scale), scale) ** 2
+    return float((sse * precision).sum() / ((precision > 0).sum() * count))
+
+
+def score_of(
+    sse: Tensor, sst: Tensor, dot: Tensor, own: Tensor, *, scale: Tensor, count: int, documents: int
 ) -> MapScore:
+    """The score that belongs to sums over rows, per target dimension; see `Map.error_sums`."""
     varies = sst > 0
     r2 = torch.where(varies, 1 - sse / torch.where(varies, sst, 1.0), torch.nan)
     precision = standardise(torch.ones_like(scale), scale) ** 2
@@ -205,104 +249,123 @@ def _score(
     )
 
 
-@dataclass(frozen=True)
-class Ridge:
-    """Least squares with a penalty scaled by each source dimension's variance.
+@dataclass(frozen=True, eq=False)
+class AutoencoderMap(Map):
+    """The paper's map: Linear, ReLU, Linear (arXiv 2503.04429, section 3).
 
-    Minimises ``Σ |y - xW - b|² + n λ Σ_i σ_i² |W_i|²``: ridge regression on standardised
-    source dimensions (Hoerl & Kennard 1970), so that λ has no unit and means the same for a
-    huge dimension and for a small one. Every λ is tried from one eigendecomposition; the one
-    with the best mean R² per target dimension on the validation documents is kept.
+    ``f(x) = σ_t ∘ (relu(z A + a) B + b) + μ_t`` with ``z = (x - μ_s) / σ_s``, or without the
+    standardisation, as in the paper, where ``standardised`` is False.
 
     Args:
-        penalties: The λ to choose from; a single one is taken as it is.
-
-    Example:
-        >>> Ridge(penalties=(1e-2,)).penalties
-        (0.01,)
+        encoder: A, one row per source dimension.
+        encoder_bias: a.
+        decoder: B, one row per hidden unit.
+        decoder_bias: b.
+        source: The space that it maps from.
+        target: The space that it maps to.
+        source_mean: Mean of each source dimension over the training text.
+        target_mean: Mean of each target dimension.
+        source_scale: Standard deviation of each source dimension over the training text.
+        target_scale: Standard deviation of each target dimension.
+        standardised: Whether it works in standardised coordinates.
+        score_test: Score on test documents.
+        info: How it was fitted.
     """
 
-    penalties: Sequence[float] = PENALTIES
+    encoder: Float[Tensor, "ds hidden"]
+    encoder_bias: Float[Tensor, " hidden"]
+    decoder: Float[Tensor, "hidden dt"]
+    decoder_bias: Float[Tensor, " dt"]
+    source: Space
+    target: Space
+    source_mean: Float[Tensor, " ds"]
+    target_mean: Float[Tensor, " dt"]
+    source_scale: Float[Tensor, " ds"]
+    target_scale: Float[Tensor, " dt"]
+    standardised: bool = True
+    score_test: MapScore | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if not self.penalties or any(not p >= 0 for p in self.penalties):
-            raise ValueError(f"Ridge: penalties must be numbers of 0 or more, got {tuple(self.penalties)}")
+    def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
+        """Map points in float64."""
 
-    def fit(self, moments: SplitMoments) -> AffineMap:
-        """Fit on the train documents, choose λ on the validation ones, score on the test ones.
+        def wide(tensor: Tensor) -> Tensor:
+            return tensor.to(values.device, torch.float64)
+
+        x = values.to(torch.float64)
+        if self.standardised:
+            x = standardise(x - wide(self.source_mean), wide(self.source_scale))
+        hidden = (x @ wide(self.encoder) + wide(self.encoder_bias)).relu()
+        y = hidden @ wide(self.decoder) + wide(self.decoder_bias)
+        return y * wide(self.target_scale) + wide(self.target_mean) if self.standardised else y
+
+    def transport(
+        self, vector: SteeringVector, *, at: "Activations | tuple[Activations, Activations] | None" = None
+    ) -> SteeringVector:
+        """Map a direction between points; the result's origin says which.
+
+        A nonlinear map sends a direction to different ones at different places, and f(v) itself is
+        the image of a point near the origin plus the bias, not of a direction.
 
         Args:
-            moments: Moments of one layer pair.
+            vector: The direction.
+            at: Two sets of rows, with the behaviour and without: ``mean f(h₊) - mean f(h₋)``, the
+                endpoints. One set of base points h: ``mean f(h + v) - f(h)``. None: the vector's
+                own class means, ``f(mean h₊) - f(mean h₋)``.
 
         Raises:
-            PromptError: A part that is needed has too few rows.
+            SpaceMismatchError: The vector or the points live in another space.
+            PromptError: There are no points and the vector has no class means.
         """
-        train = moments.train
-        require_rows(moments, validation=len(self.penalties) > 1)
-        inverse = standardise(torch.ones_like(train.source_scale), train.source_scale)
-        correlation = inverse[:, None] * train.source_scatter * inverse / train.count
-        values, vectors = torch.linalg.eigh(correlation)
-        values = values.clamp(min=0)  # rounding makes zero eigenvalues slightly negative
-        projected = vectors.T @ (inverse[:, None] * train.cross_scatter / train.count)
-
-        def solution(penalty: float) -> AffineMap:
-            # Directions that the text does not span (constant dimensions, fewer rows than
-            # dimensions) get no weight, also at penalty 0: the minimum-norm solution.
-            spanned = values > values.max() * 1e-12
-            gain = torch.where(spanned, 1.0 / torch.where(spanned, values + penalty, 1.0), 0.0)
-            weight = inverse[:, None] * (vectors @ (gain[:, None] * projected))
-            bias = train.target_mean - train.source_mean @ weight
-            return AffineMap(
-                weight,
-                bias,
-                moments.source,
-                moments.target,
-                train.source_scale,
-                train.target_scale,
+        require_same_space(self.source, vector.space, "transport")
+        for points in at if isinstance(at, tuple) else (at,) if at is not None else ():
+            require_same_space(self.source, points.space, "transport (at)")
+        means: tuple[Tensor | None, Tensor | None]
+        if isinstance(at, tuple):
+            means = (self.points(at[0].values).mean(0), self.points(at[1].values).mean(0))
+            how = f"by endpoints, {len(at[0])} and {len(at[1])} rows"
+        elif at is not None:
+            moved = at.values.to(torch.float64) + vector.direction.to(torch.float64)
+            means = (self.points(moved).mean(0), self.points(at.values).mean(0))
+            how = f"about {len(at)} base points"
+        elif vector.positive_mean is not None and vector.negative_mean is not None:
+            means = (self.points(vector.positive_mean), self.points(vector.negative_mean))
+            how = "between the class means"
+        else:
+            raise PromptError(
+                "transport: a nonlinear map needs points, and the vector has no class means; "
+                "give at=(positive, negative) activations, or at=activations as base points"
             )
-
-        path: list[tuple[float, float | None]] = []
-        best: tuple[float, AffineMap, float] | None = None
-        for penalty in self.penalties:
-            candidate = solution(penalty)
-            quality = candidate.score_moments(moments.validation).mean_r2 if moments.validation.count else None
-            path.append((penalty, quality))
-            if best is None or (quality is not None and quality > best[0]):
-                best = (quality if quality is not None else 0.0, candidate, penalty)
-        assert best is not None
-        _, chosen, penalty = best
-        info = {
-            "fitter": "Ridge",
-            "penalty": penalty,
-            "penalty_path": [{"penalty": p, "validation_r2": q} for p, q in path],
-            "train_rows": train.count,
-            "train_documents": train.documents,
-            "coverage": moments.coverage,
-            "shuffled_pairs": moments.shuffled,
-            # Squared error per target dimension, in units of its variance over the training text.
-            "loss": {
-                name: chosen.standardised_loss(part)
-                for name, part in (("train", train), ("validation", moments.validation), ("test", moments.test))
-                if part.count
-            },
-        }
-        tested = chosen.score_moments(moments.test) if moments.test.count else None
-        return replace(chosen, score_test=tested, info=info)
+        dtype = vector.direction.dtype
+        positive, negative = (mean.cpu() for mean in means)
+        return SteeringVector(
+            direction=(positive - negative).to(dtype),
+            space=self.target,
+            label=vector.label,
+            positive_mean=positive.to(dtype),
+            negative_mean=negative.to(dtype),
+            counts=vector.counts,
+            scale=self.target_scale,
+            origin=f"{vector.origin or 'vector'}, transported from {vector.space} {how}",
+        )
 
 
-def require_rows(moments: SplitMoments, *, validation: bool) -> None:
-    """Refuse moments that a fit cannot be trusted on.
+def cycle_score(there: AffineMap, back: AffineMap, moments: PairMoments) -> MapScore:
+    """How well points come back from a map and another one in the opposite direction.
+
+    The score of ``back(there(x))`` against x itself: 1 minus its R² is the cycle error of each
+    source dimension, as a share of its variance.
+
+    Args:
+        there: From the source to the target.
+        back: From the target to the source.
+        moments: Moments of held-out rows, such as ``moments.pair(...).test``.
 
     Raises:
-        PromptError: A part that is needed has too few rows.
+        SpaceMismatchError: The maps do not meet.
     """
-    if moments.train.count < 2:
-        raise PromptError(
-            f"fit: {moments.train.count} training rows; give more text (a map between these widths wants "
-            f"about {10 * max(moments.source.width, moments.target.width)} tokens)"
-        )
-    if validation and moments.validation.count < 2:
-        raise PromptError(
-            "fit: no validation document to choose the penalty on; give more documents "
-            "(a tenth of them validates), or a single penalty: Ridge(penalties=(0.01,))"
-        )
+    loop = there.then(back)
+    require_same_space(loop.source, loop.target, "cycle_score")
+    scatter, mean = moments.source_scatter, moments.source_mean
+    own = PairMoments(moments.count, moments.documents, mean, mean, scatter, scatter, scatter)
+    return replace(loop, target_scale=loop.source_scale).score_moments(own)

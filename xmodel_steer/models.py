@@ -367,7 +367,10 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
         ) from error
     silent = [str(s) for s in wanted if s.hook_name not in shapes]
     if silent:
-        raise SiteError(f"{name}: the hook point of {', '.join(silent[:5])} exists but does not fire in a forward pass")
+        raise SiteError(
+            f"{name}: the hook point of {', '.join(silent[:5])} did not fire in a forward pass; "
+            "TransformerLens may not hook this stream of this architecture"
+        )
     wrong = [(s, shapes[s.hook_name]) for s in wanted if shapes[s.hook_name] != (1, 2, model.cfg.d_model)]
     if wrong:
         site, shape = wrong[0]
@@ -388,35 +391,84 @@ class Encoding:
         ids: Token ids, special tokens included.
         ends: For each token, where it ends in characters of the prompt's content; -1 for special
             and template tokens.
+        roles: For each token of a chat template that has a role, the role: 2i for the last one before
+            the content of message i (or before an opened assistant's turn), 2i + 1 for the first one
+            after it; -1 for all other tokens.
     """
 
     prompt: Prompt
     ids: tuple[int, ...]
     ends: tuple[int, ...]
+    roles: tuple[int, ...] = ()
 
-    def token_ends(self, *, include_special: bool = False) -> TokenEnds:
-        """The ends of the tokens that may be paired: not text position 0, an attention sink."""
-        if include_special:
-            return TokenEnds(self.ends)
-        return TokenEnds((-1, *self.ends[1:]))
+    def token_ends(self, *, include_special: bool = False, template: bool = False) -> TokenEnds:
+        """The ends of the tokens that may be paired: not text position 0, an attention sink.
+
+        Args:
+            include_special: Also text position 0.
+            template: Also the template's tokens that have a role.
+        """
+        ends = list(self.ends)
+        if template:
+            ends = [-2 - role if role >= 0 else end for end, role in zip(ends, self.roles, strict=True)]
+        if not include_special:
+            ends[0] = -1
+        return TokenEnds(tuple(ends))
 
 
-def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = None) -> list[Encoding]:
+def encode(
+    model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = None, truncation_side: str = "right"
+) -> list[Encoding]:
     """Tokenise prompts with the model's own tokenizer, template and special tokens.
 
     Args:
         model: A TransformerLens model.
         prompts: The prompts.
-        max_tokens: Cut longer ones to this many tokens, at the end. Without it a prompt longer
-            than the model's context is refused.
+        max_tokens: Cut longer ones to this many tokens. Without it a prompt longer than the model's
+            context is refused.
+        truncation_side: Where to cut; see `tokenise`.
 
     Raises:
         PromptError: A prompt is longer than the context, or gives no tokens.
     """
-    tokenizer = tokenizer_of(model)
+    return tokenise(
+        tokenizer_of(model),
+        prompts,
+        name=name_of(model),
+        limit=context_length(model),
+        max_tokens=max_tokens,
+        truncation_side=truncation_side,
+    )
+
+
+def tokenise(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    name: str = "the model",
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    truncation_side: str = "right",
+) -> list[Encoding]:
+    """Tokenise prompts, with the character that each token ends on.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer.
+        prompts: The prompts.
+        name: Name of its model, for messages.
+        limit: The model's context; a longer prompt is refused.
+        max_tokens: Cut longer prompts to this many tokens.
+        truncation_side: Where to cut: ``"right"``, the end; ``"left"``, the beginning, but for
+            a BOS that stands there.
+
+    Raises:
+        PromptError: A prompt is longer than the context, or gives no tokens.
+    """
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    limit = context_length(model)
+    opening = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    if truncation_side not in ("left", "right"):
+        raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
     encoded = []
     for prompt in prompts:
         rendered = prompt.render(tokenizer)
@@ -429,14 +481,15 @@ def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = No
         )
         ids, offsets = batch["input_ids"], batch["offset_mapping"]
         if not ids:
+            raise PromptError(f"prompt {prompt.id}: the tokenizer of {name} makes no tokens of {rendered.text[:60]!r}")
+        if max_tokens is not None and len(ids) > max_tokens:
+            head = int(truncation_side == "left" and ids[0] in opening and max_tokens > 1)
+            start = len(ids) - max_tokens + head if truncation_side == "left" else 0
+            keep = [*range(head), *range(start, start + max_tokens - head)]
+            ids, offsets = [ids[i] for i in keep], [offsets[i] for i in keep]
+        if limit is not None and len(ids) > limit:
             raise PromptError(
-                f"prompt {prompt.id}: the tokenizer of {name_of(model)} makes no tokens of {rendered.text[:60]!r}"
-            )
-        if max_tokens is not None:
-            ids, offsets = ids[:max_tokens], offsets[:max_tokens]
-        if len(ids) > limit:
-            raise PromptError(
-                f"prompt {prompt.id}: {len(ids)} tokens, but {name_of(model)} reads at most {limit}; "
+                f"prompt {prompt.id}: {len(ids)} tokens, but {name} reads at most {limit}; "
                 "shorten it or split it (it is not cut silently)"
             )
         ends, span = [], 0
@@ -452,8 +505,27 @@ def encode(model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = No
             else:
                 first, _, base = rendered.spans[span]
                 ends.append(end - first + base)
-        encoded.append(Encoding(prompt, tuple(ids), tuple(ends)))
+        encoded.append(Encoding(prompt, tuple(ids), tuple(ends), _roles(rendered.marks, offsets, ends)))
     return encoded
+
+
+def _roles(
+    marks: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], ends: Sequence[int]
+) -> tuple[int, ...]:
+    """The role of each template token, from the borders between template and content.
+
+    A template's own number of tokens does not matter: what counts is the last token that was read
+    before a content, and the first one after it.
+    """
+    roles = [-1] * len(ends)
+    for place, role in sorted(marks, key=lambda mark: mark[1] % 2, reverse=True):  # beginnings go last, and win
+        if role % 2:
+            found = next((i for i, (start, end) in enumerate(offsets) if start >= place and end > start), None)
+        else:
+            found = next((i for i in range(len(offsets) - 1, -1, -1) if 0 < offsets[i][1] <= place), None)
+        if found is not None and ends[found] == -1:
+            roles[found] = role
+    return tuple(roles)
 
 
 @dataclass(frozen=True, eq=False)

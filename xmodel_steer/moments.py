@@ -5,6 +5,7 @@ validation or test) by a hash of its content, so that neighbouring tokens never 
 sides, and shards may be collected in any order, anywhere, and merged.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,18 @@ class PairMoments:
     target_scatter: Float[Tensor, "dt dt"]
     cross_scatter: Float[Tensor, "ds dt"]
 
+    def inverse(self) -> "PairMoments":
+        """The same rows, paired the other way round."""
+        return PairMoments(
+            self.count,
+            self.documents,
+            self.target_mean,
+            self.source_mean,
+            self.target_scatter,
+            self.source_scatter,
+            self.cross_scatter.T,
+        )
+
     @property
     def source_scale(self) -> Float[Tensor, " ds"]:
         """Standard deviation of each source dimension."""
@@ -81,7 +94,19 @@ class PairMoments:
 
 @dataclass(frozen=True, eq=False)
 class SplitMoments:
-    """The moments of one layer pair for each part of the text, with both spaces."""
+    """The moments of one layer pair for each part of the text, with both spaces.
+
+    Args:
+        source: Space that a map of them maps from.
+        target: Space that it maps to.
+        train: Moments of the documents that maps are fitted on.
+        validation: Moments of those that choose penalties.
+        test: Moments of those that scores are reported from.
+        coverage: Share of the tokens that could pair that do.
+        control: The same with every row paired to a token of another document: nothing to learn,
+            but everything else equal. None where it was not collected.
+        shuffled: Whether these are such control moments.
+    """
 
     source: Space
     target: Space
@@ -89,12 +114,38 @@ class SplitMoments:
     validation: PairMoments
     test: PairMoments
     coverage: float
+    control: "SplitMoments | None" = None
     shuffled: bool = False
+
+    def inverse(self) -> "SplitMoments":
+        """The same moments for maps from the target to the source."""
+        return SplitMoments(
+            self.target,
+            self.source,
+            self.train.inverse(),
+            self.validation.inverse(),
+            self.test.inverse(),
+            self.coverage,
+            None if self.control is None else self.control.inverse(),
+            self.shuffled,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class PartMoments:
-    """Moments of several sites of two models over the rows of one part."""
+    """Moments of several sites of two models over the rows of one part.
+
+    Args:
+        count: Number of rows.
+        documents: Number of documents that they come from.
+        source_means: Mean at each source site.
+        target_means: Mean at each target site.
+        source_scatters: Centred second moments within each source site.
+        target_scatters: The same within each target site.
+        cross: Centred cross moments of the layer pairs that were asked for.
+        shuffled: The same of rows paired to other documents.
+        sketch: Cross moments of every layer pair with a few of the target's dimensions.
+    """
 
     count: int
     documents: int
@@ -104,40 +155,7 @@ class PartMoments:
     target_scatters: Mapping[Site, Tensor]
     cross: Mapping[tuple[Site, Site], Tensor]
     shuffled: Mapping[tuple[Site, Site], Tensor]
-
-    def __add__(self, other: "PartMoments") -> "PartMoments":
-        """Moments of both sets of rows together (Chan, Golub & LeVeque 1979, pairwise update)."""
-        if self.count == 0:
-            return other
-        if other.count == 0:
-            return self
-        n = self.count + other.count
-        weight = self.count * other.count / n
-        ds = {site: other.source_means[site] - mean for site, mean in self.source_means.items()}
-        dt = {site: other.target_means[site] - mean for site, mean in self.target_means.items()}
-
-        def means(own: Mapping[Site, Tensor], delta: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-            return {site: mean + delta[site] * (other.count / n) for site, mean in own.items()}
-
-        def crosses(own: Mapping, theirs: Mapping) -> dict:
-            return {(s, t): c + theirs[s, t] + weight * torch.outer(ds[s], dt[t]) for (s, t), c in own.items()}
-
-        return PartMoments(
-            count=n,
-            documents=self.documents + other.documents,
-            source_means=means(self.source_means, ds),
-            target_means=means(self.target_means, dt),
-            source_scatters={
-                s: m + other.source_scatters[s] + weight * torch.outer(ds[s], ds[s])
-                for s, m in self.source_scatters.items()
-            },
-            target_scatters={
-                t: m + other.target_scatters[t] + weight * torch.outer(dt[t], dt[t])
-                for t, m in self.target_scatters.items()
-            },
-            cross=crosses(self.cross, other.cross),
-            shuffled=crosses(self.shuffled, other.shuffled),
-        )
+    sketch: Mapping[tuple[Site, Site], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +167,14 @@ class Moments:
     Args:
         source: Space of each source site.
         target: Space of each target site.
-        pairs: The layer pairs whose cross moments are kept.
+        pairs: The layer pairs whose full cross moments are kept.
+        sketch: Dimensions of the target, drawn by seed and equal at every target site, whose cross
+            moments with every source site are kept for `layer_grid`; empty where all pairs are full.
         parts: Moments of the train, validation and test documents.
         paired: Number of token pairs.
         eligible: How many there could have been.
         settings: How the text was read (token limit, split seed, ...); shards must agree on it.
+        shards: Names of the shards that are in it, where shards have names; none may be added twice.
     """
 
     source: Mapping[Site, Space]
@@ -163,6 +184,8 @@ class Moments:
     paired: int
     eligible: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sketch: tuple[int, ...] = ()
+    shards: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -186,54 +209,84 @@ class Moments:
                     f"merging moments: the shards' {end} spaces differ "
                     f"({_names(own)} and {_names(theirs)}); collect every shard with the same models and sites"
                 )
-        if self.pairs != other.pairs or dict(self.settings) != dict(other.settings):
+        if (self.pairs, self.sketch) != (other.pairs, other.sketch) or dict(self.settings) != dict(other.settings):
             raise ValueError(
                 f"merging moments: the shards were collected with different layer pairs or settings "
                 f"({dict(self.settings)} and {dict(other.settings)}); collect them with the same arguments"
             )
+        twice = sorted(set(self.shards) & set(other.shards))
+        if twice:
+            raise ValueError(f"merging moments: shard {', '.join(twice)} is in both; give every shard once")
         return replace(
             self,
-            parts={name: self.parts[name] + other.parts[name] for name in PARTS},
+            parts={name: _merged(self.parts[name], other.parts[name], self.sketch) for name in PARTS},
             paired=self.paired + other.paired,
             eligible=self.eligible + other.eligible,
+            shards=self.shards + other.shards,
         )
 
-    def pair(self, source: Site, target: Site, *, shuffled: bool = False) -> SplitMoments:
-        """The moments of one layer pair.
+    def pair(self, source: Site, target: Site) -> SplitMoments:
+        """The moments of one layer pair, with those of the shuffled control.
 
         Args:
             source: Site in the source model.
             target: Site in the target model.
-            shuffled: Take the cross moments of rows paired with a token of another document:
-                the control in which the map has nothing to learn but everything else is equal.
 
         Raises:
             ValueError: The pair was not collected.
         """
         if (source, target) not in self.pairs:
             raise ValueError(
-                f"moments: the pair {source} to {target} was not collected, but "
-                f"{', '.join(f'{s} to {t}' for s, t in self.pairs)}"
+                f"moments: the pair {source} to {target} was "
+                + (
+                    f"only sketched; collect it in full with pairs=[({source!r}, {target!r})]"
+                    if (source, target) in self.parts["train"].sketch
+                    else f"not collected, but {', '.join(f'{s} to {t}' for s, t in self.pairs)}"
+                )
             )
 
-        def of(part: PartMoments) -> PairMoments:
+        def split(kind: str) -> SplitMoments:
+            return self._split(
+                source, target, {name: getattr(p, kind)[source, target] for name, p in self.parts.items()}
+            )
+
+        if (source, target) not in self.parts["train"].shuffled:
+            return split("cross")
+        return replace(split("cross"), control=replace(split("shuffled"), shuffled=True))
+
+    def sketched(self, source: Site, target: Site) -> SplitMoments:
+        """The moments of one layer pair with the target's dimensions of the sketch alone.
+
+        Raises:
+            ValueError: There is no sketch of the pair.
+        """
+        if (source, target) not in self.parts["train"].sketch:
+            raise ValueError(f"moments: the pair {source} to {target} was not sketched; collect with sketch=64")
+        cross = {name: part.sketch[source, target] for name, part in self.parts.items()}
+        return self._split(source, target, cross, torch.tensor(self.sketch))
+
+    def _split(
+        self, source: Site, target: Site, cross: Mapping[str, Tensor], columns: Tensor | None = None
+    ) -> SplitMoments:
+        def of(name: str) -> PairMoments:
+            part = self.parts[name]
+            mean, scatter = part.target_means[target], part.target_scatters[target]
+            if columns is not None:
+                mean, scatter = mean[columns], scatter[columns][:, columns]
             return PairMoments(
                 part.count,
                 part.documents,
                 part.source_means[source],
-                part.target_means[target],
+                mean,
                 part.source_scatters[source],
-                part.target_scatters[target],
-                (part.shuffled if shuffled else part.cross)[source, target],
+                scatter,
+                cross[name],
             )
 
-        return SplitMoments(
-            self.source[source],
-            self.target[target],
-            *(of(self.parts[name]) for name in PARTS),
-            coverage=self.coverage,
-            shuffled=shuffled,
-        )
+        space = self.target[target]
+        if columns is not None:
+            space = replace(space, width=len(columns))
+        return SplitMoments(self.source[source], space, *map(of, PARTS), coverage=self.coverage)
 
     def scale(self, site: Site, *, end: str = "target") -> Float[Tensor, " d"]:
         """Standard deviation of each dimension of a site over the training text.
@@ -255,15 +308,71 @@ def _names(spaces: Mapping[Site, Space]) -> str:
     return ", ".join(str(space) for space in spaces.values())
 
 
+def sketch_dimensions(width: int, count: int, *, seed: int = 0) -> tuple[int, ...]:
+    """A seeded random choice of a target's dimensions, ascending.
+
+    A random projection onto coordinates: in standardised coordinates every dimension counts alike,
+    so the mean of a bounded score over a random choice of them estimates the mean over all, with
+    a standard error that the choice itself shows. It needs no scales before the text is read, so
+    shards that were collected apart still merge.
+    """
+    if not 0 < count <= width:
+        raise ValueError(f"sketch: needs 1 to {width} target dimensions, got {count}")
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    return tuple(sorted(order[:count].tolist()))
+
+
+class _Running:
+    """Running moments of one part, updated in place (Chan, Golub & LeVeque 1979, pairwise update).
+
+    Means are of columns with a name; products are of two named groups of columns.
+    """
+
+    def __init__(self, means: Mapping[Any, int], products: Mapping[Any, tuple[Any, Any]], device: Any) -> None:
+        self.count = self.documents = 0
+        self.means = {key: torch.zeros(d, dtype=torch.float64, device=device) for key, d in means.items()}
+        self.products = {
+            key: torch.zeros(means[a], means[b], dtype=torch.float64, device=device) for key, (a, b) in products.items()
+        }
+        self._ends = dict(products)
+
+    def copy(self) -> "_Running":
+        made = copy.copy(self)
+        made.means = {key: value.clone() for key, value in self.means.items()}
+        made.products = {key: value.clone() for key, value in self.products.items()}
+        return made
+
+    def add(self, count: int, documents: int, means: Mapping[Any, Tensor], products: Mapping[Any, Tensor]) -> None:
+        """Add the moments of a batch; its products are centred on its own means."""
+        n = self.count + count
+        weight = self.count * count / n
+        delta = {key: means[key] - mean for key, mean in self.means.items()}
+        for key, product in self.products.items():
+            a, b = self._ends[key]
+            product.add_(products[key])
+            if weight:
+                product.addr_(delta[a], delta[b], alpha=weight)
+        for key, mean in self.means.items():
+            mean.add_(delta[key], alpha=count / n)
+        self.count, self.documents = n, self.documents + documents
+
+
 class MomentsAccumulator:
     """Adds batches of paired rows to running moments.
+
+    A batch's products are formed in float32 where its rows are no wider (they are centred in float64
+    before), and summed in float64.
 
     Args:
         source: Space of each source site.
         target: Space of each target site.
-        pairs: Layer pairs whose cross moments to keep; every site must be in one.
+        pairs: Layer pairs whose full cross moments to keep.
+        sketch: Target dimensions whose cross moments with all source sites to keep; see `Moments`.
+        shuffled: Keep the cross moments of the shuffled control for the full pairs.
         settings: Recorded in the moments.
         seed: Seed of the shuffled pairing.
+        shard: Name of the shard that is collected, if it has one.
+        device: Where the products are formed and kept until `moments` takes them to the CPU.
     """
 
     def __init__(
@@ -272,31 +381,30 @@ class MomentsAccumulator:
         target: Mapping[Site, Space],
         pairs: Sequence[tuple[Site, Site]],
         *,
+        sketch: Sequence[int] = (),
+        shuffled: bool = True,
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
+        shard: str = "",
+        device: str | torch.device = "cpu",
     ) -> None:
         self._source, self._target, self._pairs = dict(source), dict(target), tuple(pairs)
-        self._settings = dict(settings or {})
-        self._generator = torch.Generator().manual_seed(seed)
-        self._parts = {name: self._zero() for name in PARTS}
+        self._sketch, self._shuffled = tuple(sketch), shuffled
+        self._settings, self._shard = dict(settings or {}), shard
+        self._seed = seed
+        self._device = torch.device(device)
+        means = {("source", s): space.width for s, space in source.items()}
+        means |= {("target", t): space.width for t, space in target.items()}
+        means |= {("sketch", t): len(self._sketch) for t in target} if sketch else {}
+        products = {(*key, *key): (key, key) for key in means if key[0] != "sketch"}
+        for kind in ("cross", "shuffled") if shuffled else ("cross",):
+            products |= {(kind, s, t): (("source", s), ("target", t)) for s, t in self._pairs}
+        if sketch:
+            products |= {("sketch", s, t): (("source", s), ("sketch", t)) for s in source for t in target}
+        self._parts = {name: _Running(means, products, self._device) for name in PARTS}
+        self._products = products
+        self._handed_out = False
         self._paired = self._eligible = 0
-
-    def _zero(self) -> PartMoments:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        s = {site: space.width for site, space in self._source.items()}
-        t = {site: space.width for site, space in self._target.items()}
-        return PartMoments(
-            0,
-            0,
-            {site: zeros(d) for site, d in s.items()},
-            {site: zeros(d) for site, d in t.items()},
-            {site: zeros(d, d) for site, d in s.items()},
-            {site: zeros(d, d) for site, d in t.items()},
-            {(a, b): zeros(s[a], t[b]) for a, b in self._pairs},
-            {(a, b): zeros(s[a], t[b]) for a, b in self._pairs},
-        )
 
     def add(
         self,
@@ -324,42 +432,121 @@ class MomentsAccumulator:
         if n == 0:
             self._eligible += possible
             return
-
-        def centred(rows: Mapping[Site, Tensor], end: str) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-            wide = {site: values.to(torch.float64).cpu() for site, values in rows.items()}
-            for site, values in wide.items():
-                check_finite(values, f"moments: {end} {site}")
-            means = {site: values.mean(0) for site, values in wide.items()}
-            return means, {site: values - means[site] for site, values in wide.items()}
-
-        source_means, s = centred(source, "source")
-        target_means, t = centred(target, "target")
-        other = shuffled_partners(documents, self._generator)
-        batch = PartMoments(
-            n,
-            len(set(documents)),
-            source_means,
-            target_means,
-            {site: x.T @ x for site, x in s.items()},
-            {site: y.T @ y for site, y in t.items()},
-            {(a, b): s[a].T @ t[b] for a, b in self._pairs},
-            {(a, b): s[a][other].T @ t[b] for a, b in self._pairs},
-        )
-        self._parts[part] = self._parts[part] + batch
+        means: dict[Any, Tensor] = {}
+        rows: dict[Any, Tensor] = {}
+        for end, sites in (("source", source), ("target", target)):
+            for site, values in sites.items():
+                wide = values.to(self._device, torch.float64)
+                check_finite(wide, f"moments: {end} {site}")
+                mean = wide.mean(0)
+                means[end, site] = mean
+                rows[end, site] = (wide - mean).to(torch.promote_types(values.dtype, torch.float32))
+        if self._sketch:
+            columns = torch.tensor(self._sketch, device=self._device)
+            for site in target:
+                means["sketch", site], rows["sketch", site] = (
+                    whole["target", site].index_select(-1, columns) for whole in (means, rows)
+                )
+        partners = shuffled_partners(documents, shuffle_generator(self._seed, documents[0]))
+        products = self._batch_products(rows, partners.to(self._device))
+        if self._handed_out:
+            self._parts = {name: running.copy() for name, running in self._parts.items()}
+            self._handed_out = False
+        self._parts[part].add(n, len(set(documents)), means, products)
         self._paired += n
         self._eligible += possible
 
+    def _batch_products(self, rows: Mapping[Any, Tensor], other: Tensor) -> dict[Any, Tensor]:
+        """Products of centred rows: for each left side one multiplication with all its right sides."""
+        grouped: dict[tuple[Any, str], list[tuple[Any, Any]]] = {}
+        for key, (a, b) in self._products.items():
+            grouped.setdefault((a, key[0] if a != b else "own"), []).append((key, b))
+        made: dict[Any, Tensor] = {}
+        joined: dict[tuple, Tensor] = {}  # most left sides share their right sides
+        for (a, kind), members in grouped.items():
+            ends = tuple(b for _, b in members)
+            if ends not in joined:
+                joined[ends] = rows[ends[0]] if len(ends) == 1 else torch.cat([rows[b] for b in ends], 1)
+            left = rows[a][other] if kind == "shuffled" else rows[a]
+            pieces = (left.T @ joined[ends]).split([rows[b].shape[1] for b in ends], 1)
+            made |= {key: piece for (key, _), piece in zip(members, pieces, strict=True)}
+        return made
+
     def moments(self) -> Moments:
         """The moments of everything that was added."""
+        self._handed_out = self._device.type == "cpu"  # what was given away must not change
+
+        def part(running: _Running) -> PartMoments:
+            means = {key: value.cpu() for key, value in running.means.items()}
+            products = {key: value.cpu() for key, value in running.products.items()}
+
+            def by_site(values: dict[Any, Tensor], end: str) -> dict[Site, Tensor]:
+                return {key[1]: value for key, value in values.items() if key[0] == end}
+
+            def by_pair(kind: str) -> dict[tuple[Site, Site], Tensor]:
+                return {(key[1], key[2]): value for key, value in products.items() if key[0] == kind}
+
+            return PartMoments(
+                running.count,
+                running.documents,
+                by_site(means, "source"),
+                by_site(means, "target"),
+                by_site(products, "source"),
+                by_site(products, "target"),
+                by_pair("cross"),
+                by_pair("shuffled"),
+                by_pair("sketch"),
+            )
+
         return Moments(
             self._source,
             self._target,
             self._pairs,
-            dict(self._parts),
+            {name: part(running) for name, running in self._parts.items()},
             self._paired,
             self._eligible,
             self._settings,
+            self._sketch,
+            (self._shard,) if self._shard else (),
         )
+
+
+def _merged(one: PartMoments, two: PartMoments, sketch: Sequence[int]) -> PartMoments:
+    """Moments of both sets of rows together (Chan, Golub & LeVeque 1979, pairwise update)."""
+    if one.count == 0:
+        return two
+    if two.count == 0:
+        return one
+    n = one.count + two.count
+    weight = one.count * two.count / n
+    ds = {site: two.source_means[site] - mean for site, mean in one.source_means.items()}
+    dt = {site: two.target_means[site] - mean for site, mean in one.target_means.items()}
+
+    def means(own: Mapping[Site, Tensor], delta: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        return {site: mean + delta[site] * (two.count / n) for site, mean in own.items()}
+
+    def scatters(own: Mapping[Site, Tensor], other: Mapping[Site, Tensor], delta: Mapping[Site, Tensor]) -> dict:
+        return {site: m + other[site] + weight * torch.outer(delta[site], delta[site]) for site, m in own.items()}
+
+    def crosses(own: Mapping, other: Mapping, columns: Any = slice(None)) -> dict:
+        return {(s, t): c + other[s, t] + weight * torch.outer(ds[s], dt[t][columns]) for (s, t), c in own.items()}
+
+    return PartMoments(
+        n,
+        one.documents + two.documents,
+        means(one.source_means, ds),
+        means(one.target_means, dt),
+        scatters(one.source_scatters, two.source_scatters, ds),
+        scatters(one.target_scatters, two.target_scatters, dt),
+        crosses(one.cross, two.cross),
+        crosses(one.shuffled, two.shuffled),
+        crosses(one.sketch, two.sketch, list(sketch)),
+    )
+
+
+def shuffle_generator(seed: int, document: int) -> torch.Generator:
+    """Randomness for a batch that begins with a document, whatever came before: shards shuffle as the whole does."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + document)
 
 
 def shuffled_partners(documents: Sequence[int], generator: torch.Generator) -> Tensor:

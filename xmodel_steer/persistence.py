@@ -1,37 +1,39 @@
 """Files: vectors, maps and moments as safetensors, results as a folder around ``result.json``.
 
-Every file names its schema. Nothing is pickled. A file is written under a scratch name and
-takes its own in one step, so that what has the name is whole.
+Every file names its schema. Nothing is pickled. What has its name is whole.
 """
 
-import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from xmodel_steer.errors import ArtifactError, XModelSteerError
-from xmodel_steer.maps import AffineMap, MapScore
+from xmodel_steer.files import (
+    SCHEMA,
+    disk_trouble,
+    dump_json,
+    parse_record,
+    read_tensors,
+    write_atomically,
+    write_tensors,
+)
+from xmodel_steer.maps import AffineMap, AutoencoderMap, Map, MapScore
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.moments import PARTS, Moments, PartMoments
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.transfer import Arm, TransferResult, arm_record
 from xmodel_steer.vectors import SteeringVector
 
-SCHEMA = 1
-_KEY = "xmodel_steer"
 
-
-def save(value: SteeringVector | AffineMap | Moments | TransferResult, path: str | Path) -> Path:
+def save(value: SteeringVector | Map | Moments | TransferResult, path: str | Path) -> Path:
     """Write a vector, a map or moments to a ``.safetensors`` file, or a result to a folder.
 
     Args:
@@ -50,7 +52,7 @@ def save(value: SteeringVector | AffineMap | Moments | TransferResult, path: str
         return _save_result(value, path)
     if isinstance(value, SteeringVector):
         tensors, record = _vector_parts(value)
-    elif isinstance(value, AffineMap):
+    elif isinstance(value, Map):
         tensors, record = _map_parts(value)
     elif isinstance(value, Moments):
         tensors, record = _moments_parts(value)
@@ -58,10 +60,7 @@ def save(value: SteeringVector | AffineMap | Moments | TransferResult, path: str
         raise TypeError(f"save: cannot save {type(value).__name__}; vectors, maps, moments and results can be saved")
     if path.is_dir():
         raise ArtifactError(f"{path}: is a folder; give a file name such as {path / 'vector.safetensors'}")
-    _refuse_nan(tensors, path)
-    header = {"schema": SCHEMA, "kind": type(value).__name__, **record}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, to_bytes(contiguous, metadata={_KEY: _dump(header, path)}))
+    write_tensors(path, type(value).__name__, tensors, record)
     return path
 
 
@@ -77,8 +76,13 @@ def read(path: str | Path) -> Any:
     path = Path(path)
     if path.is_dir():
         return _read_result(path)
-    header, tensors = _read_file(path)
-    makers = {"SteeringVector": _vector_from, "AffineMap": _map_from, "Moments": _moments_from}
+    header, tensors = read_tensors(path)
+    makers = {
+        "SteeringVector": _vector_from,
+        "AffineMap": _map_from,
+        "AutoencoderMap": _map_from,
+        "Moments": _moments_from,
+    }
     maker = makers.get(header["kind"])
     if maker is None:
         raise ArtifactError(f"{path}: holds a {header['kind']!r}, which this version cannot read")
@@ -88,86 +92,6 @@ def read(path: str | Path) -> Any:
         if isinstance(error, XModelSteerError):
             raise ArtifactError(f"{path}: {error}") from error
         raise ArtifactError(f"{path}: is damaged, {header['kind']} lacks or misstates {error}") from error
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        ArtifactError: The folder cannot be written, or the disk is full.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    scratch = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise ArtifactError(_disk_trouble(path, error)) from error
-    finally:
-        if scratch and os.path.exists(scratch):
-            os.unlink(scratch)
-
-
-def _disk_trouble(path: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return f"{path}: no space left on the device, nothing was written; free some or choose another place"
-    return f"{path}: cannot be written ({error.strerror or error}); choose another place"
-
-
-def _dump(record: Any, path: Path, indent: int | None = None) -> str:
-    try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not written, a number in it is NaN or infinite ({error})") from error
-
-
-def _refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        # A target dimension that does not vary has no R²: NaN is its value there.
-        if name != "score.r2" and not torch.isfinite(tensor).all():
-            raise ArtifactError(
-                f"{path}: tensor {name!r} has NaN or infinity; such an artifact is neither written nor read"
-            )
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"
-        ) from error
-    if _KEY not in metadata:
-        raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
-    header = _parse(metadata[_KEY], path)
-    _refuse_nan(tensors, path)
-    return header, tensors
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-        schema = header["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: is damaged or foreign, its record cannot be read ({error})") from error
-    if not isinstance(schema, int) or schema < 1:
-        raise ArtifactError(f"{path}: schema {schema!r} is not one that xmodel_steer ever wrote")
-    if schema > SCHEMA:
-        raise ArtifactError(
-            f"{path}: was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
-            "upgrade with pip install -U xmodel-steer"
-        )
-    return header
 
 
 # --- vectors ----------------------------------------------------------------------------------
@@ -201,16 +125,30 @@ def _vector_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Steering
 
 # --- maps -------------------------------------------------------------------------------------
 
-_MAP_TENSORS = ("weight", "bias", "source_scale", "target_scale")
+_MAP_TENSORS = {
+    AffineMap: ("weight", "bias", "source_scale", "target_scale"),
+    AutoencoderMap: (
+        "encoder",
+        "encoder_bias",
+        "decoder",
+        "decoder_bias",
+        "source_mean",
+        "target_mean",
+        "source_scale",
+        "target_scale",
+    ),
+}
 
 
-def _map_parts(mapping: AffineMap) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {name: getattr(mapping, name) for name in _MAP_TENSORS}
+def _map_parts(mapping: Map) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: getattr(mapping, name) for name in _MAP_TENSORS[type(mapping)]}
     record: dict[str, Any] = {
         "source": mapping.source.to_dict(),
         "target": mapping.target.to_dict(),
         "info": dict(mapping.info),
     }
+    if isinstance(mapping, AutoencoderMap):
+        record["standardised"] = mapping.standardised
     score = mapping.score_test
     if score is not None:
         tensors["score.r2"] = score.r2
@@ -218,9 +156,11 @@ def _map_parts(mapping: AffineMap) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
-def _map_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> AffineMap:
-    return AffineMap(
-        **{name: tensors[name] for name in _MAP_TENSORS},
+def _map_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Map:
+    kind = {made.__name__: made for made in _MAP_TENSORS}[header["kind"]]
+    return kind(
+        **{name: tensors[name] for name in _MAP_TENSORS[kind]},
+        **({"standardised": header["standardised"]} if kind is AutoencoderMap else {}),
         source=Space.from_dict(header["source"]),
         target=Space.from_dict(header["target"]),
         score_test=MapScore(r2=tensors["score.r2"], **header["score"]) if "score" in header else None,
@@ -231,7 +171,7 @@ def _map_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> AffineMap:
 # --- moments ----------------------------------------------------------------------------------
 
 _BY_SITE = ("source_means", "target_means", "source_scatters", "target_scatters")
-_BY_PAIR = ("cross", "shuffled")
+_BY_PAIR = ("cross", "shuffled", "sketch")
 
 
 def _site_key(site: Site) -> str:
@@ -253,6 +193,9 @@ def _moments_parts(moments: Moments) -> tuple[dict[str, Tensor], dict[str, Any]]
         "paired": moments.paired,
         "eligible": moments.eligible,
         "settings": dict(moments.settings),
+        "sketch": list(moments.sketch),
+        "shards": list(moments.shards),
+        "shuffled": bool(moments.parts["train"].shuffled),
     }
     return tensors, record
 
@@ -262,6 +205,9 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
     target = {space.site: space for space in map(Space.from_dict, header["target"])}
     pairs = tuple((Site(a, b), Site(c, d)) for a, b, c, d in header["pairs"])
 
+    every = tuple(itertools.product(source, target)) if header["sketch"] else ()
+    kept = {"cross": pairs, "shuffled": pairs if header["shuffled"] else (), "sketch": every}
+
     def part(name: str) -> PartMoments:
         ends = {"source": source, "target": target}
         by_site: dict[str, Any] = {
@@ -269,7 +215,7 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
             for kind in _BY_SITE
         }
         by_pair: dict[str, Any] = {
-            kind: {(s, t): tensors[f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}"] for s, t in pairs}
+            kind: {(s, t): tensors[f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}"] for s, t in kept[kind]}
             for kind in _BY_PAIR
         }
         count, documents = header["counts"][name]
@@ -283,6 +229,8 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
         header["paired"],
         header["eligible"],
         header["settings"],
+        tuple(header["sketch"]),
+        tuple(header["shards"]),
     )
 
 
@@ -332,8 +280,8 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write_atomically(scratch / "result.json", _dump(record, folder, indent=1))
-        write_atomically(scratch / "generations.jsonl", "".join(_dump(row, folder) + "\n" for row in rows))
+        write_atomically(scratch / "result.json", dump_json(record, folder, indent=1))
+        write_atomically(scratch / "generations.jsonl", "".join(dump_json(row, folder) + "\n" for row in rows))
         for name, vector in result.vectors.items():
             save(vector, scratch / "vectors" / f"{name}.safetensors")
         if result.mapping is not None:
@@ -343,7 +291,7 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
     except OSError as error:
         if isinstance(error, XModelSteerError):
             raise
-        raise ArtifactError(_disk_trouble(folder, error)) from error
+        raise ArtifactError(disk_trouble(folder, error)) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -371,7 +319,7 @@ def _read_result(folder: Path) -> TransferResult:
     file = folder / "result.json"
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder")
-    record = _parse(file.read_text(), file)
+    record = parse_record(file.read_text(), file)
     if record.get("kind") != "TransferResult":
         raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
     try:

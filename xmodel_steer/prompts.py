@@ -30,11 +30,15 @@ class Rendered:
             where it starts in the prompt's own content. Positions are in characters. Text
             outside the spans comes from the chat template.
         add_special_tokens: Whether the tokenizer still has to add its BOS and the like.
+        marks: For each border between template and content, its place in ``text`` and its role: 2i
+            where the content of message i begins (or an opened assistant's turn would), 2i + 1
+            where it ends. Roles are the same for every template.
     """
 
     text: str
     spans: tuple[tuple[int, int, int], ...]
     add_special_tokens: bool
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,23 @@ class Prompt:
                 "give raw text instead, or set tokenizer.chat_template"
             )
         text = self._template(tokenizer, [m.content for m in self.messages])
-        return Rendered(text, self._spans(tokenizer, text), False)
+        found = self._spans(tokenizer, text)
+        marks = [mark for i, (start, end, _) in found for mark in ((start, 2 * i), (end, 2 * i + 1))]
+        if self._opens:
+            marks.append((len(text), 2 * len(self.messages)))
+        return Rendered(text, tuple(span for _, span in found), False, tuple(marks))
+
+    @property
+    def _opens(self) -> bool:
+        """Whether the assistant is to speak next."""
+        return self.messages[-1].role != "assistant"
 
     def _template(self, tokenizer: Any, contents: Sequence[str]) -> str:
         turns = [{"role": m.role, "content": c} for m, c in zip(self.messages, contents, strict=True)]
-        opens = self.messages[-1].role != "assistant"
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens)
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens)
 
-    def _spans(self, tokenizer: Any, text: str) -> tuple[tuple[int, int, int], ...]:
-        """Where the messages' contents stand in the rendered text.
+    def _spans(self, tokenizer: Any, text: str) -> list[tuple[int, tuple[int, int, int]]]:
+        """For each message whose content is found, its number and where the content stands in the rendered text.
 
         Searching for them would also find a role tag or a default system prompt with the same
         words. Rendering markers in their place shows the template's own text around them.
@@ -142,19 +154,19 @@ class Prompt:
         marked = self._template(tokenizer, [f"\ue000{i}\ue001" for i in range(len(trimmed))])
         # literal, number, literal, number, ..., literal
         pieces = re.split("\ue000(\\d+)\ue001", marked)
-        spans: list[tuple[int, int, int]] = []
+        spans: list[tuple[int, tuple[int, int, int]]] = []
         cursor = len(pieces[0])
         for number, literal in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
             # Most templates trim the content, some keep it as it is.
             for content in (trimmed[number], self.messages[number].content):
                 if text.startswith(content + literal, cursor):
                     start = cursor + content.find(trimmed[number])
-                    spans.append((start, start + len(trimmed[number]), bases[number]))
+                    spans.append((number, (start, start + len(trimmed[number]), bases[number])))
                     cursor += len(content) + len(literal)
                     break
             else:
                 break  # the template rewrites this message: its tokens count as the template's
-        return tuple(span for span in spans if span[0] < span[1])
+        return [(number, span) for number, span in spans if span[0] < span[1]]
 
 
 PromptLike = str | Prompt | Sequence[Mapping[str, str]]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.persistence import write_atomically
+from xmodel_steer.files import write_atomically
 from xmodel_steer.plots import COLOURS, dose_response
 from xmodel_steer.transfer import Arm, TransferResult
 
@@ -33,8 +33,9 @@ def summary(result: TransferResult) -> list[str]:
         f"{target['model']} {target['hook']} (width {target['width']}, {target['dtype']})"
     ]
     if "r2" in fitted:
+        penalty = f", penalty {fitted['penalty']:.2g}" if "penalty" in fitted else ""
         lines.append(
-            f"map: {fitted['fitter']}, penalty {fitted['penalty']:.2g}, {fitted['train_tokens']:,} training tokens, coverage {fitted['coverage']:.0%}; "
+            f"map: {fitted['fitter']}{penalty}, {fitted['train_tokens']:,} training tokens, coverage {fitted['coverage']:.0%}; "
             f"on {fitted['test_documents']} test documents: R² per dimension {fitted['r2']:.2f} (5–95 %: {fitted['r2_low']:.2f}–{fitted['r2_high']:.2f}), "
             f"cosine {fitted['cosine']:.2f}, norm ratio {fitted['norm_ratio']:.2f}, loss {fitted['loss']['test']:.2f} (train {fitted['loss']['train']:.2f})"
         )

@@ -17,7 +17,8 @@ from torch import Tensor
 from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference, Scorer, SideEffect, side_effects
-from xmodel_steer.maps import AffineMap, Ridge
+from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
+from xmodel_steer.maps import Map
 from xmodel_steer.metrics import Estimate, bootstrap_mean, resamples
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
@@ -91,7 +92,7 @@ class TransferResult:
     selection: Mapping[str, Any]
     similarity: Mapping[str, Any]
     vectors: Mapping[str, SteeringVector] = field(repr=False)
-    mapping: AffineMap | None = field(repr=False)
+    mapping: Map | None = field(repr=False)
     spec: Mapping[str, Any] = field(repr=False)
     splits: Mapping[str, Any] = field(repr=False)
     versions: Mapping[str, str] = field(repr=False)
@@ -184,7 +185,7 @@ def transfer(
     strengths: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
     tokens: Tokens = "mean",
     positions: Positions = "all",
-    fitter: Ridge = Ridge(),
+    fitter: Fitter = Ridge(),
     moments: Moments | None = None,
     neutral_texts: Iterable[PromptLike] | None = None,
     random_seeds: int = 5,
@@ -347,8 +348,7 @@ def transfer(
         headline = best(records)["strength"]
         selection["strength"] = [{k: v for k, v in r.items() if k != "key"} for r in records]
 
-    penalty = float(mapping.info["penalty"])
-    shuffled_map = type(fitter)(penalties=(penalty,)).fit(moments.pair(source_site, target_site, shuffled=True))
+    shuffled_map = ShuffledPairs(pinned(fitter, mapping)).fit(moments.pair(source_site, target_site))
     shuffled_raw = shuffled_map.transport(source_vectors[source_site])
     randoms = [random_like(native, seed=seed + k) for k in range(random_seeds)]
     vectors = {"native": [native], "mapped": [mapped], "random": randoms, "shuffled": [shuffled_raw.with_norm(norm)]}
@@ -389,7 +389,7 @@ def transfer(
             "strengths": list(strengths),
             "tokens": tokens if isinstance(tokens, str) else list(tokens),
             "positions": "mask" if isinstance(positions, Tensor) else positions,
-            "fitter": type(fitter).__name__,
+            "fitter": repr(fitter),
             "random_seeds": random_seeds,
             "max_new_tokens": max_new_tokens,
             "map_tokens": map_tokens,
@@ -542,12 +542,13 @@ def _end(model: Any, site: Site) -> dict[str, Any]:
     }
 
 
-def _map_record(mapping: AffineMap, moments: Moments) -> dict[str, Any]:
+_MAP_KEYS = ("fitter", "coordinates", "penalty", "penalty_path", "rank", "size")
+
+
+def _map_record(mapping: Map, moments: Moments) -> dict[str, Any]:
     score = mapping.score_test
     record = {
-        "fitter": mapping.info["fitter"],
-        "penalty": mapping.info["penalty"],
-        "penalty_path": mapping.info["penalty_path"],
+        **{key: mapping.info[key] for key in _MAP_KEYS if key in mapping.info},
         "coverage": moments.coverage,
         "tokens": moments.tokens,
         "documents": moments.documents,

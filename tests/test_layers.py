@@ -1,0 +1,198 @@
+"""The layer grid equals the fits of its pairs one by one; rules that choose layers; the data curve."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from xmodel_steer.errors import PromptError
+from xmodel_steer.fitters import Identity, Ridge
+from xmodel_steer.layers import data_curve, last_strong_layer, layer_grid
+from xmodel_steer.moments import MomentsAccumulator
+from xmodel_steer.rows import PairedRows
+from xmodel_steer.spaces import Site, Space
+from xmodel_steer.vectors import Activations
+
+DS, DT = 5, 12
+SOURCE = {Site(i): Space("small", Site(i), DS, "aaaa") for i in range(3)}
+TARGET = {Site(i): Space("large", Site(i), DT, "bbbb") for i in (1, 4)}
+PENALTIES = (1e-3, 0.1, 3.0)
+
+
+def normal(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def related(n, seed):
+    """Rows of every site: source layer 1 knows most of the target, layer 0 least; units differ wildly."""
+    hidden = normal(n, DS, seed=seed)
+    units = torch.logspace(-2, 3, DS, dtype=torch.float64)
+    source = {
+        site: (hidden + noise * normal(n, DS, seed=seed + 10 + site.layer)) * units + 5
+        for site, noise in zip(SOURCE, (3.0, 0.3, 1.0), strict=True)
+    }
+    target = {
+        site: hidden @ normal(DS, DT, seed=site.layer) * torch.logspace(-3, 3, DT, dtype=torch.float64) + site.layer
+        for site in TARGET
+    }
+    return source, {site: y + y.std(0) * 0.5 * normal(n, DT, seed=seed + 99) for site, y in target.items()}
+
+
+def collected(*, sketch=(), pairs=None, sizes=(150, 40, 60)):
+    chosen = tuple(product(SOURCE, TARGET)) if pairs is None else pairs
+    made = MomentsAccumulator(SOURCE, TARGET, chosen, sketch=sketch)
+    for seed, (part, n) in enumerate(zip(("train", "validation", "test"), sizes, strict=True)):
+        if n:
+            made.add(part, *related(n, 1000 * seed), [i // 2 for i in range(n)])
+    return made.moments()
+
+
+def test_every_cell_is_the_ridge_fit_of_its_pair():
+    moments = collected()
+    grid = layer_grid(moments, penalties=PENALTIES)
+    for (i, s), (j, t), (k, penalty) in product(enumerate(SOURCE), enumerate(TARGET), enumerate(PENALTIES)):
+        pair = moments.pair(s, t)
+        fitted = Ridge(penalties=(penalty,)).fit(pair)
+        for part, made in (("validation", grid.validation), ("test", grid.test)):
+            score = fitted.score_moments(getattr(pair, part))
+            assert made["r2"][i, j, k] == pytest.approx(score.mean_r2)
+            assert made["cosine"][i, j, k] == pytest.approx(score.cosine)
+            assert made["norm_ratio"][i, j, k] == pytest.approx(score.norm_ratio)
+        loss = fitted.standardised_loss(pair.test) * DT * pair.test.count
+        total = float((pair.test.target_scatter.diagonal() / pair.train.target_scale**2).sum())
+        assert grid.test["fvu"][i, j, k] == pytest.approx(loss / total)
+
+
+def test_the_chosen_penalty_is_that_of_validation_alone():
+    moments = collected(sizes=(12, 40, 60))
+    grid = layer_grid(moments)
+    for (i, s), (j, t) in product(enumerate(SOURCE), enumerate(TARGET)):
+        fitted = Ridge().fit(moments.pair(s, t))
+        assert grid.penalties[grid.best[i, j]] == fitted.info["penalty"]
+        assert grid.chosen("r2")[i, j] == pytest.approx(fitted.score_test.mean_r2)
+    frame = grid.to_frame()
+    assert len(frame) == 6 and frame.r2[0] == pytest.approx(grid.chosen("r2")[0, 0])
+    assert list(frame.source_layer) == [0, 0, 1, 1, 2, 2] and (frame.r2_error == 0).all()
+
+
+def test_linear_cka_is_that_of_the_rows():
+    grid = layer_grid(collected(), penalties=(0.1,))
+    (train_s, train_t), (s, t) = related(150, 0), related(60, 2000)
+    x, y = (
+        ((rows - rows.mean(0)) / train.std(0, correction=0)).numpy()
+        for rows, train in ((s[Site(1)], train_s[Site(1)]), (t[Site(4)], train_t[Site(4)]))
+    )
+    # Kornblith et al. 2019, equation 4, on Gram matrices of the rows.
+    a, b = x @ x.T, y @ y.T
+    assert grid.cka[1, 1] == pytest.approx((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    assert np.array_equal(grid.chosen("cka"), grid.cka)
+
+
+def test_a_sketch_scores_its_dimensions_exactly_and_states_its_error():
+    columns = (0, 3, 4, 7, 10)
+    exact, sketched = collected(), layer_grid(collected(sketch=columns, pairs=()), penalties=PENALTIES)
+    assert sketched.sketch == 5
+    for (i, s), (j, t) in product(enumerate(SOURCE), enumerate(TARGET)):
+        penalty = sketched.penalties[sketched.best[i, j]]
+        r2 = Ridge(penalties=(penalty,)).fit(exact.pair(s, t)).score_test.r2
+        assert sketched.chosen("r2")[i, j] == pytest.approx(float(r2[list(columns)].mean()))
+        expected = float(r2[list(columns)].std()) * np.sqrt((1 - 5 / DT) / 5)
+        assert sketched.r2_error[i, j] == pytest.approx(expected)
+    full = layer_grid(exact, penalties=PENALTIES)
+    assert layer_grid(collected(sketch=tuple(range(DT)), pairs=()), penalties=PENALTIES).cka == pytest.approx(full.cka)
+    # Over all choices of dimensions the sketch is right on average.
+    means = [
+        layer_grid(collected(sketch=choice, pairs=()), penalties=(0.1,)).chosen("r2")
+        for choice in ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
+    ]
+    whole = layer_grid(exact, penalties=(0.1,)).chosen("r2")
+    np.testing.assert_allclose(np.mean(means, 0), whole)
+
+
+def test_the_source_is_chosen_without_the_targets_labels():
+    grid = layer_grid(collected())
+    assert grid.source_for(Site(4)) == Site(1)  # it was made the best one
+    assert grid.source_for(Site(4), tolerance=2.0) == Site(2)  # all are good enough: the deepest
+    assert grid.source_for(Site(4), rule="depth") == Site(2)
+    assert grid.source_for(Site(1), rule="depth") == Site(0)
+    with pytest.raises(ValueError, match=r"resid_post\[9\] is not among the target sites"):
+        grid.source_for(Site(9))
+    with pytest.raises(ValueError, match="rule must be 'score' or 'depth'"):
+        grid.source_for(Site(4), rule="best")
+
+
+def test_the_choice_does_not_look_at_test_documents():
+    grid = layer_grid(collected())
+    grid.test["r2"][...] = np.random.default_rng(0).normal(size=grid.test["r2"].shape)
+    assert grid.source_for(Site(4)) == Site(1)
+
+
+@pytest.mark.parametrize(
+    "success, expected",
+    [
+        ((0.9, 1.0, 0.8, 0.3, 0.0), 2),
+        ((0.1, 0.9, 0.2, 0.9, 0.9), 1),
+        ((0.0, 0.1, 0.5, 1.0, 0.9), 4),
+        ((1, 0, 0, 0, 0), 0),
+    ],
+)
+def test_the_papers_rule_takes_the_last_layer_before_the_drop(success, expected):
+    assert last_strong_layer(range(5), success) == expected
+    assert last_strong_layer([10 * i for i in range(5)], success) == 10 * expected
+
+
+@pytest.mark.parametrize("layers, success", [([], []), ([1, 2], [0.0, 0.0]), ([1], [0.1, 0.2])])
+def test_the_papers_rule_needs_a_layer_that_steers(layers, success):
+    with pytest.raises(ValueError, match="at least one above 0"):
+        last_strong_layer(layers, success)
+
+
+@pytest.mark.parametrize("sizes, part", [((50, 0, 10), "validation"), ((50, 10, 0), "test"), ((0, 10, 10), "train")])
+def test_a_part_without_rows_is_refused(sizes, part):
+    with pytest.raises(PromptError, match=f"0 rows in the {part} part; give more documents"):
+        layer_grid(collected(sizes=sizes))
+
+
+def test_missing_cross_moments_are_refused():
+    with pytest.raises(ValueError, match="was not collected"):
+        layer_grid(collected(pairs=((Site(0), Site(1)), (Site(1), Site(4)))))
+
+
+# --- data curve ------------------------------------------------------------------------------
+
+
+def rows(n=240):
+    (x, y), labels = related(n, 0), tuple((str(i // 4), i % 4) for i in range(n))
+    parts = [("train", "train", "train", "validation", "test")[i % 5] for i in range(n // 4)]
+    return PairedRows.of(
+        Activations(x[Site(1)], SOURCE[Site(1)], labels), Activations(y[Site(4)], TARGET[Site(4)], labels), parts
+    )
+
+
+def test_each_point_is_the_fit_on_the_first_tokens():
+    given = rows()
+    curve = data_curve(given, tokens=[10, 50, 144], fitters={"Ridge": Ridge(), "Identity": Identity()})
+    assert curve.tokens == (10, 50, 144) and set(curve.r2) == {"Ridge", "Identity"}
+    assert curve.r2["Ridge"][2] == pytest.approx(Ridge().fit(given).score_test.mean_r2)
+    train = [i for i in range(240) if given.documents[i // 4].part == "train"]
+    assert given.first(10).moments().train.count == 10
+    x = torch.cat([d.load()[0] for d in given.first(10).part("train")])
+    assert torch.equal(x, related(240, 0)[0][Site(1)][train[:10]])
+    assert curve.r2["Ridge"][0] < curve.r2["Ridge"][2]
+    assert curve.test_tokens == 48
+
+
+def test_the_recommendation_is_the_least_that_is_nearly_as_good():
+    curve = data_curve(rows(), tokens=[10, 100, 144])
+    enough = [n for n, r2 in zip(curve.tokens, curve.r2["Ridge"], strict=True) if r2 >= max(curve.r2["Ridge"]) - 0.01]
+    assert curve.recommended == enough[0]
+    assert "tokens are enough" in replace(curve, growing=0.005).advice
+    assert (
+        "more text would help: the last doubling, to 144 tokens, still gained 0.050"
+        in replace(curve, growing=0.05).advice
+    )
+    assert data_curve(rows(1200)).tokens == (360, 720)
+    with pytest.raises(PromptError, match="144 training tokens, but 145 are asked for"):
+        data_curve(rows(), tokens=[145])

@@ -1,0 +1,135 @@
+"""Files that are whole or not there: JSON records and safetensors with a schema number, never pickle.
+
+A file is written under a scratch name and takes its own in one step, so that what has the name is whole.
+"""
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from xmodel_steer.errors import ArtifactError
+
+SCHEMA = 1
+KEY = "xmodel_steer"
+
+
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write tensors and a record of them to a safetensors file.
+
+    Raises:
+        ArtifactError: A value is NaN, or the file cannot be written.
+    """
+    refuse_nan(tensors, path)
+    header = {"schema": SCHEMA, "kind": kind, **record}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, to_bytes(contiguous, metadata={KEY: dump_json(header, path)}))
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ArtifactError: The folder cannot be written, or the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    scratch = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise ArtifactError(disk_trouble(path, error)) from error
+    finally:
+        if scratch and os.path.exists(scratch):
+            os.unlink(scratch)
+
+
+def disk_trouble(path: Path, error: OSError) -> str:
+    """What to tell a user whose file could not be written."""
+    if error.errno == errno.ENOSPC:
+        return f"{path}: no space left on the device, nothing was written; free some or choose another place"
+    return f"{path}: cannot be written ({error.strerror or error}); choose another place"
+
+
+def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
+    """A record as JSON.
+
+    Raises:
+        ArtifactError: A number in it is NaN or infinite.
+    """
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not written, a number in it is NaN or infinite ({error})") from error
+
+
+def refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not finite.
+
+    Raises:
+        ArtifactError: Names the tensor.
+    """
+    for name, tensor in tensors.items():
+        # A target dimension that does not vary has no R²: NaN is its value there.
+        if name != "score.r2" and not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"{path}: tensor {name!r} has NaN or infinity; such an artifact is neither written nor read"
+            )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of a file that `write_tensors` wrote.
+
+    Raises:
+        ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"
+        ) from error
+    if KEY not in metadata:
+        raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
+    header = parse_record(metadata[KEY], path)
+    refuse_nan(tensors, path)
+    return header, tensors
+
+
+def parse_record(text: str, path: Path) -> dict[str, Any]:
+    """A record out of JSON, whose schema this version knows.
+
+    Raises:
+        ArtifactError: It is damaged, foreign or newer.
+    """
+    try:
+        header = json.loads(text)
+        schema = header["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: is damaged or foreign, its record cannot be read ({error})") from error
+    if not isinstance(schema, int) or schema < 1:
+        raise ArtifactError(f"{path}: schema {schema!r} is not one that xmodel_steer ever wrote")
+    if schema > SCHEMA:
+        raise ArtifactError(
+            f"{path}: was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
+            "upgrade with pip install -U xmodel-steer"
+        )
+    return header
