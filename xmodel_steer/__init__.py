@@ -57,6 +57,10 @@ from xmodel_steer.steering import Add as Add
 from xmodel_steer.steering import Clamp as Clamp
 from xmodel_steer.steering import Intervention as Intervention
 from xmodel_steer.steering import steering as steering
+from xmodel_steer.store import ActivationStore as ActivationStore
+from xmodel_steer.store import harvest as harvest
+from xmodel_steer.training import Autoencoder as Autoencoder
+from xmodel_steer.training import SGDAffine as SGDAffine
 from xmodel_steer.transfer import TransferResult as TransferResult
 from xmodel_steer.transfer import transfer as transfer
 from xmodel_steer.vectors import Activations as Activations

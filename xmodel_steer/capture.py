@@ -163,7 +163,8 @@ def window_size(max_tokens: int) -> int:
     return max(4, min(WINDOW, WINDOW_TOKENS // max_tokens))
 
 
-def _windows(texts: Iterable[PromptLike], size: int) -> Iterator[tuple[Prompt, ...]]:
+def windows(texts: Iterable[PromptLike], size: int) -> Iterator[tuple[Prompt, ...]]:
+    """Documents, a few at a time, read once."""
     iterator = iter(texts)
     while window := as_prompts(list(itertools.islice(iterator, size))):
         yield window
@@ -240,7 +241,9 @@ def collect_moments(
     for model in (source, target):
         if max_tokens > int(model.cfg.n_ctx):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
-    plan = _Plan.of(source, target, source_sites, target_sites, pairs, sketch, shuffled, seed)
+    plan = Plan.of(
+        (int(source.cfg.d_model), int(target.cfg.d_model)), source_sites, target_sites, pairs, sketch, shuffled, seed
+    )
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},
         {t: space_of(target, t) for t in plan.targets},
@@ -256,7 +259,7 @@ def collect_moments(
     title = f"moments {name_of(source)} → {name_of(target)}"
     seen = False
     with tqdm(total=total, unit="text", desc=f"{title}, each text in both", disable=not progress, delay=2) as bar:
-        for number, window in enumerate(_windows(texts, window_size(max_tokens))):
+        for number, window in enumerate(windows(texts, window_size(max_tokens))):
             seen = True
             if number % parts != part:
                 continue
@@ -273,8 +276,8 @@ def collect_moments(
                 window,
                 number * window_size(max_tokens),
                 aligned,
-                _paired_rows(source, own, plan.sources, [a.source for a in aligned], batch_size, device, bar),
-                _paired_rows(target, other, plan.targets, [a.target for a in aligned], batch_size, device, bar),
+                rows_at(source, own, plan.sources, [a.source for a in aligned], batch_size, device, bar),
+                rows_at(target, other, plan.targets, [a.target for a in aligned], batch_size, device, bar),
                 seed,
             )
     if not seen:
@@ -286,7 +289,7 @@ def collect_moments(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Which moments to keep."""
 
     sources: tuple[Site, ...]
@@ -297,19 +300,19 @@ class _Plan:
     @classmethod
     def of(
         cls,
-        source: Any,
-        target: Any,
+        widths: tuple[int, int],
         source_sites: Sequence[Site],
         target_sites: Sequence[Site],
         pairs: Sequence[tuple[Site, Site]] | None,
         sketch: int | None,
         shuffled: bool,
         seed: int,
-    ) -> "_Plan":
+    ) -> "Plan":
+        """What `collect_moments` keeps of these sites."""
         every = tuple(itertools.product(dict.fromkeys(source_sites), dict.fromkeys(target_sites)))
-        width = int(target.cfg.d_model)
+        width = widths[1]
         if pairs is None:
-            size = 8 * len(PARTS) * (1 + shuffled) * len(every) * int(source.cfg.d_model) * width
+            size = 8 * len(PARTS) * (1 + shuffled) * len(every) * widths[0] * width
             fits = size <= FULL_PAIRS_BYTES
             chosen = every if fits and not sketch else ()
             sketch = sketch if sketch is not None or fits else min(SKETCH, width)
@@ -326,23 +329,34 @@ class _Plan:
         )
 
 
-def _paired_rows(
+def rows_at(
     model: Any,
     encodings: Sequence[Encoding],
     sites: Sequence[Site],
     positions: Sequence[tuple[int, ...]],
     batch_size: int,
-    device: str | torch.device,
-    bar: Any,
+    device: str | torch.device = "cpu",
+    bar: Any = None,
 ) -> list[Mapping[Site, Tensor]]:
-    """For each document, the rows of one model at the paired positions, at each site."""
+    """For each document, the rows of one model at some positions, at each site.
+
+    Args:
+        model: A TransformerLens model.
+        encodings: The documents.
+        sites: Sites to read.
+        positions: Token positions of each document.
+        batch_size: Documents per forward pass.
+        device: Where the rows go.
+        bar: A progress bar, updated by documents.
+    """
     rows: list[Mapping[Site, Tensor]] = [{}] * len(encodings)
     for batch in batches(model, encodings, batch_size):
         streams = residuals(model, batch, sites)
         for r, i in enumerate(batch.rows):
             place = torch.tensor(positions[i], dtype=torch.long)
             rows[i] = {site: stream[r][place.to(stream.device)].to(device) for site, stream in streams.items()}
-        bar.update(len(batch.rows))
+        if bar is not None:
+            bar.update(len(batch.rows))
     return rows
 
 

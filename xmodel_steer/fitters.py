@@ -17,7 +17,7 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.maps import AffineMap, Map
 from xmodel_steer.moments import PARTS, PairMoments, SplitMoments
 from xmodel_steer.rows import PairedRows
-from xmodel_steer.vectors import standardise
+from xmodel_steer.vectors import inverse_of
 
 PENALTIES = tuple(10.0**k for k in (-5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -34,11 +34,6 @@ class Fitter(Protocol):
 def as_moments(data: SplitMoments | PairedRows) -> SplitMoments:
     """The moments of data that may be rows."""
     return data.moments() if isinstance(data, PairedRows) else data
-
-
-def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """1 / σ, and 0 for a dimension that does not vary."""
-    return standardise(torch.ones_like(scale), scale)
 
 
 def fit_record(name: str, moments: SplitMoments, coordinates: str, **more: Any) -> dict[str, Any]:
@@ -359,7 +354,7 @@ class RelativeAnchors:
     tolerance: float = 0.01
     seed: int = 0
 
-    def fit(self, data: PairedRows) -> AffineMap:
+    def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
         """Take the anchors from the training documents, score on the test ones.
 
         Args:

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.fitters import PENALTIES, Fitter, Ridge, Spectrum, inverse_of
+from xmodel_steer.fitters import PENALTIES, Fitter, Ridge, Spectrum
 from xmodel_steer.moments import Moments, SplitMoments
 from xmodel_steer.rows import PairedRows
 from xmodel_steer.spaces import Site, Space
+from xmodel_steer.vectors import inverse_of
 
 
 @dataclass(frozen=True, eq=False)

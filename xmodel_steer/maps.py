@@ -18,7 +18,7 @@ from torch import Tensor
 from xmodel_steer.errors import PromptError
 from xmodel_steer.moments import PairMoments
 from xmodel_steer.spaces import Space, require_same_space
-from xmodel_steer.vectors import Activations, SteeringVector, standardise
+from xmodel_steer.vectors import Activations, SteeringVector, inverse_of, standardise
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ class AffineMap(Map):
 
 def loss_of(sse: Float[Tensor, " dt"], scale: Float[Tensor, " dt"], count: int) -> float:
     """Mean squared error over rows and target dimensions, each in units of its training variance."""
-    precision = standardise(torch.ones_like(scale), scale) ** 2
+    precision = inverse_of(scale) ** 2
     return float((sse * precision).sum() / ((precision > 0).sum() * count))
 
 
@@ -238,7 +238,7 @@ def score_of(
     """The score that belongs to sums over rows, per target dimension; see `Map.error_sums`."""
     varies = sst > 0
     r2 = torch.where(varies, 1 - sse / torch.where(varies, sst, 1.0), torch.nan)
-    precision = standardise(torch.ones_like(scale), scale) ** 2
+    precision = inverse_of(scale) ** 2
     truth, mapped, agreed = ((x * precision).sum() for x in (sst, own, dot))
     return MapScore(
         r2=r2,

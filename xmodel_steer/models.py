@@ -50,6 +50,7 @@ class _Facts:
     name: str
     tokenizer: Any
     fingerprint: str
+    revision: str
 
 
 _FACTS: "weakref.WeakKeyDictionary[Any, _Facts]" = weakref.WeakKeyDictionary()
@@ -121,7 +122,7 @@ def load(
         # Every pass of this library runs under no_grad.
         model.eval()
         bar.update()
-        register(model, name=label, tokenizer=tokenizer)
+        register(model, name=label, tokenizer=tokenizer, revision=revision or "")
         check_sites(model)
         bar.update()
     return model
@@ -192,7 +193,7 @@ def _bfloat16_pays() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def register(model: Any, *, name: str, tokenizer: Any) -> None:
+def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> None:
     """Tell the library a model's name and its own tokenizer.
 
     `load` does this. For a hooked model made elsewhere it happens on first use, with the name in
@@ -203,6 +204,7 @@ def register(model: Any, *, name: str, tokenizer: Any) -> None:
         model: A TransformerLens model.
         name: Its name, for messages and results.
         tokenizer: A fast Hugging Face tokenizer, as published with the model.
+        revision: Revision of the model on the hub, for the record.
 
     Raises:
         ModelError: The tokenizer gives no character offsets.
@@ -212,7 +214,7 @@ def register(model: Any, *, name: str, tokenizer: Any) -> None:
             f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer, or convert it (tokenizer.json)"
         )
-    _FACTS[model] = _Facts(name, tokenizer, fingerprint(model))
+    _FACTS[model] = _Facts(name, tokenizer, fingerprint(model), revision)
 
 
 def _facts(model: Any) -> _Facts:
@@ -245,6 +247,11 @@ def name_of(model: Any) -> str:
 def tokenizer_of(model: Any) -> Any:
     """The model's own tokenizer, as published."""
     return _facts(model).tokenizer
+
+
+def revision_of(model: Any) -> str:
+    """The revision that was asked of the hub, or nothing."""
+    return _facts(model).revision
 
 
 def device_of(model: Any) -> torch.device:

@@ -168,7 +168,7 @@ class SteeringVector:
         Rows are compared in standardised coordinates, so that huge dimensions do not drown
         the direction.
         """
-        inverse = _inverse(self._scale())
+        inverse = inverse_of(self._scale())
         dual = self.direction.to(torch.float64) * inverse * inverse
         size = dual @ self.direction.to(torch.float64)
         if size <= 0:
@@ -183,12 +183,13 @@ class SteeringVector:
         return self.scale
 
 
-def standardise(direction: Float[Tensor, " d"], scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """A direction in standardised coordinates, v / σ in float64; 0 where σ is 0."""
-    return direction.to(torch.float64) * _inverse(scale)
+def standardise(direction: Float[Tensor, "*n d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "*n d"]:
+    """Directions in standardised coordinates, v / σ in float64; 0 where σ is 0."""
+    return direction.to(torch.float64) * inverse_of(scale)
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """1 / σ in float64, and 0 for a dimension that does not vary."""
     scale = scale.to(torch.float64)
     return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
 

@@ -1,0 +1,374 @@
+"""The store of activations: what it gives back is what was collected, whatever happened while it was written."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import CONTEXT, CORPUS, TEXTS
+
+from xmodel_steer.capture import capture, collect_moments
+from xmodel_steer.errors import AlignmentWarning, ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.fitters import RelativeAnchors, Ridge, ShuffledPairs
+from xmodel_steer.models import register
+from xmodel_steer.moments import PARTS
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.spaces import Site
+from xmodel_steer.store import ActivationStore, harvest
+
+SITES = {"source": [Site(0), Site(2)], "target": [Site(1)]}
+DOCUMENTS = [text[start:] for text in CORPUS for start in (0, 7, 15, 24)] + TEXTS
+CHAT = [{"role": "user", "content": "Call me Ishmael."}, {"role": "assistant", "content": "the clocks"}]
+SETTINGS = dict(max_tokens=24, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AlignmentWarning)
+        yield
+
+
+@pytest.fixture
+def models(llama, toy_named):
+    return {"source": llama.model, "target": toy_named("qwen").model}
+
+
+def filled(models, folder, texts=DOCUMENTS, **kwargs):
+    for end, model in models.items():
+        harvest(model, texts, folder, end=end, sites=SITES[end], **(SETTINGS | kwargs))
+    return ActivationStore(folder)
+
+
+def same(one, two):
+    for part, (s, t) in product(PARTS, product(SITES["source"], SITES["target"])):
+        a, b = (m.pair(s, t) for m in (one, two))
+        for x, y in ((a, b), (a.control, b.control)):
+            for name, value in vars(getattr(x, part)).items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(getattr(y, part), name))), name
+
+
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+# --- laws ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("llama", "gemma"), ("gpt2", "qwen"), ("hooked", "llama")], ids="-".join)
+def test_its_moments_are_those_that_would_have_been_collected(toy_named, tmp_path, names):
+    models = dict(zip(SITES, (toy_named(name).model for name in names), strict=True))
+    store = filled(models, tmp_path / "store")
+    direct = collect_moments(
+        *models.values(), DOCUMENTS, source_sites=SITES["source"], target_sites=SITES["target"], **SETTINGS
+    )
+    made = store.moments(progress=False)
+    same(made, direct)
+    assert (made.paired, made.eligible, dict(made.settings)) == (direct.paired, direct.eligible, dict(direct.settings))
+
+
+def test_rows_of_a_pair_are_those_that_capture_gives(models, tmp_path):
+    rows = filled(models, tmp_path / "store").pair(Site(2), Site(1))
+    for document, text in zip(rows.documents, DOCUMENTS, strict=True):
+        kept = [
+            capture(model, [Prompt(text=text)], [site], tokens="all", max_tokens=24, progress=False)[site]
+            for model, site in zip(models.values(), (Site(2), Site(1)), strict=True)
+        ]
+        last = sorted({end: i for i, (_, end) in enumerate(kept[0].rows)}.values())  # of one character's bytes
+        assert document.count == len(last)  # these two split words at the same places
+        for x, y in zip(document.load(), kept, strict=True):
+            torch.testing.assert_close(x, y.values[last], rtol=1e-4, atol=1e-4)
+    assert [d.number for d in rows.documents] == list(range(len(DOCUMENTS)))
+
+
+def test_moments_of_the_rows_of_a_pair_are_the_stores(models, tmp_path):
+    store = filled(models, tmp_path / "store")
+    rows, whole = store.pair(Site(2), Site(1)), store.moments(progress=False).pair(Site(2), Site(1))
+    made = rows.moments()
+    for part in PARTS:
+        for x, y in ((made, whole), (made.control, whole.control)):
+            torch.testing.assert_close(getattr(x, part).cross_scatter, getattr(y, part).cross_scatter)
+    assert made.coverage == whole.coverage == rows.coverage
+    control = ShuffledPairs(Ridge(penalties=(0.1,))).fit(rows)
+    torch.testing.assert_close(control.weight, Ridge(penalties=(0.1,)).fit(whole.control).weight)
+    assert control.info["shuffled_pairs"]
+    turned = rows.inverse().moments()
+    torch.testing.assert_close(turned.train.cross_scatter, made.train.cross_scatter.T)
+
+
+def test_chats_keep_their_template_tokens(models, tmp_path):
+    chats = [[CHAT[0], {"role": "assistant", "content": text}] for text in TEXTS if len(text) < 40]
+    stored = filled(models, tmp_path / "a", chats, max_tokens=CONTEXT).moments(progress=False)
+    direct = collect_moments(
+        *models.values(),
+        chats,
+        source_sites=SITES["source"],
+        target_sites=SITES["target"],
+        max_tokens=CONTEXT,
+        progress=False,
+    )
+    assert stored.paired == direct.paired
+    without = filled(models, tmp_path / "b", chats, max_tokens=CONTEXT, template=False).moments(progress=False)
+    assert without.paired == stored.paired - 4 * len(chats)
+
+
+def test_a_narrower_dtype_rounds_and_says_so(models, tmp_path):
+    wide, narrow = filled(models, tmp_path / "a"), filled(models, tmp_path / "b", dtype="bfloat16")
+    x, y = (store.pair(Site(2), Site(1)).documents[0].load()[0] for store in (wide, narrow))
+    assert (x.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(x.bfloat16(), y)
+    assert (narrow.record("source")["dtype"], narrow.record("source")["model_dtype"]) == ("bfloat16", "float32")
+
+
+def test_every_shard_says_what_it_was_made_from(models, tmp_path):
+    store = filled(models, tmp_path / "store")
+    shard = store._shards[1][0]
+    assert shard.header["model"] == "llama" and shard.header["number"] == 1
+    assert len(shard.header["documents"]) == 5 and shard.header["documents"][0] == Prompt(text=DOCUMENTS[5]).id
+    assert {"revision", "tokenizer", "chat_template", "spaces", "dtype", "settings", "texts", "checksums"} <= set(
+        shard.header
+    )
+    assert store.verify() > 100
+
+
+# --- interruption ----------------------------------------------------------------------------
+
+
+def test_a_stopped_harvest_goes_on_and_ends_with_the_same_bits(models, tmp_path, monkeypatch):
+    filled(models, tmp_path / "whole")
+    module, written = sys.modules["xmodel_steer.store"], []
+    real = module.write_tensors
+
+    def stopping(file, *args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        real(file, *args)
+
+    monkeypatch.setattr(module, "write_tensors", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        filled(models, tmp_path / "cut")
+    with pytest.raises(ArtifactError, match="was not finished; give the same harvest again"):
+        ActivationStore(tmp_path / "cut").record("source")
+    kept = {name: (tmp_path / "cut" / "source" / name).stat().st_mtime_ns for name in written}
+    monkeypatch.setattr(module, "write_tensors", real)
+    filled(models, tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert kept == {name: (tmp_path / "cut" / "source" / name).stat().st_mtime_ns for name in written}
+
+
+KILLED = """
+import sys, os, signal
+sys.path.insert(0, {tests!r})
+import toys
+from pathlib import Path
+import xmodel_steer.store as store
+sys.modules["xmodel_steer.capture"].WINDOW = 5
+tokenizer = toys.byte_level_tokenizer(Path({folder!r}) / "tokenizer")
+model = toys.toy("llama", tokenizer).model
+import xmodel_steer.files as files
+done, replace = [], os.replace
+def killed(a, b):
+    if len(done) == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a write: the scratch file is there
+    done.append(b)
+    replace(a, b)
+os.replace = killed
+texts = [t[k:] for t in toys.CORPUS for k in (0, 7, 15, 24)]
+store.harvest(model, texts, Path({folder!r}) / "store", end="source", sites=[store.Site(2)], max_tokens=24, progress=False)
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_killed_in_the_middle_of_a_write(tmp_path, after):
+    tests = str(Path(__file__).parent)
+
+    def run(folder, after):
+        folder.mkdir(exist_ok=True)
+        script = KILLED.format(tests=tests, folder=str(folder), after=after)
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).returncode
+
+    assert run(tmp_path / "a", after) == -signal.SIGKILL
+    left = [f for f in (tmp_path / "a" / "store").rglob("*.safetensors") if not f.name.startswith(".")]
+    assert len(left) == max(0, after - 1)  # end.json is the first
+    assert run(tmp_path / "a", 99) == 0
+    assert run(tmp_path / "b", 99) == 0
+    one, two = (contents(tmp_path / k / "store") for k in "ab")
+    assert {n: v for n, v in one.items() if "/." not in n} == two
+
+
+def test_jobs_fill_a_store_together(models, tmp_path):
+    filled(models, tmp_path / "whole")
+    for end, model in models.items():
+        for k in (2, 0, 1):
+            harvest(model, DOCUMENTS, tmp_path / "jobs", end=end, sites=SITES[end], shard=(k, 3), **SETTINGS)
+            assert ("shards" in json.loads((tmp_path / "jobs" / end / "end.json").read_text())) == (k == 1)
+    assert contents(tmp_path / "jobs") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_loses_nothing(models, tmp_path, monkeypatch):
+    real, calls = os.replace, []
+
+    def full(a, b):
+        calls.append(b)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ArtifactError, match=r"000001.safetensors: no space left on the device, nothing was written"):
+        filled(models, tmp_path / "store")
+    assert sorted(f.name for f in (tmp_path / "store").rglob("*") if f.is_file()) == ["000000.safetensors", "end.json"]
+    monkeypatch.setattr(os, "replace", real)
+    filled(models, tmp_path / "store").verify()
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(max_tokens=16), "with another settings"),
+        (dict(dtype="bfloat16"), "with another dtype"),
+        (dict(seed=3), "with another settings"),
+        (dict(texts=DOCUMENTS[::-1]), "harvested from other texts, or in another order"),
+        (dict(template=False), "with another settings"),
+    ],
+    ids=str,
+)
+def test_a_store_of_something_else_is_left_alone(models, tmp_path, change, says):
+    filled(models, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    with pytest.raises(ArtifactError, match=says):
+        filled(models, tmp_path / "store", **change)
+    assert contents(tmp_path / "store") == before
+
+
+def test_a_store_of_another_model_sites_or_template_is_refused(models, llama, tmp_path):
+    filled(models, tmp_path / "store")
+    with pytest.raises(ArtifactError, match="holds activations of llama with another tokenizer|with another spaces"):
+        harvest(models["target"], DOCUMENTS, tmp_path / "store", end="source", sites=[Site(0), Site(2)], **SETTINGS)
+    with pytest.raises(ArtifactError, match="with another spaces"):
+        harvest(models["source"], DOCUMENTS, tmp_path / "store", end="source", sites=[Site(0)], **SETTINGS)
+    other = type(llama.tokenizer).from_pretrained(llama.tokenizer.name_or_path)
+    other.chat_template = "{{ messages }}"
+    try:
+        register(llama.model, name="llama", tokenizer=other)
+        with pytest.raises(ArtifactError, match="with another chat_template"):
+            harvest(llama.model, DOCUMENTS, tmp_path / "store", end="source", sites=SITES["source"], **SETTINGS)
+    finally:
+        register(llama.model, name="llama", tokenizer=llama.tokenizer)
+
+
+def test_ends_that_do_not_match_are_refused(models, tmp_path):
+    for name, change, says in (
+        ("settings", dict(max_tokens=16), "harvested with different settings"),
+        ("texts", dict(texts=DOCUMENTS[::-1]), "harvested from different texts"),
+        ("fewer", dict(texts=DOCUMENTS[:7]), "harvested from different texts"),
+    ):
+        harvest(models["source"], DOCUMENTS, tmp_path / name, end="source", sites=SITES["source"], **SETTINGS)
+        arguments = dict(texts=DOCUMENTS, end="target", sites=SITES["target"]) | SETTINGS | change
+        harvest(models["target"], folder=tmp_path / name, **arguments)
+        with pytest.raises(ArtifactError, match=says):
+            ActivationStore(tmp_path / name).pair(Site(2), Site(1))
+    shutil.rmtree(tmp_path / "texts" / "target")
+    with pytest.raises(ArtifactError, match="has no target; harvest the target model into it with end='target'"):
+        ActivationStore(tmp_path / "texts").pair(Site(2), Site(1))
+
+
+def test_missing_truncated_and_altered_shards_are_refused_by_name(models, tmp_path):
+    filled(models, tmp_path / "store")
+    file = tmp_path / "store" / "target" / "000002.safetensors"
+    good = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ArtifactError, match=r"000002.safetensors: is missing \(1 in all\); harvest again"):
+        ActivationStore(tmp_path / "store").moments(progress=False)
+    file.write_bytes(good[:-40])
+    with pytest.raises(ArtifactError, match=r"000002.safetensors: is not a whole shard .* delete it and harvest again"):
+        ActivationStore(tmp_path / "store").moments(progress=False)
+    flipped = bytearray(good)
+    flipped[-5] ^= 1
+    file.write_bytes(bytes(flipped))
+    with pytest.raises(ArtifactError, match=r"000002.safetensors: .* does not match its checksum"):
+        ActivationStore(tmp_path / "store").verify()
+    save_file(load_file(str(file)), str(file))  # no header of ours
+    with pytest.raises(ArtifactError, match=r"000002.safetensors: is not a whole shard"):
+        ActivationStore(tmp_path / "store").verify()
+    file.unlink()
+    filled(models, tmp_path / "store").verify()  # only what is missing is harvested
+
+
+def test_nan_is_refused_before_it_is_written(llama, tmp_path):
+    weight = [p for p in llama.model.blocks[2].parameters() if p.ndim > 1][-1]
+    good = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        with pytest.raises(NonFiniteError, match=r"harvest llama resid_post\[2\]"):
+            harvest(llama.model, DOCUMENTS, tmp_path / "s", end="source", sites=[Site(2)], **SETTINGS)
+        assert [f.name for f in (tmp_path / "s" / "source").iterdir()] == ["end.json"]
+    finally:
+        with torch.no_grad():
+            weight.copy_(good)
+
+
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        (dict(texts=[]), PromptError, "no texts were given"),
+        (dict(texts="one"), PromptError, r"for a single one, \[text\]"),
+        (dict(end="middle"), ValueError, "end must be 'source' or 'target'"),
+        (dict(sites=[]), ValueError, "at least one site"),
+        (dict(dtype="float16"), ValueError, "float16 overflows"),
+        (dict(shard=(2, 2)), ValueError, "shard must be"),
+        (dict(max_tokens=CONTEXT + 1), PromptError, "over the context of llama"),
+    ],
+    ids=lambda v: str(v)[:30] if isinstance(v, dict) else "",
+)
+def test_bad_arguments_are_refused(llama, tmp_path, change, error, says):
+    arguments = dict(texts=DOCUMENTS, end="source", sites=[Site(0)]) | SETTINGS | change
+    with pytest.raises(error, match=says):
+        harvest(llama.model, folder=tmp_path / "s", **arguments)
+
+
+def test_a_folder_of_other_things_is_left_alone(llama, tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="is not empty and not a store"):
+        harvest(llama.model, DOCUMENTS, tmp_path, end="source", sites=[Site(0)], **SETTINGS)
+    with pytest.raises(ArtifactError, match=r"is not a store of activations; make one with xs.harvest"):
+        ActivationStore(tmp_path)
+
+
+def test_sites_that_are_not_stored_are_named(models, tmp_path):
+    store = filled(models, tmp_path / "store")
+    with pytest.raises(
+        SpaceMismatchError, match=r"the source holds resid_post\[0\], resid_post\[2\], not resid_post\[1\]"
+    ):
+        store.pair(Site(1), Site(1))
+    with pytest.raises(PromptError, match="needs the rows of single texts, not moments"):
+        RelativeAnchors().fit(store.moments(progress=False).pair(Site(2), Site(1)))
+
+
+def test_anchors_between_equal_spaces_are_the_identity(llama, tmp_path):
+    texts = [f"{a[i:][:30]} {b[i:]}" for a in CORPUS for b in CORPUS for i in (0, 9, 17)]
+    for end in SITES:
+        harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40, progress=False)
+    rows = ActivationStore(tmp_path / "s").pair(Site(1), Site(1))
+    made = RelativeAnchors(anchors=60, tolerance=1e-9).fit(rows)
+    assert made.info["anchors"] == sum(d.part == "train" for d in rows.documents) or made.info["anchors"] == 60
+    assert made.score_test.mean_r2 > 0.999
+    assert (made.weight - torch.eye(llama.width, dtype=torch.float64)).norm() < 1e-3
+    few = RelativeAnchors(anchors=5).fit(rows)
+    assert torch.linalg.matrix_rank(few.weight, tol=1e-6) == 5

@@ -1,0 +1,256 @@
+"""Maps trained by gradient descent, and how a nonlinear map carries a direction."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import r2_score
+from torch import nn
+
+from xmodel_steer.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.fitters import ReducedRank, Ridge, ShuffledPairs
+from xmodel_steer.maps import AffineMap, AutoencoderMap
+from xmodel_steer.persistence import read, save
+from xmodel_steer.rows import PairedRows
+from xmodel_steer.spaces import Site, Space
+from xmodel_steer.training import Autoencoder, SGDAffine
+from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
+
+DS, DT = 4, 6
+SOURCE, TARGET = Space("small", Site(1), DS, "aaaa"), Space("large", Site(7), DT, "bbbb")
+UNITS = torch.tensor([1e-3, 1.0, 30.0, 1e4])
+FITTERS = {"autoencoder": Autoencoder, "sgd-affine": SGDAffine}
+every_fitter = pytest.mark.parametrize("fitter", FITTERS.values(), ids=FITTERS)
+QUICK = dict(learning_rate=1e-2, epochs=40, patience=40, accumulation=1, batch_documents=8, hidden=24, weight_decay=0.0)
+
+
+def normal(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(n=200, *, nonlinear=True, noise=0.05, part=None, tokens=5):
+    """Rows in wildly different units; the target bends where a source dimension changes sign."""
+    z = normal(n * tokens, DS, seed=1)
+    bent = (z @ normal(DS, 8, seed=2)).relu() @ normal(8, DT, seed=3) if nonlinear else z @ normal(DS, DT, seed=3)
+    y = (bent + noise * normal(n * tokens, DT, seed=4)) * torch.logspace(-2, 3, DT) + 5
+    labels = tuple((str(i // tokens), i % tokens) for i in range(n * tokens))
+    parts = [part or ("train", "train", "train", "train", "validation", "test")[i % 6] for i in range(n)]
+    return PairedRows.of(Activations(z * UNITS + 2, SOURCE, labels), Activations(y, TARGET, labels), parts)
+
+
+def held_out(data):
+    x, y = (torch.cat(side) for side in zip(*(d.load() for d in data.part("test")), strict=True))
+    return x, y
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def test_the_autoencoder_learns_what_no_affine_map_can():
+    data = rows()
+    made = Autoencoder(**QUICK).fit(data)
+    assert made.score_test.mean_r2 > 0.97
+    assert Ridge().fit(data).score_test.mean_r2 < 0.9
+
+
+def test_sgd_affine_comes_to_the_closed_form_and_not_further():
+    data = rows(nonlinear=False, noise=1.0)
+    made, closed = SGDAffine(**QUICK).fit(data), ReducedRank(DT).fit(data)
+    assert isinstance(made, AffineMap)
+    assert made.score_test.mean_r2 == pytest.approx(closed.score_test.mean_r2, abs=0.02)
+    assert made.info["loss"]["train"] >= Ridge(penalties=(0.0,)).fit(data).info["loss"]["train"] - 1e-6
+    short = SGDAffine(epochs=3).fit(data)  # the paper's settings, on little text
+    assert short.score_test.mean_r2 < made.score_test.mean_r2 - 0.05
+
+
+@every_fitter
+def test_the_score_and_the_losses_are_those_of_the_rows(fitter):
+    data = rows(60)
+    made = fitter(**(QUICK | dict(epochs=3))).fit(data)
+    x, y = held_out(data)
+    fitted = made.transform(x.double())
+    np.testing.assert_allclose(made.score_test.r2, r2_score(y, fitted, multioutput="raw_values"), rtol=1e-6)
+    expected = float((((fitted - y) / made.target_scale) ** 2).mean())
+    assert made.info["loss"]["test"] == pytest.approx(expected, rel=1e-5)
+    assert made.score_test.count == len(x) and made.score_test.documents == 10
+    # What was trained is what is given back: the loss of the best epoch, by the training's own sums.
+    best = made.info["history"][made.info["best_epoch"] - 1]
+    assert made.info["loss"]["validation"] == pytest.approx(best["validation_loss"], rel=1e-4)
+
+
+def test_it_is_the_papers_network_in_raw_coordinates():
+    data = rows(60)
+    made = Autoencoder(standardise=False, hidden=7, epochs=1, learning_rate=1e-3).fit(data)
+    network = nn.Sequential(nn.Linear(DS, 7), nn.ReLU(), nn.Linear(7, DT)).double()
+    with torch.no_grad():
+        for own, theirs in ((made.encoder.T, network[0].weight), (made.encoder_bias, network[0].bias)):
+            theirs.copy_(own)
+        for own, theirs in ((made.decoder.T, network[2].weight), (made.decoder_bias, network[2].bias)):
+            theirs.copy_(own)
+    x = held_out(data)[0]
+    torch.testing.assert_close(made.transform(x.double()), network(x.double()).detach())
+    assert Autoencoder(epochs=1).fit(data).info["hidden"] == round((DS * DT) ** 0.5)
+
+
+def test_one_step_is_adamw_on_the_mean_of_the_accumulated_losses():
+    data = rows(24)
+    settings = dict(epochs=1, batch_documents=4, accumulation=4, standardise=False, learning_rate=1e-2, hidden=5)
+    made = Autoencoder(**settings).fit(data)
+    untouched = Autoencoder(**(settings | dict(learning_rate=0.0, weight_decay=0.0))).fit(data)
+    names = ("encoder", "encoder_bias", "decoder", "decoder_bias")
+    w = {name: nn.Parameter(getattr(untouched, name).clone()) for name in names}
+    optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.01)
+    x, y = (torch.cat(side) for side in zip(*(d.load() for d in data.part("train")), strict=True))
+    assert len(data.part("train")) == 16  # one step, every document in it once: the order does not matter
+    loss = (((x @ w["encoder"] + w["encoder_bias"]).relu() @ w["decoder"] + w["decoder_bias"] - y) ** 2).mean()
+    loss.backward()
+    optimizer.step()
+    for name in names:
+        torch.testing.assert_close(getattr(made, name), w[name].detach(), rtol=1e-3, atol=1e-4)
+
+
+@every_fitter
+def test_a_stopped_training_goes_on_and_ends_with_the_same_bits(fitter, tmp_path):
+    data, settings = rows(60), QUICK | dict(epochs=6)
+    whole = fitter(**settings).fit(data)
+    file = tmp_path / "checkpoint.safetensors"
+    fitter(**(settings | dict(epochs=2))).fit(data, checkpoint=file)
+    resumed = fitter(**settings).fit(data, checkpoint=file)
+    again = fitter(**settings).fit(data, checkpoint=file)  # nothing is left to do
+    for made in (resumed, again):
+        assert made.info["history"] == whole.info["history"] and len(made.info["history"]) == 6
+        x = held_out(data)[0]
+        assert torch.equal(made.transform(x), whole.transform(x))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    Autoencoder(epochs=1).fit(rows(60), checkpoint=file)
+    before = file.read_bytes()
+    for fitter, data in (
+        (Autoencoder(epochs=1, seed=1), rows(60)),
+        (Autoencoder(epochs=1), rows(61)),
+        (SGDAffine(epochs=1), rows(60)),
+        (Autoencoder(epochs=1), replace(rows(60), source=replace(SOURCE, fingerprint="cccc"))),
+    ):
+        with pytest.raises(ArtifactError, match="is a checkpoint of other rows or settings; delete it"):
+            fitter.fit(data, checkpoint=file)
+    assert file.read_bytes() == before
+
+
+def test_it_stops_when_validation_gets_no_better_and_keeps_the_best():
+    data = rows(40, noise=3.0)
+    made = Autoencoder(**(QUICK | dict(hidden=200, epochs=60, patience=2))).fit(data)
+    losses = [epoch["validation_loss"] for epoch in made.info["history"]]
+    assert len(losses) < 60
+    assert made.info["best_epoch"] == len(losses) - 2 == int(np.argmin(losses)) + 1
+    assert made.info["loss"]["validation"] == pytest.approx(min(losses), rel=1e-4)
+
+
+@every_fitter
+def test_test_documents_change_the_score_and_not_the_map(fitter):
+    one = rows(60)
+    spoilt = [
+        replace(d, load=lambda d=d: (d.load()[0], -d.load()[1])) if d.part == "test" else d for d in one.documents
+    ]
+    made, other = (fitter(**(QUICK | dict(epochs=2))).fit(r) for r in (one, replace(one, documents=tuple(spoilt))))
+    x = held_out(one)[0]
+    assert torch.equal(made.transform(x), other.transform(x))
+    assert made.score_test.mean_r2 > other.score_test.mean_r2
+
+
+def test_shuffled_pairs_teach_it_nothing():
+    made = ShuffledPairs(Autoencoder(**(QUICK | dict(epochs=5)))).fit(rows(120))
+    assert made.score_test.mean_r2 < 0.05 and made.info["shuffled_pairs"]
+
+
+@every_fitter
+def test_what_cannot_be_trained_on_is_refused(fitter):
+    with pytest.raises(PromptError, match="is trained on rows, not on moments; harvest a store"):
+        fitter().fit(rows(20).moments())
+    with pytest.raises(PromptError, match="no validation document"):
+        fitter().fit(rows(20, part="train"))
+    with pytest.raises(PromptError, match="0 training rows"):
+        fitter().fit(rows(20, part="validation"))
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        fitter(epochs=0)
+    with pytest.raises(NonFiniteError, match="loss is not finite in epoch 1; use standardise=True or a lower learning"):
+        fitter(learning_rate=1e18, standardise=False, epochs=3, accumulation=1, batch_documents=1).fit(rows(20))
+
+
+# --- directions through a nonlinear map ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bent():
+    return Autoencoder(**QUICK).fit(rows())
+
+
+def points(n, shift, seed):
+    return Activations(((normal(n, DS, seed=seed) + shift) * UNITS + 2).double(), SOURCE)
+
+
+def test_by_endpoints_it_is_the_difference_of_the_mapped_means(bent):
+    p, n = points(30, 1.0, 1), points(20, -1.0, 2)
+    made = bent.transport(difference_of_means(p, n, label="joy"), at=(p, n))
+    expected = difference_of_means(bent.transform(p), bent.transform(n))
+    torch.testing.assert_close(made.direction, expected.direction)
+    torch.testing.assert_close(made.positive_mean, expected.positive_mean)
+    assert "by endpoints, 30 and 20 rows" in made.origin and made.space == TARGET and made.label == "joy"
+
+
+def test_about_base_points_it_is_the_mean_step_there(bent):
+    base = points(25, 0.0, 3)
+    v = SteeringVector(UNITS.double(), SOURCE)
+    made = bent.transport(v, at=base)
+    step = bent.transform(Activations(base.values + v.direction, SOURCE)).values - bent.transform(base).values
+    torch.testing.assert_close(made.direction, step.mean(0))
+    assert "about 25 base points" in made.origin
+    zero = bent.transport(0.0 * v, at=base)
+    assert not zero.direction.any()  # never through the bias
+
+
+def test_without_points_it_goes_between_the_class_means_and_needs_them(bent):
+    v = difference_of_means(points(30, 1.0, 1), points(20, -1.0, 2))
+    made = bent.transport(v)
+    expected = bent.transform(v.positive_mean) - bent.transform(v.negative_mean)
+    torch.testing.assert_close(made.direction, expected)
+    assert "between the class means" in made.origin
+    with pytest.raises(PromptError, match=r"has no class means; give at=\(positive, negative\)"):
+        bent.transport(2.0 * v)
+
+
+def test_it_bends_so_the_ways_differ_and_for_an_affine_map_they_would_not(bent):
+    v = difference_of_means(points(30, 1.0, 1), points(20, -1.0, 2))
+    about = bent.transport(v, at=points(25, 0.0, 3))
+    ends = bent.transport(v, at=(points(30, 1.0, 1), points(20, -1.0, 2)))
+    assert about.with_scale(bent.target_scale).cosine(ends) < 0.999
+    image_of_v = bent.transform(v.direction)  # of a point near the origin: what a direction must not be mistaken for
+    assert (image_of_v - about.direction).norm() > 0.1 * about.direction.norm()
+
+
+def test_points_of_another_space_are_refused(bent):
+    v = difference_of_means(points(3, 1.0, 1), points(3, -1.0, 2))
+    elsewhere = Activations(torch.ones(2, DS), replace(SOURCE, fingerprint="cccc"))
+    for at in (elsewhere, (points(2, 0.0, 1), elsewhere)):
+        with pytest.raises(SpaceMismatchError, match=r"transport \(at\): needs small"):
+            bent.transport(v, at=at)
+    with pytest.raises(SpaceMismatchError, match="transport: needs small"):
+        bent.transport(SteeringVector(torch.ones(DT), TARGET))
+
+
+def test_it_is_saved_and_read_bit_by_bit(bent, tmp_path):
+    back = read(save(bent, tmp_path / "map.safetensors"))
+    assert isinstance(back, AutoencoderMap)
+    x = points(5, 0.0, 1)
+    assert torch.equal(back.transform(x).values, bent.transform(x).values)
+    assert (back.source, back.target, back.standardised, back.info) == (SOURCE, TARGET, True, dict(bent.info))
+    assert torch.equal(back.score_test.r2, bent.score_test.r2)
+
+
+def test_progress_is_shown_only_when_asked(capsys):
+    Autoencoder(epochs=1).fit(rows(20), progress=False)
+    assert capsys.readouterr().err == ""
+    assert "xmodel_steer.training" in sys.modules
