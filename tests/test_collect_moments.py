@@ -164,6 +164,9 @@ def test_shards_of_windows_are_disjoint_and_merge_to_the_whole(llama, toy_named,
             torch.testing.assert_close(
                 getattr(one, part).cross_scatter, getattr(two, part).cross_scatter, rtol=1e-10, atol=1e-9
             )
+    other = collected(*models, DOCUMENTS[1:], shard=(1, 3))
+    with pytest.raises(ValueError, match="different layer pairs or settings"):
+        shards[0] + other
     with pytest.raises(ValueError, match=r"shard must be \(i, n\) with 0 <= i < n, got \(3, 3\)"):
         collected(*models, shard=(3, 3))
 

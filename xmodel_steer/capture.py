@@ -25,7 +25,7 @@ from xmodel_steer.models import (
     space_of,
 )
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of, sketch_dimensions
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts
+from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, text_digest
 from xmodel_steer.spaces import Site
 from xmodel_steer.vectors import Activations, check_finite
 
@@ -241,6 +241,9 @@ def collect_moments(
     for model in (source, target):
         if max_tokens > int(model.cfg.n_ctx):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
+    settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
+    if parts > 1 and isinstance(texts, Sequence):  # shards of different texts must not merge
+        settings["texts"] = text_digest(as_prompts(texts))
     plan = Plan.of(
         (int(source.cfg.d_model), int(target.cfg.d_model)), source_sites, target_sites, pairs, sketch, shuffled, seed
     )
@@ -250,7 +253,7 @@ def collect_moments(
         plan.pairs,
         sketch=plan.sketch,
         shuffled=shuffled,
-        settings={"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed},
+        settings=settings,
         seed=seed,
         shard=f"{part}/{parts}" if parts > 1 else "",
         device=device,

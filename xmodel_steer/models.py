@@ -61,6 +61,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "float32",
+    device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     progress: bool = True,
 ) -> Any:
@@ -75,6 +76,7 @@ def load(
         device: Where to put it; CUDA if there is one, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
             where it is faster, else float32.
+        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; excludes ``device``.
         revision: Revision of a hub model.
         progress: Show progress bars.
 
@@ -86,6 +88,8 @@ def load(
         DownloadError: A packaged model cannot be downloaded.
         SiteError: The model's residual stream does not fire or has the wrong shape.
     """
+    if device is not None and device_map is not None:
+        raise ModelError(f"{name}: give device or device_map, not both")
     chosen = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
@@ -112,7 +116,13 @@ def load(
 
         bar.update()
         try:
-            model = TransformerBridge.boot_transformers(path, device=chosen, dtype=kind, revision=revision)
+            model = TransformerBridge.boot_transformers(
+                path,
+                device=None if device_map is not None else chosen,
+                device_map=device_map,
+                dtype=kind,
+                revision=revision,
+            )
             bar.update()
             tokenizer = _tokenizer_of(path, revision)
         except Exception as error:  # the hub client and both libraries raise many kinds

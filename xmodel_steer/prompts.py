@@ -183,6 +183,14 @@ def as_prompts(values: Iterable[PromptLike]) -> tuple[Prompt, ...]:
     return tuple(Prompt.of(value) for value in values)
 
 
+def text_digest(texts: Sequence[Prompt]) -> str:
+    """A hash of documents in their order."""
+    digest = hashlib.sha256()
+    for prompt in texts:
+        digest.update(hashlib.sha256(prompt.content_key().encode()).digest())
+    return digest.hexdigest()[:16]
+
+
 _ON = {"1", "1.0", "true", "positive", "pos", "yes"}
 _OFF = {"0", "0.0", "-1", "-1.0", "false", "negative", "neg", "no"}
 

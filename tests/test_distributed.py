@@ -1,0 +1,219 @@
+"""Several processes give the moments of one; and the commands that collect, store and merge."""
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from test_cli import command, folders  # noqa: F401 (fixtures)
+from test_moments import PAIRS, accumulator, rows, taken
+
+from xmodel_steer.distributed import all_reduced, process_group, require_same_texts
+from xmodel_steer.errors import PromptError, SpaceMismatchError
+from xmodel_steer.moments import PARTS, merge
+from xmodel_steer.persistence import read
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.store import ActivationStore
+
+
+def same(one: Any, two: Any) -> None:
+    assert (one.paired, one.eligible, one.tokens, one.documents) == (
+        two.paired,
+        two.eligible,
+        two.tokens,
+        two.documents,
+    )
+    assert (one.pairs, one.sketch, dict(one.settings)) == (two.pairs, two.sketch, dict(two.settings))
+    for part in PARTS:
+        a, b = one.parts[part], two.parts[part]
+        for kind in (
+            "source_means",
+            "target_means",
+            "source_scatters",
+            "target_scatters",
+            "cross",
+            "shuffled",
+            "sketch",
+        ):
+            for key, value in getattr(a, kind).items():
+                torch.testing.assert_close(
+                    value, getattr(b, kind)[key], rtol=1e-10, atol=1e-10 * float(value.abs().max() + 1)
+                )
+
+
+# --- the sum ---------------------------------------------------------------------------------
+
+
+def share(rank: int, size: int) -> Any:
+    """Moments of a share of the rows; the last rank of several gets none."""
+    one = accumulator(sketch=(0, 2), shard=f"{rank}/{size}")
+    sides, piece = rows(90, offset=7.0), 90 // max(1, size - 1) if size > 1 else 90
+    if rank < max(1, size - 1):
+        for k in range(rank * piece, (rank + 1) * piece, 15):
+            one.add(
+                PARTS[k % 2], *taken(sides, slice(k, min(k + 15, (rank + 1) * piece))), list(range(15)), eligible=20
+            )
+    return one.moments()
+
+
+def worker(rank: int, size: int, folder: str, what: str) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    with process_group() as place:
+        assert place == (rank, size)
+        if what == "sum":
+            torch.save([all_reduced(share(rank, size)).parts, rank], Path(folder) / f"{rank}.pt")
+            return
+        with pytest.raises((PromptError, SpaceMismatchError)) as raised:
+            if what == "texts":
+                require_same_texts([Prompt(text="one"), Prompt(text=f"{min(rank, 1)}")])
+            else:
+                all_reduced(accumulator(settings={"seed": rank}).moments())
+        (Path(folder) / f"{rank}.txt").write_text(str(raised.value))
+
+
+def launch(size: int, folder: Path, what: str) -> None:
+    multiprocessing.start_processes(worker, (size, str(folder), what), nprocs=size, start_method="spawn")
+
+
+def test_the_sum_over_processes_is_the_merge_of_their_shards(tmp_path: Path) -> None:
+    launch(3, tmp_path, "sum")
+    expected = merge(share(rank, 3) for rank in range(3))
+    for rank in range(3):
+        parts, own = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert own == rank
+        for name in PARTS:
+            assert (parts[name].count, parts[name].documents) == (
+                expected.parts[name].count,
+                expected.parts[name].documents,
+            )
+            for kind in ("source_means", "target_scatters", "cross", "shuffled", "sketch"):
+                for key, value in getattr(expected.parts[name], kind).items():
+                    torch.testing.assert_close(getattr(parts[name], kind)[key], value, rtol=1e-11, atol=1e-9)
+    assert expected.parts["train"].cross[PAIRS[0]].norm() > 1
+
+
+def test_ranks_that_saw_other_texts_or_settings_are_refused_in_every_process(tmp_path: Path) -> None:
+    launch(2, tmp_path, "texts")
+    for rank in (0, 1):
+        assert f"rank {1 - rank} reads other texts (2 documents" in (tmp_path / f"{rank}.txt").read_text()
+    launch(2, tmp_path, "settings")
+    assert all("start all with the same arguments" in (tmp_path / f"{r}.txt").read_text() for r in (0, 1))
+
+
+def test_without_torchrun_there_is_one_process() -> None:
+    with process_group() as place:
+        assert place == (0, 1)
+        made = share(0, 1)
+        assert all_reduced(made) is made
+        require_same_texts([Prompt(text="one")])
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def options(folders: dict[str, Path], **changes: object) -> list[object]:  # noqa: F811
+    given: dict[str, object] = {
+        "text": folders["corpus.jsonl"], "source": folders["llama"], "target": folders["gemma"], "max-tokens": 16,
+        "source-layers": "1,2", "target-layers": "1", "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+    given |= {key.replace("_", "-"): value for key, value in changes.items()}
+    return [
+        "harvest",
+        *(str(item) for key, value in given.items() if value is not None for item in (f"--{key}", value)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def torchrun(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: F811
+    """The moments that N processes collect together."""
+    # Windows of 4 documents, so that every process has something to do.
+    script = "import xmodel_steer.capture, sys; sys.modules['xmodel_steer.capture'].WINDOW = 4; from xmodel_steer.cli import main; main()"
+
+    def run(size: int) -> Any:
+        folder = tmp_path_factory.mktemp("torchrun")
+        (folder / "run.py").write_text(script)
+        starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
+        arguments = [str(a) for a in options(folders, moments=folder / "moments.safetensors")]
+        done = subprocess.run(
+            [sys.executable, *starter, str(folder / "run.py"), *arguments], capture_output=True, text=True, cwd=folder
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return read(folder / "moments.safetensors")
+
+    return run
+
+
+def test_one_two_and_four_processes_give_the_same_moments(torchrun: Any) -> None:
+    one = torchrun(1)
+    assert one.tokens > 100 and len(one.pairs) == 2
+    for size in (2, 4):
+        same(torchrun(size), one)
+
+
+def test_jobs_write_a_file_each_and_merge_adds_them_up(
+    command: Any,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 4)
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for i, file in enumerate(files):
+        code, out, err = command(*options(folders, moments=file, shard=f"{i}/3"))
+        assert (code, "written" in out) == (0, True), err
+    code, _, err = command("merge", *files[:2], "--out", tmp_path / "some.safetensors")
+    assert code == 1 and "error: merge: shard 2/3 is missing; give its file too, or --partial" in err
+    assert not (tmp_path / "some.safetensors").exists()
+    assert command("merge", *files[:2], "--out", tmp_path / "some.safetensors", "--partial")[0] == 0
+    code, _, err = command("merge", files[0], files[0], "--out", tmp_path / "twice.safetensors")
+    assert code == 1 and "shard 0/3 is in both" in err
+    assert command("merge", *files[::-1], "--out", tmp_path / "all.safetensors")[0] == 0
+    assert command(*options(folders, moments=tmp_path / "whole.safetensors"))[0] == 0
+    merged, whole = read(tmp_path / "all.safetensors"), read(tmp_path / "whole.safetensors")
+    assert merged.tokens == whole.tokens and set(merged.settings) == {*whole.settings, "texts"}
+    for part, (s, t) in product(PARTS, whole.pairs):
+        a, b = (getattr(m.pair(s, t), part).cross_scatter for m in (merged, whole))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-8)
+
+
+def test_a_store_is_filled_one_model_at_a_time(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    for other in ("target", "source"):
+        code, out, err = command(*options(folders, store=tmp_path / "store", store_dtype="bfloat16", **{other: None}))
+        assert code == 0, err
+    store = ActivationStore(tmp_path / "store")
+    assert [str(s) for s in store.spaces("source")] == ["resid_post[1]", "resid_post[2]"]
+    assert store.record("target")["dtype"] == "bfloat16"
+    assert store.moments(progress=False).tokens > 100
+
+
+def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "m.safetensors"
+    code, _, err = command(*options(folders, moments=file, pairs="2:1", sketch=5, target_layers="all"))
+    assert code == 0, err
+    made = read(file)
+    assert [(s.layer, t.layer) for s, t in made.pairs] == [(2, 1)] and len(made.sketch) == 5
+    assert len(made.parts["train"].sketch) == 2 * len(made.target) == 8
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(), "give either --moments FILE or --store FOLDER"),
+        (dict(moments="m", store="s"), "give either --moments FILE or --store FOLDER"),
+        (dict(moments="m", source=None), "moments need both models"),
+        (dict(store="m", source=None, target=None), "a store at least one"),
+        (dict(moments="m", shard="3/3"), "'3/3' is not I/N"),
+        (dict(moments="m", pairs="3-3"), "is not a list of layer pairs such as 15:10"),
+        (dict(moments="m", source_layers="x"), "is not a list of numbers"),
+    ],
+    ids=str,
+)
+def test_wrong_calls_are_one_line_and_exit_2(command: Any, folders: dict[str, Path], changes: dict, says: str) -> None:  # noqa: F811
+    code, _, err = command(*options(folders, **changes))
+    assert code == 2 and says in " ".join(err.replace("│", " ").split())

@@ -1,0 +1,134 @@
+"""Moments over several processes: each reads its share of the text, and all of them get the sum.
+
+One process per GPU or per machine, started by ``torchrun``. The windows of the text are dealt out to
+the ranks, so that any number of them gives the same moments up to the rounding of sums in float64.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xmodel_steer.errors import PromptError, SpaceMismatchError
+from xmodel_steer.moments import PARTS, Moments, PartMoments
+from xmodel_steer.prompts import Prompt, text_digest
+
+
+@contextmanager
+def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
+    """The rank of this process and how many there are; one of one where torchrun did not start it.
+
+    Args:
+        device: Where tensors live; ``nccl`` connects CUDA devices, ``gloo`` CPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield 0, 1
+        return
+    cuda = device is not None and device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def require_same_texts(texts: Sequence[Prompt]) -> None:
+    """Refuse, in every process, texts that differ between processes.
+
+    Raises:
+        PromptError: They differ.
+    """
+    own = (len(texts), text_digest(texts))
+    for rank, other in enumerate(_gathered(own)):
+        if other != own:
+            raise PromptError(
+                f"harvest: rank {rank} reads other texts ({other[0]} documents, hash {other[1]}) than rank "
+                f"{dist.get_rank()} ({own[0]}, {own[1]}); give every process the same file"
+            )
+
+
+def _gathered(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def all_reduced(moments: Moments) -> Moments:
+    """The moments of all processes' shards together, in every process.
+
+    Means first, then scatters about the common mean (Chan, Golub & LeVeque 1979), tensor by tensor.
+
+    Raises:
+        SpaceMismatchError: The processes collected other models, sites or pairs.
+    """
+    if not dist.is_initialized():
+        return moments
+    identity = (
+        [str(s) for s in (*moments.source.values(), *moments.target.values())],
+        [f"{s} {t}" for s, t in moments.pairs],
+        moments.sketch,
+        dict(moments.settings),
+    )
+    if any(other != identity for other in _gathered(identity)):
+        raise SpaceMismatchError(
+            "all_reduced: the processes collected moments of other models, sites or settings; start all with the same arguments"
+        )
+    counts = _gathered((moments.paired, moments.eligible, moments.shards))
+    return replace(
+        moments,
+        parts={name: _reduced(moments.parts[name], moments.sketch) for name in PARTS},
+        paired=sum(c[0] for c in counts),
+        eligible=sum(c[1] for c in counts),
+        settings={key: value for key, value in moments.settings.items() if key != "texts"},
+        shards=(),  # none is missing
+    )
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = tensor.detach().to(device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def _reduced(part: PartMoments, sketch: tuple[int, ...]) -> PartMoments:
+    counts = _sum(torch.tensor([part.count, part.documents], dtype=torch.int64))
+    n = int(counts[0])
+    if n == 0:
+        return part
+    share = part.count / n
+
+    def moved(means: Mapping[Any, Tensor]) -> tuple[dict[Any, Tensor], dict[Any, Tensor]]:
+        common = {site: _sum(mean * share) for site, mean in means.items()}
+        return common, {site: mean - common[site] for site, mean in means.items()}
+
+    source, ds = moved(part.source_means)
+    target, dt = moved(part.target_means)
+
+    def within(scatters: Mapping[Any, Tensor], delta: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        return {k: _sum(m + part.count * torch.outer(delta[k], delta[k])) for k, m in scatters.items()}
+
+    def between(crosses: Mapping[Any, Tensor], columns: Any = slice(None)) -> dict[Any, Tensor]:
+        return {(s, t): _sum(c + part.count * torch.outer(ds[s], dt[t][columns])) for (s, t), c in crosses.items()}
+
+    return PartMoments(
+        n,
+        int(counts[1]),
+        source,
+        target,
+        within(part.source_scatters, ds),
+        within(part.target_scatters, dt),
+        between(part.cross),
+        between(part.shuffled),
+        between(part.sketch, list(sketch)),
+    )
