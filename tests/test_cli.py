@@ -9,46 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys
-from test_transfer import contrast, sentences
+from toys import sentences
 
-from xmodel_steer import cli
 from xmodel_steer.persistence import read
-
-
-@pytest.fixture(scope="session")
-def folders(tokenizers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Toy models saved as a user's are, a contrast set, a corpus and prompts."""
-    root = tmp_path_factory.mktemp("cli")
-    for name, kind in (("llama", "byte_level"), ("gemma", "metaspace")):
-        toys.hf_model(name, tokenizers[kind]).save_pretrained(root / name)
-        tokenizers[kind].save_pretrained(root / name)
-    pairs = zip(contrast().positive, contrast().negative, strict=True)
-    (root / "pairs.jsonl").write_text(
-        "".join(json.dumps({"positive": p.text, "negative": n.text}) + "\n" for p, n in pairs)
-    )
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(60, 4)))
-    (root / "prompts.txt").write_text("\n\n".join(sentences(9, 3, 4)))
-    return {p.name: p for p in root.iterdir()}
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line; gives exit code, output and errors."""
-    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["xmodel-steer", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from test_cli import command, folders  # noqa: F401 (fixtures)
 from test_moments import PAIRS, accumulator, rows, taken
 
 from xmodel_steer.distributed import all_reduced, process_group, require_same_texts
@@ -69,11 +68,10 @@ def worker(rank: int, size: int, folder: str, what: str) -> None:
         if what == "sum":
             torch.save([all_reduced(share(rank, size)).parts, rank], Path(folder) / f"{rank}.pt")
             return
+        call = require_same_texts if what == "texts" else all_reduced
+        given = own if what == "texts" else accumulator(settings=settings).moments()
         with pytest.raises((PromptError, SpaceMismatchError)) as raised:
-            if what == "texts":
-                require_same_texts([Prompt(text="one"), Prompt(text=f"{min(rank, 1)}")])
-            else:
-                all_reduced(accumulator(settings={"seed": rank}).moments())
+            call(given)  # type: ignore[operator]
         (Path(folder) / f"{rank}.txt").write_text(str(raised.value))
 
 
@@ -117,7 +115,7 @@ def test_without_torchrun_there_is_one_process() -> None:
 # --- commands --------------------------------------------------------------------------------
 
 
-def options(folders: dict[str, Path], **changes: object) -> list[object]:  # noqa: F811
+def options(folders: dict[str, Path], **changes: object) -> list[object]:
     given: dict[str, object] = {
         "text": folders["corpus.jsonl"], "source": folders["llama"], "target": folders["gemma"], "max-tokens": 16,
         "source-layers": "1,2", "target-layers": "1", "dtype": "float32", "device": "cpu",
@@ -130,7 +128,7 @@ def options(folders: dict[str, Path], **changes: object) -> list[object]:  # noq
 
 
 @pytest.fixture(scope="module")
-def torchrun(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: F811
+def torchrun(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The moments that N processes collect together."""
     # Windows of 4 documents, so that every process has something to do.
     script = "import xmodel_steer.capture, sys; sys.modules['xmodel_steer.capture'].WINDOW = 4; from xmodel_steer.cli import main; main()"
@@ -182,9 +180,9 @@ def test_jobs_write_a_file_each_and_merge_adds_them_up(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-8)
 
 
-def test_a_store_is_filled_one_model_at_a_time(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_a_store_is_filled_one_model_at_a_time(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     for other in ("target", "source"):
-        code, out, err = command(*options(folders, store=tmp_path / "store", store_dtype="bfloat16", **{other: None}))
+        code, _, err = command(*options(folders, store=tmp_path / "store", store_dtype="bfloat16", **{other: None}))
         assert code == 0, err
     store = ActivationStore(tmp_path / "store")
     assert [str(s) for s in store.spaces("source")] == ["resid_post[1]", "resid_post[2]"]
@@ -192,7 +190,7 @@ def test_a_store_is_filled_one_model_at_a_time(command: Any, folders: dict[str, 
     assert store.moments(progress=False).tokens > 100
 
 
-def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     code, _, err = command(*options(folders, moments=file, pairs="2:1", sketch=5, target_layers="all"))
     assert code == 0, err
@@ -214,6 +212,6 @@ def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str,
     ],
     ids=str,
 )
-def test_wrong_calls_are_one_line_and_exit_2(command: Any, folders: dict[str, Path], changes: dict, says: str) -> None:  # noqa: F811
+def test_wrong_calls_are_one_line_and_exit_2(command: Any, folders: dict[str, Path], changes: dict, says: str) -> None:
     code, _, err = command(*options(folders, **changes))
     assert code == 2 and says in " ".join(err.replace("│", " ").split())

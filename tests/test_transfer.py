@@ -1,6 +1,5 @@
 """The recipe on toy models: every arm, fair controls, honest choices, and a verdict that can say no."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,24 +8,11 @@ import numpy as np
 import pytest
 import torch
 import toys
+from toys import contrast, sentences
 
 import xmodel_steer as xs
 from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.transfer import Arm, TransferResult, default_sites
-
-WORDS = "sky port dead day clocks happy family village hole ground hobbit Ishmael sea petite fille jolie years ago own way".split()
-
-
-def sentences(count: int, seed: int, length: int = 12) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=length)) for _ in range(count)]
-
-
-def contrast(count: int = 20) -> xs.ContrastSet:
-    pairs = zip(sentences(count, 1, 6), sentences(count, 2, 6), strict=True)
-    return xs.ContrastSet.from_prompts(
-        *zip(*[(f"happy {a} happy", f"dead {b} dead") for a, b in pairs], strict=True), paired=True
-    )
 
 
 def vowels(text: str) -> float:

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.models import register, space_of
+from xmodel_steer.prompts import ContrastSet
 from xmodel_steer.spaces import Site
 from xmodel_steer.vectors import SteeringVector
 
@@ -371,3 +373,19 @@ def _randomise(module: torch.nn.Module, seed: int, spread: float = 0.25) -> None
             parameter.copy_(centre + 0.1 * torch.randn(parameter.shape, generator=generator))
         else:
             parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+#: For whole runs: texts of a few words.
+WORDS = "sky port dead day clocks happy family village hole ground hobbit Ishmael sea petite fille jolie years ago own way".split()
+
+
+def sentences(count: int, seed: int, length: int = 12) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=length)) for _ in range(count)]
+
+
+def contrast(count: int = 20) -> ContrastSet:
+    pairs = zip(sentences(count, 1, 6), sentences(count, 2, 6), strict=True)
+    return ContrastSet.from_prompts(
+        *zip(*[(f"happy {a} happy", f"dead {b} dead") for a, b in pairs], strict=True), paired=True
+    )

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xmodel_steer.errors import ArtifactError, XModelSteerError
@@ -25,6 +26,7 @@ from xmodel_steer.files import (
     write_atomically,
     write_tensors,
 )
+from xmodel_steer.layers import DataCurve, LayerGrid
 from xmodel_steer.maps import AffineMap, AutoencoderMap, Map, MapScore
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.moments import PARTS, Moments, PartMoments
@@ -33,8 +35,8 @@ from xmodel_steer.transfer import Arm, TransferResult, arm_record
 from xmodel_steer.vectors import SteeringVector
 
 
-def save(value: SteeringVector | Map | Moments | TransferResult, path: str | Path) -> Path:
-    """Write a vector, a map or moments to a ``.safetensors`` file, or a result to a folder.
+def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | TransferResult, path: str | Path) -> Path:
+    """Write a vector, a map, moments, a grid or a curve to a ``.safetensors`` file, or a result to a folder.
 
     Args:
         value: What to save.
@@ -56,8 +58,14 @@ def save(value: SteeringVector | Map | Moments | TransferResult, path: str | Pat
         tensors, record = _map_parts(value)
     elif isinstance(value, Moments):
         tensors, record = _moments_parts(value)
+    elif isinstance(value, LayerGrid):
+        tensors, record = _grid_parts(value)
+    elif isinstance(value, DataCurve):
+        tensors, record = _curve_parts(value)
     else:
-        raise TypeError(f"save: cannot save {type(value).__name__}; vectors, maps, moments and results can be saved")
+        raise TypeError(
+            f"save: cannot save {type(value).__name__}; vectors, maps, moments, grids, curves and results can be saved"
+        )
     if path.is_dir():
         raise ArtifactError(f"{path}: is a folder; give a file name such as {path / 'vector.safetensors'}")
     write_tensors(path, type(value).__name__, tensors, record)
@@ -82,6 +90,8 @@ def read(path: str | Path) -> Any:
         "AffineMap": _map_from,
         "AutoencoderMap": _map_from,
         "Moments": _moments_from,
+        "LayerGrid": _grid_from,
+        "DataCurve": _curve_from,
     }
     maker = makers.get(header["kind"])
     if maker is None:
@@ -231,6 +241,65 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
         header["settings"],
         tuple(header["sketch"]),
         tuple(header["shards"]),
+    )
+
+
+# --- grids and curves -------------------------------------------------------------------------
+
+
+def _grid_parts(grid: LayerGrid) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"{part}/{name}": torch.from_numpy(v) for part in _GRID_PARTS for name, v in getattr(grid, part).items()}
+    tensors |= {"cka": torch.from_numpy(grid.cka), "r2_error": torch.from_numpy(grid.r2_error)}
+    record = {
+        "source": [space.to_dict() for space in grid.source],
+        "target": [space.to_dict() for space in grid.target],
+        "penalties": list(grid.penalties),
+        "sketch": grid.sketch,
+        "counts": {name: list(count) for name, count in grid.counts.items()},
+    }
+    return tensors, record
+
+
+_GRID_PARTS = ("validation", "test")
+
+
+def _grid_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> LayerGrid:
+    def part(name: str) -> dict[str, Any]:
+        return {key.split("/")[1]: value.numpy() for key, value in tensors.items() if key.startswith(f"{name}/")}
+
+    return LayerGrid(
+        tuple(map(Space.from_dict, header["source"])),
+        tuple(map(Space.from_dict, header["target"])),
+        tuple(header["penalties"]),
+        *map(part, _GRID_PARTS),
+        cka=tensors["cka"].numpy(),
+        sketch=header["sketch"],
+        r2_error=tensors["r2_error"].numpy(),
+        counts={name: (rows, documents) for name, (rows, documents) in header["counts"].items()},
+    )
+
+
+def _curve_parts(curve: DataCurve) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"r2/{name}": torch.tensor(values, dtype=torch.float64) for name, values in curve.r2.items()}
+    record = {
+        "source": curve.source.to_dict(),
+        "target": curve.target.to_dict(),
+        "tokens": list(curve.tokens),
+        "fitters": list(curve.r2),
+        **{name: getattr(curve, name) for name in ("recommended", "growing", "test_tokens")},
+    }
+    return tensors, record
+
+
+def _curve_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> DataCurve:
+    return DataCurve(
+        Space.from_dict(header["source"]),
+        Space.from_dict(header["target"]),
+        tuple(header["tokens"]),
+        {name: tuple(tensors[f"r2/{name}"].tolist()) for name in header["fitters"]},
+        header["recommended"],
+        header["growing"],
+        header["test_tokens"],
     )
 
 

@@ -1,0 +1,44 @@
+"""The pairing of a text, for eyes."""
+
+import re
+
+import pytest
+import toys
+
+from xmodel_steer.alignment import align
+from xmodel_steer.errors import PromptError
+from xmodel_steer.models import encode
+from xmodel_steer.pairing import show_alignment
+from xmodel_steer.prompts import Prompt
+
+TEXT = "The sky <b>above</b> été 🙂\n the port"
+
+
+def test_it_shows_the_pairs_that_align_makes(llama: toys.Toy, gemma: toys.Toy) -> None:
+    made = show_alignment(TEXT, llama.model, gemma.model)
+    one, two = (encode(toy.model, [Prompt(text=TEXT)])[0] for toy in (llama, gemma))
+    pairs = align(one.token_ends(), two.token_ends())
+    assert made.pairs == tuple(zip(pairs.source, pairs.target, strict=True)) and len(made.pairs) > 5
+    assert [len(side) for side in made.tokens] == [len(one.ids), len(two.ids)]
+    assert f"{len(pairs)} of {pairs.eligible} pair" in str(made)
+
+
+def test_the_page_numbers_each_pair_in_both_rows_and_escapes_the_text(llama: toys.Toy, gemma: toys.Toy) -> None:
+    made = show_alignment(TEXT, llama.model, gemma.model)
+    page = made._repr_html_()
+    assert "<b>above" not in page and "&lt;" in page
+    for k, (i, j) in enumerate(made.pairs, 1):
+        titles = re.findall(rf'title="position (\d+), pair {k}"', page)
+        assert titles == [str(i), str(j)]
+    lonely = sum(map(len, made.tokens)) - 2 * len(made.pairs)
+    assert page.count('pairs with nothing"') == lonely > 0
+    assert "⏎" in page
+
+
+def test_conversations_pair_by_role(llama: toys.Toy, toy_named) -> None:
+    chat = [{"role": "user", "content": "Call me"}]
+    qwen = toy_named("qwen")
+    whole, content = (show_alignment(chat, llama.model, qwen.model, template=t) for t in (True, False))
+    assert len(whole.pairs) == len(content.pairs) + 3
+    with pytest.raises(PromptError, match="has none \\(a base model"):
+        show_alignment(chat, llama.model, toy_named("gemma").model)
