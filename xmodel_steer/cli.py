@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xmodel_steer.errors import AlignmentWarning, PromptError, XModelSteerError
+from xmodel_steer.errors import AlignmentWarning, FewRowsWarning, PromptError, XModelSteerError
 
 app = typer.Typer(
     name="xmodel-steer",
@@ -403,6 +403,7 @@ def _scorer(text: str) -> Any:
 def main() -> None:
     """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", AlignmentWarning)
+    for kind in (AlignmentWarning, FewRowsWarning):
+        warnings.simplefilter("always", kind)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
     app()

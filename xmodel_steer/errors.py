@@ -21,6 +21,10 @@ class AlignmentWarning(UserWarning):
     """The tokens of two models pair, but fewer of them than expected."""
 
 
+class FewRowsWarning(UserWarning):
+    """A map was fitted on fewer rows than it has dimensions."""
+
+
 class ModelError(XModelSteerError, RuntimeError):
     """A model cannot be loaded, or does not have what the library needs."""
 

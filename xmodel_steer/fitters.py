@@ -5,6 +5,7 @@ whose moments are then taken. Fits see the train documents, choices are made on 
 documents, and the score that a map carries is that of the test documents.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.errors import PromptError
+from xmodel_steer.errors import FewRowsWarning, PromptError
 from xmodel_steer.maps import AffineMap, Map
 from xmodel_steer.moments import PARTS, PairMoments, SplitMoments
 from xmodel_steer.rows import PairedRows
@@ -425,15 +426,23 @@ def pinned(fitter: Kind, fitted: Map) -> Kind:
 
 
 def require_rows(moments: SplitMoments, *, validation: bool) -> None:
-    """Refuse moments that a fit cannot be trusted on.
+    """Refuse moments that nothing can be fitted on, and warn of those that a fit cannot be trusted on.
 
     Raises:
         PromptError: A part that is needed has too few rows.
     """
+    wanted = 10 * max(moments.source.width, moments.target.width)
     if moments.train.count < 2:
         raise PromptError(
             f"fit: {moments.train.count} training rows; give more text (a map between these widths wants "
-            f"about {10 * max(moments.source.width, moments.target.width)} tokens)"
+            f"about {wanted} tokens)"
+        )
+    if moments.train.count <= moments.source.width:
+        warnings.warn(
+            f"fit: {moments.train.count} training rows for {moments.source.width} source dimensions: the penalty, not the "
+            f"text, decides the map; give more text (about {wanted} tokens)",
+            FewRowsWarning,
+            stacklevel=4,
         )
     if validation and moments.validation.count < 2:
         raise PromptError(

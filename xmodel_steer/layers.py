@@ -1,5 +1,6 @@
 """Every source layer against every target layer: how well a map between them does, and which pair to take."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.errors import PromptError
+from xmodel_steer.errors import FewRowsWarning, PromptError
 from xmodel_steer.fitters import PENALTIES, Fitter, Ridge, Spectrum
 from xmodel_steer.moments import Moments, SplitMoments
 from xmodel_steer.rows import PairedRows
@@ -322,7 +323,9 @@ def data_curve(
     for size in sizes:
         subset = rows.first(size)
         for name, fitter in chosen.items():
-            fitted = fitter.fit(subset)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FewRowsWarning)  # how bad that is, is what the curve shows
+                fitted = fitter.fit(subset)
             assert fitted.score_test is not None
             scores[name].append(fitted.score_test.mean_r2)
             tested = fitted.score_test.count
