@@ -48,7 +48,7 @@ class Bench:
     """Two models, a text, and what was measured with them."""
 
     def __init__(self, device: str, shape: str, documents: int, repeats: int) -> None:
-        self.device, self.shape, self.repeats = device, shape, repeats
+        self.device, self.shape, self.repeats, self.figure = device, shape, repeats, ""
         self.small, self.large = _random_pair(device) if shape == "1b-3b" else (
             xs.load(name, device=device, dtype="auto", progress=False) for name in (SOURCE, TARGET)
         )  # fmt: skip
@@ -65,7 +65,7 @@ class Bench:
             "must": must,
             "repeats": len(ratios),
             **more,
-            "command": f"python benchmarks/run.py --only {name}",
+            "command": f"python benchmarks/run.py --only {self.figure}",
             "hardware": hardware(self.device),
         }
         RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
@@ -85,7 +85,7 @@ class Bench:
     def grid(self, **kwargs: Any) -> xs.Moments:
         """Moments and penalty path of every layer pair."""
         moments = xs.collect_moments(
-            self.small, self.large, self.texts, source_sites=all_sites(self.small), target_sites=all_sites(self.large),
+            self.small, self.large, self.texts, source_sites="all", target_sites="all",
             max_tokens=MAX_TOKENS, batch_size=BATCH, device=device_of(self.large), progress=False, **kwargs,
         )  # fmt: skip
         xs.layer_grid(moments)
@@ -247,7 +247,7 @@ def harvest_over_forwards(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for model, end in ((bench.small, "source"), (bench.large, "target")):
                 xs.harvest(
-                    model, bench.texts, folder, end=end, sites=all_sites(model), max_tokens=MAX_TOKENS,
+                    model, bench.texts, folder, end=end, sites="all", max_tokens=MAX_TOKENS,
                     batch_size=BATCH, progress=False,
                 )  # fmt: skip
 
@@ -328,9 +328,76 @@ def _latentis(table: dict[str, list[float]], x: np.ndarray, y: np.ndarray, vx: n
         table.setdefault(name, []).append(float(r2_score(vy, made.numpy())))
 
 
+def store_formats(bench: Bench) -> None:
+    """Zarr 3 and Arrow against safetensors: writing a shard, and reading one document of one layer of it."""
+    import pyarrow as pa
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    rows, width, sites, document = 12_000, 640, 12, 150
+    draw = torch.randn(rows, sites * width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    values = {f"rows/{k}": draw[:, k * width : (k + 1) * width].contiguous() for k in range(sites)}
+    bits = {name: tensor.view(torch.int16).numpy() for name, tensor in values.items()}  # neither knows bfloat16
+    starts = np.random.default_rng(0).integers(0, rows - document, 200)
+
+    def safetensors(folder: Path) -> tuple[float, float]:
+        file = folder / "shard.safetensors"
+        written = timed(lambda: save_file(values, file))
+        opened = safe_open(str(file), framework="pt")
+        return written, timed(lambda: [opened.get_slice("rows/5")[i : i + document].clone() for i in map(int, starts)])
+
+    def arrow(folder: Path) -> tuple[float, float]:
+        file = str(folder / "shard.arrow")
+
+        def write() -> None:
+            columns = {n: pa.FixedSizeListArray.from_arrays(pa.array(b.reshape(-1)), width) for n, b in bits.items()}
+            table = pa.table(columns)
+            with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+
+        written = timed(write)
+        column = pa.ipc.open_file(pa.memory_map(file)).read_all().column("rows/5")
+
+        def read(i: int) -> np.ndarray:
+            return column.slice(i, document).combine_chunks().flatten().to_numpy().reshape(document, width).copy()
+
+        return written, timed(lambda: [read(i) for i in map(int, starts)])
+
+    def zarr_3(folder: Path) -> tuple[float, float]:
+        import zarr
+
+        group = zarr.open_group(folder / "shard.zarr", mode="w")
+
+        def write() -> None:
+            for name, own in bits.items():
+                array = group.create_array(name, shape=own.shape, chunks=(1024, width), dtype="int16")
+                array[:] = own
+
+        written = timed(write)
+        array = zarr.open_group(folder / "shard.zarr", mode="r")["rows/5"]
+        return written, timed(lambda: [array[i : i + document] for i in map(int, starts)])
+
+    formats = {"arrow": arrow, "zarr": zarr_3}
+    ratios: dict[str, list[float]] = {}
+    for _ in range(bench.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            ours = safetensors(Path(folder))
+            for name, measure in formats.items():
+                try:
+                    theirs = measure(Path(folder))
+                except ImportError:
+                    print(f"{name} is not installed", flush=True)
+                    continue
+                for what, a, b in zip(("write", "read"), theirs, ours, strict=True):
+                    ratios.setdefault(f"{name}_{what}_over_safetensors", []).append(a / b)
+    for name, values_ in ratios.items():
+        bench.record(name, values_, "stated")
+
+
 FIGURES = {
     f.__name__: f
     for f in (
+        store_formats,
         harvest_over_forwards,
         autoencoder_epoch_speedup,
         moments_memory_at_4x_text,
@@ -354,6 +421,7 @@ def main() -> None:
     bench = Bench(given.device, given.shape, given.documents, given.repeats)
     for name, figure in FIGURES.items():
         if given.only in (None, name):
+            bench.figure = name
             figure(bench)
 
 

@@ -131,6 +131,12 @@ def test_equal_tokenizers_pair_every_token_and_different_ones_those_that_end_tog
     assert other.paired == pairs and 0.2 < other.coverage <= 1
 
 
+def test_all_sites_are_those_after_every_block(llama, toy_named):
+    made = collected(llama, toy_named("qwen"), source_sites="all", target_sites="all")
+    assert list(made.source) == [Site(k) for k in range(llama.depth)]
+    assert len(made.pairs) == llama.depth * toy_named("qwen").depth
+
+
 def test_pairs_limits_what_is_kept(llama, gemma, toy_named):
     pairs = [(Site(0), Site(2)), (Site(3), Site(1))]
     made = collected(llama, toy_named("qwen"), pairs=pairs, source_sites=[], target_sites=[])

@@ -22,6 +22,7 @@ from xmodel_steer.models import (
     forward,
     layout,
     name_of,
+    sites_of,
     space_of,
 )
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of, sketch_dimensions
@@ -184,8 +185,8 @@ def collect_moments(
     target: Any,
     texts: Iterable[PromptLike],
     *,
-    source_sites: Sequence[Site],
-    target_sites: Sequence[Site],
+    source_sites: Sequence[Site] | Literal["all"],
+    target_sites: Sequence[Site] | Literal["all"],
     pairs: Sequence[tuple[Site, Site]] | None = None,
     sketch: int | None = None,
     shuffled: bool = True,
@@ -208,8 +209,8 @@ def collect_moments(
         source: The model to map from.
         target: The model to map to.
         texts: Documents; any iterable, read once.
-        source_sites: Sites of the source.
-        target_sites: Sites of the target.
+        source_sites: Sites of the source; ``"all"``: after every block.
+        target_sites: Sites of the target; ``"all"``: after every block.
         pairs: Layer pairs to keep full cross moments of, which maps are fitted on; every combination
             by default, where they take no more than 2 GiB.
         sketch: Number of target dimensions, drawn by seed, to keep cross moments of for every
@@ -245,7 +246,13 @@ def collect_moments(
     if parts > 1 and isinstance(texts, Sequence):  # shards of different texts must not merge
         settings["texts"] = text_digest(as_prompts(texts))
     plan = Plan.of(
-        (int(source.cfg.d_model), int(target.cfg.d_model)), source_sites, target_sites, pairs, sketch, shuffled, seed
+        (int(source.cfg.d_model), int(target.cfg.d_model)),
+        sites_of(source, source_sites),
+        sites_of(target, target_sites),
+        pairs,
+        sketch,
+        shuffled,
+        seed,
     )
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},

@@ -250,7 +250,7 @@ def harvest(
                 if name is not None:
                     model = model_of(name)
                     write_store(
-                        model, texts, store, end=end, sites=_layers(layers, model, f"--{end}-layers"), dtype=store_dtype,
+                        model, texts, store, end=end, sites=_layers(layers, f"--{end}-layers"), dtype=store_dtype,
                         max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts), progress=not quiet,
                     )  # fmt: skip
             if rank == 0:
@@ -261,8 +261,8 @@ def harvest(
             small,
             large,
             texts,
-            source_sites=_layers(source_layers, small, "--source-layers"),
-            target_sites=_layers(target_layers, large, "--target-layers"),
+            source_sites=_layers(source_layers, "--source-layers"),
+            target_sites=_layers(target_layers, "--target-layers"),
             pairs=_pairs(pairs),
             sketch=sketch,
             max_tokens=max_tokens,
@@ -317,10 +317,8 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _layers(text: str, model: Any, option: str) -> list[Any]:
-    from xmodel_steer.models import all_sites
-
-    return list(all_sites(model)) if text == "all" else _sites(text, option)
+def _layers(text: str, option: str) -> Any:
+    return "all" if text == "all" else _sites(text, option)
 
 
 def _pairs(text: str | None) -> list[tuple[Any, Any]] | None:

@@ -355,6 +355,11 @@ def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
     return tuple(Site(layer, stream) for layer in range(model.cfg.n_layers))
 
 
+def sites_of(model: Any, sites: Sequence[Site] | Literal["all"]) -> tuple[Site, ...]:
+    """The sites, or the one after every block for ``"all"``."""
+    return all_sites(model) if isinstance(sites, str) else tuple(sites)
+
+
 def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
     """Run two tokens through the model and refuse it if a site does not fire or is misshapen.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from xmodel_steer.alignment import Alignment, TokenEnds, align, check_coverage
 from xmodel_steer.capture import Plan, rows_at, window_size, windows
 from xmodel_steer.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, write_atomically, write_tensors
-from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, space_of, tokenizer_of
+from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
 from xmodel_steer.prompts import Prompt, PromptLike
 from xmodel_steer.rows import DocumentRows, PairedRows
@@ -40,7 +40,7 @@ def harvest(
     folder: str | Path,
     *,
     end: str,
-    sites: Sequence[Site],
+    sites: Sequence[Site] | Literal["all"],
     dtype: str = "model",
     max_tokens: int = 256,
     truncation_side: str = "right",
@@ -60,7 +60,7 @@ def harvest(
         texts: Documents; any iterable, read once, the same for both models.
         folder: The store; made if it is not there. Both models go into one.
         end: ``"source"`` or ``"target"``: which of the two models this is.
-        sites: Sites to keep.
+        sites: Sites to keep; ``"all"``: after every block.
         dtype: ``"float32"``, ``"bfloat16"`` (half the size, 0.2 % rounding), or ``"model"``: the model's.
         max_tokens: Longer documents are cut to this many tokens.
         truncation_side: Where they are cut, ``"right"`` or ``"left"``.
@@ -82,6 +82,7 @@ def harvest(
         raise PromptError("harvest: give a list of texts; for a single one, [text]")
     if end not in ENDS:
         raise ValueError(f"harvest: end must be 'source' or 'target', got {end!r}")
+    sites = sites_of(model, sites)
     if not sites:
         raise ValueError("harvest: give at least one site, such as xs.Site(10)")
     part, parts = shard

@@ -18,7 +18,6 @@ import xmodel_steer as xs
 from xmodel_steer.demo import BEHAVIOURS as SCORERS
 from xmodel_steer.demo import NEUTRAL_DOCUMENTS, SOURCE, TARGET, behaviour_data, general_text
 from xmodel_steer.metrics import bootstrap_mean, resamples
-from xmodel_steer.models import all_sites
 from xmodel_steer.transfer import versions
 
 OUT = Path(__file__).parent / "10_layer_grid"
@@ -96,7 +95,7 @@ def main() -> None:
     texts, neutral = passages[:MAP_TEXTS], passages[-NEUTRAL_DOCUMENTS:]
     sources, targets = ([xs.Site(k) for k in layers] for layers in (SOURCE_LAYERS, TARGET_LAYERS))
     moments = xs.collect_moments(
-        small, large, texts, source_sites=all_sites(small), target_sites=all_sites(large),
+        small, large, texts, source_sites="all", target_sites="all",
         pairs=[(s, t) for s in sources for t in targets], sketch=64, max_tokens=MAX_TOKENS, batch_size=32,
     )  # fmt: skip
     grid = xs.layer_grid(moments)
