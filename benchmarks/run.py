@@ -268,7 +268,7 @@ def ridge_over_best_other_r2(bench: Bench) -> None:
     from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
 
-    training = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 40, "patience": 4}
+    training = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 15, "patience": 4}
     fitters = {
         "Ridge": xs.Ridge(), "ReducedRank(64)": xs.ReducedRank(64), "Procrustes": xs.Procrustes(),
         "RelativeAnchors": xs.RelativeAnchors(), "Identity": xs.Identity(), "RandomMap": xs.RandomMap(),
