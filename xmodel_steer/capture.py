@@ -361,10 +361,15 @@ def rows_at(
     """
     rows: list[Mapping[Site, Tensor]] = [{}] * len(encodings)
     for batch in batches(model, encodings, batch_size):
-        streams = residuals(model, batch, sites)
+        width = batch.ids.shape[1]
+        flat = torch.tensor([r * width + p for r, i in enumerate(batch.rows) for p in positions[i]], dtype=torch.long)
+        counts = [len(positions[i]) for i in batch.rows]
+        pieces = {
+            site: stream.reshape(-1, stream.shape[-1])[flat.to(stream.device)].to(device).split(counts)
+            for site, stream in residuals(model, batch, sites).items()
+        }
         for r, i in enumerate(batch.rows):
-            place = torch.tensor(positions[i], dtype=torch.long)
-            rows[i] = {site: stream[r][place.to(stream.device)].to(device) for site, stream in streams.items()}
+            rows[i] = {site: own[r] for site, own in pieces.items()}
         if bar is not None:
             bar.update(len(batch.rows))
     return rows

@@ -248,9 +248,9 @@ def harvest(
         if store is not None:
             for end, name, layers in (("source", source, source_layers), ("target", target, target_layers)):
                 if name is not None:
-                    model = model_of(name)
+                    # The one model is gone before the other one comes.
                     write_store(
-                        model, texts, store, end=end, sites=_layers(layers, f"--{end}-layers"), dtype=store_dtype,
+                        model_of(name), texts, store, end=end, sites=_layers(layers, f"--{end}-layers"), dtype=store_dtype,
                         max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts), progress=not quiet,
                     )  # fmt: skip
             if rank == 0:

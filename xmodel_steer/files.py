@@ -7,16 +7,16 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from xmodel_steer.errors import ArtifactError
+from xmodel_steer.vectors import is_finite
 
 SCHEMA = 1
 KEY = "xmodel_steer"
@@ -31,7 +31,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
     refuse_nan(tensors, path)
     header = {"schema": SCHEMA, "kind": kind, **record}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, to_bytes(contiguous, metadata={KEY: dump_json(header, path)}))
+    metadata = {KEY: dump_json(header, path)}
+    _whole(path, lambda scratch: save_file(contiguous, scratch, metadata=metadata))
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -41,28 +42,35 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         ArtifactError: The folder cannot be written, or the disk is full.
     """
     data = content.encode() if isinstance(content, str) else content
-    scratch = ""
+    _whole(path, lambda scratch: scratch.write_bytes(data))
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let a file be written under a scratch name, and give it its own when it is on the disk."""
+    scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.chmod(scratch, 0o644)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        scratch = Path(name)
+        os.close(handle)
+        write(scratch)
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
+        scratch.chmod(0o644)
         os.replace(scratch, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(disk_trouble(path, error)) from error
     finally:
-        if scratch and os.path.exists(scratch):
-            os.unlink(scratch)
+        if scratch is not None and scratch.exists():
+            scratch.unlink()
 
 
-def disk_trouble(path: Path, error: OSError) -> str:
+def disk_trouble(path: Path, error: OSError | SafetensorError) -> str:
     """What to tell a user whose file could not be written."""
-    if error.errno == errno.ENOSPC:
+    full = os.strerror(errno.ENOSPC)
+    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):  # safetensors only passes the words on
         return f"{path}: no space left on the device, nothing was written; free some or choose another place"
-    return f"{path}: cannot be written ({error.strerror or error}); choose another place"
+    return f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another place"
 
 
 def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
@@ -85,7 +93,7 @@ def refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     for name, tensor in tensors.items():
         # A target dimension that does not vary has no R²: NaN is its value there.
-        if name != "score.r2" and not torch.isfinite(tensor).all():
+        if name != "score.r2" and not is_finite(tensor):
             raise ArtifactError(
                 f"{path}: tensor {name!r} has NaN or infinity; such an artifact is neither written nor read"
             )

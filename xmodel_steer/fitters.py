@@ -34,7 +34,7 @@ class Fitter(Protocol):
 
 def as_moments(data: SplitMoments | PairedRows) -> SplitMoments:
     """The moments of data that may be rows."""
-    return data.moments() if isinstance(data, PairedRows) else data
+    return data.moments(shuffled=False) if isinstance(data, PairedRows) else data
 
 
 def fit_record(name: str, moments: SplitMoments, coordinates: str, **more: Any) -> dict[str, Any]:
@@ -366,7 +366,7 @@ class RelativeAnchors:
         """
         if not isinstance(data, PairedRows):
             raise PromptError("RelativeAnchors: needs the rows of single texts, not moments; give store.pair(...)")
-        moments = data.moments()
+        moments = as_moments(data)
         require_rows(moments, validation=False)
         documents = data.part("train")
         generator = torch.Generator().manual_seed(self.seed)

@@ -215,8 +215,8 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
     target = {space.site: space for space in map(Space.from_dict, header["target"])}
     pairs = tuple((Site(a, b), Site(c, d)) for a, b, c, d in header["pairs"])
 
-    every = tuple(itertools.product(source, target)) if header["sketch"] else ()
-    kept = {"cross": pairs, "shuffled": pairs if header["shuffled"] else (), "sketch": every}
+    every = tuple(itertools.product(source, target)) if header.get("sketch") else ()
+    kept = {"cross": pairs, "shuffled": pairs if header.get("shuffled", True) else (), "sketch": every}
 
     def part(name: str) -> PartMoments:
         ends = {"source": source, "target": target}
@@ -239,8 +239,8 @@ def _moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments
         header["paired"],
         header["eligible"],
         header["settings"],
-        tuple(header["sketch"]),
-        tuple(header["shards"]),
+        tuple(header.get("sketch", ())),
+        tuple(header.get("shards", ())),
     )
 
 

@@ -159,6 +159,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         mode="markers",
         marker={"symbol": "circle-open", "size": 11, "color": "white", "line": {"width": 2}},
         name="best source layer (validation)",
+        showlegend=True,
         hoverinfo="skip",
     )
     figure = go.Figure([heat, best])
@@ -176,8 +177,11 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         width=720,
         font={"size": 13},
     )
-    figure.update_xaxes(title_text="target layer", dtick=2, showgrid=False, zeroline=False)
-    figure.update_yaxes(title_text="source layer", dtick=2, showgrid=False, zeroline=False)
+    for update, title, layers in (
+        (figure.update_xaxes, "target layer", targets),
+        (figure.update_yaxes, "source layer", sources),
+    ):
+        update(title_text=title, dtick=2, showgrid=False, zeroline=False, range=[min(layers) - 0.5, max(layers) + 0.5])
     return figure
 
 

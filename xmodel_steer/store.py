@@ -28,7 +28,7 @@ from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
 from xmodel_steer.prompts import Prompt, PromptLike
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import check_finite
+from xmodel_steer.vectors import check_finite, is_finite
 
 ENDS = ("source", "target")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -195,8 +195,7 @@ def _write_shard(
     for site in sites:
         values = torch.cat([own[site] for own in rows])
         check_finite(values, f"harvest {name_of(model)} {site}")
-        tensors[_rows_name(site)] = values.to(dtype)
-        check_finite(tensors[_rows_name(site)], f"harvest {name_of(model)} {site} as {dtype}")
+        tensors[_rows_name(site)] = values.to(dtype)  # checked again, as it is written
     tensors["keys"] = torch.tensor([key for own in keys for key in own if key != -1], dtype=torch.int64)
     tensors["counts"] = torch.tensor([len(own) for own in positions], dtype=torch.int64)
     parts = [part_of(prompt.content_key(), seed=settings["seed"]) for prompt in window]
@@ -469,7 +468,7 @@ class ActivationStore:
         for shard in (shard for pair in self._shards for shard in pair):
             for name in shard.header["checksums"]:
                 values = shard.rows(name)
-                if values.is_floating_point() and not torch.isfinite(values).all():
+                if not is_finite(values):
                     raise NonFiniteError(f"{shard.file}: {name} has NaN or infinity; harvest again")
             rows += int(shard.rows("counts").sum())
         return rows
