@@ -370,5 +370,6 @@ def test_anchors_between_equal_spaces_are_the_identity(llama, tmp_path):
     assert made.info["anchors"] == sum(d.part == "train" for d in rows.documents) or made.info["anchors"] == 60
     assert made.score_test.mean_r2 > 0.999
     assert (made.weight - torch.eye(llama.width, dtype=torch.float64)).norm() < 1e-3
-    few = RelativeAnchors(anchors=5).fit(rows)
+    few = RelativeAnchors(anchors=5, tolerance=1e-9).fit(rows)
     assert torch.linalg.matrix_rank(few.weight, tol=1e-6) == 5
+    assert RelativeAnchors(anchors=60, tolerance=0.5).fit(rows).weight.norm() < made.weight.norm()

@@ -347,12 +347,13 @@ class RelativeAnchors:
 
     Args:
         anchors: How many training documents to take as anchors, at most.
-        tolerance: Singular values of A_t under this share of the largest are dropped.
+        tolerance: Singular values of A_t under this share of the largest are dropped: few anchors point in
+            few directions, and what they hardly span would be blown up.
         seed: Seed of their choice.
     """
 
     anchors: int = 300
-    tolerance: float = 0.01
+    tolerance: float = 0.2
     seed: int = 0
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:

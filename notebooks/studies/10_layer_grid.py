@@ -162,7 +162,7 @@ def main() -> None:
             "ReducedRank 64": xs.ReducedRank(64),
             "Procrustes": xs.Procrustes(),
             "Procrustes, raw": xs.Procrustes(standardise=False),
-            "RelativeAnchors": xs.RelativeAnchors(),
+            "RelativeAnchors": xs.RelativeAnchors(tolerance=0.01),
             "Autoencoder": xs.Autoencoder(**longer),
             "SGDAffine": xs.SGDAffine(**longer),
             "Autoencoder, paper's settings": xs.Autoencoder(standardise=False),
