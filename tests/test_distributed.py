@@ -69,7 +69,8 @@ def worker(rank: int, size: int, folder: str, what: str) -> None:
             torch.save([all_reduced(share(rank, size)).parts, rank], Path(folder) / f"{rank}.pt")
             return
         call = require_same_texts if what == "texts" else all_reduced
-        given = own if what == "texts" else accumulator(settings=settings).moments()
+        texts = [Prompt(text="one"), Prompt(text=f"{rank}")]
+        given = texts if what == "texts" else accumulator(settings={"seed": rank}).moments()
         with pytest.raises((PromptError, SpaceMismatchError)) as raised:
             call(given)  # type: ignore[operator]
         (Path(folder) / f"{rank}.txt").write_text(str(raised.value))
