@@ -159,6 +159,19 @@ def _positions(encoding: Encoding, tokens: Tokens, include_special: bool) -> lis
     return found
 
 
+#: Documents that are read together, at most, and their tokens. Sorting by length within them saves padding, and
+#: the shuffled control pairs rows among them. The same at any batch size, so that the moments are, too.
+WINDOW = 64
+WINDOW_TOKENS = 16384
+
+
+def require_shard(shard: tuple[int, int], what: str) -> tuple[int, int]:
+    """Refuse a share of the text that is none."""
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"{what}: shard must be (i, n) with 0 <= i < n, got {shard}")
+    return shard
+
+
 def window_size(max_tokens: int) -> int:
     """How many documents are read together."""
     return max(4, min(WINDOW, WINDOW_TOKENS // max_tokens))
@@ -171,10 +184,6 @@ def windows(texts: Iterable[PromptLike], size: int) -> Iterator[tuple[Prompt, ..
         yield window
 
 
-#: Documents that are read together, at most, and their tokens. Sorting by length within them saves padding, and
-#: the shuffled control pairs rows among them. The same at any batch size, so that the moments are, too.
-WINDOW = 64
-WINDOW_TOKENS = 16384
 #: Bytes of cross moments up to which every layer pair is kept in full.
 FULL_PAIRS_BYTES = 2 * 2**30
 SKETCH = 64
@@ -236,9 +245,7 @@ def collect_moments(
         raise PromptError("collect_moments: give a list of texts; for a single one, [text]")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    part, parts = shard
-    if not 0 <= part < parts:
-        raise ValueError(f"collect_moments: shard must be (i, n) with 0 <= i < n, got {shard}")
+    part, parts = require_shard(shard, "collect_moments")
     for model in (source, target):
         if max_tokens > int(model.cfg.n_ctx):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")

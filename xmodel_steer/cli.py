@@ -274,7 +274,8 @@ def harvest(
         )
         made = all_reduced(made) if size > 1 else made
         if rank == 0:
-            save(made, moments or Path())
+            assert moments is not None
+            save(made, moments)
             typer.echo(
                 f"written: {moments}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xmodel_steer.errors import FewRowsWarning, PromptError
 from xmodel_steer.fitters import PENALTIES, Fitter, Ridge, Spectrum
+from xmodel_steer.maps import MapScore, score_of
 from xmodel_steer.moments import Moments, SplitMoments
 from xmodel_steer.rows import PairedRows
 from xmodel_steer.spaces import Site, Space
@@ -178,18 +179,19 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
             coefficients = spectrum.gains(penalty)[:, None] * blocks.train
             for part in ("validation", "test"):
                 measured = blocks.measure(part, coefficients)
-                for j, (r2, cosine, norm_ratio, fvu) in enumerate(measured):
-                    values = (float(r2.nanmean()), cosine, fvu, norm_ratio)
+                for j, (score, fvu) in enumerate(measured):
+                    values = (score.mean_r2, score.cosine, fvu, score.norm_ratio)
                     for name, value in zip(names, values, strict=True):
                         scores[part][name][i, j, k] = value
                     if part == "test" and moments.sketch:
-                        varying = r2[~r2.isnan()]
+                        varying = score.r2[~score.r2.isnan()]
                         finite = max(0.0, 1 - len(moments.sketch) / width)  # drawn without replacement
                         spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5
         for j, target in enumerate(targets):
             full = moments.parts["test"].target_scatters[target]
             cka[i, j] = _cka(own[j], full, moments.scale(target), width / own[j].target.width)
-    grid = LayerGrid(
+    best = scores["validation"]["r2"].argmax(-1)
+    return LayerGrid(
         tuple(moments.source.values()),
         tuple(moments.target.values()),
         tuple(penalties),
@@ -197,11 +199,9 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
         scores["test"],
         cka,
         len(moments.sketch),
-        np.zeros(shape[:2]),
+        np.take_along_axis(spread, best[..., None], -1)[..., 0],
         {name: (part.count, part.documents) for name, part in moments.parts.items()},
     )
-    grid.r2_error[...] = np.take_along_axis(spread, grid.best[..., None], -1)[..., 0]
-    return grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,8 +227,8 @@ class _Blocks:
         train = spectrum.project(torch.cat([p.train.cross_scatter for p in pairs], 1))
         return cls(train, spectrum, pairs, scatters, crosses, shifts)
 
-    def measure(self, name: str, coefficients: Tensor) -> list[tuple[Tensor, float, float, float]]:
-        """For each target layer: R² of each dimension, cosine, norm ratio and FVU on a part."""
+    def measure(self, name: str, coefficients: Tensor) -> list[tuple[MapScore, float]]:
+        """For each target layer: the score on a part, and the FVU."""
         moved = self.shifts[name] @ coefficients
         fitted = (coefficients * (self.scatters[name] @ coefficients)).sum(0)
         agreed = (coefficients * self.crosses[name]).sum(0)
@@ -236,18 +236,14 @@ class _Blocks:
         for pair in self.pairs:
             own = slice(start, start + pair.target.width)
             start = own.stop
-            part = getattr(pair, name)
+            part, scale = getattr(pair, name), pair.train.target_scale
             offset = part.count * (moved[own] - (part.target_mean - pair.train.target_mean)) ** 2
             truth, dot = part.target_scatter.diagonal(), agreed[own]
             mapped = fitted[own] + offset
             error = truth - 2 * dot + mapped
-            varies = truth > 0
-            r2 = torch.where(varies, 1 - error / torch.where(varies, truth, 1.0), torch.nan)
-            precision = inverse_of(pair.train.target_scale) ** 2
-            total, length, both, left = (float((x * precision).sum()) for x in (truth, mapped, dot, error))
-            cosine = both / (total * length) ** 0.5 if total * length > 0 else 0.0
-            ratio, fvu = ((length / total) ** 0.5, left / total) if total > 0 else (0.0, float("nan"))
-            made.append((r2, cosine, ratio, fvu))
+            score = score_of(error, truth, dot, mapped, scale=scale, count=part.count, documents=part.documents)
+            left, total = (float((x * inverse_of(scale) ** 2).sum()) for x in (error, truth))
+            made.append((score, left / total if total > 0 else float("nan")))
         return made
 
 

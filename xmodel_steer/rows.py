@@ -160,12 +160,11 @@ def _shuffled(own: list[DocumentRows], seed: int) -> list[DocumentRows]:
     def rows(wanted: Tensor, document: DocumentRows) -> Callable[[], tuple[Tensor, Tensor]]:
         def load() -> tuple[Tensor, Tensor]:
             owner = torch.searchsorted(starts, wanted, right=True) - 1
-            source: list[Tensor] = [torch.empty(0)] * len(wanted)
+            places, pieces = [], []
             for k in owner.unique().tolist():
-                piece = own[k].load()[0]
-                for i in (owner == k).nonzero()[:, 0].tolist():
-                    source[i] = piece[int(wanted[i] - starts[k])]
-            return torch.stack(source), document.load()[1]
+                places.append((owner == k).nonzero()[:, 0])
+                pieces.append(own[k].load()[0][wanted[places[-1]] - starts[k]])
+            return torch.cat(pieces)[torch.cat(places).argsort()], document.load()[1]
 
         return load
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import Alignment, TokenEnds, align, check_coverage
-from xmodel_steer.capture import Plan, rows_at, window_size, windows
+from xmodel_steer.capture import Plan, require_shard, rows_at, window_size, windows
 from xmodel_steer.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
-from xmodel_steer.prompts import Prompt, PromptLike
+from xmodel_steer.prompts import Prompt, PromptLike, text_digest
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import check_finite, is_finite
@@ -85,9 +85,7 @@ def harvest(
     sites = sites_of(model, sites)
     if not sites:
         raise ValueError("harvest: give at least one site, such as xs.Site(10)")
-    part, parts = shard
-    if not 0 <= part < parts:
-        raise ValueError(f"harvest: shard must be (i, n) with 0 <= i < n, got {shard}")
+    part, parts = require_shard(shard, "harvest")
     kind = dtype_of(model) if dtype == "model" else _DTYPES.get(dtype)
     if kind not in _DTYPES.values():
         raise ValueError(f"harvest: dtype must be float32, bfloat16 or model, got {dtype!r} (float16 overflows)")
@@ -138,10 +136,6 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _text_hash(window: Sequence[Prompt]) -> str:
-    return _hash("\0".join(prompt.content_key() for prompt in window))
-
-
 def _open_end(place: Path, record: Mapping[str, Any]) -> None:
     """Begin an end of a store, or find the same one begun."""
     file = place / "end.json"
@@ -170,7 +164,7 @@ def _shard_header(file: Path) -> dict[str, Any]:
 
 
 def _require_same_texts(file: Path, window: Sequence[Prompt]) -> None:
-    if _shard_header(file)["texts"] != _text_hash(window):
+    if _shard_header(file)["texts"] != text_digest(window):
         raise ArtifactError(
             f"{file}: was harvested from other texts, or in another order; give the same texts, or choose another folder"
         )
@@ -203,7 +197,7 @@ def _write_shard(
     header = {
         **{key: value for key, value in record.items() if key not in ("schema", "kind")},
         "number": number,
-        "texts": _text_hash(window),
+        "texts": text_digest(window),
         "documents": [prompt.id for prompt in window],
         "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
