@@ -5,7 +5,7 @@ the ranks, so that any number of them gives the same moments up to the rounding 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xmodel_steer.errors import PromptError, SpaceMismatchError
-from xmodel_steer.moments import PARTS, Moments, PartMoments
+from xmodel_steer.moments import PARTS, PRODUCTS, Moments, PartMoments, recentred
 from xmodel_steer.prompts import Prompt, text_digest
 
 
@@ -106,29 +106,10 @@ def _reduced(part: PartMoments, sketch: tuple[int, ...]) -> PartMoments:
     n = int(counts[0])
     if n == 0:
         return part
-    share = part.count / n
-
-    def moved(means: Mapping[Any, Tensor]) -> tuple[dict[Any, Tensor], dict[Any, Tensor]]:
-        common = {site: _sum(mean * share) for site, mean in means.items()}
-        return common, {site: mean - common[site] for site, mean in means.items()}
-
-    source, ds = moved(part.source_means)
-    target, dt = moved(part.target_means)
-
-    def within(scatters: Mapping[Any, Tensor], delta: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-        return {k: _sum(m + part.count * torch.outer(delta[k], delta[k])) for k, m in scatters.items()}
-
-    def between(crosses: Mapping[Any, Tensor], columns: Any = slice(None)) -> dict[Any, Tensor]:
-        return {(s, t): _sum(c + part.count * torch.outer(ds[s], dt[t][columns])) for (s, t), c in crosses.items()}
-
-    return PartMoments(
-        n,
-        int(counts[1]),
-        source,
-        target,
-        within(part.source_scatters, ds),
-        within(part.target_scatters, dt),
-        between(part.cross),
-        between(part.shuffled),
-        between(part.sketch, list(sketch)),
+    source, target = (
+        {site: _sum(mean * (part.count / n)) for site, mean in means.items()}
+        for means in (part.source_means, part.target_means)
     )
+    own = recentred(part, source, target, sketch)
+    sums = {kind: {key: _sum(m) for key, m in getattr(own, kind).items()} for kind in PRODUCTS}
+    return replace(own, count=n, documents=int(counts[1]), **sums)

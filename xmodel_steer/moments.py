@@ -20,6 +20,7 @@ from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import check_finite
 
 PARTS = ("train", "validation", "test")
+PRODUCTS = ("source_scatters", "target_scatters", "cross", "shuffled", "sketch")  # of `PartMoments`
 
 
 def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float = 0.1) -> str:
@@ -511,37 +512,49 @@ class MomentsAccumulator:
         )
 
 
+def recentred(
+    part: PartMoments, source_means: Mapping[Site, Tensor], target_means: Mapping[Site, Tensor], sketch: Sequence[int]
+) -> PartMoments:
+    """The same rows with their products about other means: M + n (mean - other)ᵀ(mean - other).
+
+    Products of several sets of rows about common means add up (Chan, Golub & LeVeque 1979).
+    """
+    n, columns = part.count, list(sketch)
+    ds = {site: mean - source_means[site] for site, mean in part.source_means.items()}
+    dt = {site: mean - target_means[site] for site, mean in part.target_means.items()}
+
+    def within(scatters: Mapping[Site, Tensor], delta: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        return {site: torch.addr(m, delta[site], delta[site], alpha=n) for site, m in scatters.items()}
+
+    def between(crosses: Mapping, taken: Any = slice(None)) -> dict:
+        return {(s, t): torch.addr(c, ds[s], dt[t][taken], alpha=n) for (s, t), c in crosses.items()}
+
+    return replace(
+        part,
+        source_means=dict(source_means),
+        target_means=dict(target_means),
+        source_scatters=within(part.source_scatters, ds),
+        target_scatters=within(part.target_scatters, dt),
+        cross=between(part.cross),
+        shuffled=between(part.shuffled),
+        sketch=between(part.sketch, columns),
+    )
+
+
 def _merged(one: PartMoments, two: PartMoments, sketch: Sequence[int]) -> PartMoments:
-    """Moments of both sets of rows together (Chan, Golub & LeVeque 1979, pairwise update)."""
+    """Moments of both sets of rows together."""
     if one.count == 0:
         return two
     if two.count == 0:
         return one
-    n = one.count + two.count
-    weight = one.count * two.count / n
-    ds = {site: two.source_means[site] - mean for site, mean in one.source_means.items()}
-    dt = {site: two.target_means[site] - mean for site, mean in one.target_means.items()}
-
-    def means(own: Mapping[Site, Tensor], delta: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-        return {site: mean + delta[site] * (two.count / n) for site, mean in own.items()}
-
-    def scatters(own: Mapping[Site, Tensor], other: Mapping[Site, Tensor], delta: Mapping[Site, Tensor]) -> dict:
-        return {site: m + other[site] + weight * torch.outer(delta[site], delta[site]) for site, m in own.items()}
-
-    def crosses(own: Mapping, other: Mapping, columns: Any = slice(None)) -> dict:
-        return {(s, t): c + other[s, t] + weight * torch.outer(ds[s], dt[t][columns]) for (s, t), c in own.items()}
-
-    return PartMoments(
-        n,
-        one.documents + two.documents,
-        means(one.source_means, ds),
-        means(one.target_means, dt),
-        scatters(one.source_scatters, two.source_scatters, ds),
-        scatters(one.target_scatters, two.target_scatters, dt),
-        crosses(one.cross, two.cross),
-        crosses(one.shuffled, two.shuffled),
-        crosses(one.sketch, two.sketch, list(sketch)),
+    share = two.count / (one.count + two.count)
+    source, target = (
+        {site: torch.lerp(mean, theirs[site], share) for site, mean in own.items()}
+        for own, theirs in ((one.source_means, two.source_means), (one.target_means, two.target_means))
     )
+    a, b = (recentred(part, source, target, sketch) for part in (one, two))
+    sums = {kind: {k: v + getattr(b, kind)[k] for k, v in getattr(a, kind).items()} for kind in PRODUCTS}
+    return replace(a, count=one.count + two.count, documents=one.documents + two.documents, **sums)
 
 
 def shuffle_generator(seed: int, document: int) -> torch.Generator:
