@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from xmodel_steer.evaluation import FUNCTION_WORDS, Contains, Language, Matches, WordBalance, score_texts, words
+from xmodel_steer.scorers import FUNCTION_WORDS, Contains, Language, Matches, WordBalance, score_texts, words
 
 BALANCE = WordBalance(frozenset({"good", "joy"}), frozenset({"bad", "isn't"}))
 

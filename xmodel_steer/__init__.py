@@ -18,12 +18,8 @@ from xmodel_steer.errors import PromptError as PromptError
 from xmodel_steer.errors import SiteError as SiteError
 from xmodel_steer.errors import SpaceMismatchError as SpaceMismatchError
 from xmodel_steer.errors import XModelSteerError as XModelSteerError
-from xmodel_steer.evaluation import Contains as Contains
 from xmodel_steer.evaluation import GeneratedText as GeneratedText
-from xmodel_steer.evaluation import Language as Language
-from xmodel_steer.evaluation import Matches as Matches
 from xmodel_steer.evaluation import Preference as Preference
-from xmodel_steer.evaluation import WordBalance as WordBalance
 from xmodel_steer.evaluation import side_effects as side_effects
 from xmodel_steer.fitters import Identity as Identity
 from xmodel_steer.fitters import Procrustes as Procrustes
@@ -52,6 +48,13 @@ from xmodel_steer.readers import read_contrast as read_contrast
 from xmodel_steer.readers import read_prompts as read_prompts
 from xmodel_steer.report import write_report as write_report
 from xmodel_steer.rows import PairedRows as PairedRows
+from xmodel_steer.scorers import Contains as Contains
+from xmodel_steer.scorers import ExactAnswer as ExactAnswer
+from xmodel_steer.scorers import Language as Language
+from xmodel_steer.scorers import Matches as Matches
+from xmodel_steer.scorers import RefusalPhrases as RefusalPhrases
+from xmodel_steer.scorers import StartsWith as StartsWith
+from xmodel_steer.scorers import WordBalance as WordBalance
 from xmodel_steer.spaces import Site as Site
 from xmodel_steer.spaces import Space as Space
 from xmodel_steer.steering import Ablate as Ablate

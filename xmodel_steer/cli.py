@@ -383,7 +383,7 @@ def _sites(text: str | None, option: str) -> list[Any]:
 
 def _scorer(text: str) -> Any:
     from xmodel_steer.demo import BEHAVIOURS
-    from xmodel_steer.evaluation import Contains, Language, Matches
+    from xmodel_steer.scorers import Contains, Language, Matches
 
     name, _, argument = text.partition(":")
     try:

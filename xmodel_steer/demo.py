@@ -11,13 +11,13 @@ from typing import Any
 
 from xmodel_steer.capture import collect_moments
 from xmodel_steer.errors import ArtifactError, PromptError
-from xmodel_steer.evaluation import Scorer, WordBalance
 from xmodel_steer.files import SCHEMA
 from xmodel_steer.models import content_hash, load
 from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import cache_folder
 from xmodel_steer.persistence import read, save
 from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.scorers import Scorer, WordBalance
 from xmodel_steer.spaces import Site
 from xmodel_steer.transfer import TransferResult, transfer
 

@@ -1,7 +1,6 @@
 """What steering did: the behaviour in generated text, and the damage on neutral text."""
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,139 +14,9 @@ from xmodel_steer.generation import generate
 from xmodel_steer.metrics import Reference
 from xmodel_steer.models import Batch, batches, encode, forward, layout, name_of
 from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
+from xmodel_steer.scorers import Scorer, score_texts
 from xmodel_steer.steering import Intervention, steering
 from xmodel_steer.vectors import check_finite
-
-Scorer = Callable[[str], float]
-
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case; apostrophes inside a word stay.
-
-    Example:
-        >>> words("It's Ann's 2nd day.")
-        ["it's", "ann's", 'nd', 'day']
-    """
-    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
-
-
-@dataclass(frozen=True)
-class WordBalance:
-    """Balance of two word lists: (p - n) / (p + n), from -1 to 1, and 0 without any such word.
-
-    Counts words, and knows nothing of negation or irony: it measures a tendency over many texts.
-
-    Args:
-        positive: Words that count for the behaviour, in lower case.
-        negative: Words that count against it.
-
-    Example:
-        >>> WordBalance(frozenset({"good"}), frozenset({"bad"}))("Good, good, bad... good.")
-        0.5
-    """
-
-    positive: frozenset[str]
-    negative: frozenset[str]
-
-    def __call__(self, text: str) -> float:
-        """The balance of one text."""
-        found = words(text)
-        p = sum(word in self.positive for word in found)
-        n = sum(word in self.negative for word in found)
-        return (p - n) / (p + n) if p + n else 0.0
-
-
-@dataclass(frozen=True)
-class Contains:
-    """1 when the text contains one of the strings, else 0; case does not count unless asked."""
-
-    strings: tuple[str, ...]
-    case_sensitive: bool = False
-
-    def __call__(self, text: str) -> float:
-        """1 or 0 for one text."""
-        if self.case_sensitive:
-            return float(any(s in text for s in self.strings))
-        return float(any(s.casefold() in text.casefold() for s in self.strings))
-
-
-@dataclass(frozen=True)
-class Matches:
-    """1 when a regular expression matches somewhere in the text, else 0.
-
-    Raises:
-        ValueError: The pattern is not a regular expression.
-    """
-
-    pattern: str
-    flags: int = re.IGNORECASE
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"Matches: {self.pattern!r} is not a regular expression: {error}") from None
-
-    def __call__(self, text: str) -> float:
-        """1 or 0 for one text."""
-        return float(re.search(self.pattern, text, self.flags) is not None)
-
-
-# Frequent function words of each language. A word that several of them have counts for each.
-FUNCTION_WORDS = {
-    "english": "the and of to that with his they this have from were she which would there been their you it for not are but",
-    "french": "le les des une dans qui pour pas au avec sont ce cette aux elle nous vous ils être ses comme et est du que il mais",
-    "german": "der die und ist nicht ein eine mit sich auf dem den von zu auch wie aus bei nach wird sind oder ich wir das",
-    "spanish": "el los las más pero fue sus ya todo esta muy sin hasta donde y lo cuando porque había también hay con una que por para como su del se",
-    "italian": "gli che di per sono della nel alla anche dei delle questo ma più suo stato dal è degli ho una con del su il lo",
-    "portuguese": "os uma não em ao dos pelo são foi seu já ser muito nos está isso ele às eu antes que por para como mais das se",
-}
-
-
-@dataclass(frozen=True)
-class Language:
-    """1 when the text's function words are most often those of a language, else 0.
-
-    Args:
-        language: One of `FUNCTION_WORDS`.
-
-    Raises:
-        ValueError: The language is not among them.
-
-    Example:
-        >>> Language("french")("Il est dans la maison avec les enfants.")
-        1.0
-    """
-
-    language: str
-
-    def __post_init__(self) -> None:
-        if self.language not in FUNCTION_WORDS:
-            raise ValueError(f"Language: {self.language!r} is not one of {', '.join(FUNCTION_WORDS)}")
-
-    def __call__(self, text: str) -> float:
-        """1 or 0 for one text; 0 where two languages tie."""
-        found = words(text)
-        counts = {name: sum(w in set(own.split()) for w in found) for name, own in FUNCTION_WORDS.items()}
-        best = max(counts.values())
-        return float(best > 0 and counts[self.language] == best and list(counts.values()).count(best) == 1)
-
-
-def score_texts(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
-    """The score of each text.
-
-    Raises:
-        ValueError: The scorer returned something that is not a finite number.
-    """
-    scores = np.array([float(scorer(text)) for text in texts])
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise ValueError(
-            f"scorer {scorer!r}: gave {scores[bad]} for {texts[bad][:60]!r}; it must give a finite number for any text"
-        )
-    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +201,7 @@ class GeneratedText(Behaviour):
                     )
                 for k in range(len(group)):
                     own = texts[k * n : (k + 1) * n]
-                    measured.append(Measured(score_texts(self.scorer, own), tuple(own)))
+                    measured.append(Measured(score_texts(self.scorer, own, self.prompts), tuple(own)))
                 bar.update(n * len(group))
         return measured
 

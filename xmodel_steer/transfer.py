@@ -16,13 +16,14 @@ from torch import Tensor
 
 from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference, Scorer, SideEffect, side_effects
+from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference, SideEffect, side_effects
 from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
 from xmodel_steer.maps import Map
 from xmodel_steer.metrics import Estimate, bootstrap_mean, resamples
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
 from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
+from xmodel_steer.scorers import Scorer
 from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.steering import Add, Intervention, Positions
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
