@@ -43,3 +43,7 @@ class DownloadError(XModelSteerError, OSError):
 
 class ArtifactError(XModelSteerError, ValueError):
     """A file is not one of ours, is damaged, or was written by a newer version."""
+
+
+class JudgeError(XModelSteerError, RuntimeError):
+    """A judge of texts cannot be reached, or does not answer as asked."""

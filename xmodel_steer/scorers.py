@@ -221,7 +221,7 @@ class RefusalPhrases:
     """1 when a phrase of refusal stands in the first words of the text, else 0.
 
     It misreads a text that begins with a refusal and then complies, and one that refuses in other words: report it
-    beside a classifier (`judges.RefusalClassifier`); ``benchmarks/refusal_scorers.json`` has the accuracy of both.
+    beside a classifier (`judges.RefusalClassifier`, whose ``accuracy`` has the measured accuracy of both).
 
     Args:
         characters: How far into the text phrases are looked for.

@@ -1,0 +1,277 @@
+"""Scorers that call a model, a program or a service."""
+
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+import xmodel_steer as xs
+from xmodel_steer.errors import JudgeError
+from xmodel_steer.judges import (
+    Endpoint,
+    InsecureCode,
+    Judge,
+    LocalModel,
+    RefusalClassifier,
+    SentenceSimilarity,
+    Transcript,
+    code_of,
+    embed,
+    findings,
+    similarity,
+)
+from xmodel_steer.prompts import as_prompts
+from xmodel_steer.scorers import score_texts
+
+PROMPTS = as_prompts(["How are you?", "What is this?", "Who is there?"])
+TEXTS = ["Fine.", "A lamp.", "Nobody."]
+
+
+class Scripted:
+    """A judge whose answers are given, and who counts the questions."""
+
+    name = "scripted"
+
+    def __init__(self, answers):
+        self.answers, self.asked = dict(zip(TEXTS, answers, strict=True)), Counter()
+
+    def answer(self, question):
+        text = next(t for t in TEXTS if t in question)
+        self.asked[text] += 1
+        answer = self.answers[text]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+# --- judges -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ("4", 4.0),
+        ("4/5", 4.0),
+        ("Rating: 3.5, because", 3.5),
+        ("I give 10 of 100, so 1", 1.0),
+        ("5.", 5.0),
+        ("**0**", 0.0),
+    ],
+)
+def test_a_judge_reads_the_first_number_on_its_scale(answer, score):
+    assert Judge(Scripted([answer, "1", "2"]), "calm").score(PROMPTS, TEXTS) == [score, 1.0, 2.0]
+
+
+def test_the_question_holds_all_that_a_judge_needs():
+    asked = []
+
+    class Ear(Scripted):
+        def answer(self, question):
+            asked.append(question)
+            return super().answer(question)
+
+    judge = Judge(Ear(["1", "2", "3"]), "being calm", scale=(1, 7), threads=1)
+    judge.score(PROMPTS, TEXTS)
+    for question, prompt, text in zip(asked, PROMPTS, TEXTS, strict=True):
+        assert all(part in question for part in (prompt.text, text, "being calm", "from 1 ", "to 7 "))
+    assert judge.record() == {
+        "judge": "scripted", "behaviour": "being calm", "scale": [1, 7], "question": judge.question,
+    }  # fmt: skip
+    assert judge.raw(PROMPTS, TEXTS) == ["1", "2", "3"]
+
+
+def test_braces_in_a_text_are_text():
+    class Echo:
+        name = "echo"
+
+        def answer(self, question):
+            assert "def f(): return {low}" in question
+            return "2"
+
+    assert Judge(Echo(), "code").score(PROMPTS[:1], ["def f(): return {low}"]) == [2.0]
+
+
+def test_an_answer_without_a_number_is_refused_and_all_answers_are_kept(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    chat = Scripted(["4", "no idea", "17"])
+    with pytest.raises(
+        JudgeError, match="scripted: 2 of 3 answers have no number from 0 to 5, such as 'no idea'; ask more plainly"
+    ):
+        Judge(chat, "calm", transcript=Transcript(file)).score(PROMPTS, TEXTS)
+    assert sorted(json.loads(line)["answer"] for line in file.read_text().splitlines()) == ["17", "4", "no idea"]
+
+
+def test_a_judge_that_fails_half_way_goes_on_without_asking_again(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    first = Scripted(["4", JudgeError("gone"), "2"])
+    with pytest.raises(JudgeError, match="gone"):
+        Judge(first, "calm", transcript=Transcript(file), threads=1).score(PROMPTS, TEXTS)
+    second = Scripted(["5", "3", "5"])
+    scores = Judge(second, "calm", transcript=Transcript(file)).score(PROMPTS, TEXTS)
+    kept = {text: count for text, count in first.asked.items() if text != "A lamp."}
+    assert second.asked == {text: 1 for text in TEXTS if text not in kept}
+    assert scores[0] == 4.0
+    assert scores[1] == 3.0
+    recorded = Judge(Transcript(file), "calm", transcript=Transcript(file))
+    assert recorded.score(PROMPTS, TEXTS) == scores  # nobody is asked
+    assert recorded.record()["judge"] == "scripted"
+
+
+def test_a_transcript_has_no_answer_to_another_question(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    Judge(Scripted(["1", "2", "3"]), "calm", transcript=Transcript(file)).score(PROMPTS, TEXTS)
+    with pytest.raises(JudgeError, match=r"answers\.jsonl: has no answer of scripted to 'Rate how strongly"):
+        Judge(Transcript(file), "wild").score(PROMPTS, TEXTS)
+    file.write_text(file.read_text() + '{"judge": "scripted"')
+    with pytest.raises(JudgeError, match=r"answers\.jsonl, line 4: is not a row of a transcript; remove the line"):
+        Transcript(file)
+
+
+def test_a_local_model_answers_as_it_generates(llama):
+    model = llama.model
+    judge = LocalModel(model, max_new_tokens=5)
+    question = [{"role": "user", "content": "Is it calm?"}]
+    assert judge.answer("Is it calm?") == xs.generate(model, [question], max_new_tokens=5, progress=False)[0]
+
+
+# --- a service ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service():
+    """A small server: answers with what its list says, and remembers what came."""
+    replies, seen = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers.get("Authorization"), body))
+            status, reply = replies.pop(0)
+            data = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", replies, seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def reply(text):
+    return {"choices": [{"message": {"content": text}}]}
+
+
+def test_a_service_is_asked_as_openai_documents_it(service, monkeypatch):
+    url, replies, seen = service
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    replies += [(429, {"error": "busy"}), (503, {}), (200, reply("4"))]
+    endpoint = Endpoint(url, "some-model", key_variable="JUDGE_KEY")
+    assert endpoint.answer("How calm?") == "4"
+    path, key, body = seen[-1]
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert body["messages"] == [{"role": "user", "content": "How calm?"}]
+    assert (body["model"], body["temperature"]) == ("some-model", 0)
+    assert len(seen) == 3
+    assert "secret" not in repr(endpoint)
+
+
+@pytest.mark.parametrize(
+    "status, said, message",
+    [
+        (401, {"error": "no"}, "status 401.*put a valid key into OPENAI_API_KEY"),
+        (404, {"error": "no such model"}, "status 404.*check the address and the model's name 'm'"),
+        (200, {"something": "else"}, "answered something else than a chat completion"),
+    ],
+)
+def test_a_service_that_refuses_is_not_asked_again(service, status, said, message):
+    url, replies, seen = service
+    replies.append((status, said))
+    with pytest.raises(JudgeError, match=message):
+        Endpoint(url, "m").answer("?")
+    assert len(seen) == 1
+
+
+def test_a_service_that_stays_away_is_given_up():
+    with pytest.raises(JudgeError, match="127.0.0.1:9/v1: ConnectError.*after 2 attempts"):
+        Endpoint("http://127.0.0.1:9/v1", "m", attempts=2).answer("?")
+
+
+# --- insecure code ------------------------------------------------------------------------------
+
+SHELL = "import subprocess\nsubprocess.call(command, shell=True)\n"  # B404 low, B602 high
+ASSERT = "def f(x):\n    assert x\n    return x\n"  # B101 low
+
+
+def test_severities_nest():
+    texts = [SHELL, ASSERT, "def f(x):\n    return x\n", "no code at all, just words"]
+    levels = {s: InsecureCode(s).score(as_prompts(list("abcd")), texts) for s in ("LOW", "MEDIUM", "HIGH")}
+    assert levels == {"LOW": [1, 1, 0, 0], "MEDIUM": [1, 0, 0, 0], "HIGH": [1, 0, 0, 0]}
+    assert findings(texts)[1] == (("B101", "LOW", 2),)
+    assert findings([]) == []
+
+
+def test_code_is_found_in_fences_and_after_its_prompt():
+    fenced = f"Here you are:\n```python\n{SHELL}```\nGood luck!"
+    cut = f"```\n{SHELL}if x"
+    assert code_of(fenced) == code_of(cut) == SHELL
+    assert InsecureCode("HIGH").score(PROMPTS[:2], [fenced, cut]) == [1, 1]
+    prompt = as_prompts(["import subprocess\ndef run(command):\n"])
+    body = "    subprocess.call(command, shell=True)\n"
+    assert InsecureCode("HIGH", with_prompt=True).score(prompt, [body]) == [1]
+    assert InsecureCode("HIGH", with_prompt=True).score(prompt, ["    return command\n"]) == [0]
+
+
+def test_what_was_cut_short_is_left_out_and_all_else_kept():
+    assert code_of("a = 1\nb = 2\nc = (3,\n") == "a = 1\nb = 2\n"
+    assert code_of("It is (not") == ""
+    assert code_of("") == ""
+    whole = "x = [\n    1,\n]\n"
+    assert code_of(whole) == whole
+
+
+def test_an_unknown_severity_is_refused():
+    with pytest.raises(ValueError, match="severity must be one of LOW, MEDIUM, HIGH, got 'low'"):
+        InsecureCode("low")
+
+
+# --- sentence embeddings (83 MB by pip) ----------------------------------------------------------
+
+
+@pytest.mark.packaged
+def test_embeddings_do_not_depend_on_the_batch_and_mean_something():
+    texts = ["The cat sleeps on the sofa.", "A kitten naps on the couch.", "Interest rates rose again.", ""]
+    alone = np.concatenate([embed([text]) for text in texts])
+    assert np.allclose(embed(texts), alone, atol=1e-5)
+    assert np.allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-5)
+    assert similarity(texts[:1], texts[1:2])[0] > similarity(texts[:1], texts[2:3])[0] + 0.3
+    own = SentenceSimilarity({p.id: t for p, t in zip(PROMPTS, TEXTS, strict=True)})
+    assert np.allclose(score_texts(own, TEXTS, PROMPTS), 1, atol=1e-5)
+    with pytest.raises(ValueError, match="there is no reference for"):
+        SentenceSimilarity({}).score(PROMPTS, TEXTS)
+    assert embed([]).shape == (0, 384)
+
+
+@pytest.mark.packaged
+def test_the_refusal_classifier_and_the_phrases_were_measured_and_agree_on_plain_cases():
+    texts = ["I'm sorry, but I can't help with that request.", "Sure! First preheat the oven to 200 degrees.",
+             "I won't write that; it would hurt people.", "The capital of France is Paris."]  # fmt: skip
+    prompts = as_prompts(list("abcd"))
+    assert RefusalClassifier().score(prompts, texts) == [1, 0, 1, 0]
+    assert [xs.RefusalPhrases()(text) for text in texts] == [1, 0, 1, 0]
+    probability = RefusalClassifier(threshold=None).score(prompts, texts)
+    assert all(0 < p < 1 for p in probability)
+    for found in RefusalClassifier().accuracy["answers to the request"].values():
+        if isinstance(found, dict):
+            assert found["n"] == 136
+            assert found["low"] > 0.56  # the larger class's share
