@@ -5,8 +5,8 @@ import pytest
 import torch
 from toys import TEXTS
 
+from xmodel_steer.damage import calibrate, side_effects
 from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import side_effects
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.steering import Ablate, Add, Intervention
 
@@ -98,3 +98,55 @@ def test_max_tokens_cuts(toy):
 def test_texts_without_a_prediction_are_refused(llama, texts, limit, says):
     with pytest.raises(PromptError, match=says):
         measured(llama, [[]], texts, max_tokens=limit)
+
+
+# --- equal damage -------------------------------------------------------------------------------
+
+
+def calibrated(toy, vectors, kl, **kwargs):
+    return calibrate(toy.model, vectors, kl, TEXTS, progress=False, **kwargs)
+
+
+def test_the_calibrated_strength_does_the_damage_that_was_asked_for(toy):
+    vectors = [toy.vector(1, seed=k, size=1.0) for k in (1, 2)]
+    doses = calibrated(toy, [*vectors, *vectors], [0.05, 0.05, 0.3, 0.3], signs=[1, -1, 1, -1])
+    for dose, vector, budget in zip(doses, [*vectors, *vectors], [0.05, 0.05, 0.3, 0.3], strict=True):
+        (found,) = measured(toy, [[Intervention(vector, Add(dose.strength))]], max_tokens=32)
+        assert found.mean_kl == pytest.approx(dose.kl, rel=1e-3)
+        assert found.mean_kl == pytest.approx(budget, rel=0.11)
+        assert dose.reached
+    assert [np.sign(d.strength) for d in doses] == [1, -1, 1, -1]
+    assert all(abs(big.strength) > abs(small.strength) for small, big in zip(doses[:2], doses[2:], strict=True))
+
+
+def test_half_a_vector_needs_twice_the_strength(llama):
+    vector = llama.vector(1, size=1.0)
+    whole, half = calibrated(llama, [vector, vector / 2], 0.1, tolerance=0.01)
+    assert half.strength == pytest.approx(2 * whole.strength, rel=0.02)
+
+
+def test_a_budget_that_no_strength_reaches_is_said(llama):
+    (dose,) = calibrated(llama, [llama.vector(1, size=1e-4)], 1.0, max_strength=4.0)
+    assert not dose.reached
+    assert dose.kl < 0.5
+    assert abs(dose.strength) <= 4.0 + 1e-9
+
+
+@pytest.mark.parametrize("kl, signs", [(0.0, 1), ([0.1, -1.0], 1), (0.1, [1, 0])])
+def test_a_budget_or_sign_without_meaning_is_refused(llama, kl, signs):
+    with pytest.raises(ValueError, match="calibrate: budgets must be positive and signs 1 or -1, got"):
+        calibrated(llama, [llama.vector(1)] * 2, kl, signs=signs)
+
+
+def test_agreement_is_of_the_likeliest_tokens(toy):
+    vector = toy.vector(1, size=1.0)
+    none, made = measured(toy, [[], [Intervention(vector)]])
+    same = []
+    for text in TEXTS:
+        ids = toy.ids(text)
+        tops = [toy.reference(ids, edits)[1][:-1].argmax(-1) for edits in ({}, {1: vector.direction})]
+        same.append(int((tops[0] == tops[1]).sum()))
+    assert none.agreement == 1.0
+    assert abs(made.agreeing - same).sum() <= 1  # a near-tie may fall otherwise
+    assert made.agreement == pytest.approx(made.agreeing.sum() / made.tokens.sum())
+    assert made.agreement < 1

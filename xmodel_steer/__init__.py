@@ -7,6 +7,8 @@ from xmodel_steer import plots as plots
 from xmodel_steer.alignment import align as align
 from xmodel_steer.capture import capture as capture
 from xmodel_steer.capture import collect_moments as collect_moments
+from xmodel_steer.damage import calibrate as calibrate
+from xmodel_steer.damage import side_effects as side_effects
 from xmodel_steer.errors import AlignmentError as AlignmentError
 from xmodel_steer.errors import AlignmentWarning as AlignmentWarning
 from xmodel_steer.errors import ArtifactError as ArtifactError
@@ -18,9 +20,10 @@ from xmodel_steer.errors import PromptError as PromptError
 from xmodel_steer.errors import SiteError as SiteError
 from xmodel_steer.errors import SpaceMismatchError as SpaceMismatchError
 from xmodel_steer.errors import XModelSteerError as XModelSteerError
+from xmodel_steer.evaluation import AnswerLogOdds as AnswerLogOdds
 from xmodel_steer.evaluation import GeneratedText as GeneratedText
+from xmodel_steer.evaluation import MultipleChoice as MultipleChoice
 from xmodel_steer.evaluation import Preference as Preference
-from xmodel_steer.evaluation import side_effects as side_effects
 from xmodel_steer.fitters import Identity as Identity
 from xmodel_steer.fitters import Procrustes as Procrustes
 from xmodel_steer.fitters import RandomMap as RandomMap

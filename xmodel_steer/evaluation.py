@@ -1,121 +1,25 @@
-"""What steering did: the behaviour in generated text, and the damage on neutral text."""
+"""Behaviours: what a model does with prompts, one score per unit, under any intervention."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from xmodel_steer.damage import Settings, losses
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
-from xmodel_steer.metrics import Reference
-from xmodel_steer.models import Batch, batches, encode, forward, layout, name_of
-from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
-from xmodel_steer.scorers import Scorer, score_texts
-from xmodel_steer.steering import Intervention, steering
+from xmodel_steer.models import Encoding, batches, encode, forward, layout, name_of
+from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
+from xmodel_steer.scorers import Explained, Scorer, score_texts
+from xmodel_steer.steering import steering
 from xmodel_steer.vectors import check_finite
-
-
-@dataclass(frozen=True, eq=False)
-class SideEffect:
-    """Damage of an intervention on neutral text, one entry per document.
-
-    Args:
-        kl: KL(unsteered ‖ steered) summed over the document's predicted tokens, in nats.
-        loss: Negative log-likelihood of the document under the steered model, summed, in nats.
-        tokens: Number of predicted tokens.
-    """
-
-    kl: np.ndarray = field(repr=False)
-    loss: np.ndarray = field(repr=False)
-    tokens: np.ndarray = field(repr=False)
-
-    @property
-    def mean_kl(self) -> float:
-        """KL from the unsteered model per token, in nats."""
-        return float(self.kl.sum() / self.tokens.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """Exp of the mean loss per token."""
-        return float(np.exp(min(self.loss.sum() / self.tokens.sum(), 700.0)))
-
-
-def side_effects(
-    model: Any,
-    interventions: Sequence[Sequence[Intervention]],
-    texts: Iterable[PromptLike],
-    *,
-    max_tokens: int | None = 64,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> list[SideEffect]:
-    """KL from the unsteered model and perplexity on neutral text, for several interventions.
-
-    All are measured on the same text, batch by batch, so that the unsteered logits are computed
-    once and never all held. A document's first token predicts but is not predicted.
-
-    Args:
-        model: The model that is steered.
-        interventions: One list of interventions per setting; an empty list is the unsteered model.
-        texts: Neutral text, none of it used to fit anything.
-        max_tokens: Tokens read of each document; None reads all of it.
-        batch_size: Documents at a time.
-        progress: Show a progress bar.
-
-    Raises:
-        PromptError: There are no documents, or one has fewer than two tokens.
-    """
-    encodings = encode(model, as_prompts(list(texts)), max_tokens=max_tokens)
-    short = [e.prompt.id for e in encodings if len(e.ids) < 2]
-    if not encodings or short:
-        raise PromptError(
-            f"side_effects: needs text of at least two tokens, got {len(encodings)} documents"
-            + (f", of which {', '.join(short[:3])} are shorter" if short else "")
-        )
-    n = len(encodings)
-    kl, loss = np.zeros((len(interventions), n)), np.zeros((len(interventions), n))
-    tokens = np.array([len(e.ids) - 1 for e in encodings])
-    work = batches(model, encodings, batch_size)
-    with tqdm(
-        total=int(tokens.sum()) * len(interventions),
-        unit="tok",
-        desc=f"KL and perplexity {name_of(model)}",
-        disable=not progress,
-        delay=2,
-    ) as bar:
-        for batch in work:
-            predicted = batch.mask[:, 1:].bool()
-            following = batch.ids[:, 1:][predicted]
-            row = torch.arange(len(batch.rows), device=batch.ids.device)[:, None].expand_as(predicted)[predicted].cpu()
-
-            unsteered = _predictions(model, batch)
-            reference = Reference.of(unsteered)
-            for k, setting in enumerate(interventions):
-                if setting:
-                    with steering(model, setting):
-                        steered = _predictions(model, batch)
-                else:
-                    steered = unsteered
-                per_token, nll = reference.compare(steered, following)
-                check_finite(nll, f"side effects on {name_of(model)}: loss")
-                if not setting:
-                    per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
-                for sums, values in ((kl, per_token), (loss, nll)):
-                    sums[k, list(batch.rows)] = torch.zeros(len(batch.rows)).index_add(0, row, values.cpu()).numpy()
-                bar.update(int(predicted.sum()))
-    return [SideEffect(kl[k], loss[k], tokens) for k in range(len(interventions))]
-
-
-def _predictions(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
-    with layout(batch.rows, batch.mask.sum(-1)):
-        made, _ = forward(model, batch.ids, batch.mask, logits="all")
-    assert made is not None
-    return made[:, :-1][batch.mask[:, 1:].bool()]
 
 
 class Behaviour:
@@ -127,9 +31,7 @@ class Behaviour:
     unit: str
     ids: tuple[str, ...]
 
-    def measure(
-        self, model: Any, settings: Sequence[Sequence[Intervention]], *, progress: bool = True
-    ) -> "list[Measured]":
+    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> "list[Measured]":
         """For each setting, the score of every unit; an empty setting is the unsteered model."""
         raise NotImplementedError
 
@@ -141,10 +43,12 @@ class Measured:
     Args:
         scores: One per unit.
         texts: The generated texts that were scored, or nothing.
+        raw: What a judge answered about each text, word for word, or nothing.
     """
 
     scores: np.ndarray
     texts: tuple[str, ...] = ()
+    raw: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +74,7 @@ class GeneratedText(Behaviour):
         """Ids of the prompts."""
         return tuple(prompt.id for prompt in self.prompts)
 
-    def measure(
-        self, model: Any, settings: Sequence[Sequence[Intervention]], *, progress: bool = True
-    ) -> list[Measured]:
+    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
         """Generate under each setting and score what came.
 
         Several settings share a batch, each steering its own rows: wide batches cost little more
@@ -201,7 +103,9 @@ class GeneratedText(Behaviour):
                     )
                 for k in range(len(group)):
                     own = texts[k * n : (k + 1) * n]
-                    measured.append(Measured(score_texts(self.scorer, own, self.prompts), tuple(own)))
+                    scores = score_texts(self.scorer, own, self.prompts)
+                    raw = self.scorer.raw(self.prompts, own) if isinstance(self.scorer, Explained) else ()
+                    measured.append(Measured(scores, tuple(own), tuple(raw)))
                 bar.update(n * len(group))
         return measured
 
@@ -233,14 +137,260 @@ class Preference(Behaviour):
         sides = zip(self.contrast.positive, self.contrast.negative, strict=False)  # the longer side is cut
         return tuple(f"{p.id}/{n.id}" for p, n in sides)
 
-    def measure(
-        self, model: Any, settings: Sequence[Sequence[Intervention]], *, progress: bool = True
-    ) -> list[Measured]:
+    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
         """Likelihoods of both sides under each setting."""
         prompts = self.contrast.positive[: self._count] + self.contrast.negative[: self._count]
-        measured = []
-        effects = side_effects(model, settings, prompts, max_tokens=None, batch_size=self.batch_size, progress=progress)
-        for effect in effects:
-            per_token = -effect.loss / effect.tokens
-            measured.append(Measured(per_token[: self._count] - per_token[self._count :]))
-        return measured
+        loss, tokens = losses(model, settings, prompts, max_tokens=None, batch_size=self.batch_size, progress=progress)
+        per_token = -loss / tokens
+        return [Measured(own[: self._count] - own[self._count :]) for own in per_token]
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLogOdds(Behaviour):
+    """How much likelier one answer is than another: log p(positive | question) - log p(negative | question), in nats.
+
+    The form of Contrastive Activation Addition's multiple-choice tests (Rimsky et al. 2024, arXiv 2312.06681): with
+    answers of one token each, such as "(A" and "(B" after a common "(", it is their logit difference. Needs no
+    generation. Tokens that both answers begin with cancel and are not counted.
+
+    Args:
+        questions: Text, or chat messages that end with the user's turn: the answer then opens the assistant's.
+        positive: For each question the answer that shows the behaviour.
+        negative: The one that does not.
+        batch_size: Questions at a time.
+
+    Raises:
+        PromptError: The lists have different lengths, or both answers to a question are the same.
+    """
+
+    questions: tuple[Prompt, ...]
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    batch_size: int = 32
+    unit: str = "log-odds of the answer with the behaviour (nats)"
+
+    def __post_init__(self) -> None:
+        if not len(self.questions) == len(self.positive) == len(self.negative):
+            raise PromptError(
+                f"AnswerLogOdds: {len(self.questions)} questions, {len(self.positive)} positive and "
+                f"{len(self.negative)} negative answers; give one of each for every question"
+            )
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]], **kwargs: Any) -> "AnswerLogOdds":
+        """Make it from rows with ``question``, ``positive`` and ``negative``, or in CAA's form.
+
+        CAA's rows have ``question``, ``answer_matching_behavior`` and ``answer_not_matching_behavior``.
+
+        Raises:
+            PromptError: A row has neither form; the message names the row.
+        """
+        rows = []
+        for number, row in enumerate(records, 1):
+            answers = [
+                next((row[name] for name in names if name in row), None)
+                for names in (("positive", "answer_matching_behavior"), ("negative", "answer_not_matching_behavior"))
+            ]
+            if "question" not in row or None in answers:
+                raise PromptError(
+                    f"AnswerLogOdds: row {number} has the columns {sorted(row)}; it needs question, positive and negative"
+                )
+            rows.append((row["question"], *map(str, answers)))
+        questions, positive, negative = zip(*rows, strict=True) if rows else ((), (), ())
+        return cls(as_prompts(questions), positive, negative, **kwargs)
+
+    @property
+    def ids(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Ids of the questions."""
+        return tuple(question.id for question in self.questions)
+
+    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
+        """The log-odds of every question under each setting."""
+        options = list(zip(self.positive, self.negative, strict=True))
+        found = answer_likelihoods(
+            model, settings, self.questions, options, batch_size=self.batch_size, progress=progress
+        )
+        return [Measured(np.array([p - n for p, n in own])) for own in found]
+
+
+@dataclass(frozen=True, eq=False)
+class MultipleChoice(Behaviour):
+    """1 where the model finds the right option likelier than every other, else 0.
+
+    Args:
+        questions: The questions.
+        options: For each question its options.
+        answers: For each question the place of the right one.
+        batch_size: Questions at a time.
+
+    Raises:
+        PromptError: The lists have different lengths, or an answer is not among the options.
+    """
+
+    questions: tuple[Prompt, ...]
+    options: tuple[tuple[str, ...], ...]
+    answers: tuple[int, ...]
+    batch_size: int = 32
+    unit: str = "share of right answers"
+
+    def __post_init__(self) -> None:
+        fits = len(self.questions) == len(self.options) == len(self.answers)
+        if not fits or any(not 0 <= a < len(o) for a, o in zip(self.answers, self.options, strict=True)):
+            raise PromptError(
+                "MultipleChoice: every question needs its options and the place of the right one among them"
+            )
+
+    @classmethod
+    def packaged(cls) -> "MultipleChoice":
+        """The small set that comes with the library: common knowledge, four options each, written for it.
+
+        It shows whether steering costs capability; it is too small and too easy to rank models.
+        """
+        file = resources.files("xmodel_steer").joinpath("data/common_knowledge.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return cls(
+            as_prompts([row["question"] for row in rows]),
+            tuple(tuple(row["options"]) for row in rows),
+            tuple(row["answer"] for row in rows),
+        )
+
+    @property
+    def ids(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Ids of the questions."""
+        return tuple(question.id for question in self.questions)
+
+    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
+        """Right or wrong for every question under each setting."""
+        found = answer_likelihoods(
+            model, settings, self.questions, self.options, batch_size=self.batch_size, progress=progress
+        )
+        made = []
+        for own in found:
+            right = [max(range(len(p)), key=p.__getitem__) == a for p, a in zip(own, self.answers, strict=True)]
+            made.append(Measured(np.array(right, dtype=float)))
+        return made
+
+
+def answer_likelihoods(
+    model: Any,
+    settings: Settings,
+    questions: Sequence[Prompt],
+    options: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[list[tuple[float, ...]]]:
+    """Log-likelihood of each option of each question, in nats, but for a constant of the question.
+
+    Question and option are read as one text, as they would be tokenised together; the tokens that all options of a
+    question begin with are left out, since they cancel. Up to them the text is the prompt, for ``positions``.
+
+    Args:
+        model: The model.
+        settings: For each setting its interventions.
+        questions: Text, or chat messages that end with a turn that is not the assistant's.
+        options: For each question at least two different options.
+        batch_size: Questions at a time.
+        progress: Show a progress bar.
+
+    Returns:
+        For each setting, for each question, one number per option.
+
+    Raises:
+        PromptError: The options of a question are the same, or an option is the beginning of another.
+    """
+    encodings, lengths, owners = [], [], []
+    for i, (question, own) in enumerate(zip(questions, options, strict=True)):
+        made = [_cut(e) for e in encode(model, [_answered(question, option) for option in own])]
+        shared = _shared([e.ids for e in made])
+        if len(made) < 2 or any(len(e.ids) == shared for e in made):
+            raise PromptError(
+                f"question {question.id}: its options {list(own)!r} are not different tokens after a common beginning; "
+                "give at least two, none of which begins another"
+            )
+        encodings += made
+        lengths += [shared] * len(made)
+        owners += [i] * len(made)
+    if all(len(e.ids) == n + 1 for e, n in zip(encodings, lengths, strict=True)):
+        found = _one_token(model, settings, encodings, lengths, owners, batch_size, progress)
+    else:
+        found = _many_tokens(model, settings, encodings, lengths, owners, batch_size, progress)
+    ends = np.cumsum([0, *(len(own) for own in options)])
+    return [[tuple(row[a:b].tolist()) for a, b in pairwise(ends.tolist())] for row in found]
+
+
+def _shared(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with."""
+    together = zip(*sequences, strict=False)  # up to the end of the shortest
+    return next((n for n, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, sequences)))
+
+
+def _answered(question: Prompt, answer: str) -> Prompt:
+    if question.text is not None:
+        return Prompt(text=question.text + answer)
+    return Prompt(messages=(*question.messages, Message("assistant", answer)))
+
+
+def _cut(encoding: Encoding) -> Encoding:
+    """Without what a chat template puts after the answer."""
+    last = max((i for i, end in enumerate(encoding.ends) if end >= 0), default=len(encoding.ids) - 1)
+    return replace(
+        encoding, ids=encoding.ids[: last + 1], ends=encoding.ends[: last + 1], roles=encoding.roles[: last + 1]
+    )
+
+
+def _one_token(
+    model: Any, settings: Settings, encodings: Sequence[Encoding], lengths: Sequence[int], owners: Sequence[int],
+    batch_size: int, progress: bool,
+) -> np.ndarray:  # fmt: skip
+    """Every option is one token: one pass over each question gives all of them, with the last logits alone."""
+    firsts = {owner: i for i, owner in reversed(list(enumerate(owners)))}
+    prompts = [replace(encodings[i], ids=encodings[i].ids[: lengths[i]]) for i in firsts.values()]
+    numbers = list(firsts)
+    members: dict[int, list[int]] = {}
+    for i, owner in enumerate(owners):
+        members.setdefault(owner, []).append(i)
+    found = np.zeros((len(settings), len(encodings)))
+    total = len(prompts) * len(settings)
+    with tqdm(total=total, unit="question", desc=f"answers {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, prompts, batch_size, padding_side="left"):
+            for k, setting in enumerate(settings):
+                rows = [numbers[r] for r in batch.rows]
+                with _steered(model, setting), layout(rows, batch.mask.sum(-1)):
+                    logits, _ = forward(model, batch.ids, batch.mask, logits="last")
+                assert logits is not None
+                logs = logits[:, -1].float().log_softmax(-1)
+                check_finite(logs, f"answers of {name_of(model)}")
+                for r, number in enumerate(rows):
+                    for i in members[number]:
+                        found[k, i] = float(logs[r, encodings[i].ids[-1]])
+                bar.update(len(rows))
+    return found
+
+
+def _many_tokens(
+    model: Any, settings: Settings, encodings: Sequence[Encoding], lengths: Sequence[int], owners: Sequence[int],
+    batch_size: int, progress: bool,
+) -> np.ndarray:  # fmt: skip
+    found = np.zeros((len(settings), len(encodings)))
+    total = len(encodings) * len(settings)
+    with tqdm(total=total, unit="answer", desc=f"answers {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, encodings, batch_size):
+            begins = torch.tensor([lengths[r] for r in batch.rows], device=batch.ids.device)
+            place = torch.arange(batch.ids.shape[1] - 1, device=batch.ids.device)[None] + 1  # of the predicted token
+            counted = (place >= begins[:, None]) & batch.mask[:, 1:].bool()
+            targets = batch.ids[:, 1:][counted]
+            row = counted.nonzero()[:, 0].cpu()
+            for k, setting in enumerate(settings):
+                with _steered(model, setting), layout([owners[r] for r in batch.rows], begins):
+                    logits, _ = forward(model, batch.ids, batch.mask, logits="all")
+                assert logits is not None
+                logs = logits[:, :-1][counted].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+                check_finite(logs, f"answers of {name_of(model)}")
+                found[k, list(batch.rows)] = torch.zeros(len(batch.rows)).index_add(0, row, logs.cpu()).numpy()
+                bar.update(len(batch.rows))
+    return found
+
+
+def _steered(model: Any, setting: Any) -> Any:
+    return steering(model, setting) if setting else nullcontext()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -72,21 +72,23 @@ class Reference:
     Args:
         probabilities: p, one row per position.
         negative_entropy: Σ p log p of each row, in nats.
+        top: The likeliest token of each row.
     """
 
     probabilities: Float[Tensor, "n vocabulary"]
     negative_entropy: Float[Tensor, " n"]
+    top: Int[Tensor, " n"]
 
     @classmethod
     def of(cls, logits: Float[Tensor, "n vocabulary"]) -> "Reference":
         """The distributions of logits."""
         p = logits.float().softmax(-1)
-        return cls(p, torch.xlogy(p, p).sum(-1))
+        return cls(p, torch.xlogy(p, p).sum(-1), logits.max(-1).indices)
 
     def compare(
         self, logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"], *, chunk: int = 16
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """KL(reference ‖ logits) and -log q(target) of each row, in nats.
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """KL(reference ‖ logits) and -log q(target) of each row, in nats, and whether the likeliest token is the same.
 
         KL = Σ p log p - Σ p z + log Z with the logits z; a few rows at a time, because
         vocabularies are large and caches small.
@@ -98,4 +100,4 @@ class Reference:
             cross = torch.linalg.vecdot(self.probabilities[i : i + chunk], z)
             kl.append(self.negative_entropy[i : i + chunk] - cross + log_norm)
             loss.append(log_norm - z.gather(1, targets[i : i + chunk, None])[:, 0])
-        return torch.cat(kl).clamp(min=0), torch.cat(loss)
+        return torch.cat(kl).clamp(min=0), torch.cat(loss), logits.max(-1).indices == self.top

@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,19 @@ class TextScorer(Protocol):
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
         """The score of each text, which continues the prompt of the same place."""
+        ...
+
+
+@runtime_checkable
+class Explained(TextScorer, Protocol):
+    """A scorer that has more to say about each text than a number, such as a judge's answer."""
+
+    def raw(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[str]:
+        """What stands behind the score of each text."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """How it was asked, as plain JSON values."""
         ...
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from xmodel_steer.capture import Tokens, capture, collect_moments
+from xmodel_steer.damage import SideEffect, side_effects
 from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference, SideEffect, side_effects
+from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference
 from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
 from xmodel_steer.maps import Map
 from xmodel_steer.metrics import Estimate, bootstrap_mean, resamples

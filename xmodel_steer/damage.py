@@ -1,0 +1,263 @@
+"""Damage on neutral text, and strengths that do equal damage."""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import elementwise
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xmodel_steer.errors import PromptError
+from xmodel_steer.metrics import Reference
+from xmodel_steer.models import Batch, Encoding, batches, encode, forward, layout, name_of
+from xmodel_steer.prompts import PromptLike, as_prompts
+from xmodel_steer.steering import Add, Intervention, Positions, steering
+from xmodel_steer.vectors import SteeringVector, check_finite
+
+Settings = Sequence[Sequence[Intervention]]  # for each setting its interventions; none: the unsteered model
+
+
+@dataclass(frozen=True, eq=False)
+class SideEffect:
+    """Damage of an intervention on neutral text, one entry per document.
+
+    Args:
+        kl: KL(unsteered ‖ steered) summed over the document's predicted tokens, in nats.
+        loss: Negative log-likelihood of the document under the steered model, summed, in nats.
+        tokens: Number of predicted tokens.
+        agreeing: At how many of them both models find the same next token the likeliest.
+    """
+
+    kl: np.ndarray = field(repr=False)
+    loss: np.ndarray = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    agreeing: np.ndarray = field(repr=False)
+
+    @property
+    def mean_kl(self) -> float:
+        """KL from the unsteered model per token, in nats."""
+        return float(self.kl.sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss per token."""
+        return float(np.exp(min(self.loss.sum() / self.tokens.sum(), 700.0)))
+
+    @property
+    def agreement(self) -> float:
+        """Share of the tokens where the likeliest next token is that of the unsteered model."""
+        return float(self.agreeing.sum() / self.tokens.sum())
+
+
+def side_effects(
+    model: Any,
+    interventions: Settings,
+    texts: Iterable[PromptLike],
+    *,
+    max_tokens: int | None = 64,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[SideEffect]:
+    """KL from the unsteered model, perplexity and next-token agreement on neutral text, for several interventions.
+
+    All are measured on the same text, batch by batch, so that the unsteered logits are computed
+    once and never all held. A document's first token predicts but is not predicted.
+
+    Args:
+        model: The model that is steered.
+        interventions: One list of interventions per setting; an empty list is the unsteered model.
+        texts: Neutral text, none of it used to fit anything.
+        max_tokens: Tokens read of each document; None reads all of it.
+        batch_size: Documents at a time.
+        progress: Show a progress bar.
+
+    Raises:
+        PromptError: There are no documents, or one has fewer than two tokens.
+    """
+    encodings = _predictable(model, texts, max_tokens)
+    n = len(encodings)
+    kl, loss, agreeing = (np.zeros((len(interventions), n)) for _ in range(3))
+    tokens = np.array([len(e.ids) - 1 for e in encodings])
+    with tqdm(
+        total=int(tokens.sum()) * len(interventions),
+        unit="tok",
+        desc=f"KL and perplexity {name_of(model)}",
+        disable=not progress,
+        delay=2,
+    ) as bar:
+        for batch in batches(model, encodings, batch_size):
+            following, row = _following(batch)
+            unsteered = _predictions(model, batch)
+            reference = Reference.of(unsteered)
+            for k, setting in enumerate(interventions):
+                steered = _predictions(model, batch, setting) if setting else unsteered
+                per_token, nll, same = reference.compare(steered, following)
+                check_finite(nll, f"side effects on {name_of(model)}: loss")
+                if not setting:
+                    per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
+                for sums, values in ((kl, per_token), (loss, nll), (agreeing, same.float())):
+                    sums[k, list(batch.rows)] = _by_row(values, row, len(batch.rows))
+                bar.update(len(following))
+    return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
+
+
+def losses(
+    model: Any,
+    interventions: Settings,
+    texts: Iterable[PromptLike],
+    *,
+    max_tokens: int | None = 64,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of each text, summed over its predicted tokens, in nats; and their number.
+
+    As `side_effects`, without comparing with the unsteered model.
+
+    Returns:
+        Losses ``(settings, texts)`` and token counts ``(texts,)``.
+    """
+    encodings = _predictable(model, texts, max_tokens)
+    loss = np.zeros((len(interventions), len(encodings)))
+    tokens = np.array([len(e.ids) - 1 for e in encodings])
+    total = int(tokens.sum()) * len(interventions)
+    with tqdm(total=total, unit="tok", desc=f"likelihood {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, encodings, batch_size):
+            following, row = _following(batch)
+            for k, setting in enumerate(interventions):
+                nll = _losses_of(_predictions(model, batch, setting), following)
+                check_finite(nll, f"likelihood of {name_of(model)}")
+                loss[k, list(batch.rows)] = _by_row(nll, row, len(batch.rows))
+                bar.update(len(following))
+    return loss, tokens
+
+
+def _predictable(model: Any, texts: Iterable[PromptLike], max_tokens: int | None) -> list[Encoding]:
+    encodings = encode(model, as_prompts(list(texts)), max_tokens=max_tokens)
+    short = [e.prompt.id for e in encodings if len(e.ids) < 2]
+    if not encodings or short:
+        raise PromptError(
+            f"side_effects: needs text of at least two tokens, got {len(encodings)} documents"
+            + (f", of which {', '.join(short[:3])} are shorter" if short else "")
+        )
+    return encodings
+
+
+def _following(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tokens that are predicted, and the row of each in the batch."""
+    predicted = batch.mask[:, 1:].bool()
+    row = torch.arange(len(batch.rows), device=batch.ids.device)[:, None].expand_as(predicted)[predicted]
+    return batch.ids[:, 1:][predicted], row.cpu()
+
+
+def _by_row(values: Tensor, row: Tensor, rows: int) -> np.ndarray:
+    return torch.zeros(rows).index_add(0, row, values.cpu()).numpy()
+
+
+def _predictions(model: Any, batch: Batch, setting: Sequence[Intervention] = ()) -> Tensor:
+    """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
+    with steering(model, setting) if setting else nullcontext(), layout(batch.rows, batch.mask.sum(-1)):
+        made, _ = forward(model, batch.ids, batch.mask, logits="all")
+    assert made is not None
+    return made[:, :-1][batch.mask[:, 1:].bool()]
+
+
+def _losses_of(logits: Tensor, following: Tensor, *, chunk: int = 64) -> Tensor:
+    """-log p(target) of each row in nats, a few rows at a time: vocabularies are large."""
+    pieces = zip(logits.split(chunk), following.split(chunk), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in pieces])
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A strength that was calibrated.
+
+    Args:
+        strength: The strength, with its sign.
+        kl: The KL from the unsteered model there, in nats per token, on the text it was calibrated on.
+        reached: Whether that is the budget (within the tolerance); if not, no allowed strength reaches it.
+    """
+
+    strength: float
+    kl: float
+    reached: bool
+
+
+def calibrate(
+    model: Any,
+    vectors: Sequence[SteeringVector],
+    kl: float | Sequence[float],
+    texts: Iterable[PromptLike],
+    *,
+    signs: Sequence[int] | int = 1,
+    positions: Positions = "all",
+    max_strength: float = 16.0,
+    tolerance: float = 0.05,
+    max_tokens: int | None = 32,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[Dose]:
+    """The strength at which adding each vector disturbs neutral text by a given KL.
+
+    Arms can then be compared at equal damage. All vectors are searched for together, so that each pass over
+    the text serves all of them, with Chandrupatla's method (a bracketing one that halves at worst;
+    ``scipy.optimize.elementwise.find_root``) in logarithms of strength and KL, where KL ∝ strength² is a line.
+
+    Args:
+        model: The model that is steered.
+        vectors: The vectors.
+        kl: The budget, in nats per token: one for all, or one for each.
+        texts: Neutral text; report the KL of other text.
+        signs: 1 or -1: the direction to steer in; one for all, or one for each.
+        positions: Where to steer.
+        max_strength: Largest strength that is tried.
+        tolerance: Relative error of the KL that is good enough.
+        max_tokens: Tokens read of each text.
+        batch_size: Texts at a time.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: A budget is not positive, or a sign is neither 1 nor -1.
+    """
+    budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
+    ways = np.broadcast_to(np.asarray(signs), (len(vectors),))
+    if not (budgets > 0).all() or not np.isin(ways, (1, -1)).all():
+        raise ValueError(
+            f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {ways.tolist()}"
+        )
+    documents = as_prompts(list(texts))
+    known: dict[tuple[int, float], float] = {}
+
+    def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        settings = [[Intervention(vectors[i], Add(float(ways[i]) * math.exp(x)), positions)] for i, x in new]
+        effects = side_effects(
+            model, settings, documents, max_tokens=max_tokens, batch_size=batch_size, progress=progress
+        )
+        known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
+        return [known[key] for key in keys]
+
+    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Log of KL over budget."""
+        found = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
+        return np.log(np.maximum(found, 1e-9) / budgets[i.astype(int).ravel()]).reshape(x.shape)
+
+    index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
+    # KL grows with the square of the strength: a first look says where to search.
+    first = np.clip(-0.5 * excess(np.zeros(len(vectors)), index), top - 12, top - 0.3)
+    bracket = elementwise.bracket_root(excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(index,), maxiter=8)
+    elementwise.find_root(
+        excess, bracket.bracket, args=(index,), tolerances={"xatol": 0, "xrtol": 0, "fatol": tolerance, "frtol": 0}, maxiter=12
+    )  # fmt: skip
+    doses = []
+    for i, budget in enumerate(budgets):
+        tried = {x: value for (k, x), value in known.items() if k == i}
+        x = min(tried, key=lambda x: abs(math.log(max(tried[x], 1e-9) / budget)))
+        near = abs(math.log(max(tried[x], 1e-9) / budget)) <= 2 * tolerance
+        doses.append(Dose(float(ways[i]) * math.exp(x), tried[x], near))
+    return doses
