@@ -1,5 +1,6 @@
 """Intervals and distances, against simulation and torch's own functions."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from xmodel_steer.metrics import Estimate, Reference, bootstrap_mean, resamples
+from xmodel_steer.metrics import (
+    Estimate,
+    Reference,
+    bootstrap_mean,
+    holm,
+    resamples,
+    sign_flip_test,
+    transfer_efficiency,
+)
 
 # --- the bootstrap ---------------------------------------------------------------------------
 
@@ -137,3 +146,65 @@ def test_a_masked_vocabulary_row_gives_numbers() -> None:
 def test_infinite_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="infinite"):
         bootstrap_mean([1.0, float("inf")])
+
+
+# --- paired tests and the ratio to native -------------------------------------------------------
+
+
+def test_the_sign_flip_test_counts_every_flip_of_few_units():
+    values = np.array([0.3, -0.1, 0.4, 0.2, 0.05, -0.02])
+    signs = np.array(list(itertools.product([1, -1], repeat=len(values))))
+    means = (signs * values).mean(1)
+    assert sign_flip_test(values) == pytest.approx(float((means >= values.mean() - 1e-12).mean()))
+    assert sign_flip_test(-values) > 0.5
+    assert sign_flip_test(np.zeros(5)) == 1.0
+
+
+def test_under_no_difference_small_p_values_are_rare():
+    rng = np.random.default_rng(0)
+    found = np.array([sign_flip_test(rng.standard_normal(10)) for _ in range(200)])
+    assert (found < 0.05).mean() < 0.1
+    assert 0.4 < found.mean() < 0.6
+
+
+def test_holm_is_the_step_down_rule():
+    p = [0.04, 0.001, 0.03, 0.8]
+    order = np.argsort(p)
+    expected, running = np.zeros(4), 0.0
+    for k, i in enumerate(order):
+        running = max(running, min(1.0, p[i] * (4 - k)))
+        expected[i] = running
+    assert holm(p) == pytest.approx(expected.tolist())
+    assert holm([]) == []
+
+
+def test_efficiency_is_a_ratio_of_effects():
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(50)
+    native = base + 1 + 0.1 * rng.standard_normal(50)
+    for share in (0.5, 1.0, -0.3):
+        made = transfer_efficiency(base + share * (native - base), native, base)
+        assert made is not None
+        assert (made.value, made.low, made.high) == pytest.approx((share,) * 3)
+    mapped = base + 0.6 + 0.3 * rng.standard_normal(50)
+    one = transfer_efficiency(mapped, native, base)
+    other = transfer_efficiency(7 + 3 * mapped, 7 + 3 * native, 7 + 3 * base)  # the unit of the score does not matter
+    assert one is not None and other is not None
+    assert vars(one) == pytest.approx(vars(other))
+    assert one.low < one.value < one.high
+
+
+def test_efficiency_counts_the_uncertainty_of_the_seeds():
+    rng = np.random.default_rng(0)
+    native = 1 + 0.01 * rng.standard_normal(40)
+    seeds = np.array([-0.5, 0.0, 0.5])  # seeds that differ much, prompts that differ little
+    table = seeds[None] + 0.01 * rng.standard_normal((40, 3))
+    apart, joined = transfer_efficiency(table, native), transfer_efficiency(table.mean(1), native)
+    assert apart is not None and joined is not None
+    assert apart.value == pytest.approx(joined.value)
+    assert apart.high - apart.low > 0.5 > 0.05 > joined.high - joined.low
+
+
+@pytest.mark.parametrize("native", [[0.0, 0.0, 0.0], [0.5, -0.5, 0.1]])
+def test_efficiency_is_undefined_where_native_does_nothing(native):
+    assert transfer_efficiency([1.0, 1.0, 1.0], native) is None

@@ -18,8 +18,8 @@ from xmodel_steer.maps import AffineMap
 from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.moments import Moments, MomentsAccumulator
 from xmodel_steer.persistence import read, save
+from xmodel_steer.results import TransferResult, joined_arm
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.transfer import Arm, TransferResult
 from xmodel_steer.vectors import SteeringVector
 
 SMALL = Space("small", Site(1), 4, "aaaa", "fold_ln")
@@ -55,14 +55,20 @@ def mapping() -> AffineMap:
 
 def result() -> TransferResult:
     rng = np.random.default_rng(0)
-    rows = [("unsteered", 0.0)] + [(a, s) for a in ("native", "mapped", "random", "shuffled") for s in (-1.0, 1.0)]
+    rows: list[tuple[str, float, float | None]] = [("unsteered", 0.0, None)]
+    steered = ("native", "mapped", "random", "shuffled")
+    rows += [(a, s, budget) for budget in (None, 0.1) for a in steered for s in (-1.0, 1.0)]
     base = rng.random(6)
     arms = []
-    for i, (name, strength) in enumerate(rows):
+    for i, (name, strength, budget) in enumerate(rows):
         scores = base + strength * (1.0 if name in ("native", "mapped") else 0.01)
+        seeds = [scores, scores + 0.1] if name == "random" else [scores]
         arms.append(
-            Arm(name, strength, bootstrap_mean(scores), bootstrap_mean(scores - base), 0.1 * abs(strength), 10.0 + i,
-                tuple(scores.tolist()), (0.1, 0.2) if name == "random" else (), tuple(f"text {j} ∆\u2028" for j in range(6)))
+            joined_arm(
+                name, [strength] * len(seeds), seeds, base, kl=[0.1 * abs(strength)], perplexity=[10.0 + i],
+                agreement=[0.9], budget=budget, side={"knowledge": bootstrap_mean(base)} if budget else {},
+                texts=tuple(f"text {j} ∆\u2028" for j in range(6)), raw=("4/5",) * 6 if budget else (),
+            )
         )  # fmt: skip
     ids = [f"prompt{i}" for i in range(6)]
     return TransferResult(
@@ -111,7 +117,7 @@ def test_result_json_has_the_schema_that_readers_of_it_rely_on(tmp_path: Path) -
     record = json.loads((save(result(), tmp_path / "run") / "result.json").read_text())
     assert record["schema"] == 1
     assert {"source", "target", "map", "arms", "versions", "seeds"} <= record.keys()
-    assert len(record["arms"]) == 9
+    assert len(record["arms"]) == 17
     for arm in record["arms"]:
         assert {"arm", "strength", "effect", "low", "high", "n", "kl", "perplexity"} <= arm.keys()
 

@@ -11,8 +11,8 @@ import toys
 from toys import contrast, sentences
 
 import xmodel_steer as xs
-from xmodel_steer.metrics import bootstrap_mean
-from xmodel_steer.transfer import Arm, TransferResult, default_sites
+from xmodel_steer.results import TransferResult, joined_arm
+from xmodel_steer.transfer import default_sites
 
 
 def vowels(text: str) -> float:
@@ -38,11 +38,10 @@ def result(toy_named: Callable[[str], toys.Toy]) -> TransferResult:
 
 
 def test_every_arm_at_every_strength(result: TransferResult) -> None:
-    expected = {("unsteered", 0.0)} | {
-        (a, s) for a in ("native", "mapped", "random", "shuffled") for s in (-1.0, 1.0, 2.0)
-    }
-    assert {(a.arm, a.strength) for a in result.arms} == expected
-    assert len(result.arms) == len(expected)
+    steered = ("native", "mapped", "random", "shuffled")
+    expected = {("unsteered", 0.0)} | {(a, s) for a in steered for s in (-1.0, 1.0, 2.0)}
+    assert {(a.arm, a.strength) for a in result.arms if a.budget is None} == expected
+    assert len(result.arms) == len(expected) + len(steered) * len(result.signs)
     for arm in result.arms:
         assert arm.effect.n == len(arm.scores) == len(arm.texts) == 6  # nine prompts, a third validates
         assert arm.effect.low <= arm.effect.value <= arm.effect.high
@@ -83,6 +82,10 @@ def test_a_model_mapped_to_itself_transfers_exactly(toy_named: Callable[[str], t
     assert made.similarity["mapped"]["cosine"] > 0.999
     assert made.similarity["mapped"]["norm_ratio"] == pytest.approx(1, abs=0.01)
     assert abs(made.similarity["shuffled"]["cosine"]) < 0.9
+    for sign in made.signs:
+        assert made.at_equal_kl("mapped", sign).strength == pytest.approx(
+            made.at_equal_kl("native", sign).strength, rel=0.1
+        )
     for strength in made.strengths:
         assert made.arm("mapped", strength).texts == made.arm("native", strength).texts
         assert made.arm("mapped", strength).kl == pytest.approx(made.arm("native", strength).kl, rel=0.05)
@@ -111,7 +114,8 @@ def test_evaluation_prompts_choose_nothing(result: TransferResult, toy_named: Ca
 
     choosing = 10**9
     poisoned_run()
-    choosing = calls - 6 * (1 + 3 * (2 + 3 + 1))  # the evaluation of all settings comes last
+    # The evaluation of all settings comes last; native at the headline strength is measured once.
+    choosing = calls - 6 * (1 + 3 * (2 + 3 + 1) + len(result.signs) * (1 + 3 + 1))
     calls = 0
     poisoned = poisoned_run()
     assert poisoned.source["layer"] == result.source["layer"]
@@ -189,50 +193,116 @@ def test_default_sites_lie_inside_any_model(toy_named: Callable[[str], toys.Toy]
         assert all(0 <= site.layer < 3 for site in sites)
 
 
+def test_arms_at_equal_kl_do_the_same_damage_to_text_that_chose_the_strength(result: TransferResult) -> None:
+    for sign in result.signs:
+        native = result.at_equal_kl("native", sign)
+        assert native.strength == (1 if sign == "+" else -1) * result.headline
+        assert native.scores == result.arm("native", native.strength).scores
+        assert {result.at_equal_kl(name, sign).budget for name in ("mapped", "random", "shuffled")} == {native.budget}
+    for dose in result.selection["equal_kl"]:
+        assert dose["reached"]
+        assert dose["kl"] == pytest.approx(dose["budget"], rel=0.11)
+
+
+def test_side_behaviours_stand_beside_every_arm_at_equal_kl(toy_named: Callable[[str], toys.Toy]) -> None:
+    """A side behaviour that is the behaviour itself has its scores; elsewhere there is none."""
+    beside = xs.GeneratedText(tuple(map(xs.Prompt.of, sentences(3, 8, 4))), vowels, max_new_tokens=4)
+    made = run(toy_named("llama").model, toy_named("gemma").model, side={"off target": beside})
+    for arm in made.arms:
+        measured = arm.budget is not None or arm.arm == "unsteered"
+        assert set(arm.side) == ({"off target"} if measured else set())
+    texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4, progress=False)
+    assert made.arm("unsteered", 0).side["off target"].value == pytest.approx(np.mean([vowels(t) for t in texts]))
+    sign = made.signs[0]
+    with xs.steering(
+        toy_named("gemma").model, made.vectors["mapped"], operator=xs.Add(made.at_equal_kl("mapped", sign).strength)
+    ):
+        texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4, progress=False)
+    assert made.at_equal_kl("mapped", sign).side["off target"].value == pytest.approx(
+        np.mean([vowels(t) for t in texts])
+    )
+
+
 # --- the verdict, on made-up numbers ----------------------------------------------------------
 
 
 def made_up(result: TransferResult, effects: dict[str, float], *, noise: float = 0.01, n: int = 40) -> TransferResult:
-    """A result in which an arm at strength s scores 0.5 + s · effect, and costs KL s²."""
+    """A result in which an arm scores 0.5 + effect in one direction and 0.5 - effect in the other, at equal KL."""
     rng = np.random.default_rng(0)
     base = 0.5 + noise * rng.standard_normal(n)
     arms = []
-    for name, strength in [("unsteered", 0.0)] + [(a, s) for a in effects for s in (-2.0, -1.0, 1.0, 2.0)]:
-        scores = base + strength * effects.get(name, 0.0) + noise * rng.standard_normal(n) * (name != "unsteered")
-        kl = strength**2 * (2.0 if name == "mapped" else 1.0)
-        arms.append(
-            Arm(name, strength, bootstrap_mean(scores), bootstrap_mean(scores - base), kl, 10.0, tuple(scores.tolist()))
-        )
+    for name in ("unsteered", *effects):
+        for strength, budget in (
+            [(0.0, None)] if name == "unsteered" else [(-1.0, None), (1.0, None), (-1.0, 0.3), (1.0, 0.3)]
+        ):
+            count = 3 if name == "random" else 1
+            own = [
+                base + strength * effects.get(name, 0.0) + noise * rng.standard_normal(n) * (name != "unsteered")
+                for _ in range(count)
+            ]
+            arms.append(
+                joined_arm(
+                    name, [strength] * count, own, base, kl=[0.3], perplexity=[10.0], agreement=[0.9], budget=budget
+                )
+            )
     return replace(result, arms=tuple(arms), headline=1.0)
 
 
-def test_verdict_compares_at_equal_kl(result: TransferResult) -> None:
-    made = made_up(result, {"native": 0.2, "mapped": 0.2, "random": 0.0, "shuffled": 0.0})
-    verdict = made.verdict()
-    # Native at strength s costs KL s², mapped 2 s²: a KL of 1 buys 1/√2 of strength, and of effect.
-    assert verdict.ratio is not None
-    assert verdict.ratio.value == pytest.approx(0.5**0.5, abs=0.03)
-    assert verdict.ratio.low < verdict.ratio.value < verdict.ratio.high
-    assert verdict.separated == {"+": True, "-": True}
-    assert "transfers: 0.7" in verdict.text
+CLEAR = {"native": 0.2, "mapped": 0.15, "random": 0.01, "shuffled": 0.02}
+
+
+def test_the_verdict_says_what_survived(result: TransferResult) -> None:
+    verdict = made_up(result, CLEAR).verdict()
+    assert verdict.efficiency is not None
+    assert verdict.efficiency.value == pytest.approx(0.75, abs=0.02)
+    assert verdict.efficiency.low < verdict.efficiency.value < verdict.efficiency.high
+    assert verdict.transfers
+    assert {(c.control, c.sign) for c in verdict.comparisons} == {(c, s) for c in ("random", "shuffled") for s in "+-"}
+    assert all(
+        c.p <= c.corrected < 0.01 and c.difference.value == pytest.approx(0.13, abs=0.02) for c in verdict.comparisons
+    )
+    controls = {name: found.value for name, found in verdict.controls.items() if found}
+    assert controls == pytest.approx({"random": 0.05, "shuffled": 0.1}, abs=0.02)
+    assert verdict.text.startswith("toy: transfers: 0.75 [0.7")
+    assert "of native at KL 0.30 and 0.30 nats per token, n = 40; random 0.0" in verdict.text
 
 
 @pytest.mark.parametrize("control", ["random", "shuffled"])
 def test_verdict_says_no_when_a_control_does_the_same(result: TransferResult, control: str) -> None:
-    effects = {"native": 0.2, "mapped": 0.2, "random": 0.0, "shuffled": 0.0} | {control: 0.2}
-    verdict = made_up(result, effects).verdict()
-    assert verdict.separated == {"+": False, "-": False}
+    verdict = made_up(result, CLEAR | {control: 0.15}).verdict()
+    assert verdict.transfers is False
     assert "no evidence of transfer" in verdict.text
+    other = {c.control: c.corrected for c in verdict.comparisons if c.control != control}
+    assert max(other.values()) < 0.05  # the other control was beaten
 
 
 def test_verdict_says_no_when_the_effect_has_the_wrong_sign(result: TransferResult) -> None:
-    verdict = made_up(result, {"native": 0.2, "mapped": -0.2, "random": 0.0, "shuffled": 0.0}).verdict()
-    assert verdict.separated == {"+": False, "-": False}
-    assert verdict.ratio is not None
-    assert verdict.ratio.high < 0
+    verdict = made_up(result, CLEAR | {"mapped": -0.2}).verdict()
+    assert verdict.transfers is False
+    assert verdict.efficiency is not None
+    assert verdict.efficiency.high < 0
 
 
-def test_the_ratio_is_undefined_when_native_does_nothing(result: TransferResult) -> None:
-    verdict = made_up(result, {"native": 0.0, "mapped": 0.2, "random": 0.0, "shuffled": 0.0}).verdict()
-    assert verdict.ratio is None
-    assert "undefined" in verdict.text
+def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferResult) -> None:
+    verdict = made_up(result, CLEAR | {"native": 0.0}).verdict()
+    assert verdict.efficiency is None
+    assert verdict.transfers is None
+    assert verdict.text == "toy: undefined, the native vector does nothing at KL 0.30 and 0.30 nats per token, n = 40"
+
+
+def test_one_direction_is_judged_alone(result: TransferResult) -> None:
+    made = made_up(result, CLEAR)
+    one = replace(made, arms=tuple(a for a in made.arms if a.strength >= 0))
+    assert one.signs == ("+",)
+    verdict = one.verdict()
+    assert verdict.transfers
+    assert len(verdict.comparisons) == 2
+    assert verdict.efficiency is not None
+    assert verdict.efficiency.value == pytest.approx(0.75, abs=0.05)
+
+
+def test_an_arm_that_was_not_run_is_named(result: TransferResult) -> None:
+    with pytest.raises(KeyError, match="mapped at strength 7 was not run; strengths:"):
+        result.arm("mapped", 7)
+    with pytest.raises(KeyError, match="unsteered was not run at equal KL in direction -"):
+        result.at_equal_kl("unsteered", "-")

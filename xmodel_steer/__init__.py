@@ -38,6 +38,7 @@ from xmodel_steer.layers import layer_grid as layer_grid
 from xmodel_steer.maps import AffineMap as AffineMap
 from xmodel_steer.maps import AutoencoderMap as AutoencoderMap
 from xmodel_steer.maps import cycle_score as cycle_score
+from xmodel_steer.metrics import transfer_efficiency as transfer_efficiency
 from xmodel_steer.models import load as load
 from xmodel_steer.models import register as register
 from xmodel_steer.models import space_of as space_of
@@ -50,6 +51,7 @@ from xmodel_steer.prompts import Prompt as Prompt
 from xmodel_steer.readers import read_contrast as read_contrast
 from xmodel_steer.readers import read_prompts as read_prompts
 from xmodel_steer.report import write_report as write_report
+from xmodel_steer.results import TransferResult as TransferResult
 from xmodel_steer.rows import PairedRows as PairedRows
 from xmodel_steer.scorers import Contains as Contains
 from xmodel_steer.scorers import ExactAnswer as ExactAnswer
@@ -69,7 +71,6 @@ from xmodel_steer.store import ActivationStore as ActivationStore
 from xmodel_steer.store import harvest as harvest
 from xmodel_steer.training import Autoencoder as Autoencoder
 from xmodel_steer.training import SGDAffine as SGDAffine
-from xmodel_steer.transfer import TransferResult as TransferResult
 from xmodel_steer.transfer import transfer as transfer
 from xmodel_steer.vectors import Activations as Activations
 from xmodel_steer.vectors import SteeringVector as SteeringVector

@@ -168,7 +168,7 @@ def transfer(
 def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Print the table and the verdict of a run folder."""
     from xmodel_steer.persistence import read
-    from xmodel_steer.transfer import TransferResult
+    from xmodel_steer.results import TransferResult
 
     if not run.is_dir():
         raise PromptError(f"{run}: no such run folder")

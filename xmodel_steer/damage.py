@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import elementwise
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -224,6 +223,8 @@ def calibrate(
     Raises:
         ValueError: A budget is not positive, or a sign is neither 1 nor -1.
     """
+    from scipy.optimize import elementwise
+
     budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
     ways = np.broadcast_to(np.asarray(signs), (len(vectors),))
     if not (budgets > 0).all() or not np.isin(ways, (1, -1)).all():

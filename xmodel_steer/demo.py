@@ -17,9 +17,10 @@ from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import cache_folder
 from xmodel_steer.persistence import read, save
 from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.results import TransferResult
 from xmodel_steer.scorers import Scorer, WordBalance
 from xmodel_steer.spaces import Site
-from xmodel_steer.transfer import TransferResult, transfer
+from xmodel_steer.transfer import transfer
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 # Candidates; validation prompts choose among them.

@@ -30,8 +30,8 @@ from xmodel_steer.layers import DataCurve, LayerGrid
 from xmodel_steer.maps import AffineMap, AutoencoderMap, Map, MapScore
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.moments import PARTS, Moments, PartMoments
+from xmodel_steer.results import Arm, TransferResult, arm_record
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.transfer import Arm, TransferResult, arm_record
 from xmodel_steer.vectors import SteeringVector
 
 
@@ -338,9 +338,12 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
         {
             "arm": arm.arm,
             "strength": arm.strength,
+            "budget": arm.budget,
             "unit": unit,
             "score": score,
+            **({"seeds": arm.table[i]} if arm.table else {}),
             **({"text": arm.texts[i]} if arm.texts else {}),
+            **({"judge": arm.raw[i]} if arm.raw else {}),
         }
         for arm in result.arms
         for i, (unit, score) in enumerate(zip(result.splits["evaluation"], arm.scores, strict=True))
@@ -418,7 +421,8 @@ def _read_result(folder: Path) -> TransferResult:
 
 
 def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
-    own = [row for row in rows if row["arm"] == record["arm"] and row["strength"] == record["strength"]]
+    key = ("arm", "strength", "budget")
+    own = [row for row in rows if all(row[name] == record[name] for name in key)]
     if len(own) != record["n"]:
         raise ValueError(f"{record['arm']} at {record['strength']} has {len(own)} of {record['n']} scores")
     return Arm(
@@ -428,7 +432,12 @@ def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
         change=Estimate(record["change"], record["change_low"], record["change_high"], record["n"]),
         kl=record["kl"],
         perplexity=record["perplexity"],
+        agreement=record["agreement"],
+        budget=record["budget"],
+        side={name: Estimate(**estimate) for name, estimate in record.get("side", {}).items()},
         scores=tuple(row["score"] for row in own),
         seeds=tuple(record.get("seeds", ())),
+        table=tuple(tuple(row["seeds"]) for row in own if "seeds" in row),
         texts=tuple(row["text"] for row in own if "text" in row),
+        raw=tuple(row["judge"] for row in own if "judge" in row),
     )

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.layers import DataCurve, LayerGrid
-from xmodel_steer.transfer import ARMS, Arm, TransferResult
+from xmodel_steer.results import ARMS, Arm, TransferResult
 
 # Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
 COLOURS = {
@@ -43,7 +43,8 @@ def dose_response(result: TransferResult) -> Any:
         (3, lambda arm: arm.perplexity, "perplexity"),
     )
     for name in ARMS[1:]:
-        line = sorted((arm for arm in result.arms if arm.arm == name), key=lambda arm: arm.strength)
+        fixed = (arm for arm in result.arms if arm.arm == name and arm.budget is None)
+        line = sorted(fixed, key=lambda arm: arm.strength)
         points = _with_base(line, base)
         strengths = [0.0 if arm is base else arm.strength for arm in points]
         for column, value, _ in panels:

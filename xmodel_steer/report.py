@@ -7,7 +7,7 @@ from typing import Any
 
 from xmodel_steer.files import write_atomically
 from xmodel_steer.plots import COLOURS, dose_response
-from xmodel_steer.transfer import Arm, TransferResult
+from xmodel_steer.results import ARMS, Arm, TransferResult
 
 
 def table(result: TransferResult) -> Any:
@@ -45,8 +45,20 @@ def summary(result: TransferResult) -> list[str]:
         f"shuffled map: cosine {result.similarity['shuffled']['cosine']:.2f}"
     )
     lines.append(
-        f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts"
+        f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts; "
+        "rows marked =KL are at the strengths that disturb neutral text as much as the native vector does at the headline strength"
     )
+    for name, base in result.arm("unsteered", 0).side.items():
+        own = [(arm, sign, result.at_equal_kl(arm, sign).side[name]) for arm in ARMS[1:] for sign in result.signs]
+        lines.append(
+            f"{name} (unsteered {base.value:.2f} [{base.low:.2f}, {base.high:.2f}], n = {base.n}) at equal KL: "
+            + ", ".join(f"{arm} {sign} {found.value:.2f}" for arm, sign, found in own)
+        )
+    worst = [dose for dose in result.selection.get("equal_kl", []) if not dose["reached"]]
+    if worst:
+        lines.append(
+            f"{len(worst)} vectors do not reach that KL at any strength tried: {', '.join(d['vector'] for d in worst)}"
+        )
     return lines
 
 
@@ -59,6 +71,7 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("n", "right"),
     ("KL", "right"),
     ("perplexity", "right"),
+    ("same token", "right"),
 )
 
 
@@ -66,13 +79,14 @@ def _rows(result: TransferResult) -> list[tuple[str, ...]]:
     return [
         (
             arm.arm if not arm.seeds else f"{arm.arm} × {len(arm.seeds)}",
-            f"{arm.strength:+g}" if arm.strength else "0",
+            (f"{arm.strength:+g}" if arm.budget is None else f"{arm.strength:+.2f} =KL") if arm.strength else "0",
             f"{arm.effect.value:+.2f}",
             f"[{arm.effect.low:+.2f}, {arm.effect.high:+.2f}]",
             f"{arm.change.value:+.2f}",
             str(arm.effect.n),
             f"{arm.kl:.3f}",
             f"{arm.perplexity:.1f}",
+            f"{arm.agreement:.0%}",
         )
         for arm in result.arms
     ]

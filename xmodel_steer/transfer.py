@@ -6,170 +6,38 @@ prompts and validation text; what is reported comes from prompts and text that c
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from xmodel_steer.capture import Tokens, capture, collect_moments
-from xmodel_steer.damage import SideEffect, side_effects
+from xmodel_steer.damage import SideEffect, calibrate, side_effects
 from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import Behaviour, GeneratedText, Preference
+from xmodel_steer.evaluation import Behaviour, GeneratedText, MultipleChoice, Preference
 from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
 from xmodel_steer.maps import Map
-from xmodel_steer.metrics import Estimate, bootstrap_mean, resamples
+from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
 from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
-from xmodel_steer.scorers import Scorer
+from xmodel_steer.results import Arm, TransferResult, joined_arm
+from xmodel_steer.scorers import Explained, Scorer
 from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.steering import Add, Intervention, Positions
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
 
-ARMS = ("unsteered", "native", "mapped", "random", "shuffled")
-
 
 @dataclass(frozen=True, eq=False)
-class Arm:
-    """One arm at one strength.
-
-    Args:
-        arm: ``unsteered``, ``native`` (the target's own difference of means: the ceiling),
-            ``mapped``, ``random`` (all seeds together) or ``shuffled`` (a map fitted on shuffled
-            pairs).
-        strength: In units of the native vector's norm in standardised coordinates.
-        effect: Mean score, with a bootstrap interval over prompts.
-        change: Mean of the paired difference from the unsteered model, with its interval.
-        kl: KL from the unsteered model on neutral text, nats per token.
-        perplexity: Perplexity of neutral text.
-        scores: Score of each prompt (the mean over seeds, for ``random``).
-        seeds: For ``random``: the mean score of each seed.
-        texts: The generated texts (of the first seed, for ``random``).
-    """
+class _Run:
+    """One seed of one arm at one strength, to be measured."""
 
     arm: str
     strength: float
-    effect: Estimate
-    change: Estimate
-    kl: float
-    perplexity: float
-    scores: tuple[float, ...] = field(repr=False, default=())
-    seeds: tuple[float, ...] = ()
-    texts: tuple[str, ...] = field(repr=False, default=())
-
-
-@dataclass(frozen=True, eq=False)
-class TransferResult:
-    """Everything that a transfer found, and how it was made.
-
-    Args:
-        label: Name of the behaviour.
-        unit: What the effect is measured in.
-        source: The source model and site.
-        target: The target model and site.
-        map: How the map was fitted and how well it does on test documents.
-        arms: Every arm at every strength.
-        headline: The strength chosen on validation.
-        selection: What validation measured to choose layers and strength.
-        similarity: Cosine to the native vector and norm ratio before rescaling, both in
-            standardised coordinates, for the mapped and the shuffled vector.
-        vectors: The vectors, by name.
-        mapping: The map.
-        spec: All arguments.
-        splits: Ids of the prompts and documents of each set.
-        versions: Versions of the programs.
-        seeds: All seeds.
-    """
-
-    label: str
-    unit: str
-    source: Mapping[str, Any]
-    target: Mapping[str, Any]
-    map: Mapping[str, Any]
-    arms: tuple[Arm, ...]
-    headline: float
-    selection: Mapping[str, Any]
-    similarity: Mapping[str, Any]
-    vectors: Mapping[str, SteeringVector] = field(repr=False)
-    mapping: Map | None = field(repr=False)
-    spec: Mapping[str, Any] = field(repr=False)
-    splits: Mapping[str, Any] = field(repr=False)
-    versions: Mapping[str, str] = field(repr=False)
-    seeds: Mapping[str, Any] = field(repr=False)
-
-    def arm(self, name: str, strength: float) -> Arm:
-        """The arm of a name at a strength.
-
-        Raises:
-            KeyError: It was not run.
-        """
-        for arm in self.arms:
-            if arm.arm == name and (name == "unsteered" or arm.strength == strength):
-                return arm
-        raise KeyError(
-            f"{name} at strength {strength:g} was not run; strengths: {sorted({a.strength for a in self.arms})}"
-        )
-
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        """The strengths that were run, ascending, without 0."""
-        return tuple(sorted({a.strength for a in self.arms if a.arm != "unsteered"}))
-
-    def verdict(self) -> "Verdict":
-        """What survived, at the headline strength and at equal KL."""
-        return _verdict(self)
-
-    def to_frame(self) -> Any:
-        """One row per arm and strength, as a pandas frame."""
-        import pandas as pd
-
-        return pd.DataFrame([arm_record(arm) for arm in self.arms])
-
-
-def arm_record(arm: Arm) -> dict[str, Any]:
-    """An arm as plain JSON values, without texts and single scores."""
-    return {
-        "arm": arm.arm,
-        "strength": arm.strength,
-        "effect": arm.effect.value,
-        "low": arm.effect.low,
-        "high": arm.effect.high,
-        "n": arm.effect.n,
-        "change": arm.change.value,
-        "change_low": arm.change.low,
-        "change_high": arm.change.high,
-        "kl": arm.kl,
-        "perplexity": arm.perplexity,
-        **({"seeds": list(arm.seeds)} if arm.seeds else {}),
-    }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result in a few numbers, all from evaluation prompts.
-
-    Args:
-        strength: The headline strength.
-        ratio: Effect of the mapped vector over that of the native one, at equal KL: difference of
-            the two directions, mapped over native, with a bootstrap interval over prompts;
-            None where the native vector does nothing.
-        kl: The KL of the native vector at the headline strength, for each sign, at which the
-            ratio is taken.
-        separated: For each sign, whether the mapped arm's interval excludes those of the random and
-            the shuffled arm at the headline strength and lies on its own side of theirs.
-        perplexity_ratio: For each sign, perplexity of neutral text over the unsteered one.
-        text: One sentence.
-    """
-
-    strength: float
-    ratio: Estimate | None
-    kl: Mapping[str, float]
-    separated: Mapping[str, bool]
-    perplexity_ratio: Mapping[str, float]
-    text: str
+    setting: list[Intervention]
+    budget: float | None = None
 
 
 def transfer(
@@ -190,6 +58,7 @@ def transfer(
     fitter: Fitter = Ridge(),
     moments: Moments | None = None,
     neutral_texts: Iterable[PromptLike] | None = None,
+    side: Mapping[str, Behaviour] | None = None,
     random_seeds: int = 5,
     max_new_tokens: int = 24,
     map_tokens: int = 192,
@@ -208,6 +77,8 @@ def transfer(
        best while perplexity stays within bounds. All on validation prompts and text.
     4. Every arm at every strength, of both signs, on evaluation prompts; every vector scaled to the native
        vector's norm in standardised coordinates; KL and perplexity on neutral text beside it.
+    5. Every arm again at equal damage: at the strengths that disturb validation text by the KL of the native
+       vector at the headline strength. The verdict is read there.
 
     Args:
         source: The model that the vector is found in.
@@ -227,6 +98,8 @@ def transfer(
         fitter: Fits the map.
         moments: Moments collected earlier for these sites; ``texts`` is then not read.
         neutral_texts: Text for KL and perplexity; by default the last tenth of ``texts``, at most 48, kept out of the map.
+        side: Other behaviours to measure beside this one on every arm at equal KL, by name: that the capability stays
+            (`MultipleChoice.packaged`, the default), that other prompts do not trigger it, ...
         random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
         map_tokens: Tokens read of each document for the map, within both models' contexts.
@@ -346,19 +219,53 @@ def transfer(
     headline = max(s for s in strengths if s > 0)
     positive = [s for s in strengths if s > 0]
     if len(positive) > 1:
-        records = gains({source_site: mapped}, positive)
+        seen = [r for r in selection.get("source", []) if r["candidate"] == str(source_site) and 1.0 in positive]
+        records = seen + gains({source_site: mapped}, [s for s in positive if s != 1.0 or not seen])
         headline = best(records)["strength"]
-        selection["strength"] = [{k: v for k, v in r.items() if k != "key"} for r in records]
+        selection["strength"] = sorted(
+            ({k: v for k, v in r.items() if k != "key"} for r in records), key=lambda r: r["strength"]
+        )
 
     shuffled_map = ShuffledPairs(pinned(fitter, mapping)).fit(moments.pair(source_site, target_site))
     shuffled_raw = shuffled_map.transport(source_vectors[source_site])
     randoms = [random_like(native, seed=seed + k) for k in range(random_seeds)]
     vectors = {"native": [native], "mapped": [mapped], "random": randoms, "shuffled": [shuffled_raw.with_norm(norm)]}
 
-    settings: list[tuple[str, float, list[Intervention]]] = [("unsteered", 0.0, [])]
-    settings += [(arm, s, steer(v, s)) for arm, group in vectors.items() for s in strengths for v in group]
-    effects = damage([setting for _, _, setting in settings], neutral_evaluation)
-    arms = _arms(settings, effects, evaluation, target, progress)
+    runs = [_Run("unsteered", 0.0, [])]
+    runs += [_Run(arm, s, steer(v, s)) for arm, group in vectors.items() for s in strengths for v in group]
+    signs = [sign for sign in (1, -1) if sign * headline in strengths]
+    budgets = [e.mean_kl for e in damage([steer(native, sign * headline) for sign in signs], neutral_validation)]
+    runs += [
+        _Run("native", sign * headline, steer(native, sign * headline), kl)
+        for sign, kl in zip(signs, budgets, strict=True)
+    ]
+    searched = [
+        (arm, vector, sign, kl)
+        for arm, group in vectors.items()
+        if arm != "native"
+        for sign, kl in zip(signs, budgets, strict=True)
+        for vector in group
+    ]
+    doses = calibrate(
+        target,
+        [vector for _, vector, _, _ in searched],
+        [kl for *_, kl in searched],
+        neutral_validation,
+        signs=[sign for _, _, sign, _ in searched],
+        positions=positions,
+        max_tokens=neutral_tokens,
+        batch_size=min(16, batch_size),
+        progress=progress,
+    )
+    for (arm, vector, _, kl), dose in zip(searched, doses, strict=True):
+        runs.append(_Run(arm, dose.strength, steer(vector, dose.strength), kl))
+    selection["equal_kl"] = [
+        {"arm": arm, "budget": kl, "vector": vector.label, **vars(dose)}
+        for (arm, vector, _, kl), dose in zip(searched, doses, strict=True)
+    ]
+    effects = damage([run.setting for run in runs], neutral_evaluation)
+    beside = {"common knowledge": MultipleChoice.packaged()} if side is None else dict(side)
+    arms = _measured(runs, effects, evaluation, beside, target, progress)
 
     similarity = {
         name: {
@@ -399,7 +306,12 @@ def transfer(
             "batch_size": batch_size,
             "max_perplexity_ratio": max_perplexity_ratio,
             "neutral_predicted_tokens": int(effects[0].tokens.sum()),
-            "scorer": repr(scorer)[:200] if scorer is not None else "Preference",
+            "scorer": scorer.record()
+            if isinstance(scorer, Explained)
+            else repr(scorer)[:200]
+            if scorer
+            else "Preference",
+            "side": {name: own.unit for name, own in beside.items()},
         },
         splits={
             "contrast": [p.id for p in fit_set.positive + fit_set.negative],
@@ -502,36 +414,57 @@ def _vectors(
     return {site: difference_of_means(positive[site], negative[site], label=label) for site in sites}
 
 
-def _arms(
-    settings: Sequence[tuple[str, float, list[Intervention]]],
+def _measured(
+    runs: Sequence[_Run],
     effects: Sequence[SideEffect],
     evaluation: Behaviour,
+    beside: Mapping[str, Behaviour],
     target: Any,
     progress: bool,
 ) -> tuple[Arm, ...]:
-    """Measure every setting, and join the seeds of the random arm."""
-    groups: dict[tuple[str, float], list[tuple[np.ndarray, SideEffect, tuple[str, ...]]]] = {}
-    measured = evaluation.measure(target, [interventions for _, _, interventions in settings], progress=progress)
-    for (arm, strength, _), effect, own in zip(settings, effects, measured, strict=True):
-        groups.setdefault((arm, strength), []).append((own.scores, effect, own.texts))
-    base = groups["unsteered", 0.0][0][0]
-    arms = []
-    for (arm, strength), members in groups.items():
-        table = np.stack([scores for scores, _, _ in members], 1)
-        arms.append(
-            Arm(
-                arm=arm,
-                strength=strength,
-                effect=bootstrap_mean(table),
-                change=bootstrap_mean(table - base[:, None]),
-                kl=float(np.mean([effect.mean_kl for _, effect, _ in members])),
-                perplexity=float(np.exp(np.mean([np.log(effect.perplexity) for _, effect, _ in members]))),
-                scores=tuple(table.mean(1).tolist()),
-                seeds=tuple(table.mean(0).tolist()) if len(members) > 1 else (),
-                texts=members[0][2],
+    """Measure every run, and join the seeds of the random arm.
+
+    Side behaviours are measured unsteered and at equal KL alone. The native vector at the headline strength is there
+    twice, as itself and as what sets the KL, and measured once.
+    """
+    keys = [(run.strength, *(id(step.vector) for step in run.setting)) for run in runs]
+    settings = {key: run.setting for key, run in zip(keys, runs, strict=True)}
+    place = {key: i for i, key in enumerate(settings)}
+    main = evaluation.measure(target, list(settings.values()), progress=progress)
+    fair = [i for i, run in enumerate(runs) if run.budget is not None or run.arm == "unsteered"]
+    others = {
+        name: dict(zip(fair, own.measure(target, [runs[i].setting for i in fair], progress=progress), strict=True))
+        for name, own in beside.items()
+    }
+    groups: dict[tuple[str, float | None, float], list[int]] = {}
+    for i, run in enumerate(runs):
+        # At equal KL every seed has a strength of its own: they belong together by direction.
+        at = run.strength if run.budget is None else float(np.sign(run.strength))
+        groups.setdefault((run.arm, run.budget, at), []).append(i)
+    base = main[place[keys[0]]].scores
+    made = []
+    for (arm, budget, _), members in groups.items():
+        own = [main[place[keys[i]]] for i in members]
+        made.append(
+            joined_arm(
+                arm,
+                [runs[i].strength for i in members],
+                [m.scores for m in own],
+                base,
+                kl=[effects[i].mean_kl for i in members],
+                perplexity=[effects[i].perplexity for i in members],
+                agreement=[effects[i].agreement for i in members],
+                budget=budget,
+                side={
+                    name: bootstrap_mean(np.stack([found[i].scores for i in members], 1))
+                    for name, found in others.items()
+                    if members[0] in found
+                },
+                texts=own[0].texts,
+                raw=own[0].raw,
             )
         )
-    return tuple(arms)
+    return tuple(made)
 
 
 def _end(model: Any, site: Site) -> dict[str, Any]:
@@ -582,64 +515,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def _at_kl(result: TransferResult, name: str, sign: int, budget: float) -> np.ndarray:
-    """Scores of an arm along one sign, interpolated between strengths to a KL; held at the last one.
-
-    Linear in √KL: to second order KL grows with the square of the strength, and the effect with the strength.
-    """
-    base = result.arm("unsteered", 0)
-    path = [(0.0, np.array(base.scores))]
-    own = sorted((a for a in result.arms if a.arm == name and a.strength * sign > 0), key=lambda a: abs(a.strength))
-    path += [(a.kl, np.array(a.scores)) for a in own]
-    for (kl0, scores0), (kl1, scores1) in pairwise(path):
-        if kl0 <= budget <= kl1 and kl1 > kl0:
-            share = (budget**0.5 - kl0**0.5) / (kl1**0.5 - kl0**0.5)
-            return (1 - share) * scores0 + share * scores1
-    return path[-1][1]
-
-
-def _verdict(result: TransferResult) -> Verdict:
-    base = result.arm("unsteered", 0)
-    signs = {"+": 1, "-": -1}
-    present = {name: sign for name, sign in signs.items() if sign * result.headline in result.strengths}
-    native = {name: result.arm("native", sign * result.headline) for name, sign in present.items()}
-    mapped = {name: result.arm("mapped", sign * result.headline) for name, sign in present.items()}
-    separated, perplexity = {}, {}
-    for name, sign in present.items():
-        own = mapped[name].effect
-        controls = [result.arm(c, sign * result.headline).effect for c in ("random", "shuffled")]
-        separated[name] = all(own.excludes(c) and sign * (own.value - c.value) > 0 for c in controls)
-        perplexity[name] = mapped[name].perplexity / base.perplexity
-    # The direction of the effect: how far apart the two signs are (or from unsteered, with one sign).
-    zero = np.array(base.scores)
-    ours = sum(s * (_at_kl(result, "mapped", s, native[n].kl) - zero) for n, s in present.items())
-    theirs = sum(s * (np.array(native[n].scores) - zero) for n, s in present.items())
-    ratio = _ratio(np.asarray(ours), np.asarray(theirs))
-    ok = all(separated.values()) and bool(separated)
-    held = max(perplexity.values())
-    if ratio is None:
-        text = f"{result.label}: undefined, the native vector does nothing at strength {result.headline:g}"
-    else:
-        budget = " and ".join(f"{native[name].kl:.2f}" for name in present)
-        text = (
-            f"{result.label}: {'transfers' if ok else 'no evidence of transfer'}: "
-            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of native at equal KL ({budget} nats per token), "
-            f"n = {ratio.n}; at strength ±{result.headline:g} the interval "
-            f"{'excludes' if ok else 'does not exclude'} random and shuffled in "
-            f"{'both directions' if len(present) == 2 else 'the direction run'}, "
-            f"perplexity is at most {held:.2f} times the unsteered one"
-        )
-    return Verdict(result.headline, ratio, {n: native[n].kl for n in present}, separated, perplexity, text)
-
-
-def _ratio(mapped: np.ndarray, native: np.ndarray) -> Estimate | None:
-    """Ratio of means with a bootstrap interval over prompts; None when native's interval holds 0."""
-    bound = bootstrap_mean(native)
-    if bound.low <= 0 <= bound.high or bound.value <= 0:
-        return None
-    index = resamples(len(native))
-    draws = mapped[index].mean(1) / native[index].mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(float(mapped.mean() / native.mean()), float(low), float(high), len(native))

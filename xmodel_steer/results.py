@@ -1,0 +1,320 @@
+"""What a transfer found, as records, and what can be said of it in words.
+
+Everything here is read from scores that were measured on evaluation prompts; nothing calls a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.maps import Map
+from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, sign_flip_test, transfer_efficiency
+from xmodel_steer.vectors import SteeringVector
+
+ARMS = ("unsteered", "native", "mapped", "random", "shuffled")
+CONTROLS = ("random", "shuffled")
+LEVEL = 0.05  # of the corrected tests
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One arm at one strength, or at one KL.
+
+    Args:
+        arm: ``unsteered``, ``native`` (the target's own difference of means: the ceiling),
+            ``mapped``, ``random`` (all seeds together) or ``shuffled`` (a map fitted on shuffled
+            pairs).
+        strength: In units of the native vector's norm in standardised coordinates; at equal KL the
+            calibrated one, of several seeds the mean.
+        effect: Mean score, with a bootstrap interval over prompts.
+        change: Mean of the paired difference from the unsteered model, with its interval.
+        kl: KL from the unsteered model on neutral text, nats per token.
+        perplexity: Perplexity of neutral text.
+        agreement: Share of the tokens of neutral text where the likeliest next token is the unsteered model's.
+        budget: The KL that the strength was calibrated to, on other neutral text; None at a fixed strength.
+        side: Other behaviours measured beside this one, by name.
+        scores: Score of each prompt (the mean over seeds, for ``random``).
+        seeds: For ``random``: the mean score of each seed.
+        table: For ``random``: the score of each prompt under each seed.
+        texts: The generated texts (of the first seed, for ``random``).
+        raw: What a judge said of each of these texts.
+    """
+
+    arm: str
+    strength: float
+    effect: Estimate
+    change: Estimate
+    kl: float
+    perplexity: float
+    agreement: float = 1.0
+    budget: float | None = None
+    side: Mapping[str, Estimate] = field(default_factory=dict)
+    scores: tuple[float, ...] = field(repr=False, default=())
+    seeds: tuple[float, ...] = ()
+    table: tuple[tuple[float, ...], ...] = field(repr=False, default=())
+    texts: tuple[str, ...] = field(repr=False, default=())
+    raw: tuple[str, ...] = field(repr=False, default=())
+
+    def per_seed(self) -> np.ndarray:
+        """Scores ``(prompts, seeds)``; one column where there are no seeds."""
+        return np.array(self.table if self.table else [[s] for s in self.scores], dtype=float)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mapped arm against a control, prompt by prompt, at equal KL.
+
+    Args:
+        control: The control.
+        sign: ``"+"`` or ``"-"``: the direction of steering.
+        difference: Mean over prompts of mapped minus control, in the direction of steering.
+        p: One-sided p of a paired sign-flip test.
+        corrected: The same, corrected for the number of comparisons (Holm).
+    """
+
+    control: str
+    sign: str
+    difference: Estimate
+    p: float
+    corrected: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result in a few numbers, all from evaluation prompts, at equal KL.
+
+    Args:
+        strength: The headline strength, at which the native vector sets the KL.
+        efficiency: Effect of the mapped vector over that of the native one: of the difference that both directions
+            make, or of the one that was run; None where the native vector does nothing.
+        controls: The same ratio for each control.
+        kl: The KL that all arms were calibrated to, for each direction.
+        comparisons: The mapped arm against every control in every direction.
+        transfers: Whether it beats every control in every direction, after correction, and the ratio's interval is
+            above 0; None where the ratio is undefined.
+        perplexity_ratio: For each direction, perplexity of neutral text under the mapped vector over the unsteered one.
+        agreement: For each direction, next-token agreement with the unsteered model there.
+        text: One sentence.
+    """
+
+    strength: float
+    efficiency: Estimate | None
+    controls: Mapping[str, Estimate | None]
+    kl: Mapping[str, float]
+    comparisons: tuple[Comparison, ...]
+    transfers: bool | None
+    perplexity_ratio: Mapping[str, float]
+    agreement: Mapping[str, float]
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class TransferResult:
+    """Everything that a transfer found, and how it was made.
+
+    Args:
+        label: Name of the behaviour.
+        unit: What the effect is measured in.
+        source: The source model and site.
+        target: The target model and site.
+        map: How the map was fitted and how well it does on test documents.
+        arms: Every arm at every strength, and every arm at equal KL.
+        headline: The strength chosen on validation.
+        selection: What validation measured to choose layers and strength, and the calibrated strengths.
+        similarity: Cosine to the native vector and norm ratio before rescaling, both in
+            standardised coordinates, for the mapped and the shuffled vector.
+        vectors: The vectors, by name.
+        mapping: The map.
+        spec: All arguments.
+        splits: Ids of the prompts and documents of each set.
+        versions: Versions of the programs.
+        seeds: All seeds.
+    """
+
+    label: str
+    unit: str
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+    map: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+    headline: float
+    selection: Mapping[str, Any]
+    similarity: Mapping[str, Any]
+    vectors: Mapping[str, SteeringVector] = field(repr=False)
+    mapping: Map | None = field(repr=False)
+    spec: Mapping[str, Any] = field(repr=False)
+    splits: Mapping[str, Any] = field(repr=False)
+    versions: Mapping[str, str] = field(repr=False)
+    seeds: Mapping[str, Any] = field(repr=False)
+
+    def arm(self, name: str, strength: float) -> Arm:
+        """The arm of a name at a fixed strength.
+
+        Raises:
+            KeyError: It was not run.
+        """
+        for arm in self.arms:
+            if arm.arm == name and (name == "unsteered" or (arm.budget is None and arm.strength == strength)):
+                return arm
+        raise KeyError(f"{name} at strength {strength:g} was not run; strengths: {list(self.strengths)}")
+
+    def at_equal_kl(self, name: str, sign: str) -> Arm:
+        """The arm of a name at the native vector's KL.
+
+        Args:
+            name: The arm.
+            sign: ``"+"`` or ``"-"``: the direction of steering.
+
+        Raises:
+            KeyError: It was not run.
+        """
+        for arm in self.arms:
+            if arm.arm == name and arm.budget is not None and (arm.strength > 0) == (sign == "+"):
+                return arm
+        raise KeyError(f"{name} was not run at equal KL in direction {sign}")
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The fixed strengths that were run, ascending, without 0."""
+        return tuple(sorted({a.strength for a in self.arms if a.arm != "unsteered" and a.budget is None}))
+
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """The directions that were compared at equal KL."""
+        return tuple(s for s, way in (("+", 1), ("-", -1)) if way * self.headline in self.strengths)
+
+    def verdict(self) -> Verdict:
+        """What survived, at the native vector's KL."""
+        return _verdict(self)
+
+    def to_frame(self) -> Any:
+        """One row per arm and strength, as a pandas frame."""
+        import pandas as pd
+
+        return pd.DataFrame([arm_record(arm) for arm in self.arms])
+
+
+def arm_record(arm: Arm) -> dict[str, Any]:
+    """An arm as plain JSON values, without texts and single scores."""
+    return {
+        "arm": arm.arm,
+        "strength": arm.strength,
+        "budget": arm.budget,
+        "effect": arm.effect.value,
+        "low": arm.effect.low,
+        "high": arm.effect.high,
+        "n": arm.effect.n,
+        "change": arm.change.value,
+        "change_low": arm.change.low,
+        "change_high": arm.change.high,
+        "kl": arm.kl,
+        "perplexity": arm.perplexity,
+        "agreement": arm.agreement,
+        **({"side": {name: vars(estimate) for name, estimate in arm.side.items()}} if arm.side else {}),
+        **({"seeds": list(arm.seeds)} if arm.seeds else {}),
+    }
+
+
+def _verdict(result: TransferResult) -> Verdict:
+    base = result.arm("unsteered", 0)
+    ways = {sign: 1.0 if sign == "+" else -1.0 for sign in result.signs}
+    arms = {name: {sign: result.at_equal_kl(name, sign) for sign in ways} for name in ARMS[1:]}
+
+    def gain(name: str) -> np.ndarray:
+        """How far the score goes in the direction of steering: per prompt and seed, over both directions."""
+        changes = [way * (arms[name][s].per_seed() - np.array(base.scores)[:, None]) for s, way in ways.items()]
+        return np.sum(changes, axis=0)
+
+    native = gain("native")[:, 0]
+    efficiency = transfer_efficiency(gain("mapped"), native)
+    controls = {name: transfer_efficiency(gain(name), native) for name in CONTROLS}
+    comparisons = _comparisons(arms, ways)
+    beats = all(c.corrected < LEVEL for c in comparisons)
+    transfers = None if efficiency is None else beats and efficiency.low > 0 and float(native.mean()) > 0
+    kl = {sign: arms["native"][sign].kl for sign in ways}
+    perplexity = {sign: arms["mapped"][sign].perplexity / base.perplexity for sign in ways}
+    agreement = {sign: arms["mapped"][sign].agreement for sign in ways}
+    verdict = Verdict(result.headline, efficiency, controls, kl, comparisons, transfers, perplexity, agreement, "")
+    return Verdict(**{**vars(verdict), "text": _in_words(result, verdict, base)})
+
+
+def _comparisons(arms: Mapping[str, Mapping[str, Arm]], ways: Mapping[str, float]) -> tuple[Comparison, ...]:
+    pairs = [(control, sign) for control in CONTROLS for sign in ways]
+    differences = [
+        ways[sign] * (np.array(arms["mapped"][sign].scores) - np.array(arms[control][sign].scores))
+        for control, sign in pairs
+    ]
+    p = [sign_flip_test(d) for d in differences]
+    return tuple(
+        Comparison(control, sign, bootstrap_mean(d), raw, corrected)
+        for (control, sign), d, raw, corrected in zip(pairs, differences, p, holm(p), strict=True)
+    )
+
+
+def _in_words(result: TransferResult, verdict: Verdict, base: Arm) -> str:
+    budget = " and ".join(f"{kl:.2f}" for kl in verdict.kl.values())
+    where = f"at KL {budget} nats per token, n = {base.effect.n}"
+    if verdict.efficiency is None:
+        return f"{result.label}: undefined, the native vector does nothing {where}"
+    beside = ", ".join(
+        f"{name} {found.value:.2f}" if found else f"{name} undefined" for name, found in verdict.controls.items()
+    )
+    own = verdict.efficiency
+    worst = max(c.corrected for c in verdict.comparisons)
+    test = f"paired test against each control: p {'≤' if verdict.transfers else 'up to'} {max(worst, 1e-4):.2g}, corrected for {len(verdict.comparisons)} comparisons"
+    cost = f"perplexity at most {max(verdict.perplexity_ratio.values()):.2f} times the unsteered one"
+    return (
+        f"{result.label}: {'transfers' if verdict.transfers else 'no evidence of transfer'}: "
+        f"{own.value:.2f} [{own.low:.2f}, {own.high:.2f}] of native {where}; {beside}; {test}; {cost}"
+    )
+
+
+def joined_arm(
+    name: str,
+    strengths: Sequence[float],
+    scores: Sequence[np.ndarray],
+    base: np.ndarray,
+    *,
+    kl: Sequence[float],
+    perplexity: Sequence[float],
+    agreement: Sequence[float],
+    budget: float | None = None,
+    side: Mapping[str, Estimate] | None = None,
+    texts: tuple[str, ...] = (),
+    raw: tuple[str, ...] = (),
+) -> Arm:
+    """One arm of the measurements of all its seeds.
+
+    Args:
+        name: The arm.
+        strengths: Strength of each seed.
+        scores: Scores of every prompt, for each seed.
+        base: Scores of the unsteered model.
+        kl: KL of each seed.
+        perplexity: Perplexity of each seed; the geometric mean is kept.
+        agreement: Agreement of each seed.
+        budget: The KL that the strengths were calibrated to.
+        side: Side behaviours, already joined.
+        texts: The texts of the first seed.
+        raw: A judge's answers about them.
+    """
+    table = np.stack(list(scores), 1)
+    several = table.shape[1] > 1
+    return Arm(
+        arm=name,
+        strength=float(np.mean(strengths)),
+        effect=bootstrap_mean(table),
+        change=bootstrap_mean(table - base[:, None]),
+        kl=float(np.mean(kl)),
+        perplexity=float(np.exp(np.mean(np.log(perplexity)))),
+        agreement=float(np.mean(agreement)),
+        budget=budget,
+        side=dict(side or {}),
+        scores=tuple(table.mean(1).tolist()),
+        seeds=tuple(table.mean(0).tolist()) if several else (),
+        table=tuple(map(tuple, table.tolist())) if several else (),
+        texts=texts,
+        raw=raw,
+    )
