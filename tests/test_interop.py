@@ -292,18 +292,17 @@ def test_llama_cpp_steers_as_this_library_does(tmp_path: Path) -> None:
         "KL(steered || unsteered), llama.cpp": kl(their_steered, their_plain),
         "same top token, steered": float((steered.argmax(-1) == their_steered.argmax(-1)).double().mean()),
     }
-    print({name: round(value, 6) for name, value in numbers.items()})
     without, with_vector, deeper, effect = list(numbers.values())[:4]
-    assert without < 0.02  # quantised arithmetic there, float32 here
-    assert with_vector < 2 * without + 0.005
-    assert with_vector < effect / 20
-    assert with_vector < deeper / 5
+    assert without < 0.02, numbers  # quantised arithmetic there, float32 here
+    assert with_vector < 2 * without + 0.005, numbers
+    assert with_vector < effect / 20, numbers
+    assert with_vector < deeper / 20, numbers
 
 
 # --- repeng and steering-vectors ------------------------------------------------------------
 
 NO_PEERS = (
-    "repeng or steering-vectors is not here: in another environment, pip install -e '.[dev]' repeng 'numpy<2' && "
+    "repeng or steering-vectors is not here: in another environment, pip install -e '.[dev]' repeng 'pyarrow<22' && "
     "pip install --no-deps steering-vectors, then run again"
 )
 
@@ -391,7 +390,9 @@ def test_directions_go_to_steering_vectors_and_back(bridge: toys.Toy) -> None:
     there = interop.to_steering_vectors(mine)
     assert list(there) == [0, 2]
     boxed = SimpleNamespace(layer_activations=there, layer_type="decoder_block")
-    arrays = SimpleNamespace(directions={k: v.numpy() for k, v in there.items()})
+    arrays = SimpleNamespace(directions={k: v.numpy().copy() for k, v in there.items()})
+    for array in arrays.directions.values():
+        array.setflags(write=False)  # as those that repeng reads from a file
     for form in (there, boxed, arrays, {k: v[None] for k, v in there.items()}):
         for model in (bridge.model, bridge.hf):
             back = interop.from_steering_vectors(form, model, label="joy")

@@ -259,7 +259,8 @@ def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[
         )
     made = []
     for layer, values in sorted(mapping.items()):
-        direction = torch.as_tensor(values).detach().reshape(-1).clone()
+        # A copy: repeng's arrays are the file itself, which cannot be written to.
+        direction = (values.detach().clone() if isinstance(values, Tensor) else torch.tensor(values)).reshape(-1)
         space = _space_for(model, Site(int(layer)), len(direction), None, "from_steering_vectors")
         made.append(
             SteeringVector(direction, space, label, origin=f"{type(vector).__module__}.{type(vector).__name__}")
