@@ -1,6 +1,7 @@
 """Other programs read what is written here, and what they write is read: each proved with the other program."""
 
 import copy
+import inspect
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import toys
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from test_persistence import result, same
 from toys import CONTEXT, NO_STOP
 
@@ -711,6 +714,12 @@ print("transformer_lens" in sys.modules)
 # --- the hub --------------------------------------------------------------------------------
 
 
+def taken(name: str, **settings: Any) -> dict[str, Any]:
+    """What a call says, if huggingface_hub's own method takes it."""
+    inspect.signature(getattr(HfApi, name)).bind(None, **settings)
+    return settings
+
+
 class Hub:
     """Stands in for huggingface_hub.HfApi: keeps what is uploaded by its rules for patterns."""
 
@@ -718,21 +727,18 @@ class Hub:
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
 
     def create_repo(self, repo_id: str, **settings: Any) -> None:
-        self.calls.append(("create", settings))
+        self.calls.append(("create", taken("create_repo", repo_id=repo_id, **settings)))
         self.repos.setdefault(repo_id, {})
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], **settings: Any) -> Any:
-        from huggingface_hub.utils import filter_repo_objects
-
-        self.calls.append(("upload", settings))
+        taken("upload_folder", repo_id=repo_id, folder_path=folder_path, allow_patterns=allow_patterns, **settings)
         names = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
             self.repos[repo_id][name] = (Path(folder_path) / name).read_bytes()
         return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
 
     def snapshot_download(self, repo_id: str, *, local_dir: Any, allow_patterns: list[str], **settings: Any) -> str:
-        from huggingface_hub.utils import filter_repo_objects
-
+        taken("snapshot_download", repo_id=repo_id, local_dir=local_dir, allow_patterns=allow_patterns, **settings)
         self.calls.append(("download", settings))
         for name in filter_repo_objects(self.repos[repo_id], allow_patterns=allow_patterns):
             (Path(local_dir) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -756,7 +762,7 @@ def test_a_run_goes_up_and_comes_down_without_what_is_not_its_own(hub: type[Hub]
     assert interop.upload_run(folder, "me/run") == "https://huggingface.co/me/run/commit/1"
     assert {"result.json", "generations.jsonl", "report.html", "map.safetensors"} < hub.repos["me/run"].keys()
     assert not {name for name in hub.repos["me/run"] if name.endswith((".pkl", ".bin", ".py"))}
-    assert hub.calls[0] == ("create", dict(repo_type="model", private=True, exist_ok=True))
+    assert hub.calls[0] == ("create", dict(repo_id="me/run", repo_type="model", private=True, exist_ok=True))
     hub.repos["me/run"]["evil.pkl"] = b"no"
     back = interop.download_run("me/run", tmp_path / "back", revision="main")
     assert not (back / "evil.pkl").exists()
@@ -779,3 +785,8 @@ def test_what_is_no_run_neither_goes_up_nor_comes_down(hub: type[Hub], tmp_path:
         DownloadError, match=r"me/nothing: the run cannot be downloaded \(KeyError.*check the name.*hf auth"
     ):
         interop.download_run("me/nothing", tmp_path / "back")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="me/run: the run cannot be downloaded .*check the name, the network"):
+        interop.download_run("me/run", tmp_path)  # no test of this tier may reach the network, see conftest.py
