@@ -583,6 +583,14 @@ def test_nested_blocks_add_up_and_end_one_by_one(llama: toys.Toy) -> None:
     assert both != first
 
 
+def test_a_plain_pass_after_generate_is_its_own_prompt(llama: toys.Toy) -> None:
+    inputs, vector = padded(llama), llama.vector(1)
+    with interop.steering_hf(llama.hf, vector, positions="last"):
+        expected = real_logits(llama.hf, inputs)
+        continued(llama.hf, dict(input_ids=torch.tensor([llama.ids(TEXTS[0])])))
+        assert torch.equal(real_logits(llama.hf, inputs), expected)
+
+
 class Tuples(torch.nn.Module):
     """A block that gives a tuple, as those of some architectures and versions do."""
 
