@@ -26,7 +26,7 @@ import xmodel_steer as xs
 from xmodel_steer import interop, packaged
 from xmodel_steer.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
 from xmodel_steer.generation import generate_tokens
-from xmodel_steer.models import forward, space_of
+from xmodel_steer.models import fingerprint, forward, space_of
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.steering import Ablate, Add, Clamp, Intervention, steering
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
@@ -161,7 +161,7 @@ def test_a_foreign_control_vector_takes_the_space_of_the_model_it_is_read_for(br
         assert torch.equal(one.direction, rows[1]) and torch.equal(two.direction, rows[0])
         assert (one.space.site, two.space.site) == (Site(1), Site(2))
         assert one.label == "happy"
-        with interop.steering_hf(bridge.hf, [one, two], trust=model is bridge.model):
+        with interop.steering_hf(bridge.hf, [one, two]):
             pass
     with steering(bridge.model, interop.read_control_vector(path, bridge.model)):
         pass
@@ -377,7 +377,7 @@ def test_steering_vectors_steers_the_same(bridge: toys.Toy) -> None:
     mine = [bridge.vector(0, seed=1), bridge.vector(2, seed=2)]
     hf, ids = bridge.hf, torch.tensor([bridge.ids(TEXTS[1])])
     made = theirs.SteeringVector(interop.to_steering_vectors(mine), "decoder_block")
-    with interop.steering_hf(hf, mine, trust=True):
+    with interop.steering_hf(hf, mine):
         steered = logits_of(hf, ids)
     with torch.no_grad(), made.apply(hf):
         torch.testing.assert_close(logits_of(hf, ids), steered, **CLOSE)
@@ -675,7 +675,8 @@ def test_a_plain_model_takes_only_vectors_of_its_own(llama: toys.Toy, gemma: toy
     ):
         with pytest.raises(kind, match=says), interop.steering_hf(model, given):
             pass
-    with interop.steering_hf(llama.hf, vector):  # without a name: by its weights
+    renamed = replace(space, model="another name", fingerprint=fingerprint(llama.hf))
+    with interop.steering_hf(llama.hf, replace(vector, space=renamed)):  # by its weights
         pass
     with interop.steering_hf(qwen.hf, vector, trust=True):
         pass

@@ -306,10 +306,10 @@ def steering_hf(
     Inside the block every forward pass of the model is steered, also those of its ``generate``, with its cache or
     without, padded on the left, in batches, with beams. One thread at a time.
 
-    A `Space` names weights by a hash. It is asked last, for it changes with quantisation and, where TransformerLens splits
-    joint matrices, as GPT-2's, also between a bridge and the Hugging Face model: a model of the same name
-    (``"packaged:smollm2-135m-instruct"`` and ``"HuggingFaceTB/SmolLM2-135M-Instruct"``: case and
-    what stands before the last ``/`` or ``:`` do not count), or of another name but the same weights, is the vector's.
+    A `Space` names weights by a hash. It is asked last, for quantisation changes it, and a bridge may hold the same weights
+    in other tensors than the Hugging Face model (GPT-2's joint matrices split, a bias of zeros added). A model is the
+    vector's if it has the same name, where case and what stands before the last ``/`` or ``:`` do not count
+    (``"packaged:smollm2-135m-instruct"``, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``), or else the same weights.
 
     Args:
         model: A causal language model of transformers.
