@@ -334,13 +334,13 @@ def test_the_models_own_generate_is_steered(toy, where):
 
 
 @pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
-def test_the_models_own_padded_generate_is_steered(bridge, where):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_models_own_padded_generate_is_steered(bridge, where, use_cache):
     (batch,) = batches(bridge.model, encode(bridge.model, as_prompts(TEXTS[:3])), 3, padding_side="left")
+    settings = dict(do_sample=False, max_new_tokens=STEPS, use_cache=use_cache, **NO_STOP)
     with steering(bridge.model, bridge.vector(1, size=4.0), positions=where):
         mine = tokens(bridge, TEXTS[:3])
-        inner = bridge.model.original_model.generate(
-            batch.ids, attention_mask=batch.mask, do_sample=False, max_new_tokens=STEPS, **NO_STOP
-        )
+        inner = bridge.model.original_model.generate(batch.ids, attention_mask=batch.mask, **settings)
     for row, i in enumerate(batch.rows):
         assert inner[row, batch.ids.shape[1] :].tolist() == mine[i]
 
@@ -409,6 +409,18 @@ def test_operators_refuse_vectors_they_cannot_use(llama):
     with pytest.raises(ValueError, match="at least one vector"), steering(llama.model, []):
         pass
     assert not llama.model.original_model._forward_pre_hooks
+
+
+def test_a_mask_that_hides_positions_is_refused(bridge):
+    ids = torch.tensor([bridge.ids(TEXTS[0])])
+    square = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    says = r"needs an attention mask of shape \(batch, tokens\) to know text positions, got \(1, 1, .*default cache"
+    with steering(bridge.model, bridge.vector(1)):
+        with pytest.raises(SiteError, match=says):
+            bridge.model.original_model(ids, attention_mask=square)
+        with pytest.raises(SiteError, match="got dict"):
+            bridge.model.original_model(ids, attention_mask={"full_attention": square})
+        bridge.model.original_model(ids)
 
 
 @pytest.mark.filterwarnings("ignore:.*without position_embeddings:RuntimeWarning")

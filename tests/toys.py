@@ -340,6 +340,7 @@ def bridged(hf: Any, name: str, tokenizer: Any) -> Toy:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     pristine = copy.deepcopy(hf)
+    pristine.config._name_or_path = name  # as from_pretrained would
     model = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name=name)
     model.eval()
     register(model, name=name, tokenizer=tokenizer)

@@ -3,6 +3,7 @@
 The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``.
 """
 
+from xmodel_steer import interop as interop
 from xmodel_steer import plots as plots
 from xmodel_steer.alignment import align as align
 from xmodel_steer.capture import capture as capture

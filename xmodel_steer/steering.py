@@ -5,7 +5,7 @@ without, in a batch or alone. Hooks return new tensors; leaving the block restor
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,6 +23,8 @@ Positions = Where | Sequence[Where] | Tensor
 
 # A function from rows (..., d) to new rows; it never writes into those it was given.
 Edit = Callable[[Tensor], Tensor]
+# The same for a whole residual stream (batch, new tokens, d): it edits the rows that are meant.
+Write = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -161,6 +163,7 @@ class _Tracker:
     def __init__(self) -> None:
         self.now: _Pass | None = None
         self.passes = 0
+        self.prompts: tuple[int, int] | None = None  # how many, how wide: while Hugging Face's generate runs
         self._prompt_lengths: Tensor | None = None
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,8 +184,14 @@ class _Tracker:
         batch, new = ids.shape[:2]
         mask = kwargs.get("attention_mask")
         past = _past_mask(kwargs, batch, ids.device)
-        if mask is None or mask.ndim != 2:
+        if mask is None:
             mask = torch.ones(batch, new, dtype=torch.long, device=ids.device)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise SiteError(
+                f"steering: needs an attention mask of shape (batch, tokens) to know text positions, got {came}; "
+                "give such a one, and leave generate its default cache (a static one makes other masks)"
+            )
         if mask.shape[1] == new:
             mask = torch.cat([past.to(mask), mask], 1)
         mask = mask.long()
@@ -194,12 +203,19 @@ class _Tracker:
         lengths = self._prompt_lengths
         if known is not None and known.prompt_lengths is not None:
             lengths = known.prompt_lengths.to(ids.device)
+        elif self.prompts is not None:
+            # What is to come of a prompt that is read in chunks is real: a decode is padded on the left.
+            width = self.prompts[1]
+            lengths = mask[:, :width].sum(1) + max(0, width - mask.shape[1])
         elif first:
             lengths = mask.sum(1)
         elif lengths is None or len(lengths) != batch:
             lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
         self._prompt_lengths = lengths
-        self.now = _Pass(position, lengths[:, None], known.rows if known else None)
+        rows = known.rows if known else None
+        if rows is None and self.prompts is not None:  # beams and samples of one prompt stand together
+            rows = tuple(row * self.prompts[0] // batch for row in range(batch))
+        self.now = _Pass(position, lengths[:, None], rows)
         self.passes += 1
 
     def after(self, *_: Any) -> None:
@@ -282,23 +298,66 @@ def steering(
         >>> with steering(model, vector, operator=Add(2.0)):        # doctest: +SKIP
         ...     texts = generate(model, prompts)
     """
-    given = (vector,) if isinstance(vector, (SteeringVector, Intervention)) else tuple(vector)
-    if not given:
-        raise ValueError("steering: give at least one vector")
-    steps = [v if isinstance(v, Intervention) else Intervention(v, operator, positions) for v in given]
+    steps = interventions(vector, operator, positions)
     for step in steps:
         site = step.vector.space.site
         # A layer that this model does not have is as much another space as any.
         own = space_of(model, Site(min(site.layer, model.cfg.n_layers - 1), site.stream))
         require_same_space(own, step.vector.space, f"steering {name_of(model)}")
-    tracker = _Tracker()
-    fired: set[str] = set()
 
-    def hook(step: Intervention) -> Any:
+    def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
+        return model.hooks(
+            fwd_hooks=[(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
+        )
+
+    inner = model.original_model if is_bridge(model) else model
+    with steered(inner, steps, attach, name=name_of(model)):
+        yield model
+
+
+def interventions(
+    vector: SteeringVector | Intervention | Sequence[SteeringVector | Intervention],
+    operator: Operator,
+    positions: Positions,
+) -> list[Intervention]:
+    """What `steering` was given, each vector with its operator and positions.
+
+    Raises:
+        ValueError: Nothing was given.
+    """
+    given = (vector,) if isinstance(vector, (SteeringVector, Intervention)) else tuple(vector)
+    if not given:
+        raise ValueError("steering: give at least one vector")
+    return [v if isinstance(v, Intervention) else Intervention(v, operator, positions) for v in given]
+
+
+@contextmanager
+def steered(
+    inner: Any,
+    steps: Sequence[Intervention],
+    attach: Callable[[Sequence[tuple[Site, Write]]], AbstractContextManager[Any]],
+    *,
+    name: str,
+) -> Iterator[None]:
+    """Steer the forward passes of a model of any kind: what `steering` does once the spaces are checked.
+
+    Args:
+        inner: The module whose calls are the forward passes.
+        steps: The interventions; those at one site act in this order.
+        attach: Puts functions at sites, in their order, for as long as its context lasts.
+        name: The model's name, for messages.
+
+    Raises:
+        SiteError: On leaving, when a site did not fire although the model ran.
+    """
+    tracker = _Tracker()
+    fired: set[Site] = set()
+
+    def writer(step: Intervention) -> Write:
         edit = step.operator.prepare(step.vector)
 
-        def write(value: Tensor, hook: Any) -> Tensor:
-            fired.add(step.vector.space.site.hook_name)
+        def write(value: Tensor) -> Tensor:
+            fired.add(step.vector.space.site)
             where = tracker.selected(step, value)
             if not bool(where.any()):
                 return value
@@ -307,20 +366,50 @@ def steering(
 
         return write
 
-    inner = model.original_model if is_bridge(model) else model
+    writes = [(step.vector.space.site, writer(step)) for step in steps]
     handles = [
         inner.register_forward_pre_hook(tracker.before, with_kwargs=True),
         inner.register_forward_hook(tracker.after, always_call=True),
     ]
     try:
-        with model.hooks(fwd_hooks=[(step.vector.space.site.hook_name, hook(step)) for step in steps]):
-            yield model
+        with _generate_tells_prompts(inner, tracker), attach(writes):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-    silent = {step.vector.space.site.hook_name for step in steps} - fired
+    silent = {site for site, _ in writes} - fired
     if tracker.passes and silent:
         raise SiteError(
-            f"{name_of(model)}: {', '.join(sorted(silent))} did not fire in {tracker.passes} forward passes; nothing was steered there "
-            "(did every pass stop below this layer?)"
+            f"{name}: {', '.join(sorted(site.hook_name for site in silent))} did not fire in {tracker.passes} forward passes; "
+            "nothing was steered there (did every pass stop below this layer?)"
         )
+
+
+@contextmanager
+def _generate_tells_prompts(inner: Any, tracker: _Tracker) -> Iterator[None]:
+    """While Hugging Face's own generate runs, its prompts are known.
+
+    A forward pass does not tell: without a cache every one looks like a new prompt, and beams like prompts.
+    """
+    if not hasattr(inner, "generation_config"):
+        yield
+        return
+    own, before = inner.generate, vars(inner).get("generate")
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        prompts = next((v for v in given if isinstance(v, Tensor)), None)
+        tracker.prompts = None if prompts is None else (prompts.shape[0], prompts.shape[1])
+        try:
+            return own(*args, **kwargs)
+        finally:
+            tracker.prompts = None
+
+    inner.generate = generate
+    try:
+        yield
+    finally:
+        if before is None:
+            del inner.generate
+        else:
+            inner.generate = before
