@@ -233,6 +233,16 @@ def test_a_full_disk_loses_nothing(models, tmp_path, monkeypatch):
     filled(models, tmp_path / "store").verify()
 
 
+def test_a_store_that_was_made_anew_is_read_anew(models, tmp_path):
+    one = filled(models, tmp_path / "store")
+    held = one.pair(Site(2), Site(1)).documents[0]
+    shutil.rmtree(tmp_path / "store")
+    two = filled(models, tmp_path / "store", DOCUMENTS[::-1])
+    same(two.moments(progress=False), filled(models, tmp_path / "other", DOCUMENTS[::-1]).moments(progress=False))
+    with pytest.raises(ArtifactError, match=r"000000.safetensors: was written anew since the store was opened; open"):
+        held.load()
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 

@@ -220,9 +220,10 @@ def _opened(file: Path, modified: int) -> Any:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard of one end, read when it is needed."""
+    """One shard of one end, read when it is needed. What was written anew is another one."""
 
     file: Path
+    modified: int
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -231,7 +232,9 @@ class _Shard:
     def rows(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """Rows of a tensor, whose checksum is verified when it is read first."""
         try:
-            opened = _opened(self.file, self.file.stat().st_mtime_ns)
+            if self.file.stat().st_mtime_ns != self.modified:
+                raise ArtifactError(f"{self.file}: was written anew since the store was opened; open it again")
+            opened = _opened(self.file, self.modified)
             if name not in self._verified:
                 if _checksum(opened.get_tensor(name)) != self.header["checksums"][name]:
                     raise ArtifactError(f"{self.file}: {name} does not match its checksum; delete it and harvest again")
@@ -325,22 +328,23 @@ class ActivationStore:
                 f"{self.folder}: source and target were harvested with different settings ({one} and {two}); harvest one again"
             )
         counts = [records[end]["shards"] for end in ENDS]
-        found = {end: [_Shard(self.folder / end / f"{i:06d}.safetensors") for i in range(max(counts))] for end in ENDS}
-        missing = [
-            str(s.file) for end, n in zip(ENDS, counts, strict=True) for s in found[end][:n] if not s.file.is_file()
+        files = [
+            [self.folder / end / f"{i:06d}.safetensors" for i in range(n)] for end, n in zip(ENDS, counts, strict=True)
         ]
+        missing = [str(file) for own in files for file in own if not file.is_file()]
         if missing:
             raise ArtifactError(
                 f"{missing[0]}: is missing ({len(missing)} in all); harvest again, what is there is kept"
             )
-        pairs = list(zip(found["source"][: counts[0]], found["target"][: counts[1]], strict=False))
+        found = [[_Shard(file, file.stat().st_mtime_ns) for file in own] for own in files]
+        pairs = list(zip(*found, strict=False))
         differ = counts[0] != counts[1] or any(a.header["texts"] != b.header["texts"] for a, b in pairs)
         if differ:
             raise ArtifactError(
                 f"{self.folder}: source and target were harvested from different texts; harvest one again"
             )
-        for end in ENDS:
-            for shard in found[end][: counts[0]]:
+        for end, own in zip(ENDS, found, strict=True):
+            for shard in own:
                 if shard.header["spaces"] != records[end]["spaces"]:
                     raise ArtifactError(
                         f"{shard.file}: is of another model or other sites than its store; harvest again"
