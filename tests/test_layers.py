@@ -219,6 +219,16 @@ def test_each_point_is_the_fit_on_the_first_tokens():
     assert curve.test_tokens == 48
 
 
+def test_a_part_of_the_text_is_taken_in_the_windows_of_the_whole():
+    whole = replace(rows(), window=7, coverage=0.5)
+    cut = whole.first(50)
+    assert all(made.moments().coverage == 0.5 for made in (whole, cut, cut.inverse(), cut.shuffle()))
+    windows = [{d.number for d in window} for window in whole.windows()]
+    assert [{n // 7 for n in window} for window in windows] == [{k} for k in range(9)]
+    kept = {d.number for d in cut.documents}
+    assert [{d.number for d in window} for window in cut.windows()] == [w & kept for w in windows if w & kept]
+
+
 def test_the_recommendation_is_the_least_that_is_nearly_as_good():
     curve = data_curve(rows(), tokens=[10, 100, 144])
     enough = [n for n, r2 in zip(curve.tokens, curve.r2["Ridge"], strict=True) if r2 >= max(curve.r2["Ridge"]) - 0.01]

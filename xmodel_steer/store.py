@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import Alignment, TokenEnds, align, check_coverage
 from xmodel_steer.capture import Plan, require_shard, rows_at, window_size, windows
-from xmodel_steer.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.errors import ArtifactError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
 from xmodel_steer.prompts import Prompt, PromptLike, text_digest
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import check_finite, is_finite
+from xmodel_steer.vectors import check_finite
 
 ENDS = ("source", "target")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -354,9 +354,12 @@ class ActivationStore:
     @cached_property
     def _counts(self) -> list[list[tuple[int, int]]]:
         """For each document of each shard, how many rows pair and how many could."""
-        made = [[(len(a), a.eligible) for a in _aligned(*shards)] for shards in self._shards]
-        check_coverage(*_totals(made))
-        return made
+        return [[(len(a), a.eligible) for a in _aligned(*shards)] for shards in self._shards]
+
+    def _coverage(self) -> float:
+        """Share of the tokens that could pair that do; refuses too small a one."""
+        every = [document for window in self._counts for document in window]
+        return check_coverage(sum(paired for paired, _ in every), sum(possible for _, possible in every))
 
     def _require_site(self, end: str, site: Site) -> Space:
         spaces = self.spaces(end)
@@ -385,8 +388,7 @@ class ActivationStore:
             for i, ((count, _), part) in enumerate(zip(counts, one.rows("parts").tolist(), strict=True)):
                 own = _Document(one, two, (source, target), i)
                 documents.append(DocumentRows(number * size + i, PARTS[part], count, own.load))
-        paired, eligible = _totals(self._counts)
-        return PairedRows(*spaces, tuple(documents), coverage=paired / eligible, window=size)
+        return PairedRows(*spaces, tuple(documents), coverage=self._coverage(), window=size)
 
     def moments(
         self,
@@ -429,7 +431,7 @@ class ActivationStore:
             seed=settings["seed"],
         )
         size = window_size(settings["max_tokens"])
-        check_coverage(*_totals(self._counts))
+        self._coverage()
         bar = tqdm(self._shards, desc="moments from the store", unit="shard", disable=not progress, delay=2)
         for number, (one, two) in enumerate(bar):
             aligned, parts = _aligned(one, two), one.rows("parts").tolist()
@@ -460,18 +462,10 @@ class ActivationStore:
 
         Raises:
             ArtifactError: A shard is missing or damaged.
-            NonFiniteError: A shard has NaN or infinity.
         """
         rows = 0
         for shard in (shard for pair in self._shards for shard in pair):
             for name in shard.header["checksums"]:
-                values = shard.rows(name)
-                if not is_finite(values):
-                    raise NonFiniteError(f"{shard.file}: {name} has NaN or infinity; harvest again")
+                shard.rows(name)  # nothing that is not finite was written
             rows += int(shard.rows("counts").sum())
         return rows
-
-
-def _totals(counts: list[list[tuple[int, int]]]) -> tuple[int, int]:
-    every = [document for window in counts for document in window]
-    return sum(paired for paired, _ in every), sum(possible for _, possible in every)
