@@ -115,12 +115,13 @@ def test_a_sketch_scores_its_dimensions_exactly_and_states_its_error():
     full = layer_grid(exact, penalties=PENALTIES)
     assert layer_grid(collected(sketch=tuple(range(DT)), pairs=()), penalties=PENALTIES).cka == pytest.approx(full.cka)
     # Over all choices of dimensions the sketch is right on average.
-    means = [
-        layer_grid(collected(sketch=choice, pairs=()), penalties=(0.1,)).chosen("r2")
+    grids = [
+        layer_grid(collected(sketch=choice, pairs=()), penalties=(0.1,))
         for choice in ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
     ]
-    whole = layer_grid(exact, penalties=(0.1,)).chosen("r2")
-    np.testing.assert_allclose(np.mean(means, 0), whole)
+    whole = layer_grid(exact, penalties=(0.1,))
+    for metric in ("r2", "cka"):
+        np.testing.assert_allclose(np.mean([grid.chosen(metric) for grid in grids], 0), whole.chosen(metric))
 
 
 def test_the_source_is_chosen_without_the_targets_labels():
