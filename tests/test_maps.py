@@ -474,7 +474,8 @@ def test_a_pinned_fitter_takes_the_penalty_that_was_chosen():
 
 
 def test_a_map_then_another_is_the_one_after_the_other():
-    there, back = Ridge().fit(usual()), Ridge().fit(usual(noise=1.0).inverse())
+    other = moments(*(related(n, seed=n, noise=1.0) for n in (100, 60)))  # of another text
+    there, back = Ridge().fit(usual()), Ridge().fit(other.inverse())
     both = there.then(back)
     x, v = related(9, seed=7)[0], SteeringVector(normal(DS, seed=8), SOURCE)
     torch.testing.assert_close(both.transform(x), back.transform(there.transform(x)))

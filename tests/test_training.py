@@ -145,8 +145,8 @@ def test_every_epoch_reads_every_training_document_once_in_another_order():
     def orders(**changes):
         read.clear()
         data = replace(whole, documents=tuple(map(noted, whole.documents)))
-        Autoencoder(**(dict(epochs=3, patience=3, batch_documents=7) | changes)).fit(data)
-        n = len(whole.part("train"))
+        Autoencoder(**(dict(epochs=3, patience=3, batch_documents=19) | changes)).fit(data)
+        n = len(whole.part("train"))  # 20: the last batch is of one document
         return [read[i : i + n] for i in range(n, len(read) - n, n)]  # before and after: moments and scores
 
     made = orders()
