@@ -9,10 +9,10 @@ import pytest
 import torch
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
-from xmodel_steer.capture import capture, collect_moments
+from xmodel_steer.capture import capture, collect_moments, window_size
 from xmodel_steer.errors import AlignmentError, AlignmentWarning, ModelError, NonFiniteError, PromptError
 from xmodel_steer.models import encode, register
-from xmodel_steer.moments import PARTS, merge, part_of
+from xmodel_steer.moments import PARTS, merge, part_of, sketch_dimensions
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site
 
@@ -196,6 +196,20 @@ def test_where_full_pairs_do_not_fit_every_pair_is_sketched(llama, toy_named, mo
         both.pair(Site(2), Site(1)).test.cross_scatter, full.pair(Site(2), Site(1)).test.cross_scatter, **CLOSE
     )
     assert both.pairs == ((Site(2), Site(1)),) and set(both.source) == set(SITES["source_sites"])
+
+
+def test_seed_deals_documents_to_parts_and_draws_the_sketch(llama, toy_named):
+    made = [collected(llama, toy_named("qwen"), sketch=5, seed=seed) for seed in (0, 3)]
+    for seed, moments in zip((0, 3), made, strict=True):
+        dealt = [part_of(text, seed=seed) for text in DOCUMENTS]
+        assert {name: part.documents for name, part in moments.parts.items()} == {n: dealt.count(n) for n in PARTS}
+        assert moments.sketch == sketch_dimensions(toy_named("qwen").width, 5, seed=seed)
+    assert made[0].sketch != made[1].sketch
+
+
+def test_windows_hold_a_bounded_number_of_tokens():
+    assert [window_size(n) for n in (16, 256, 512, 4096)] == [64, 64, 32, 4]
+    assert window_size(10**6) == 4  # fewer would leave nothing to shuffle among
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,6 +1,7 @@
 """The layer grid equals the fits of its pairs one by one; rules that choose layers; the data curve."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -72,9 +73,20 @@ def test_the_chosen_penalty_is_that_of_validation_alone():
         fitted = Ridge().fit(moments.pair(s, t))
         assert grid.penalties[grid.best[i, j]] == fitted.info["penalty"]
         assert grid.chosen("r2")[i, j] == pytest.approx(fitted.score_test.mean_r2)
+    assert grid.counts == {"train": (12, 6), "validation": (40, 20), "test": (60, 30)}
+
+
+def test_the_frame_is_the_chosen_arrays_row_by_row():
+    columns = (0, 3, 4)
+    grid = layer_grid(collected(sizes=(12, 40, 60), sketch=columns, pairs=()))
     frame = grid.to_frame()
-    assert len(frame) == 6 and frame.r2[0] == pytest.approx(grid.chosen("r2")[0, 0])
-    assert list(frame.source_layer) == [0, 0, 1, 1, 2, 2] and (frame.r2_error == 0).all()
+    assert list(frame.source_layer) == [0, 0, 1, 1, 2, 2] and list(frame.target_layer) == [1, 4] * 3
+    assert len(set(grid.best.ravel())) > 1
+    assert list(frame.penalty) == [grid.penalties[k] for k in grid.best.ravel()]
+    arrays = {name: grid.chosen(name) for name in ("r2", "cosine", "fvu", "norm_ratio", "cka")}
+    arrays |= {"validation_r2": grid.chosen("r2", "validation"), "r2_error": grid.r2_error}
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(frame[name], values.ravel())
 
 
 def test_linear_cka_is_that_of_the_rows():
@@ -103,12 +115,13 @@ def test_a_sketch_scores_its_dimensions_exactly_and_states_its_error():
     full = layer_grid(exact, penalties=PENALTIES)
     assert layer_grid(collected(sketch=tuple(range(DT)), pairs=()), penalties=PENALTIES).cka == pytest.approx(full.cka)
     # Over all choices of dimensions the sketch is right on average.
-    means = [
-        layer_grid(collected(sketch=choice, pairs=()), penalties=(0.1,)).chosen("r2")
+    grids = [
+        layer_grid(collected(sketch=choice, pairs=()), penalties=(0.1,))
         for choice in ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
     ]
-    whole = layer_grid(exact, penalties=(0.1,)).chosen("r2")
-    np.testing.assert_allclose(np.mean(means, 0), whole)
+    whole = layer_grid(exact, penalties=(0.1,))
+    for metric in ("r2", "cka"):
+        np.testing.assert_allclose(np.mean([grid.chosen(metric) for grid in grids], 0), whole.chosen(metric))
 
 
 def test_the_source_is_chosen_without_the_targets_labels():
@@ -123,9 +136,19 @@ def test_the_source_is_chosen_without_the_targets_labels():
         grid.source_for(Site(4), rule="best")
 
 
+def test_by_depth_a_source_layer_belongs_to_the_target_layer_that_ends_at_the_same_share_of_the_blocks():
+    grid = layer_grid(collected())
+    target = tuple(replace(TARGET[Site(1)], site=Site(i)) for i in range(4))
+    source = tuple(replace(SOURCE[Site(0)], site=Site(i)) for i in range(8))
+    deep, shallow = replace(grid, source=source, target=target), replace(grid, source=target, target=source)
+    for i in range(4):
+        assert deep.source_for(Site(i), rule="depth") == Site(2 * i + 1)
+        assert shallow.source_for(Site(2 * i + 1), rule="depth") == Site(i)
+
+
 def test_the_choice_does_not_look_at_test_documents():
     grid = layer_grid(collected())
-    grid.test["r2"][...] = np.random.default_rng(0).normal(size=grid.test["r2"].shape)
+    grid.test["r2"][...] *= -1  # what was best is worst
     assert grid.source_for(Site(4)) == Site(1)
 
 
@@ -171,6 +194,19 @@ def rows(n=240):
     )
 
 
+@dataclass(frozen=True)
+class Given:
+    """A fitter whose maps score what it is told."""
+
+    scores: Iterator[float]
+
+    def fit(self, data):
+        """The identity, with the next score."""
+        made = Identity().fit(data)
+        r2 = torch.full_like(made.score_test.r2, next(self.scores))
+        return replace(made, score_test=replace(made.score_test, r2=r2))
+
+
 def test_each_point_is_the_fit_on_the_first_tokens():
     given = rows()
     curve = data_curve(given, tokens=[10, 50, 144], fitters={"Ridge": Ridge(), "Identity": Identity()})
@@ -184,10 +220,25 @@ def test_each_point_is_the_fit_on_the_first_tokens():
     assert curve.test_tokens == 48
 
 
+def test_a_part_of_the_text_is_taken_in_the_windows_of_the_whole():
+    whole = replace(rows(), window=7, coverage=0.5)
+    cut = whole.first(50)
+    assert all(made.moments().coverage == 0.5 for made in (whole, cut, cut.inverse(), cut.shuffle()))
+    windows = [{d.number for d in window} for window in whole.windows()]
+    assert [{n // 7 for n in window} for window in windows] == [{k} for k in range(9)]
+    kept = {d.number for d in cut.documents}
+    assert [{d.number for d in window} for window in cut.windows()] == [w & kept for w in windows if w & kept]
+
+
 def test_the_recommendation_is_the_least_that_is_nearly_as_good():
     curve = data_curve(rows(), tokens=[10, 100, 144])
     enough = [n for n, r2 in zip(curve.tokens, curve.r2["Ridge"], strict=True) if r2 >= max(curve.r2["Ridge"]) - 0.01]
     assert curve.recommended == enough[0]
+    scores = iter((0.5, 0.85, 0.8895, 0.8905, 0.9))
+    made = data_curve(rows(), tokens=[10, 36, 72, 100, 144], fitters={"given": Given(scores)})
+    assert made.r2["given"] == (0.5, 0.85, 0.8895, 0.8905, 0.9)
+    assert made.recommended == 100  # the first within 0.01 of the best
+    assert made.growing == pytest.approx(0.9 - 0.8895)  # since half of the text
     assert "tokens are enough" in replace(curve, growing=0.005).advice
     assert (
         "more text would help: the last doubling, to 144 tokens, still gained 0.050"

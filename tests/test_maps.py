@@ -19,12 +19,14 @@ from xmodel_steer.fitters import (
     Procrustes,
     RandomMap,
     ReducedRank,
+    RelativeAnchors,
     Ridge,
     ShuffledPairs,
     pinned,
 )
 from xmodel_steer.maps import AffineMap, cycle_score
 from xmodel_steer.moments import MomentsAccumulator
+from xmodel_steer.rows import PairedRows
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
 
@@ -254,6 +256,13 @@ def test_a_fit_on_one_row_is_refused(fitter):
         fitter.fit(moments(related(1, seed=1), related(20, seed=3)))
 
 
+def test_rows_that_a_map_can_fit_exactly_are_too_few():
+    # Centred, n rows span n - 1 dimensions: with no more rows than dimensions some are left over, with one more none.
+    with pytest.warns(FewRowsWarning, match="fit: 5 training rows for 5 source dimensions"):
+        Ridge(penalties=(0.1,)).fit(moments(related(DS, seed=1)))
+    Ridge(penalties=(0.1,)).fit(moments(related(DS + 1, seed=1)))
+
+
 @pytest.mark.parametrize("fitter", CHOOSE.values(), ids=CHOOSE)
 def test_a_choice_without_validation_rows_is_refused(fitter):
     with pytest.raises(PromptError, match=r"no validation document to choose the penalty on; .*Ridge\(penalties"):
@@ -315,6 +324,18 @@ def test_scores_count_documents_where_rows_name_them():
     assert fitted.score(replace(source, rows=(("a", 1), ("a", 2), ("b", 1))), target).documents == 2
 
 
+def test_a_target_dimension_that_does_not_vary_has_no_vote():
+    parts = [related(n, seed=seed, noise=0.5) for n, seed in ((200, 1), (60, 3), (60, 5))]
+    without = Ridge().fit(moments(*((x, y[:, 1:]) for x, y in parts)))
+    for _, y in parts:
+        y[:, 0] = -2.5
+    fitted = Ridge().fit(moments(*parts))
+    assert fitted.info["loss"] == pytest.approx(without.info["loss"])
+    assert fitted.info["penalty"] == without.info["penalty"]
+    for name in ("mean_r2", "cosine", "norm_ratio"):
+        assert getattr(fitted.score_test, name) == pytest.approx(getattr(without.score_test, name))
+
+
 @pytest.mark.parametrize("n, m", [(3, 4), (0, 0)])
 def test_rows_that_do_not_pair_have_no_score(n, m):
     fitted, x, y = scored_map()
@@ -366,23 +387,33 @@ def test_without_centring_procrustes_keeps_the_origin():
     torch.testing.assert_close(fitted.weight, 2 * rotation)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_a_reduced_rank_map_is_the_best_of_its_rank(rank):
+def test_a_reduced_rank_map_is_the_best_of_its_rank(rank, penalty):
     x, y = related(200, seed=1, noise=1.0)
     y = y * torch.logspace(-2, 2, DT, dtype=torch.float64)
     given = moments((x, y))
-    fitted, full = ReducedRank(rank, penalties=(0.0,)).fit(given), Ridge(penalties=(0.0,)).fit(given)
-    assert torch.linalg.matrix_rank(fitted.weight / y.std(0), tol=1e-9) == rank
-    # The textbook's way (Izenman 1975): project the least-squares fit onto its own leading directions.
-    centred = (full.transform(x) - y.mean(0)) / y.std(0, correction=0)
-    leading = torch.linalg.svd(centred, full_matrices=False).Vh[:rank]
-    textbook = centred @ leading.T @ leading * y.std(0, correction=0) + y.mean(0)
-    torch.testing.assert_close(fitted.transform(x), textbook)
-    scale = y.std(0, correction=0)
-    u, s, vh = torch.linalg.svd(full.weight / scale, full_matrices=False)
-    cut = replace(full, weight=(u[:, :rank] * s[:rank]) @ vh[:rank] * scale)
+    fitted, full = (fitter.fit(given) for fitter in (ReducedRank(rank, (penalty,)), Ridge((penalty,))))
+    (z, into), (_, scale) = (((v - v.mean(0)) / v.std(0, correction=0), v.std(0, correction=0)) for v in (x, y))
+
+    def standardised(weight):
+        return into[:, None] * weight / scale
+
+    assert torch.linalg.matrix_rank(standardised(fitted.weight), tol=1e-9) == rank
+    # The textbook's way: a penalty is rows of √(nλ) I (Mukherjee & Zhu 2011), and the least-squares fit of all rows
+    # is projected onto its own leading directions (Izenman 1975).
+    ridge = standardised(full.weight)
+    rows = torch.cat([z, (len(x) * penalty) ** 0.5 * torch.eye(DS, dtype=torch.float64)])
+    leading = torch.linalg.svd(rows @ ridge, full_matrices=False).Vh[:rank]
+    torch.testing.assert_close(standardised(fitted.weight), ridge @ leading.T @ leading)
+    torch.testing.assert_close(fitted.transform(x), z @ ridge @ leading.T @ leading * scale + y.mean(0))
+    u, s, vh = torch.linalg.svd(ridge, full_matrices=False)
+    cut = replace(full, weight=(u[:, :rank] * s[:rank]) @ vh[:rank] * scale / into[:, None])
     cut = replace(cut, bias=y.mean(0) - x.mean(0) @ cut.weight)
-    assert fitted.standardised_loss(given.train) <= cut.standardised_loss(given.train) + 1e-12
+    costs = [
+        DT * m.standardised_loss(given.train) + penalty * standardised(m.weight).norm() ** 2 for m in (fitted, cut)
+    ]
+    assert costs[0] <= costs[1] + 1e-12
 
 
 def test_full_rank_is_ridge():
@@ -411,6 +442,25 @@ def test_a_random_map_has_the_means_and_the_spread_of_the_target():
     assert torch.equal(made.weight, RandomMap(seed=1).fit(given).weight)
 
 
+def test_relative_anchors_are_numpys():
+    x, y = related(120, seed=1, noise=0.5, units=UNITS)
+    labels = tuple((str(i // 5), i) for i in range(120))
+    parts = ["train", "train", "validation", "train", "test", "train"] * 4
+    rows = PairedRows.of(Activations(x, SOURCE, labels), Activations(y, TARGET, labels), parts)
+    fitted = RelativeAnchors(tolerance=0.3).fit(rows)
+    train = np.repeat([part == "train" for part in parts], 5)
+    z, w = ((v - v[train].mean(0)) / v[train].std(0) for v in (x.numpy(), y.numpy()))
+    anchors = [v[train].reshape(16, 5, -1).mean(1) for v in (z, w)]  # the mean of each training text
+    source, target = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in anchors)
+    spanned = np.linalg.matrix_rank(target, tol=0.3 * np.linalg.norm(target, 2))
+    assert 0 < spanned < np.linalg.matrix_rank(target)  # the tolerance drops some
+    expected = z @ source.T @ np.linalg.pinv(target, rcond=0.3).T * y[train].numpy().std(0) + y[train].numpy().mean(0)
+    np.testing.assert_allclose(fitted.transform(x), expected)
+    assert fitted.info["anchors"] == 16
+    few = [RelativeAnchors(anchors=3, seed=seed).fit(rows).weight for seed in (0, 1, 0)]
+    assert torch.equal(few[0], few[2]) and not torch.equal(few[0], few[1])
+
+
 def test_the_control_needs_its_moments():
     with pytest.raises(PromptError, match="collected without the control; use shuffled=True"):
         ShuffledPairs(Ridge()).fit(replace(usual(), control=None))
@@ -421,6 +471,31 @@ def test_a_pinned_fitter_takes_the_penalty_that_was_chosen():
     assert pinned(Ridge(), fitted).penalties == (fitted.info["penalty"],)
     assert pinned(ReducedRank(3), fitted) == ReducedRank(3, penalties=(fitted.info["penalty"],))
     assert pinned(Procrustes(), fitted) == Procrustes()
+
+
+def test_a_map_then_another_is_the_one_after_the_other():
+    other = moments(*(related(n, seed=n, noise=1.0) for n in (100, 60)))  # of another text
+    there, back = Ridge().fit(usual()), Ridge().fit(other.inverse())
+    both = there.then(back)
+    x, v = related(9, seed=7)[0], SteeringVector(normal(DS, seed=8), SOURCE)
+    torch.testing.assert_close(both.transform(x), back.transform(there.transform(x)))
+    torch.testing.assert_close(both.transport(v).direction, back.transport(there.transport(v)).direction)
+    assert (both.source, both.target) == (there.source, back.target)
+    assert torch.equal(both.source_scale, there.source_scale) and torch.equal(both.target_scale, back.target_scale)
+
+
+def test_the_cycle_is_scored_in_the_sources_own_units():
+    there = Ridge().fit(usual(noise=1.0))
+    other = moments(*((x * UNITS, y) for x, y in (related(n, seed=n, noise=1.0) for n in (200, 60))))
+    back = Ridge().fit(other.inverse())  # of another text, where the source's dimensions vary otherwise
+    x = related(60, seed=5)[0]
+    made = cycle_score(there, back, moments((x, normal(60, DT, seed=1))).train)
+    came, own = ((rows - x.mean(0)) / there.source_scale for rows in (back.transform(there.transform(x)), x))
+    assert made.cosine == pytest.approx(float((came * own).sum() / (came.norm() * own.norm())))
+    assert made.norm_ratio == pytest.approx(float(came.norm() / own.norm()))
+    elsewhere = replace(back, target=replace(SOURCE, fingerprint="cccc"))
+    with pytest.raises(SpaceMismatchError, match="cycle_score: needs small .*aaaa.*, got small .*cccc"):
+        cycle_score(there, elsewhere, usual().test)
 
 
 def test_there_and_back_loses_what_the_maps_lose():

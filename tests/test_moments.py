@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xmodel_steer.errors import NonFiniteError, SpaceMismatchError, XModelSteerError
-from xmodel_steer.moments import PARTS, MomentsAccumulator, merge, part_of, shuffled_partners, sketch_dimensions
+from xmodel_steer.moments import (
+    PARTS,
+    MomentsAccumulator,
+    merge,
+    part_of,
+    shuffle_generator,
+    shuffled_partners,
+    sketch_dimensions,
+)
 from xmodel_steer.spaces import Site, Space
 
 SOURCE = {Site(i): Space("small", Site(i), 3, "aaaa") for i in (0, 1)}
@@ -160,7 +168,7 @@ def test_shards_of_other_models_do_not_merge():
         accumulator().moments() + accumulator(source=moved).moments()
 
 
-@pytest.mark.parametrize("change", [{"settings": {"seed": 1}}, {"pairs": PAIRS[:1]}])
+@pytest.mark.parametrize("change", [{"settings": {"seed": 1}}, {"pairs": PAIRS[:1]}, {"sketch": (0, 2)}], ids=str)
 def test_shards_that_were_read_otherwise_do_not_merge(change):
     with pytest.raises(ValueError, match="different layer pairs or settings .*'seed': 0.*the same arguments"):
         accumulator().moments() + accumulator(**change).moments()
@@ -251,6 +259,9 @@ def test_the_shuffle_follows_its_seed():
 
     assert torch.equal(cross(3), cross(3))
     assert not torch.equal(cross(3), cross(4))
+    # Windows are not all shuffled alike: each has a draw of its own.
+    draws = [torch.rand((), generator=shuffle_generator(3, document)).item() for document in (0, 64, 128, 0)]
+    assert len(set(draws)) == 3
 
 
 def test_the_rounding_of_a_constant_is_no_variance() -> None:
@@ -322,13 +333,19 @@ def test_without_the_control_there_is_none_and_everything_else_is_the_same():
     assert torch.equal(made[True].train.cross_scatter, made[False].train.cross_scatter)
 
 
-def test_the_inverse_swaps_both_ends():
-    pair = collect([rows(20)], list(range(20))).pair(*PAIRS[1])
+def test_the_inverse_is_the_moments_of_the_rows_the_other_way_round():
+    one = accumulator()
+    sides = {part: rows(n, seed=n) for part, n in zip(PARTS, (20, 12, 8), strict=True)}
+    for part, own in sides.items():
+        one.add(part, *own, list(range(len(own[1][Site(5)]))), eligible=30)
+    pair = one.moments().pair(*PAIRS[1])
     turned = pair.inverse()
-    assert (turned.source, turned.target) == (pair.target, pair.source)
-    assert torch.equal(turned.train.cross_scatter, pair.train.cross_scatter.T)
-    assert torch.equal(turned.control.train.cross_scatter, pair.control.train.cross_scatter.T)
-    assert torch.equal(turned.inverse().train.target_scatter, pair.train.target_scatter)
+    assert (turned.source, turned.target, turned.coverage) == (pair.target, pair.source, 40 / 90)
+    for part, (source, target) in sides.items():
+        assert_equals_numpy(getattr(turned, part), target[Site(5)], source[Site(1)])
+        own, theirs = getattr(turned.control, part), getattr(pair.control, part)
+        assert torch.equal(own.cross_scatter, theirs.cross_scatter.T)
+    assert (turned.shuffled, turned.control.shuffled) == (False, True)
 
 
 def test_a_named_shard_is_not_added_twice():

@@ -20,7 +20,16 @@ def test_it_shows_the_pairs_that_align_makes(llama: toys.Toy, gemma: toys.Toy) -
     pairs = align(one.token_ends(), two.token_ends())
     assert made.pairs == tuple(zip(pairs.source, pairs.target, strict=True)) and len(made.pairs) > 5
     assert [len(side) for side in made.tokens] == [len(one.ids), len(two.ids)]
-    assert f"{len(pairs)} of {pairs.eligible} pair" in str(made)
+    header, *lines = str(made).splitlines()
+    assert header == f"{len(pairs)} of {pairs.eligible} pair"
+    for line, (i, j) in zip(lines, made.pairs, strict=True):
+        assert line.endswith(f"  {made.tokens[1][j]!r}") and line.lstrip().startswith(f"{made.tokens[0][i]!r}  ")
+
+
+def test_the_tokens_put_together_are_the_text(llama: toys.Toy, gemma: toys.Toy) -> None:
+    made = show_alignment(toys.CORPUS[0], llama.model, gemma.model)
+    assert "".join(made.tokens[0]) == toys.CORPUS[0]
+    assert "".join(made.tokens[1]) == "<bos> " + toys.CORPUS[0]  # this tokenizer begins every text with a space
 
 
 def test_the_page_numbers_each_pair_in_both_rows_and_escapes_the_text(llama: toys.Toy, gemma: toys.Toy) -> None:

@@ -14,13 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import CONTEXT, CORPUS, TEXTS
+from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
 from xmodel_steer.capture import capture, collect_moments
-from xmodel_steer.errors import AlignmentWarning, ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.errors import (
+    AlignmentError,
+    AlignmentWarning,
+    ArtifactError,
+    NonFiniteError,
+    PromptError,
+    SpaceMismatchError,
+)
 from xmodel_steer.fitters import RelativeAnchors, Ridge, ShuffledPairs
 from xmodel_steer.models import register
-from xmodel_steer.moments import PARTS
+from xmodel_steer.moments import PARTS, part_of
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site
 from xmodel_steer.store import ActivationStore, harvest
@@ -65,16 +72,57 @@ def contents(folder):
 # --- laws ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("llama", "gemma"), ("gpt2", "qwen"), ("hooked", "llama")], ids="-".join)
-def test_its_moments_are_those_that_would_have_been_collected(toy_named, tmp_path, names):
+@pytest.mark.parametrize(
+    "names, how",
+    [
+        (("llama", "gemma"), dict(seed=3, truncation_side="left")),
+        (("gpt2", "qwen"), dict()),
+        (("hooked", "llama"), dict()),
+    ],
+    ids=str,
+)
+def test_its_moments_are_those_that_would_have_been_collected(toy_named, tmp_path, names, how):
     models = dict(zip(SITES, (toy_named(name).model for name in names), strict=True))
-    store = filled(models, tmp_path / "store")
+    store = filled(models, tmp_path / "store", **how)
+    keep = dict(pairs=list(product(*SITES.values())), sketch=5, progress=False)
     direct = collect_moments(
-        *models.values(), DOCUMENTS, source_sites=SITES["source"], target_sites=SITES["target"], **SETTINGS
+        *models.values(),
+        DOCUMENTS,
+        source_sites=SITES["source"],
+        target_sites=SITES["target"],
+        **(SETTINGS | how | keep),
     )
-    made = store.moments(progress=False)
+    made = store.moments(**keep)
     same(made, direct)
     assert (made.paired, made.eligible, dict(made.settings)) == (direct.paired, direct.eligible, dict(direct.settings))
+    assert made.sketch == direct.sketch
+    rows = store.pair(Site(2), Site(1))
+    assert [d.part for d in rows.documents] == [part_of(text, seed=how.get("seed", 0)) for text in DOCUMENTS]
+
+
+def test_its_coverage_is_that_of_the_text_and_too_little_is_refused(llama, toy_named, tmp_path):
+    toys = dict(zip(SITES, (llama, toy_named("qwen")), strict=True))
+    models = {end: toy.model for end, toy in toys.items()}
+    sites = dict(source_sites=SITES["source"], target_sites=SITES["target"])
+    try:
+        for sizes, texts in (((3, 2), DOCUMENTS), ((7, 6), [" ".join(CORPUS)])):
+            for toy, size in zip(toys.values(), sizes, strict=True):
+                register(toy.model, name=toy.name, tokenizer=chunk_tokenizer(tmp_path / str(size), size))
+            store = filled(models, tmp_path / f"{sizes}", texts, max_tokens=CONTEXT)
+            if sizes == (3, 2):
+                direct = collect_moments(*models.values(), texts, **sites, **(SETTINGS | dict(max_tokens=CONTEXT)))
+                made, rows = store.moments(progress=False), store.pair(Site(2), Site(1))
+                assert 0.2 < direct.coverage < 0.6
+                assert direct.coverage == made.coverage == rows.coverage == rows.moments().coverage
+                assert (made.paired, made.eligible) == (direct.paired, direct.eligible)
+            else:
+                with pytest.raises(AlignmentError, match=r"only 1\d% of the tokens pair"):
+                    store.moments(progress=False)
+                with pytest.raises(AlignmentError, match=r"only 1\d% of the tokens pair"):
+                    store.pair(Site(2), Site(1))
+    finally:
+        for toy in toys.values():
+            register(toy.model, name=toy.name, tokenizer=toy.tokenizer)
 
 
 def test_rows_of_a_pair_are_those_that_capture_gives(models, tmp_path):
@@ -138,7 +186,7 @@ def test_every_shard_says_what_it_was_made_from(models, tmp_path):
     assert {"revision", "tokenizer", "chat_template", "spaces", "dtype", "settings", "texts", "checksums"} <= set(
         shard.header
     )
-    assert store.verify() > 100
+    assert store.verify() == sum(len(shard.rows("keys")) for pair in store._shards for shard in pair) > 100
 
 
 # --- interruption ----------------------------------------------------------------------------
@@ -233,6 +281,16 @@ def test_a_full_disk_loses_nothing(models, tmp_path, monkeypatch):
     filled(models, tmp_path / "store").verify()
 
 
+def test_a_store_that_was_made_anew_is_read_anew(models, tmp_path):
+    one = filled(models, tmp_path / "store")
+    held = one.pair(Site(2), Site(1)).documents[0]
+    shutil.rmtree(tmp_path / "store")
+    two = filled(models, tmp_path / "store", DOCUMENTS[::-1])
+    same(two.moments(progress=False), filled(models, tmp_path / "other", DOCUMENTS[::-1]).moments(progress=False))
+    with pytest.raises(ArtifactError, match=r"000000.safetensors: was written anew since the store was opened; open"):
+        held.load()
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
@@ -300,13 +358,26 @@ def test_missing_truncated_and_altered_shards_are_refused_by_name(models, tmp_pa
     flipped = bytearray(good)
     flipped[-5] ^= 1
     file.write_bytes(bytes(flipped))
-    with pytest.raises(ArtifactError, match=r"000002.safetensors: .* does not match its checksum"):
-        ActivationStore(tmp_path / "store").verify()
+    for reader in (
+        lambda store: store.verify(),
+        lambda store: store.moments(progress=False),
+        lambda store: store.pair(Site(2), Site(1)).moments(),
+    ):
+        with pytest.raises(ArtifactError, match=r"000002.safetensors: .* does not match its checksum"):
+            reader(ActivationStore(tmp_path / "store"))
     save_file(load_file(str(file)), str(file))  # no header of ours
     with pytest.raises(ArtifactError, match=r"000002.safetensors: is not a whole shard"):
         ActivationStore(tmp_path / "store").verify()
     file.unlink()
     filled(models, tmp_path / "store").verify()  # only what is missing is harvested
+
+
+def test_a_shard_of_another_store_is_refused(models, tmp_path):
+    filled(models, tmp_path / "store")
+    harvest(models["source"], DOCUMENTS, tmp_path / "other", end="source", sites=[Site(0), Site(1)], **SETTINGS)
+    shutil.copy(*(tmp_path / name / "source" / "000001.safetensors" for name in ("other", "store")))
+    with pytest.raises(ArtifactError, match=r"000001.safetensors: is of another model or other sites than its store"):
+        ActivationStore(tmp_path / "store").moments(progress=False)
 
 
 def test_nan_is_refused_before_it_is_written(llama, tmp_path):

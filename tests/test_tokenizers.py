@@ -189,6 +189,10 @@ def test_chats_pair_by_message_and_by_role(tokenizers, templates, messages):
         made.append((encoding, text, offsets))
     roles = []
     for encoding, text, offsets in made:
+        starts = [text.index(m.content) for m in messages]
+        for end, (_, stop) in zip(encoding.ends, offsets, strict=True):
+            read = [min(max(stop - start, 0), len(m.content)) for start, m in zip(starts, messages, strict=True)]
+            assert end in (-1, sum(read))  # counted over the contents of all messages
         found = {}
         for i, role in enumerate(encoding.roles):
             if role < 0:
@@ -203,6 +207,8 @@ def test_chats_pair_by_message_and_by_role(tokenizers, templates, messages):
                 assert encoding.ends[i + 1] > 0
             else:
                 assert i == len(encoding.ids) - 1  # the assistant's first position
+        # Every message begins and ends, and the assistant's turn begins.
+        assert found.keys() >= set(range(1, 2 * len(messages) + (messages[-1].role == "user")))
         roles.append(found)
     one, two = (encoding for encoding, _, _ in made)
     pairs = align(one.token_ends(template=True), two.token_ends(template=True))
@@ -216,3 +222,30 @@ def test_chats_pair_by_message_and_by_role(tokenizers, templates, messages):
     assert align(one.token_ends(), one.token_ends()).source == tuple(
         sorted({e: i for i, e in enumerate(one.ends) if e >= 0 and i}.values())
     )
+
+
+def roles_of(tokenizer, template, messages):
+    """The roles of a chat's tokens, and the text of each token."""
+    tokenizer = with_template(tokenizer, template)
+    (made,) = tokenise(tokenizer, [Prompt(messages=tuple(messages))])
+    return made, dict(zip(made.roles, (tokenizer.decode([i]) for i in made.ids), strict=True))
+
+
+def test_one_token_between_two_messages_begins_the_second(tokenizers):
+    lines = "{% for m in messages %}{{ m.content | trim }}\n{% endfor %}"
+    made, tokens = roles_of(tokenizers["byte_level"], lines, CHAT)
+    assert {role: tokens[role] for role in tokens if role >= 0} == {2: "\n", 4: "\n", 6: "\n"}
+    assert [r for r in made.roles if r >= 0] == [2, 4, 6]
+
+
+def test_a_token_of_content_never_has_a_role(tokenizers):
+    bare = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    made, _ = roles_of(tokenizers["byte_level"], bare, CHAT)
+    assert set(made.roles) == {-1} and made.token_ends(template=True) == made.token_ends()
+
+
+def test_a_single_token_of_the_end_is_the_last_and_not_a_bos(tokenizers):
+    for kind in ("metaspace", "wordpiece", "byte_level"):
+        whole = encoded(tokenizers[kind], "The sky above")
+        (cut,) = tokenise(tokenizers[kind], [prompt("The sky above")], max_tokens=1, truncation_side="left")
+        assert (cut.ids, cut.ends) == (whole.ids[-1:], whole.ends[-1:])

@@ -22,6 +22,7 @@ DS, DT = 4, 6
 SOURCE, TARGET = Space("small", Site(1), DS, "aaaa"), Space("large", Site(7), DT, "bbbb")
 UNITS = torch.tensor([1e-3, 1.0, 30.0, 1e4])
 FITTERS = {"autoencoder": Autoencoder, "sgd-affine": SGDAffine}
+WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 every_fitter = pytest.mark.parametrize("fitter", FITTERS.values(), ids=FITTERS)
 QUICK = dict(learning_rate=1e-2, epochs=40, patience=40, accumulation=1, batch_documents=8, hidden=24, weight_decay=0.0)
 
@@ -94,21 +95,72 @@ def test_it_is_the_papers_network_in_raw_coordinates():
     assert Autoencoder(epochs=1).fit(data).info["hidden"] == round((DS * DT) ** 0.5)
 
 
+def stepped(made, x, y, *, steps, decay):
+    """An autoencoder's weights after some steps of AdamW on all rows, by torch alone."""
+    w = {name: nn.Parameter(getattr(made, name).clone()) for name in WEIGHTS}
+    optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=decay)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        hidden = (x @ w["encoder"] + w["encoder_bias"]).relu()
+        nn.functional.mse_loss(hidden @ w["decoder"] + w["decoder_bias"], y).backward()
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in w.items()}
+
+
 def test_one_step_is_adamw_on_the_mean_of_the_accumulated_losses():
     data = rows(24)
-    settings = dict(epochs=1, batch_documents=4, accumulation=4, standardise=False, learning_rate=1e-2, hidden=5)
-    made = Autoencoder(**settings).fit(data)
-    untouched = Autoencoder(**(settings | dict(learning_rate=0.0, weight_decay=0.0))).fit(data)
-    names = ("encoder", "encoder_bias", "decoder", "decoder_bias")
-    w = {name: nn.Parameter(getattr(untouched, name).clone()) for name in names}
-    optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.01)
+    settings = dict(epochs=1, batch_documents=4, accumulation=4, standardise=False, hidden=5)
+    made = Autoencoder(**settings, learning_rate=1e-2).fit(data)
+    untouched = Autoencoder(**settings, learning_rate=0.0).fit(data)
     x, y = (torch.cat(side) for side in zip(*(d.load() for d in data.part("train")), strict=True))
     assert len(data.part("train")) == 16  # one step, every document in it once: the order does not matter
-    loss = (((x @ w["encoder"] + w["encoder_bias"]).relu() @ w["decoder"] + w["decoder_bias"] - y) ** 2).mean()
-    loss.backward()
-    optimizer.step()
-    for name in names:
-        torch.testing.assert_close(getattr(made, name), w[name].detach(), rtol=1e-3, atol=1e-4)
+    for name, tensor in stepped(untouched, x, y, steps=1, decay=0.01).items():
+        torch.testing.assert_close(getattr(made, name), tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_group_of_fewer_batches_makes_a_step_like_the_others():
+    # Copies of one document in groups of 4 and of 2 batches: two steps on the same mean loss.
+    x, y = normal(5, DS, seed=1), normal(5, DT, seed=2)
+    labels = tuple((str(i), j) for i in range(8) for j in range(5))
+    source, target = Activations(x.repeat(8, 1), SOURCE, labels), Activations(y.repeat(8, 1), TARGET, labels)
+    data = PairedRows.of(source, target, ["train"] * 6 + ["validation", "test"])
+    settings = dict(epochs=1, batch_documents=1, accumulation=4, standardise=False, hidden=5)
+    made = Autoencoder(**settings, learning_rate=1e-2, weight_decay=3.0).fit(data)
+    untouched = Autoencoder(**settings, learning_rate=0.0).fit(data)
+    for name, tensor in stepped(untouched, x, y, steps=2, decay=3.0).items():
+        torch.testing.assert_close(getattr(made, name), tensor)
+
+
+def test_every_epoch_reads_every_training_document_once_in_another_order():
+    whole = rows(30)
+    read = []
+
+    def noted(document):
+        def load():
+            read.append(document.number)
+            return document.load()
+
+        return replace(document, load=load) if document.part == "train" else document
+
+    def orders(**changes):
+        read.clear()
+        data = replace(whole, documents=tuple(map(noted, whole.documents)))
+        Autoencoder(**(dict(epochs=3, patience=3, batch_documents=19) | changes)).fit(data)
+        n = len(whole.part("train"))  # 20: the last batch is of one document
+        return [read[i : i + n] for i in range(n, len(read) - n, n)]  # before and after: moments and scores
+
+    made = orders()
+    assert all(sorted(order) == [d.number for d in whole.part("train")] for order in made)
+    assert len({tuple(order) for order in made}) == 3
+    assert orders() == made != orders(seed=1)
+
+
+def test_the_losses_of_an_epoch_are_means_over_rows():
+    data = rows(60)  # the last of the batches of 7 documents is smaller
+    made = Autoencoder(epochs=1, batch_documents=7, learning_rate=0.0).fit(data)
+    (epoch,) = made.info["history"]
+    assert epoch["train_loss"] == pytest.approx(made.info["loss"]["train"], rel=1e-5)
+    assert epoch["validation_loss"] == pytest.approx(made.info["loss"]["validation"], rel=1e-5)
 
 
 @every_fitter
@@ -120,7 +172,7 @@ def test_a_stopped_training_goes_on_and_ends_with_the_same_bits(fitter, tmp_path
     resumed = fitter(**settings).fit(data, checkpoint=file)
     again = fitter(**settings).fit(data, checkpoint=file)  # nothing is left to do
     for made in (resumed, again):
-        assert made.info["history"] == whole.info["history"] and len(made.info["history"]) == 6
+        assert dict(made.info) == dict(whole.info) and len(made.info["history"]) == 6
         x = held_out(data)[0]
         assert torch.equal(made.transform(x), whole.transform(x))
 
@@ -132,12 +184,17 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     for fitter, data in (
         (Autoencoder(epochs=1, seed=1), rows(60)),
         (Autoencoder(epochs=1), rows(61)),
+        (Autoencoder(epochs=1), rows(60, noise=3.0)),
+        (Autoencoder(epochs=1), rows(60).shuffle()),
         (SGDAffine(epochs=1), rows(60)),
         (Autoencoder(epochs=1), replace(rows(60), source=replace(SOURCE, fingerprint="cccc"))),
     ):
         with pytest.raises(ArtifactError, match="is a checkpoint of other rows or settings; delete it"):
             fitter.fit(data, checkpoint=file)
     assert file.read_bytes() == before
+    save(Ridge().fit(rows(60)), file)
+    with pytest.raises(ArtifactError, match="is a checkpoint of other rows or settings; delete it"):
+        Autoencoder(epochs=1).fit(rows(60), checkpoint=file)
 
 
 def test_it_stops_when_validation_gets_no_better_and_keeps_the_best():

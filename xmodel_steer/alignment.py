@@ -78,7 +78,7 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
     return Alignment(
         tuple(at_source[end] for end in common),
         tuple(at_target[end] for end in common),
-        max(possible + sum(end < 0 for end in common), len(common)),
+        possible + sum(end < 0 for end in common),
     )
 
 

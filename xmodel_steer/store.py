@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import Alignment, TokenEnds, align, check_coverage
 from xmodel_steer.capture import Plan, require_shard, rows_at, window_size, windows
-from xmodel_steer.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.errors import ArtifactError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
 from xmodel_steer.prompts import Prompt, PromptLike, text_digest
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import check_finite, is_finite
+from xmodel_steer.vectors import check_finite
 
 ENDS = ("source", "target")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -220,9 +220,10 @@ def _opened(file: Path, modified: int) -> Any:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard of one end, read when it is needed."""
+    """One shard of one end, read when it is needed. What was written anew is another one."""
 
     file: Path
+    modified: int
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -231,7 +232,9 @@ class _Shard:
     def rows(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """Rows of a tensor, whose checksum is verified when it is read first."""
         try:
-            opened = _opened(self.file, self.file.stat().st_mtime_ns)
+            if self.file.stat().st_mtime_ns != self.modified:
+                raise ArtifactError(f"{self.file}: was written anew since the store was opened; open it again")
+            opened = _opened(self.file, self.modified)
             if name not in self._verified:
                 if _checksum(opened.get_tensor(name)) != self.header["checksums"][name]:
                     raise ArtifactError(f"{self.file}: {name} does not match its checksum; delete it and harvest again")
@@ -325,22 +328,23 @@ class ActivationStore:
                 f"{self.folder}: source and target were harvested with different settings ({one} and {two}); harvest one again"
             )
         counts = [records[end]["shards"] for end in ENDS]
-        found = {end: [_Shard(self.folder / end / f"{i:06d}.safetensors") for i in range(max(counts))] for end in ENDS}
-        missing = [
-            str(s.file) for end, n in zip(ENDS, counts, strict=True) for s in found[end][:n] if not s.file.is_file()
+        files = [
+            [self.folder / end / f"{i:06d}.safetensors" for i in range(n)] for end, n in zip(ENDS, counts, strict=True)
         ]
+        missing = [str(file) for own in files for file in own if not file.is_file()]
         if missing:
             raise ArtifactError(
                 f"{missing[0]}: is missing ({len(missing)} in all); harvest again, what is there is kept"
             )
-        pairs = list(zip(found["source"][: counts[0]], found["target"][: counts[1]], strict=False))
+        found = [[_Shard(file, file.stat().st_mtime_ns) for file in own] for own in files]
+        pairs = list(zip(*found, strict=False))
         differ = counts[0] != counts[1] or any(a.header["texts"] != b.header["texts"] for a, b in pairs)
         if differ:
             raise ArtifactError(
                 f"{self.folder}: source and target were harvested from different texts; harvest one again"
             )
-        for end in ENDS:
-            for shard in found[end][: counts[0]]:
+        for end, own in zip(ENDS, found, strict=True):
+            for shard in own:
                 if shard.header["spaces"] != records[end]["spaces"]:
                     raise ArtifactError(
                         f"{shard.file}: is of another model or other sites than its store; harvest again"
@@ -350,9 +354,12 @@ class ActivationStore:
     @cached_property
     def _counts(self) -> list[list[tuple[int, int]]]:
         """For each document of each shard, how many rows pair and how many could."""
-        made = [[(len(a), a.eligible) for a in _aligned(*shards)] for shards in self._shards]
-        check_coverage(*_totals(made))
-        return made
+        return [[(len(a), a.eligible) for a in _aligned(*shards)] for shards in self._shards]
+
+    def _coverage(self) -> float:
+        """Share of the tokens that could pair that do; refuses too small a one."""
+        every = [document for window in self._counts for document in window]
+        return check_coverage(sum(paired for paired, _ in every), sum(possible for _, possible in every))
 
     def _require_site(self, end: str, site: Site) -> Space:
         spaces = self.spaces(end)
@@ -381,8 +388,7 @@ class ActivationStore:
             for i, ((count, _), part) in enumerate(zip(counts, one.rows("parts").tolist(), strict=True)):
                 own = _Document(one, two, (source, target), i)
                 documents.append(DocumentRows(number * size + i, PARTS[part], count, own.load))
-        paired, eligible = _totals(self._counts)
-        return PairedRows(*spaces, tuple(documents), coverage=paired / eligible, window=size)
+        return PairedRows(*spaces, tuple(documents), coverage=self._coverage(), window=size)
 
     def moments(
         self,
@@ -425,7 +431,7 @@ class ActivationStore:
             seed=settings["seed"],
         )
         size = window_size(settings["max_tokens"])
-        check_coverage(*_totals(self._counts))
+        self._coverage()
         bar = tqdm(self._shards, desc="moments from the store", unit="shard", disable=not progress, delay=2)
         for number, (one, two) in enumerate(bar):
             aligned, parts = _aligned(one, two), one.rows("parts").tolist()
@@ -456,18 +462,10 @@ class ActivationStore:
 
         Raises:
             ArtifactError: A shard is missing or damaged.
-            NonFiniteError: A shard has NaN or infinity.
         """
         rows = 0
         for shard in (shard for pair in self._shards for shard in pair):
             for name in shard.header["checksums"]:
-                values = shard.rows(name)
-                if not is_finite(values):
-                    raise NonFiniteError(f"{shard.file}: {name} has NaN or infinity; harvest again")
+                shard.rows(name)  # nothing that is not finite was written
             rows += int(shard.rows("counts").sum())
         return rows
-
-
-def _totals(counts: list[list[tuple[int, int]]]) -> tuple[int, int]:
-    every = [document for window in counts for document in window]
-    return sum(paired for paired, _ in every), sum(possible for _, possible in every)

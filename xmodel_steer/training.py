@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -268,14 +269,17 @@ class _Run:
         return total / count
 
     def _identity(self) -> dict[str, Any]:
-        train = self._moments.train
         return {
             "fitter": {"name": type(self._fitter).__name__, **vars(self._fitter), "epochs": 0},  # more may be run
             "source": self._rows.source.to_dict(),
             "target": self._rows.target.to_dict(),
-            "rows": [train.count, self._moments.validation.count],
-            "trace": float(train.source_scatter.trace()),
         }
+
+    def _norms(self) -> list[float]:
+        """What other rows, or the same rows paired otherwise, differ in by more than a machine's rounding."""
+        parts = (self._moments.train, self._moments.validation)
+        scatters = [m for p in parts for m in (p.source_scatter, p.target_scatter, p.cross_scatter)]
+        return [float(m.norm()) for m in scatters]
 
     def save(self, file: Path) -> None:
         """Write the whole state."""
@@ -283,7 +287,12 @@ class _Run:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self._weights.items():
             tensors |= {f"adam/{name}/{key}": value for key, value in self._optimizer.state[parameter].items()}
-        record = {"identity": self._identity(), "history": self.history, "best_epoch": self.best_epoch}
+        record = {
+            "identity": self._identity(),
+            "norms": self._norms(),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+        }
         write_tensors(file, "TrainingCheckpoint", tensors, record)
 
     def load(self, file: Path) -> None:
@@ -293,7 +302,8 @@ class _Run:
             ArtifactError: It is of other data or settings.
         """
         header, tensors = read_tensors(file)
-        if header["kind"] != "TrainingCheckpoint" or header["identity"] != self._identity():
+        own = header["kind"] == "TrainingCheckpoint" and header["identity"] == self._identity()
+        if not own or not np.allclose(header["norms"], self._norms(), rtol=1e-5, atol=0):
             raise ArtifactError(
                 f"{file}: is a checkpoint of other rows or settings; delete it, or choose another file for this training"
             )
