@@ -230,6 +230,13 @@ def test_a_part_of_the_text_is_taken_in_the_windows_of_the_whole():
     assert [{d.number for d in window} for window in cut.windows()] == [w & kept for w in windows if w & kept]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_rows_are_the_control_of_their_moments(seed):
+    whole = replace(rows(), window=25)
+    control = whole.moments(seed=seed).control
+    torch.testing.assert_close(whole.shuffle(seed=seed).moments().train.cross_scatter, control.train.cross_scatter)
+
+
 def test_the_recommendation_is_the_least_that_is_nearly_as_good():
     curve = data_curve(rows(), tokens=[10, 100, 144])
     enough = [n for n, r2 in zip(curve.tokens, curve.r2["Ridge"], strict=True) if r2 >= max(curve.r2["Ridge"]) - 0.01]
