@@ -15,10 +15,10 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.metrics import Reference
 from xmodel_steer.models import Batch, Encoding, batches, encode, forward, layout, name_of
 from xmodel_steer.prompts import PromptLike, as_prompts
-from xmodel_steer.steering import Add, Intervention, Positions, steering
+from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
 from xmodel_steer.vectors import SteeringVector, check_finite
 
-Settings = Sequence[Sequence[Intervention]]  # for each setting its interventions; none: the unsteered model
+Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def _by_row(values: Tensor, row: Tensor, rows: int) -> np.ndarray:
     return torch.zeros(rows).index_add(0, row, values.cpu()).numpy()
 
 
-def _predictions(model: Any, batch: Batch, setting: Sequence[Intervention] = ()) -> Tensor:
+def _predictions(model: Any, batch: Batch, setting: Sequence[Step] = ()) -> Tensor:
     """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
     with steering(model, setting) if setting else nullcontext(), layout(batch.rows, batch.mask.sum(-1)):
         made, _ = forward(model, batch.ids, batch.mask, logits="all")

@@ -339,7 +339,7 @@ def steering_hf(
     steps = interventions(vector, operator, positions)
     stack = _decoder_blocks(model, blocks)
     for step in steps:
-        _require_hf_space(model, len(stack), step.vector.space, trust)
+        _require_hf_space(model, len(stack), step.space, trust)
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[None]:
         return _hooked([(stack[site.layer], write) for site, write in writes])

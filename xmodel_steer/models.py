@@ -486,8 +486,7 @@ def tokenise(
     Raises:
         PromptError: A prompt is longer than the context, or gives no tokens.
     """
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     opening = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     if truncation_side not in ("left", "right"):
         raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
@@ -529,6 +528,12 @@ def tokenise(
                 ends.append(end - first + base)
         encoded.append(Encoding(prompt, tuple(ids), tuple(ends), _roles(rendered.marks, offsets, ends)))
     return encoded
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The tokens that are no text, such as BOS and what opens a chat's turn."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return set(tokenizer.all_special_ids) | added
 
 
 def _roles(

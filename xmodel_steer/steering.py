@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.errors import SiteError
 from xmodel_steer.models import LAYOUT, is_bridge, name_of, space_of
-from xmodel_steer.spaces import Site, require_same_space
+from xmodel_steer.spaces import Site, Space, require_same_space
 from xmodel_steer.vectors import SteeringVector
 
 Where = Literal["all", "prompt", "generated", "last"]
@@ -133,19 +134,70 @@ class Intervention:
     prompts: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.positions, Tensor):
-            if self.positions.dtype != torch.bool or self.positions.ndim not in (1, 2):
-                raise ValueError(
-                    f"positions: a mask must be boolean, (tokens,) or (prompts, tokens), "
-                    f"got {self.positions.dtype} {tuple(self.positions.shape)}"
-                )
-            return
-        names = (self.positions,) if isinstance(self.positions, str) else tuple(self.positions)
-        wrong = [name for name in names if name not in ("all", "prompt", "generated", "last")]
-        if wrong or not names:
+        _check_positions(self.positions)
+
+    @property
+    def space(self) -> Space:
+        """Where it acts."""
+        return self.vector.space
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a forward pass reads.
+
+    Args:
+        ids: The new tokens.
+        position: The text position of each, -1 at padding.
+    """
+
+    ids: Int[Tensor, "batch new"]
+    position: Int[Tensor, "batch new"]
+
+
+# From rows (batch, new, d) in float32 and what is read: new rows, and where they hold (None: everywhere).
+Writer = Callable[[Tensor, Reading], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """Put other activations in the place of a site's: x → what a function gives for what is read.
+
+    Args:
+        space: The site of the model that is written to.
+        values: Called in every forward pass with the site's rows ``(batch, new, d)`` and the `Reading`; gives new rows,
+            and where they hold: elsewhere the model's own stay. See `replacement` for the mapped activations of another
+            model, a mean, and noise.
+        positions: Where in the text, as for `Intervention`.
+        prompts: In which prompts, as for `Intervention`.
+    """
+
+    space: Space
+    values: Writer
+    positions: Positions = "all"
+    prompts: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_positions(self.positions)
+
+
+Step = Intervention | Replacement
+
+
+def _check_positions(positions: Positions) -> None:
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.ndim not in (1, 2):
             raise ValueError(
-                f"positions: must be 'all', 'prompt', 'generated', 'last', several of them, or a boolean mask; got {self.positions!r}"
+                f"positions: a mask must be boolean, (tokens,) or (prompts, tokens), "
+                f"got {positions.dtype} {tuple(positions.shape)}"
             )
+        return
+    names = (positions,) if isinstance(positions, str) else tuple(positions)
+    wrong = [name for name in names if name not in ("all", "prompt", "generated", "last")]
+    if wrong or not names:
+        raise ValueError(
+            f"positions: must be 'all', 'prompt', 'generated', 'last', several of them, or a boolean mask; got {positions!r}"
+        )
 
 
 @dataclass
@@ -155,6 +207,7 @@ class _Pass:
     position: Tensor  # text position of each new token, -1 at padding: (batch, new)
     prompt_lengths: Tensor  # (batch, 1)
     rows: tuple[int, ...] | None
+    ids: Tensor  # the new tokens
 
 
 class _Tracker:
@@ -215,14 +268,21 @@ class _Tracker:
         rows = known.rows if known else None
         if rows is None and self.prompts is not None:  # beams and samples of one prompt stand together
             rows = tuple(row * self.prompts[0] // batch for row in range(batch))
-        self.now = _Pass(position, lengths[:, None], rows)
+        self.now = _Pass(position, lengths[:, None], rows, ids)
         self.passes += 1
 
     def after(self, *_: Any) -> None:
         """Forward hook: what was known of this pass says nothing about another."""
         self.now = None
 
-    def selected(self, step: Intervention, like: Tensor) -> Tensor:
+    def reading(self) -> Reading:
+        """What the pass that is running reads."""
+        assert self.now is not None
+        if self.now.ids.ndim != 2:
+            raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
+        return Reading(self.now.ids, self.now.position)
+
+    def selected(self, step: Step, like: Tensor) -> Tensor:
         """Which of the new tokens an intervention is about: boolean ``(batch, new)``."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
@@ -273,7 +333,7 @@ def _past_mask(kwargs: dict[str, Any], batch: int, device: torch.device) -> Tens
 @contextmanager
 def steering(
     model: Any,
-    vector: SteeringVector | Intervention | Sequence[SteeringVector | Intervention],
+    vector: SteeringVector | Step | Sequence[SteeringVector | Step],
     *,
     operator: Operator = Add(),
     positions: Positions = "all",
@@ -282,7 +342,7 @@ def steering(
 
     Args:
         model: The model to steer.
-        vector: A vector of one of this model's spaces; or several, or `Intervention` values that
+        vector: A vector of one of this model's spaces; or several, or `Intervention` and `Replacement` values that
             carry their own operator and positions. Those at one site act in the order given.
         operator: What to do, for bare vectors.
         positions: Where in the text, for bare vectors; see `Intervention`.
@@ -300,10 +360,10 @@ def steering(
     """
     steps = interventions(vector, operator, positions)
     for step in steps:
-        site = step.vector.space.site
+        site = step.space.site
         # A layer that this model does not have is as much another space as any.
         own = space_of(model, Site(min(site.layer, model.cfg.n_layers - 1), site.stream))
-        require_same_space(own, step.vector.space, f"steering {name_of(model)}")
+        require_same_space(own, step.space, f"steering {name_of(model)}")
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
         return model.hooks(
@@ -316,25 +376,25 @@ def steering(
 
 
 def interventions(
-    vector: SteeringVector | Intervention | Sequence[SteeringVector | Intervention],
+    vector: SteeringVector | Step | Sequence[SteeringVector | Step],
     operator: Operator,
     positions: Positions,
-) -> list[Intervention]:
+) -> list[Step]:
     """What `steering` was given, each vector with its operator and positions.
 
     Raises:
         ValueError: Nothing was given.
     """
-    given = (vector,) if isinstance(vector, (SteeringVector, Intervention)) else tuple(vector)
+    given = (vector,) if isinstance(vector, SteeringVector | Intervention | Replacement) else tuple(vector)
     if not given:
         raise ValueError("steering: give at least one vector")
-    return [v if isinstance(v, Intervention) else Intervention(v, operator, positions) for v in given]
+    return [Intervention(v, operator, positions) if isinstance(v, SteeringVector) else v for v in given]
 
 
 @contextmanager
 def steered(
     inner: Any,
-    steps: Sequence[Intervention],
+    steps: Sequence[Step],
     attach: Callable[[Sequence[tuple[Site, Write]]], AbstractContextManager[Any]],
     *,
     name: str,
@@ -353,20 +413,24 @@ def steered(
     tracker = _Tracker()
     fired: set[Site] = set()
 
-    def writer(step: Intervention) -> Write:
-        edit = step.operator.prepare(step.vector)
+    def writer(step: Step) -> Write:
+        edit = step.operator.prepare(step.vector) if isinstance(step, Intervention) else None
 
         def write(value: Tensor) -> Tensor:
-            fired.add(step.vector.space.site)
+            fired.add(step.space.site)
             where = tracker.selected(step, value)
-            if not bool(where.any()):
+            if isinstance(step, Replacement):  # it sees every pass, to know the text
+                edited, given = step.values(value.to(torch.float32), tracker.reading())
+                where = where if given is None else where & given
+            elif edit is not None and bool(where.any()):
+                edited = edit(value.to(torch.float32))
+            else:
                 return value
-            edited = edit(value.to(torch.float32)).to(value.dtype)
-            return torch.where(where[..., None], edited, value)
+            return torch.where(where[..., None], edited.to(value), value)
 
         return write
 
-    writes = [(step.vector.space.site, writer(step)) for step in steps]
+    writes = [(step.space.site, writer(step)) for step in steps]
     handles = [
         inner.register_forward_pre_hook(tracker.before, with_kwargs=True),
         inner.register_forward_hook(tracker.after, always_call=True),
