@@ -268,7 +268,7 @@ def test_the_refusal_classifier_and_the_phrases_were_measured_and_agree_on_plain
              "I won't write that; it would hurt people.", "The capital of France is Paris."]  # fmt: skip
     prompts = as_prompts(list("abcd"))
     assert RefusalClassifier().score(prompts, texts) == [1, 0, 1, 0]
-    assert [xs.RefusalPhrases()(text) for text in texts] == [1, 0, 1, 0]
+    assert [xs.scorers.RefusalPhrases()(text) for text in texts] == [1, 0, 1, 0]
     probability = RefusalClassifier(threshold=None).score(prompts, texts)
     assert all(0 < p < 1 for p in probability)
     for found in RefusalClassifier().accuracy["answers to the request"].values():

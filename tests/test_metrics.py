@@ -158,6 +158,7 @@ def test_the_sign_flip_test_counts_every_flip_of_few_units():
     assert sign_flip_test(values) == pytest.approx(float((means >= values.mean() - 1e-12).mean()))
     assert sign_flip_test(-values) > 0.5
     assert sign_flip_test(np.zeros(5)) == 1.0
+    assert (sign_flip_test([0.2]), sign_flip_test([-0.2])) == (0.5, 1.0)
 
 
 def test_under_no_difference_small_p_values_are_rare():

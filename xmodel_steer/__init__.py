@@ -4,10 +4,14 @@ The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``.
 """
 
 from xmodel_steer import interop as interop
+from xmodel_steer import judges as judges
 from xmodel_steer import plots as plots
+from xmodel_steer import scorers as scorers
 from xmodel_steer.alignment import align as align
 from xmodel_steer.capture import capture as capture
 from xmodel_steer.capture import collect_moments as collect_moments
+from xmodel_steer.checks import patching_grid as patching_grid
+from xmodel_steer.checks import replacement_check as replacement_check
 from xmodel_steer.damage import calibrate as calibrate
 from xmodel_steer.damage import side_effects as side_effects
 from xmodel_steer.errors import AlignmentError as AlignmentError
@@ -55,11 +59,8 @@ from xmodel_steer.report import write_report as write_report
 from xmodel_steer.results import TransferResult as TransferResult
 from xmodel_steer.rows import PairedRows as PairedRows
 from xmodel_steer.scorers import Contains as Contains
-from xmodel_steer.scorers import ExactAnswer as ExactAnswer
 from xmodel_steer.scorers import Language as Language
 from xmodel_steer.scorers import Matches as Matches
-from xmodel_steer.scorers import RefusalPhrases as RefusalPhrases
-from xmodel_steer.scorers import StartsWith as StartsWith
 from xmodel_steer.scorers import WordBalance as WordBalance
 from xmodel_steer.spaces import Site as Site
 from xmodel_steer.spaces import Space as Space

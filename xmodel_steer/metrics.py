@@ -1,5 +1,6 @@
 """Numbers with their uncertainty: bootstrap intervals, and distances between distributions."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,8 @@ def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) ->
     values = np.asarray(differences, dtype=float)
     if not values.any():
         return 1.0
+    if len(values) == 1:  # two flips, which SciPy does not take
+        return 0.5 if values[0] > 0 else 1.0
     found = stats.permutation_test(
         (values,),
         lambda x, axis: x.mean(axis),
@@ -149,6 +152,21 @@ def transfer_efficiency(
     ours = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
     low, high = np.quantile(ours / theirs[index].mean(1), [0.025, 0.975])
     return Estimate(float(table.mean() / theirs.mean()), float(low), float(high), len(theirs))
+
+
+def rouge_l(text: str, other: str) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004); 1 for two texts without words.
+
+    Example:
+        >>> rouge_l("The cat sat.", "the cat slept")
+        0.6666666666666666
+    """
+    from rapidfuzz.distance import LCSseq
+
+    a, b = (re.findall(r"\w+", t.lower()) for t in (text, other))
+    if not a or not b:
+        return float(a == b)
+    return 2 * LCSseq.similarity(a, b) / (len(a) + len(b))
 
 
 @dataclass(frozen=True, eq=False)
