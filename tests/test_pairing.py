@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 import toys
 
+import xmodel_steer as xs
 from xmodel_steer.alignment import align
 from xmodel_steer.errors import PromptError
 from xmodel_steer.models import encode
@@ -51,3 +53,28 @@ def test_conversations_pair_by_role(llama: toys.Toy, toy_named) -> None:
     assert len(whole.pairs) == len(content.pairs) + 3
     with pytest.raises(PromptError, match="has none \\(a base model"):
         show_alignment(chat, llama.model, toy_named("gemma").model)
+
+
+def test_the_projection_is_0_and_1_at_the_class_means(llama):
+    """At a text's own rows: coefficient of the vector between two of them."""
+    site = xs.Site(1)
+    rows = xs.capture(llama.model, ["the old harbour is red"], [site], tokens="all", progress=False)[site]
+    low, high = (xs.Activations(rows.values[[i]], rows.space) for i in (2, 5))
+    vector = xs.difference_of_means(high, low, label="red", scale=rows.values.std(0))
+    view = xs.show_projection("the old harbour is red", llama.model, vector)
+    first = len(view.tokens) - len(rows)
+    assert view.values[first + 2] == pytest.approx(0, abs=1e-4)
+    assert view.values[first + 5] == pytest.approx(1, abs=1e-4)
+    assert "".join(view.tokens[-3:]) in "the old harbour is red"
+    page = view._repr_html_()
+    assert page.count("<span") == len(view.tokens)
+    assert "red</b>" in page
+    assert len(str(view).splitlines()) == len(view.tokens)
+    with pytest.raises(ValueError, match="standardised coordinates need"):
+        xs.show_projection("the", llama.model, xs.SteeringVector(vector.direction, vector.space))
+
+
+def test_a_vector_of_another_model_has_no_projection(llama, gemma):
+    vector = xs.SteeringVector(torch.ones(gemma.model.cfg.d_model), xs.space_of(gemma.model, xs.Site(1)))
+    with pytest.raises(xs.SpaceMismatchError):
+        xs.show_projection("the", llama.model, vector)

@@ -1,20 +1,27 @@
 """Figures and report say what the record says."""
 
 import re
+import shutil
+import subprocess
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_layers import collected, rows
 from test_persistence import result
 
 from xmodel_steer import plots
+from xmodel_steer.checks import PatchingGrid
 from xmodel_steer.fitters import Identity, Ridge
 from xmodel_steer.layers import LayerGrid, data_curve, layer_grid
 from xmodel_steer.persistence import read, save
 from xmodel_steer.plots import COLOURS, dose_response
-from xmodel_steer.report import table, write_report
+from xmodel_steer.report import marked, table, write_report
+from xmodel_steer.spaces import Site, Space
+from xmodel_steer.vectors import Activations, SteeringVector
 
 
 def test_dose_response_draws_every_arm_with_its_interval() -> None:
@@ -54,8 +61,6 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_what_models_write_cannot_break_the_page(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     made = result()
     arms = tuple(replace(arm, texts=("<script>alert(1)</script>",) * 6) for arm in made.arms)
     page = write_report(replace(made, arms=arms), tmp_path / "report.html").read_text()
@@ -99,3 +104,135 @@ def test_grids_and_curves_are_saved_and_read_bit_by_bit(tmp_path: Path) -> None:
     assert np.array_equal(back.cka, made.cka) and np.array_equal(back.r2_error, made.r2_error)
     curve = data_curve(rows(), tokens=[20, 144])
     assert vars(read(save(curve, tmp_path / "curve.safetensors"))) == vars(curve)
+
+
+# --- the other figures --------------------------------------------------------------------------
+
+
+def test_the_frontier_draws_every_arm_along_its_kl() -> None:
+    made = result()
+    figure = plots.frontier(made)
+    paths = [t for t in figure.data if t.mode == "lines+markers"]
+    fair = [t for t in figure.data if t.mode == "markers"]
+    assert [t.name for t in paths] == ["native", "mapped", "random", "shuffled"]
+    for path, points in zip(paths, fair, strict=True):
+        arms = [made.arm(path.name, -1.0), made.arm("unsteered", 0), made.arm(path.name, 1.0)]
+        assert list(path.x) == [a.kl for a in arms]
+        assert list(path.y) == [a.effect.value for a in arms]
+        equal = [made.at_equal_kl(path.name, s) for s in "-+"]
+        assert (list(points.x), list(points.y)) == ([a.kl for a in equal], [a.effect.value for a in equal])
+        assert path.line.color == points.marker.color == COLOURS[path.name]
+    assert "nats per token" in figure.layout.xaxis.title.text
+
+
+def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
+    records = [
+        {"candidate": f"blocks.{i}", "strength": 1.0, "gain": 0.1 * i, "perplexity_ratio": 1.2} for i in range(3)
+    ]
+    figure = plots.effect_by_layer(replace(result(), selection={"target": records}))
+    (bars,) = figure.data
+    assert list(bars.y) == [r["gain"] for r in records]
+    assert list(bars.x) == [r["candidate"] for r in records]
+    with pytest.raises(ValueError, match="one layer of each model, nothing was compared"):
+        plots.effect_by_layer(result())
+
+
+def vectors_at(layers: tuple[int, ...], factor: float) -> list[SteeringVector]:
+    scale = torch.tensor([1.0, 2.0])
+    return [
+        SteeringVector(factor * torch.tensor([1.0, float(layer)]), Space("m", Site(layer), 2, "f"), scale=scale)
+        for layer in layers
+    ]
+
+
+def test_norms_and_cosines_are_those_of_the_vectors() -> None:
+    figure = plots.vector_geometry({"mapped": vectors_at((2, 0), -3.0)}, vectors_at((0, 1, 2), 1.0))
+    panels = {(t.name, t.yaxis): t for t in figure.data}
+    norms, cosines = panels["mapped", "y"], panels["mapped", "y2"]
+    assert list(norms.x) == [0, 2]
+    assert list(norms.y) == pytest.approx([3.0, 3 * 2**0.5])
+    assert list(cosines.y) == pytest.approx([-1.0, -1.0])
+    assert list(panels["reference", "y2"].y) == pytest.approx([1.0] * 3)
+
+
+def grid_of_patches() -> PatchingGrid:
+    spaces = tuple(Space("m", Site(i), 2, "f") for i in range(2))
+    mapped = np.array([[[np.nan, 0.2, 0.4], [np.nan, 0.5, 1.2]], [[np.nan, 0.4, 0.4], [np.nan, 0.7, np.nan]]])
+    return PatchingGrid(spaces, spaces, ("-3", "-2", "-1"), mapped, np.ones((2, 2, 3)), np.ones(2), np.zeros(2))
+
+
+def test_patches_are_drawn_beside_their_ceiling_on_one_scale() -> None:
+    figure = plots.patching(grid_of_patches())
+    mapped, own = figure.data
+    assert np.allclose(mapped.z, [[np.nan, 0.3, 0.4], [np.nan, 0.6, 1.2]], equal_nan=True)
+    assert (own.z == 1).all()
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1.2, 1.2)
+    assert "mean of 2 pairs" in figure.layout.title.text
+
+
+def test_the_plane_is_that_of_the_native_rows_and_a_perfect_map_lies_on_it() -> None:
+    rng = torch.Generator().manual_seed(0)
+    space = Space("m", Site(0), 5, "f")
+    values = torch.randn(40, 5, generator=rng) * torch.tensor([100.0, 1, 1, 1, 1]) + 7
+    native = Activations(values, space)
+    figure = plots.mapped_scatter(native, native, SteeringVector(torch.ones(5), space, "joy"))
+    own, image = figure.data
+    assert np.allclose(own.x, image.x)
+    standard = ((values - values.mean(0)) / values.std(0, correction=0)).double().numpy()
+    top = np.linalg.eigh(standard.T @ standard)[1][:, -1]
+    assert np.allclose(np.abs(own.x), np.abs(standard @ top), atol=1e-4)  # not the one huge dimension
+    assert figure.layout.annotations[0].text == "joy"
+    with pytest.raises(ValueError, match="needs the same rows of both, got 39 and 40"):
+        plots.mapped_scatter(Activations(values[:39], space), native)
+
+
+def test_words_that_the_other_text_lacks_are_marked() -> None:
+    assert marked("a good day <b>", "a bad day <b>") == "a <mark>good</mark> day &lt;b&gt;"
+    assert marked("same", "same") == "same"
+    text = "one two three four"
+    assert re.sub("</?mark>", "", marked(text, "four three two one")) == text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium: install one (Debian: apt-get install chromium) and run again"
+)
+def test_every_figure_and_the_report_draw_in_a_real_browser(tmp_path: Path) -> None:
+    """The page's own count of drawn figures, and a picture that is not empty."""
+    records = [
+        {"candidate": f"blocks.{i}", "strength": 1.0, "gain": 0.1 * i, "perplexity_ratio": 1.2} for i in range(3)
+    ]
+    made = replace(result(), selection={"target": records, "source": records})
+    space = Space("m", Site(0), 5, "f")
+    points = Activations(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), space)
+    figures = [
+        plots.dose_response(made), plots.frontier(made), plots.effect_by_layer(made), plots.layer_grid(grid()),
+        plots.data_curve(data_curve(rows(), tokens=[20, 144])), plots.patching(grid_of_patches()),
+        plots.vector_geometry({"mapped": vectors_at((2, 0), -3.0)}, vectors_at((0, 1, 2), 1.0)),
+        plots.mapped_scatter(points, points),
+    ]  # fmt: skip
+    script = """<script>window.errors = 0; window.addEventListener('error', () => window.errors++);
+      window.addEventListener('load', () => setTimeout(() => { document.title =
+      document.querySelectorAll('.main-svg').length + ' drawn, ' + window.errors + ' errors'; }, 1500));</script>"""
+    pages = {
+        "figures": script + "".join(f.to_html(full_html=False, include_plotlyjs=not i) for i, f in enumerate(figures))
+    }
+    pages["report"] = write_report(made, tmp_path / "r.html").read_text().replace("<head>", "<head>" + script)
+    for name, least in (("figures", len(figures)), ("report", 3)):
+        page = tmp_path / f"{name}.html"
+        page.write_text(pages[name])
+        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
+                   "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,4200",
+                   "--virtual-time-budget=15000"]  # fmt: skip
+        dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=180)
+        title = re.search(r"<title>(\d+) drawn, (\d+) errors</title>", dom.stdout)
+        assert title, dom.stderr[-500:]
+        assert int(title[1]) >= least
+        assert int(title[2]) == 0
+        picture = tmp_path / f"{name}.png"
+        subprocess.run(
+            [*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=180, check=True
+        )
+        assert picture.stat().st_size > 100_000  # an empty page of this size has under 25,000 bytes

@@ -49,6 +49,7 @@ from xmodel_steer.models import register as register
 from xmodel_steer.models import space_of as space_of
 from xmodel_steer.moments import Moments as Moments
 from xmodel_steer.pairing import show_alignment as show_alignment
+from xmodel_steer.pairing import show_projection as show_projection
 from xmodel_steer.persistence import read as read
 from xmodel_steer.persistence import save as save
 from xmodel_steer.prompts import ContrastSet as ContrastSet

@@ -1,13 +1,18 @@
-"""The pairing of two models' tokens over a text, for eyes."""
+"""Tokens for eyes: how those of two models pair over a text, and how far along a vector each of them lies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import torch
+
 from xmodel_steer.alignment import align
-from xmodel_steer.models import encode, name_of, tokenizer_of
+from xmodel_steer.capture import residuals
+from xmodel_steer.models import batches, encode, name_of, space_of, tokenizer_of
 from xmodel_steer.prompts import Prompt, PromptLike
+from xmodel_steer.spaces import require_same_space
+from xmodel_steer.vectors import SteeringVector
 
 # Okabe & Ito's colours, light enough to read black text on.
 _TINTS = ("#CFE8F7", "#FBE3C5", "#CDEBDD", "#F5DCEB", "#FBF6C4")
@@ -93,3 +98,63 @@ def _pieces(model: Any, ids: Sequence[int]) -> tuple[str, ...]:
         for text, piece in zip(made, raw, strict=True)
     ]
     return tuple(piece if "\ufffd" in text else text for text, piece in zip(spaced, raw, strict=True))
+
+
+@dataclass(frozen=True)
+class ProjectionView:
+    """A text coloured by how far along a vector each token lies; shows itself in a notebook.
+
+    Args:
+        label: The vector's name.
+        tokens: The tokens as text.
+        values: For each token the coefficient of the vector: 0 at the mean without the behaviour and 1 at the mean
+            with it, where the vector has its class means; else the plain projection. Position 0, an attention
+            sink, is not coloured.
+    """
+
+    label: str
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{value:+8.3f}  {token!r}" for token, value in zip(self.tokens, self.values, strict=True))
+
+    def _repr_html_(self) -> str:
+        bound = max((abs(v) for v in self.values[1:]), default=0.0) or 1.0
+        cells = []
+        for i, (token, value) in enumerate(zip(self.tokens, self.values, strict=True)):
+            share = 0.0 if i == 0 else value / bound
+            red, green, blue = (213, 94, 0) if share > 0 else (0, 114, 178)  # Okabe & Ito's vermilion and blue
+            cells.append(
+                f'<span title="position {i}: {value:+.3f}" style="background:rgba({red},{green},{blue},{abs(share) * 0.75:.2f});'
+                f'color:#000;border-radius:3px;padding:1px 2px;white-space:pre-wrap">{_shown(token)}</span>'
+            )
+        return (
+            f'<div style="font-family:monospace;font-size:14px;line-height:2;background:#fff;color:#000;padding:6px">'
+            f"<b>{escape(self.label)}</b>: orange to +{bound:.2f}, blue to -{bound:.2f}<br>{''.join(cells)}</div>"
+        )
+
+
+def show_projection(text: PromptLike, model: Any, vector: SteeringVector) -> ProjectionView:
+    """How far along a vector the residual stream lies at each token of a text; shows itself in a notebook.
+
+    The coefficient is w·x with the vector's covector (`SteeringVector.covector`, in standardised coordinates), less
+    that of the mean without the behaviour.
+
+    Args:
+        text: A text, or chat messages.
+        model: The model whose space the vector lives in.
+        vector: The vector; it needs a scale.
+
+    Raises:
+        SpaceMismatchError: The vector lives in another space.
+        ValueError: The vector has no scale.
+    """
+    site = vector.space.site
+    require_same_space(space_of(model, site), vector.space, "show_projection")
+    encoding = encode(model, [Prompt.of(text)])[0]
+    (batch,) = batches(model, [encoding], 1)
+    rows = residuals(model, batch, [site])[site][0].double().cpu()
+    base = torch.zeros(vector.space.width) if vector.negative_mean is None else vector.negative_mean
+    values = (rows - base.double()) @ vector.covector()
+    return ProjectionView(vector.label or "vector", _pieces(model, encoding.ids), tuple(values.tolist()))

@@ -2,11 +2,13 @@
 
 import html
 import json
+import re
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from xmodel_steer.files import write_atomically
-from xmodel_steer.plots import COLOURS, dose_response
+from xmodel_steer.plots import COLOURS, dose_response, effect_by_layer, frontier
 from xmodel_steer.results import ARMS, Arm, TransferResult
 
 
@@ -104,17 +106,21 @@ def write_report(result: TransferResult, path: str | Path) -> Path:
     """
     path = Path(path)
     verdict = result.verdict()
-    figure = dose_response(result).to_html(
-        full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True}
+    drawn = [dose_response(result), frontier(result)]
+    if "source" in result.selection or "target" in result.selection:
+        drawn.append(effect_by_layer(result))
+    figures = "".join(
+        figure.to_html(full_html=False, include_plotlyjs=not i, config={"displaylogo": False, "responsive": True})
+        for i, figure in enumerate(drawn)
     )
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in summary(result))
     page = _PAGE.format(
         title=html.escape(f"{result.label}: {result.source['model']} → {result.target['model']}"),
         verdict=html.escape(verdict.text),
         facts=facts,
-        figure=figure,
+        figures=figures,
         table=_html_table(result),
-        texts=_html_texts(result, verdict.strength),
+        texts=_html_texts(result),
         unit=html.escape(result.unit),
         record=html.escape(
             json.dumps(
@@ -143,25 +149,42 @@ def _html_table(result: TransferResult) -> str:
     return f"<table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _html_texts(result: TransferResult, strength: float, most: int = 8) -> str:
+def _html_texts(result: TransferResult, most: int = 8) -> str:
     """The first evaluation prompts' texts, one row per arm, for each sign."""
     prompts = result.splits.get("evaluation_texts", [])
-    signs = [s for s in (strength, -strength) if s in result.strengths]
-    shown: list[tuple[str, Arm]] = [("unsteered", result.arm("unsteered", 0))]
+    base = result.arm("unsteered", 0)
+    shown: list[tuple[str, Arm]] = [("unsteered", base)]
     shown += [
-        (f"{name} {s:+g}", result.arm(name, s)) for name in ("mapped", "native", "random", "shuffled") for s in signs
+        (f"{name} {arm.strength:+.2f}", arm)
+        for name in ("mapped", "native", "random", "shuffled")
+        for arm in (result.at_equal_kl(name, sign) for sign in result.signs)
     ]
-    if not shown[0][1].texts:
+    if not base.texts:
         return "<p>This behaviour is measured without generating text.</p>"
     made = ""
-    for i in range(min(most, len(shown[0][1].texts))):
+    for i in range(min(most, len(base.texts))):
         prompt = html.escape(prompts[i]) if i < len(prompts) else html.escape(result.splits["evaluation"][i])
         rows = "".join(
             f'<tr><td style="color:{COLOURS[arm.arm]}">{html.escape(title)}</td><td>{_score(arm, i)}</td>'
-            f"<td>{html.escape(arm.texts[i])}</td></tr>"
+            f"<td>{marked(arm.texts[i], base.texts[i])}</td></tr>"
             for title, arm in shown
         )
         made += f"<h3>{prompt} …</h3><table class='texts'>{rows}</table>"
+    return made
+
+
+def marked(text: str, base: str) -> str:
+    """A text as HTML, the words marked that another text does not have at their place.
+
+    Example:
+        >>> marked("a good day", "a bad day")
+        'a <mark>good</mark> day'
+    """
+    words, others = (re.findall(r"\s+|\S+", t) for t in (text, base))
+    made = ""
+    for kind, _, _, start, end in SequenceMatcher(None, others, words, autojunk=False).get_opcodes():
+        piece = html.escape("".join(words[start:end]))
+        made += piece if kind == "equal" or not piece.strip() else f"<mark>{piece}</mark>"
     return made
 
 
@@ -179,18 +202,20 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem au
 table {{ border-collapse: collapse; margin: .6rem 0 1.2rem; }}
 td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
 .numbers td:not(:first-child), .numbers th:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums; }}
+mark {{ background: #fbe3c5; color: inherit; padding: 0 .1em; border-radius: .2em; }}
 .texts td:first-child {{ white-space: nowrap; font-weight: 600; }}
 pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
 </style></head><body>
 <h1>{title}</h1>
 <p class="verdict">{verdict}</p>
 <ul>{facts}</ul>
-{figure}
+{figures}
 <p>Effect: mean {unit}. Intervals: 95 %, bootstrap over prompts. KL and perplexity: on neutral text that fitted nothing.
 Strength 1 is the norm of the target's own difference of means, in standardised coordinates, for every arm.</p>
 <h2>Every arm</h2>
 {table}
 <h2>Texts</h2>
+<p>At equal KL. Marked: the words that the unsteered text does not have there.</p>
 {texts}
 <h2>How it was made</h2>
 <pre>{record}</pre>
