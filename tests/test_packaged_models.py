@@ -87,16 +87,16 @@ def demo(behaviour: str, folder: Path) -> Any:
     return xs.read(folder)
 
 
-@pytest.mark.parametrize("behaviour", ["sentiment", "first-person"])
-def test_the_demo_shows_transfer(behaviour: str, tmp_path: Path) -> None:
-    result = demo(behaviour, tmp_path / "run")
+def test_the_demo_shows_transfer(tmp_path: Path) -> None:
+    result = demo("sentiment", tmp_path / "run")
     verdict = result.verdict()
     assert len(result.splits["evaluation"]) >= 48
-    assert len(result.arm("random", 1.0).seeds) == 5
-    assert verdict.separated == {"+": True, "-": True}, verdict.text
+    assert len(result.arm("random", 1.0).seeds) == 3
+    assert verdict.transfers, verdict.text
     assert max(verdict.perplexity_ratio.values()) < 2, verdict.text
-    assert verdict.ratio is not None
-    assert verdict.ratio.value > 0.7, verdict.text
+    assert verdict.efficiency is not None
+    assert verdict.efficiency.value > 0.7, verdict.text
+    assert all(found is not None and found.value < 0.4 for found in verdict.controls.values()), verdict.text
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 

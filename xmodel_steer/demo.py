@@ -29,6 +29,7 @@ TARGET_SITES = (Site(8), Site(10), Site(12))
 MAP_DOCUMENTS, MAP_TOKENS = 500, 192
 NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 30, 24
 PROMPTS = 108  # a third validates, the rest evaluates
+RANDOM_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def demo(
         neutral_texts=passages[-NEUTRAL_DOCUMENTS:],
         neutral_tokens=NEUTRAL_TOKENS,
         max_new_tokens=20,
+        random_seeds=RANDOM_SEEDS,
         progress=progress,
     )
 

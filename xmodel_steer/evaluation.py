@@ -375,15 +375,18 @@ def _many_tokens(
     found = np.zeros((len(settings), len(encodings)))
     total = len(encodings) * len(settings)
     with tqdm(total=total, unit="answer", desc=f"answers {name_of(model)}", disable=not progress, delay=2) as bar:
-        for batch in batches(model, encodings, batch_size):
-            begins = torch.tensor([lengths[r] for r in batch.rows], device=batch.ids.device)
-            place = torch.arange(batch.ids.shape[1] - 1, device=batch.ids.device)[None] + 1  # of the predicted token
-            counted = (place >= begins[:, None]) & batch.mask[:, 1:].bool()
-            targets = batch.ids[:, 1:][counted]
+        for batch in batches(model, encodings, batch_size, padding_side="left"):
+            # All answers stand at the end: no other logits are computed.
+            width, longest = batch.ids.shape[1], max(len(encodings[r].ids) - lengths[r] for r in batch.rows)
+            begins = torch.tensor([width - len(encodings[r].ids) + lengths[r] for r in batch.rows])
+            place = torch.arange(width - longest, width)[None]  # of the predicted token
+            counted = (place >= begins[:, None]).to(batch.ids.device)
+            targets = batch.ids[:, -longest:][counted]
             row = counted.nonzero()[:, 0].cpu()
+            prompts = torch.tensor([lengths[r] for r in batch.rows], device=batch.ids.device)
             for k, setting in enumerate(settings):
-                with _steered(model, setting), layout([owners[r] for r in batch.rows], begins):
-                    logits, _ = forward(model, batch.ids, batch.mask, logits="all")
+                with _steered(model, setting), layout([owners[r] for r in batch.rows], prompts):
+                    logits, _ = forward(model, batch.ids, batch.mask, logits=longest + 1)
                 assert logits is not None
                 logs = logits[:, :-1][counted].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
                 check_finite(logs, f"answers of {name_of(model)}")

@@ -637,7 +637,7 @@ def forward(
     ids: Int[Tensor, "batch new"],
     mask: Int[Tensor, "batch total"],
     *,
-    logits: Literal["none", "last", "all"] = "all",
+    logits: Literal["none", "last", "all"] | int = "all",
     stop_at_layer: int | None = None,
     cache: Any = None,
     use_cache: bool = False,
@@ -648,15 +648,16 @@ def forward(
         model: A TransformerLens model.
         ids: The new tokens.
         mask: 1 at real tokens, over cached and new ones.
-        logits: Which logits to compute: those of Gemma cost twice its whole residual stream.
+        logits: Which logits to compute, or those of how many last tokens: Gemma's cost twice its whole residual stream.
         stop_at_layer: Run blocks below this one only; implies no logits.
         cache: What an earlier call with ``use_cache`` returned.
         use_cache: Keep keys and values for a next call.
 
     Returns:
-        Logits ``(batch, new or 1, vocabulary)`` or None, and the cache or None.
+        Logits ``(batch, new or as many as asked for, vocabulary)`` or None, and the cache or None.
     """
     new = ids.shape[1]
+    kept = 1 if logits == "last" else logits if isinstance(logits, int) else 0
     if not is_bridge(model):
         if use_cache and cache is None:
             from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -664,7 +665,7 @@ def forward(
             cache = TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), len(ids))
         stop = stop_at_layer if stop_at_layer is not None else (model.cfg.n_layers if logits == "none" else None)
         out = model(ids, attention_mask=mask[:, -new:], past_kv_cache=cache, stop_at_layer=stop)
-        return (None if stop is not None else out[:, -1:] if logits == "last" else out), cache
+        return (None if stop is not None else out[:, -kept:] if kept else out), cache
     if logits == "none" or stop_at_layer is not None:
         if use_cache or cache is not None:
             raise ValueError("forward: a pass that stops early has no cache")
@@ -674,14 +675,14 @@ def forward(
         where = {} if last else {"stop_at_layer": stop}
         model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
         return None, None
-    extra: dict[str, Any] = {"logits_to_keep": 1} if logits == "last" and _accepts(model, "logits_to_keep") else {}
+    extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
     out = model.original_model(
         input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
     )
-    kept = out.logits[:, -1:] if logits == "last" else out.logits
-    return kept, getattr(out, "past_key_values", None) if use_cache else None
+    made = out.logits[:, -kept:] if kept else out.logits
+    return made, getattr(out, "past_key_values", None) if use_cache else None
 
 
 def _accepts(model: Any, argument: str) -> bool:
