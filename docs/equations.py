@@ -9,7 +9,7 @@ _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Replace what arithmatex marked as LaTeX, ``\\( \\)`` or ``\\[ \\]``, by MathML."""
+    """Replace what arithmatex marked as LaTeX by MathML."""
 
     def rendered(found: re.Match[str]) -> str:
         tag, opening, latex = found.groups()
