@@ -142,3 +142,33 @@ def test_marked_examples_run(
     names = dict(request.getfixturevalue("prelude")) if any(mark == "run on toys" for mark, _ in marked) else {}
     for _, code in marked:
         exec(compile(code, str(page), "exec"), names)
+
+
+def said() -> str:
+    """Every string that the package's code holds, docstrings and fields of f-strings left out."""
+    strings = []
+    for file in sorted(Path(xs.__file__).parent.glob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                strings.append(node.value)
+    return "\n".join(strings)
+
+
+def test_messages_that_the_page_of_errors_quotes_are_said() -> None:
+    page, code = (DOCS / "how-to" / "errors.md").read_text(), said()
+    quoted = [
+        q for line in re.findall(r"^\*\*(\".+?\")\.?\*\*", page, re.MULTILINE) for q in re.findall(r'"(.+?)"', line)
+    ]
+    assert len(quoted) > 30
+    for quote in quoted:
+        for part in quote.split("…"):
+            assert part.strip(" ,") in code, f"no message says {quote!r}: {part!r}"
+
+
+def test_the_page_of_errors_has_every_error() -> None:
+    page = (DOCS / "how-to" / "errors.md").read_text()
+    for name, kind in vars(importlib.import_module("xmodel_steer.errors")).items():
+        if inspect.isclass(kind) and issubclass(kind, Exception):
+            assert f"`{name}`" in page, name
