@@ -11,4 +11,6 @@ class Examples(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
         """Called for every object of the package."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(
+                r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
+            )

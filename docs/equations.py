@@ -5,7 +5,9 @@ import re
 
 from latex2mathml.converter import convert
 
-_EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_EQUATION = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
+)
 
 
 def on_page_content(content: str, **_: object) -> str:
