@@ -220,8 +220,8 @@ def collect_moments(
         texts: Documents; any iterable, read once.
         source_sites: Sites of the source; ``"all"``: after every block.
         target_sites: Sites of the target; ``"all"``: after every block.
-        pairs: Layer pairs to keep full cross moments of, which maps are fitted on; every combination
-            by default, where they take no more than 2 GiB.
+        pairs: Layer pairs to keep full cross moments of, which maps are fitted on; by default every
+            combination where they take no more than 2 GiB and no ``sketch`` is given, else none.
         sketch: Number of target dimensions, drawn by seed, to keep cross moments of for every
             combination of sites: enough for `layer_grid`. None without need; by default 64 where
             not every combination is kept in full and no pairs were named.

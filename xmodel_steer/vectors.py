@@ -45,6 +45,8 @@ class Activations:
 class SteeringVector:
     """A direction in one space.
 
+    ``v + w``, ``v - w``, ``2 * v`` and ``v / 2`` are new vectors without class means; ``-v`` exchanges them.
+
     Args:
         direction: The direction, in units of the residual stream.
         space: The space that it lives in.
