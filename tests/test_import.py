@@ -8,7 +8,17 @@ import xmodel_steer as xs
 
 
 def test_importing_loads_no_heavy_library() -> None:
-    heavy = ("transformer_lens", "transformers", "plotly", "pandas", "datasets", "scipy", "statsmodels", "sklearn")
+    heavy = (
+        "transformer_lens",
+        "transformers",
+        "plotly",
+        "pandas",
+        "datasets",
+        "scipy",
+        "statsmodels",
+        "sklearn",
+        "ipywidgets",
+    )
     script = f"import sys, xmodel_steer; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -16,7 +26,7 @@ def test_importing_loads_no_heavy_library() -> None:
 
 def test_every_public_name_says_what_it_is() -> None:
     names = [n for n in vars(xs) if not n.startswith("_") and not inspect.ismodule(getattr(xs, n))]
-    assert 35 < len(names) < 72  # about forty, and the errors and records of its results
+    assert 35 < len(names) <= 72  # about forty, and the errors and records of its results
     for name in names:
         value = getattr(xs, name)
         assert value.__doc__, name

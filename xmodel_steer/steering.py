@@ -300,10 +300,7 @@ def steering(
     """
     steps = interventions(vector, operator, positions)
     for step in steps:
-        site = step.vector.space.site
-        # A layer that this model does not have is as much another space as any.
-        own = space_of(model, Site(min(site.layer, model.cfg.n_layers - 1), site.stream))
-        require_same_space(own, step.vector.space, f"steering {name_of(model)}")
+        require_vector_of(model, step.vector, f"steering {name_of(model)}")
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
         return model.hooks(
@@ -313,6 +310,18 @@ def steering(
     inner = model.original_model if is_bridge(model) else model
     with steered(inner, steps, attach, name=name_of(model)):
         yield model
+
+
+def require_vector_of(model: Any, vector: SteeringVector, what: str) -> None:
+    """Refuse a vector of another model, or of a differently processed site.
+
+    Raises:
+        SpaceMismatchError: The vector's space is none of this model's.
+    """
+    site = vector.space.site
+    # A layer that this model does not have is as much another space as any.
+    own = space_of(model, Site(min(site.layer, model.cfg.n_layers - 1), site.stream))
+    require_same_space(own, vector.space, what)
 
 
 def interventions(
