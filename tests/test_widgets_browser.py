@@ -212,7 +212,7 @@ def test_the_copied_code_is_on_the_clipboard(page: Page) -> None:
     page.press("Copy code")
     page.wait(lambda: any(b.text == "Copied" for b in page.all(".widget-html button")), "the copy")
     copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
-    assert "vector = joy\n" in copied and "with xs.steering(large, vector, operator=xs.Add(1.0)" in copied
+    assert "with xs.steering(large, joy, operator=xs.Add(1.0), positions='all'):" in copied
 
 
 def test_a_second_click_takes_over_and_stop_stops(page: Page) -> None:

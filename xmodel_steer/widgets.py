@@ -93,9 +93,8 @@ class Choice:
             "import xmodel_steer as xs",
             *option.imports,
             "",
-            f"vector = {option.code}",
             f"prompt = {prompt}",
-            f"with xs.steering({model}, vector, operator=xs.Add({self.strength!r}), positions={self.positions!r}):",
+            f"with xs.steering({model}, {option.code}, operator=xs.Add({self.strength!r}), positions={self.positions!r}):",
             f"    (steered,) = xs.generate({model}, [prompt], {settings})",
             f"(unsteered,) = xs.generate({model}, [prompt], {settings})",
             'print(f"steered:\\n{steered}\\n\\nunsteered:\\n{unsteered}")',
@@ -437,7 +436,7 @@ def explore(
 
     Needs JupyterLab 4 or Notebook 7, and ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. A click while one comparison is
     written stops that one. Texts are those of `generate` inside `steering`; "Copy code" gives these calls, with the names
-    that model and vectors have in the notebook (``model``, ``vectors`` and ``result`` where they have none).
+    that model and vectors have in the notebook (``model`` and ``result``, ``vector`` or ``vectors`` where they have none).
 
     Args:
         model: The model to steer.
@@ -467,7 +466,8 @@ def explore(
         model, vectors = vectors, model
     _ipywidgets()
     a_result = isinstance(vectors, TransferResult)
-    options = options_of(model, vectors, _notebook_name(vectors, "result" if a_result else "vectors"))
+    default = "result" if a_result else "vector" if isinstance(vectors, SteeringVector) else "vectors"
+    options = options_of(model, vectors, _notebook_name(vectors, default))
     options = [replace(option, code=_notebook_name(option.vector, option.code)) for option in options]
     low, high = strengths
     if not low < high:
