@@ -7,8 +7,8 @@ import torch
 from toys import CONTEXT, TEXTS
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.generation import generate, generate_tokens
-from xmodel_steer.models import register
+from xmodel_steer.generation import generate, generate_tokens, stream
+from xmodel_steer.models import LAYOUT, register
 
 STEPS = 8
 
@@ -153,3 +153,44 @@ def test_refuses(llama, arguments, error, says):
 def test_chat_messages_need_a_template(gemma):
     with pytest.raises(PromptError, match="has none .a base model.*give raw text instead"):
         generate(gemma.model, [[{"role": "user", "content": "Call me"}]], progress=False)
+
+
+def test_a_stream_is_what_generate_gives_one_token_at_a_time(toy):
+    for text in TEXTS:
+        (expected,) = generate(toy.model, [text], max_new_tokens=STEPS, progress=False)
+        (row,) = tokens(toy, [text], stop_at_eos=True)
+        seen = list(stream(toy.model, text, max_new_tokens=STEPS))
+        assert seen[-1].text == expected and len(seen) == min(STEPS, len(row) + 1)
+        for k, token in enumerate(row):
+            (upto,) = generate(toy.model, [text], max_new_tokens=k + 1, progress=False)
+            assert seen[k].text == upto and int(seen[k].logits.argmax()) == token
+
+
+def test_a_stream_ends_at_eos_with_the_logits_that_ended_it(toy, monkeypatch):
+    (first,) = tokens(toy, TEXTS[:1])[0][:1]
+    other = copy.deepcopy(toy.tokenizer)
+    other.eos_token = other.convert_ids_to_tokens(first)
+    register(toy.model, name=toy.name, tokenizer=other)
+    try:
+        (only,) = stream(toy.model, TEXTS[0], max_new_tokens=STEPS)
+    finally:
+        register(toy.model, name=toy.name, tokenizer=toy.tokenizer)
+    assert only.text == "" and int(only.logits.argmax()) == first
+
+
+def test_between_two_tokens_of_a_stream_others_are_undisturbed(llama):
+    """The layout that hooks read is this decode's own: two streams in turn, and another call between them."""
+    one, two = (stream(llama.model, text, max_new_tokens=STEPS) for text in TEXTS[:2])
+    turns = []
+    for pair in zip(one, two, strict=True):
+        assert LAYOUT.get() is None
+        assert tokens(llama, TEXTS[2:4]) == tokens(llama)[2:4]
+        turns.append([written.text for written in pair])
+    assert turns[-1] == generate(llama.model, TEXTS[:2], max_new_tokens=STEPS, progress=False)
+
+
+def test_a_stream_refuses_what_generate_refuses(llama):
+    with pytest.raises(PromptError, match="the text is empty"):
+        next(stream(llama.model, " "))
+    with pytest.raises(PromptError, match=f"exceed the {CONTEXT} that llama reads; shorten"):
+        next(stream(llama.model, TEXTS[0], max_new_tokens=CONTEXT))

@@ -8,7 +8,17 @@ import xmodel_steer as xs
 
 
 def test_importing_loads_no_heavy_library() -> None:
-    heavy = ("transformer_lens", "transformers", "plotly", "pandas", "datasets", "scipy", "statsmodels", "sklearn")
+    heavy = (
+        "transformer_lens",
+        "transformers",
+        "plotly",
+        "pandas",
+        "datasets",
+        "scipy",
+        "statsmodels",
+        "sklearn",
+        "ipywidgets",
+    )
     script = f"import sys, xmodel_steer; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -78,3 +78,4 @@ from xmodel_steer.transfer import transfer as transfer
 from xmodel_steer.vectors import Activations as Activations
 from xmodel_steer.vectors import SteeringVector as SteeringVector
 from xmodel_steer.vectors import difference_of_means as difference_of_means
+from xmodel_steer.widgets import explore as explore

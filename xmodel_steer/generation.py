@@ -1,14 +1,27 @@
 """Greedy (or sampled) continuation of prompts, batched, the same as one at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.models import Batch, batches, context_length, encode, forward, layout, name_of, pad_id, tokenizer_of
+from xmodel_steer.models import (
+    Batch,
+    Encoding,
+    batches,
+    context_length,
+    encode,
+    forward,
+    layout,
+    name_of,
+    pad_id,
+    tokenizer_of,
+)
 from xmodel_steer.prompts import PromptLike, as_prompts
 from xmodel_steer.vectors import check_finite
 
@@ -62,13 +75,7 @@ def generate(
         progress=progress,
     )
     tokenizer = tokenizer_of(model)
-    texts = []
-    for before, after in zip(prompt_ids, ids, strict=True):
-        # Some tokenizers drop the first token's leading space: decode with the prompt, cut it off.
-        start = tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        whole = tokenizer.decode(before + after, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        texts.append(whole[len(start) :])
-    return texts
+    return [_added_text(tokenizer, before, after) for before, after in zip(prompt_ids, ids, strict=True)]
 
 
 def generate_tokens(
@@ -84,6 +91,62 @@ def generate_tokens(
     progress: bool = True,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """As `generate`, but gives token ids: those added, and those of the prompts."""
+    encodings = _encoded(model, prompts, max_new_tokens)
+    stops = _stop_ids(model) if stop_at_eos else frozenset()
+    added: list[list[int]] = [[] for _ in encodings]
+    total = len(encodings)
+    with tqdm(total=total, unit="prompt", desc=f"generate {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, encodings, batch_size, padding_side="left"):
+            generators = [torch.Generator().manual_seed(seed + row) for row in batch.rows]
+            for chosen, _ in _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache):
+                for row, token in zip(batch.rows, chosen, strict=True):
+                    if token is not None:
+                        added[row].append(token)
+            bar.update(len(batch.rows))
+    return added, [list(e.ids) for e in encodings]
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What is there of a continuation after one more forward pass.
+
+    Args:
+        text: All that was added so far, as `generate` would give it; its last character may be
+            a replacement character while only some of its bytes are there.
+        logits: The logits that the newest token was chosen from.
+    """
+
+    text: str
+    logits: Float[Tensor, " vocabulary"]
+
+
+def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Iterator[Written]:
+    """Continue one prompt greedily, token by token; the last text is that of `generate`.
+
+    Between two tokens nothing is left on the model or in the context: a steered stream enters
+    `steering` for each token anew, so that whoever else calls the model meanwhile finds it plain.
+
+    Args:
+        model: A TransformerLens model.
+        prompt: A string, a list of chat messages, or a prompt.
+        max_new_tokens: Number of tokens to add.
+
+    Yields:
+        The text so far, after every forward pass; also after one that ends the text and adds nothing.
+
+    Raises:
+        PromptError: The prompt cannot be used, or with the new tokens exceeds the context.
+    """
+    (encoding,) = encodings = _encoded(model, [prompt], max_new_tokens)
+    (batch,) = batches(model, encodings, 1, padding_side="left")
+    before, after = list(encoding.ids), []
+    for (token,), logits in _decode(model, batch, max_new_tokens, 0.0, (), _stop_ids(model), use_cache=True):
+        after += [] if token is None else [token]
+        yield Written(_added_text(tokenizer_of(model), before, after), logits[0])
+
+
+def _encoded(model: Any, prompts: Iterable[PromptLike], max_new_tokens: int) -> list[Encoding]:
+    """Prompts as tokens, refused where the new ones do not fit behind them."""
     items = as_prompts(prompts)
     if not items:
         raise PromptError("generate: no prompts were given")
@@ -96,16 +159,14 @@ def generate_tokens(
             f"prompt {longest.prompt.id}: {len(longest.ids)} tokens and {max_new_tokens} new ones exceed the "
             f"{context_length(model)} that {name_of(model)} reads; shorten the prompt or max_new_tokens"
         )
-    stops = _stop_ids(model) if stop_at_eos else frozenset()
-    added: list[list[int]] = [[] for _ in items]
-    with tqdm(total=len(items), unit="prompt", desc=f"generate {name_of(model)}", disable=not progress, delay=2) as bar:
-        for batch in batches(model, encodings, batch_size, padding_side="left"):
-            generators = [torch.Generator().manual_seed(seed + row) for row in batch.rows]
-            new = _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache)
-            for row, tokens in zip(batch.rows, new, strict=True):
-                added[row] = tokens
-            bar.update(len(batch.rows))
-    return added, [list(e.ids) for e in encodings]
+    return encodings
+
+
+def _added_text(tokenizer: Any, before: list[int], after: list[int]) -> str:
+    # Some tokenizers drop the first token's leading space: decode with the prompt, cut it off.
+    start = tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode(before + after, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return whole[len(start) :]
 
 
 def _stop_ids(model: Any) -> frozenset[int]:
@@ -116,7 +177,6 @@ def _stop_ids(model: Any) -> frozenset[int]:
     return frozenset(i for i in (*ids, tokenizer_of(model).eos_token_id) if i is not None)
 
 
-@torch.no_grad()
 def _decode(
     model: Any,
     batch: Batch,
@@ -125,28 +185,29 @@ def _decode(
     generators: Sequence[torch.Generator],
     stops: frozenset[int],
     use_cache: bool,
-) -> list[list[int]]:
+) -> Iterator[tuple[list[int | None], Tensor]]:
+    """After every forward pass: each row's new token (None once its text has ended), and the logits."""
     ids, mask, cache = batch.ids, batch.mask, None
-    made: list[list[int]] = [[] for _ in batch.rows]
-    running = [True] * len(made)
+    lengths = batch.mask.sum(-1)
+    running = [True] * len(batch.rows)
     fresh = ids
-    with layout(batch.rows, batch.mask.sum(-1)):
-        for _ in range(steps):
+    for _ in range(steps):
+        with layout(batch.rows, lengths):  # left before each yield: a generator has no context of its own
             logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
-            assert logits is not None
-            chosen = _choose(logits[:, -1], temperature, generators)
-            for row, token in enumerate(chosen.tolist()):
-                if running[row] and token not in stops:
-                    made[row].append(token)
-                else:
-                    running[row] = False
-                    chosen[row] = pad_id(model)
-            if not any(running):
-                break
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            ids = torch.cat([ids, chosen[:, None]], 1)
-            fresh = chosen[:, None] if use_cache else ids
-    return made
+        assert logits is not None
+        chosen = _choose(logits[:, -1], temperature, generators)
+        made: list[int | None] = []
+        for row, token in enumerate(chosen.tolist()):
+            running[row] = running[row] and token not in stops
+            made.append(token if running[row] else None)
+            if not running[row]:
+                chosen[row] = pad_id(model)
+        yield made, logits[:, -1]
+        if not any(running):
+            return
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        ids = torch.cat([ids, chosen[:, None]], 1)
+        fresh = chosen[:, None] if use_cache else ids
 
 
 def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -360,10 +360,7 @@ def steering(
     """
     steps = interventions(vector, operator, positions)
     for step in steps:
-        site = step.space.site
-        # A layer that this model does not have is as much another space as any.
-        own = space_of(model, Site(min(site.layer, model.cfg.n_layers - 1), site.stream))
-        require_same_space(own, step.space, f"steering {name_of(model)}")
+        require_space_of(model, step.space, f"steering {name_of(model)}")
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
         return model.hooks(
@@ -373,6 +370,17 @@ def steering(
     inner = model.original_model if is_bridge(model) else model
     with steered(inner, steps, attach, name=name_of(model)):
         yield model
+
+
+def require_space_of(model: Any, space: Space, what: str) -> None:
+    """Refuse what lives in another model, or at a differently processed site.
+
+    Raises:
+        SpaceMismatchError: The space is none of this model's.
+    """
+    # A layer that this model does not have is as much another space as any.
+    own = space_of(model, Site(min(space.site.layer, model.cfg.n_layers - 1), space.site.stream))
+    require_same_space(own, space, what)
 
 
 def interventions(

@@ -1,0 +1,261 @@
+"""The explorer in a real browser against a real kernel, in JupyterLab and in Notebook."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+MISSING = [m for m in ("jupyterlab", "notebook", "selenium", "ipywidgets") if importlib.util.find_spec(m) is None]
+MISSING += [p for p in ("chromium", "chromedriver") if shutil.which(p) is None]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        bool(MISSING),
+        reason=f"{', '.join(MISSING)} not installed: pip install -e '.[browser]'; apt install chromium chromium-driver",
+    ),
+]
+
+TOKEN = "a-token-of-this-test"
+PROMPT = "The sky above"
+NEW = 30
+# A step takes 30 ms longer than a toy's, so that there is time to press buttons while it writes.
+CELL = f"""
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(TESTS)!r})
+import toys
+import xmodel_steer as xs
+toy = toys.toy("gemma", toys.metaspace_tokenizer(Path("tokenizer")))
+large, joy = toy.model, toy.vector(1)
+settings = dict(max_new_tokens={NEW}, progress=False)
+def texts(strength):
+    with xs.steering(large, joy, operator=xs.Add(strength)):
+        (steered,) = xs.generate(large, [{PROMPT!r}], **settings)
+    return steered, xs.generate(large, [{PROMPT!r}], **settings)[0]
+Path("expected.json").write_text(json.dumps([texts(1.0), texts(-4.0)]))
+large.original_model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+xs.explore(large, {{"joy": joy}}, prompt={PROMPT!r}, max_new_tokens={NEW})
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Jupyter server in a folder of its own."""
+
+    url: str
+    folder: Path
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        request = urllib.request.Request(
+            f"{self.url}{path}", method=method, headers={"Authorization": f"token {TOKEN}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.loads(answer.read() or "null")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("jupyter")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {f"JUPYTER_{name}_DIR": str(folder / f".{name}") for name in ("CONFIG", "RUNTIME", "DATA")}
+    paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    extensions = "{'jupyterlab': True, 'notebook': True}"
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", f"--ServerApp.port={port}"),
+                *("--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}"),
+                f"--ServerApp.jpserver_extensions={extensions}",
+            ],
+            env={**os.environ, **own, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            made = Server(f"http://127.0.0.1:{port}", folder)
+            for _ in range(120):
+                try:
+                    made.ask("/api/status")
+                    break
+                except OSError:
+                    assert process.poll() is None, (folder / "server.log").read_text()
+                    time.sleep(0.5)
+            yield made
+            for kernel in made.ask("/api/kernels"):
+                made.ask(f"/api/kernels/{kernel['id']}", "DELETE")
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1300,1400",
+    ):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A notebook in a browser."""
+
+    driver: Any
+    server: Server
+    folder: Path
+
+    def wait(self, condition: Any, what: str, seconds: float = 60) -> Any:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            time.sleep(0.02)
+        self.driver.save_screenshot(str(self.folder / "failed.png"))
+        raise AssertionError(f"{what} did not come in {seconds} s: see {self.folder / 'failed.png'}")
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def press(self, label: str) -> None:
+        # The page may replace the button between finding and pressing it: one script does both.
+        found = "[...document.querySelectorAll('button')].find(b => b.textContent.trim() === arguments[0])"
+        assert self.driver.execute_script(f"const b = {found}; b?.click(); return !!b", label), label
+
+    def generate(self) -> None:
+        self.press("Generate")
+        self.wait(lambda: self.message().endswith("…"), "the beginning")
+
+    def texts(self) -> list[str]:
+        return self.driver.execute_script("return [...document.querySelectorAll('.xs-text')].map(e => e.textContent)")
+
+    def message(self) -> str:
+        script = "return [...document.querySelectorAll('.widget-html [role=status], .widget-html [role=alert]')].map(e => e.textContent).join('')"
+        return self.driver.execute_script(script)
+
+    def idle(self) -> bool:
+        script = (
+            "return [...document.querySelectorAll('button')].some(b => b.textContent.trim() === 'Stop' && b.disabled)"
+        )
+        return self.driver.execute_script(script) and not self.message().endswith("…")
+
+    def has_written(self, tokens: int = 3) -> Any:
+        return self.wait(lambda: (t := self.texts()) and len(t[0]) > tokens, "text")
+
+
+@pytest.fixture(scope="module", params=["/lab/tree", "/notebooks"], ids=["lab", "notebook"])
+def page(
+    request: pytest.FixtureRequest, server: Server, browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Page:
+    """The notebook with its one cell run."""
+    import nbformat
+    from selenium.webdriver.common.keys import Keys
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    name = f"{request.param.strip('/').replace('/', '-')}.ipynb"
+    nbformat.write(book, server.folder / name)
+    (server.folder / "expected.json").unlink(missing_ok=True)
+    browser.get(f"{server.url}{request.param}/{name}?token={TOKEN}")
+    made = Page(browser, server, tmp_path_factory.mktemp("page"))
+    made.wait(lambda: made.all(".jp-Cell .cm-content"), "the notebook")
+    made.wait(lambda: any(k["execution_state"] == "idle" for k in server.ask("/api/kernels")), "the kernel")
+    made.all(".jp-Cell .cm-content")[0].click()
+    browser.switch_to.active_element.send_keys(Keys.SHIFT, Keys.ENTER)
+    made.wait(lambda: made.all(".widget-textarea textarea"), "the explorer", 120)
+    return made
+
+
+def test_a_click_writes_both_texts_and_no_error_is_on_the_page(page: Page) -> None:
+    expected, _ = json.loads((page.server.folder / "expected.json").read_text())
+    page.generate()
+    partial = page.has_written() and page.texts()
+    page.wait(page.idle, "the end")
+    assert page.texts() == list(expected)
+    assert expected[0].startswith(partial[0]) and partial[0] != expected[0]  # it came token by token
+    page.driver.save_screenshot(str(page.folder / "explorer.png"))
+    assert not page.all(
+        "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
+    )
+    assert len(page.all(".widget-html table tr")) == 8
+
+
+def test_the_copied_code_is_on_the_clipboard(page: Page) -> None:
+    page.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    page.press("Copy code")
+    page.wait(lambda: any(b.text == "Copied" for b in page.all(".widget-html button")), "the copy")
+    copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert "with xs.steering(large, joy, operator=xs.Add(1.0), positions='all'):" in copied
+
+
+def test_a_second_click_takes_over_and_stop_stops(page: Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    _, expected = json.loads((page.server.folder / "expected.json").read_text())
+    page.generate()
+    page.has_written()
+    slider = page.all(".widget-readout")[0]
+    slider.click()
+    page.driver.execute_script("document.execCommand('selectAll')")
+    slider.send_keys("-4", Keys.ENTER)
+    page.generate()
+    page.wait(page.idle, "the end")
+    assert page.texts() == list(expected)
+    page.generate()
+    page.wait(lambda: page.texts()[0] != expected[0], "a new text")
+    page.press("Stop")
+    page.wait(lambda: page.message() == "Stopped.", "the stop")
+    stopped = page.texts()
+    time.sleep(0.3)
+    assert page.texts() == stopped != list(expected)
+
+
+def test_the_kernels_interrupt_stops_it_and_the_kernel_lives(page: Page) -> None:
+    _, expected = json.loads((page.server.folder / "expected.json").read_text())
+    page.generate()
+    page.wait(lambda: page.message() == "Writing …" and len(page.texts()[0]) > 3, "a text")
+    for kernel in page.server.ask("/api/kernels"):
+        page.server.ask(f"/api/kernels/{kernel['id']}/interrupt", "POST")
+    page.wait(lambda: page.message() == "Stopped: the kernel was interrupted.", "the interruption", 10)
+    page.generate()
+    page.wait(page.idle, "the end")
+    assert page.texts() == list(expected)
+
+
+def test_an_empty_prompt_is_said_on_the_page(page: Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    before = page.texts()
+    box = page.all(".widget-textarea textarea")[0]
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(Keys.DELETE)
+    page.press("Generate")
+    page.wait(lambda: page.message().startswith("The prompt is empty"), "the message")
+    assert page.texts() == before
