@@ -290,6 +290,13 @@ def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferRe
     assert verdict.text == "toy: undefined, the native vector does nothing at KL 0.30 and 0.30 nats per token, n = 40"
 
 
+def test_an_arm_that_misses_the_kl_is_named(result: TransferResult) -> None:
+    made = made_up(result, CLEAR)
+    assert "cannot be brought" not in made.verdict().text
+    arms = tuple(replace(a, reached=not (a.arm == "shuffled" and a.budget and a.strength < 0)) for a in made.arms)
+    assert made.verdict().text + "; shuffled - cannot be brought to that KL" == replace(made, arms=arms).verdict().text
+
+
 def test_one_direction_is_judged_alone(result: TransferResult) -> None:
     made = made_up(result, CLEAR)
     one = replace(made, arms=tuple(a for a in made.arms if a.strength >= 0))

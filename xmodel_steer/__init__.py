@@ -19,6 +19,7 @@ from xmodel_steer.errors import AlignmentWarning as AlignmentWarning
 from xmodel_steer.errors import ArtifactError as ArtifactError
 from xmodel_steer.errors import DownloadError as DownloadError
 from xmodel_steer.errors import FewRowsWarning as FewRowsWarning
+from xmodel_steer.errors import JudgeError as JudgeError
 from xmodel_steer.errors import ModelError as ModelError
 from xmodel_steer.errors import NonFiniteError as NonFiniteError
 from xmodel_steer.errors import PromptError as PromptError

@@ -434,6 +434,7 @@ def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
         perplexity=record["perplexity"],
         agreement=record["agreement"],
         budget=record["budget"],
+        reached=record["reached"],
         side={name: Estimate(**estimate) for name, estimate in record.get("side", {}).items()},
         scores=tuple(row["score"] for row in own),
         seeds=tuple(record.get("seeds", ())),

@@ -56,11 +56,6 @@ def summary(result: TransferResult) -> list[str]:
             f"{name} (unsteered {base.value:.2f} [{base.low:.2f}, {base.high:.2f}], n = {base.n}) at equal KL: "
             + ", ".join(f"{arm} {sign} {found.value:.2f}" for arm, sign, found in own)
         )
-    worst = [dose for dose in result.selection.get("equal_kl", []) if not dose["reached"]]
-    if worst:
-        lines.append(
-            f"{len(worst)} vectors do not reach that KL at any strength tried: {', '.join(d['vector'] for d in worst)}"
-        )
     return lines
 
 

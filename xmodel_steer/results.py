@@ -34,6 +34,7 @@ class Arm:
         perplexity: Perplexity of neutral text.
         agreement: Share of the tokens of neutral text where the likeliest next token is the unsteered model's.
         budget: The KL that the strength was calibrated to, on other neutral text; None at a fixed strength.
+        reached: Whether its strengths reach that KL; if not, no strength that was tried does.
         side: Other behaviours measured beside this one, by name.
         scores: Score of each prompt (the mean over seeds, for ``random``).
         seeds: For ``random``: the mean score of each seed.
@@ -50,6 +51,7 @@ class Arm:
     perplexity: float
     agreement: float = 1.0
     budget: float | None = None
+    reached: bool = True
     side: Mapping[str, Estimate] = field(default_factory=dict)
     scores: tuple[float, ...] = field(repr=False, default=())
     seeds: tuple[float, ...] = ()
@@ -150,7 +152,7 @@ class TransferResult:
     seeds: Mapping[str, Any] = field(repr=False)
 
     def arm(self, name: str, strength: float) -> Arm:
-        """The arm of a name at a fixed strength.
+        """The arm of a name at a fixed strength; ``unsteered`` has none, and is found at any.
 
         Raises:
             KeyError: It was not run.
@@ -202,6 +204,7 @@ def arm_record(arm: Arm) -> dict[str, Any]:
         "arm": arm.arm,
         "strength": arm.strength,
         "budget": arm.budget,
+        "reached": arm.reached,
         "effect": arm.effect.value,
         "low": arm.effect.low,
         "high": arm.effect.high,
@@ -264,10 +267,12 @@ def _in_words(result: TransferResult, verdict: Verdict, base: Arm) -> str:
     own = verdict.efficiency
     worst = max(c.corrected for c in verdict.comparisons)
     test = f"paired test against each control: p {'≤' if verdict.transfers else 'up to'} {max(worst, 1e-4):.2g}, corrected for {len(verdict.comparisons)} comparisons"
+    short = [f"{n} {s}" for n in ARMS[1:] for s in result.signs if not result.at_equal_kl(n, s).reached]
+    missed = f"; {', '.join(short)} cannot be brought to that KL" if short else ""
     cost = f"perplexity at most {max(verdict.perplexity_ratio.values()):.2f} times the unsteered one"
     return (
         f"{result.label}: {'transfers' if verdict.transfers else 'no evidence of transfer'}: "
-        f"{own.value:.2f} [{own.low:.2f}, {own.high:.2f}] of native {where}; {beside}; {test}; {cost}"
+        f"{own.value:.2f} [{own.low:.2f}, {own.high:.2f}] of native {where}; {beside}; {test}; {cost}{missed}"
     )
 
 
@@ -281,6 +286,7 @@ def joined_arm(
     perplexity: Sequence[float],
     agreement: Sequence[float],
     budget: float | None = None,
+    reached: bool = True,
     side: Mapping[str, Estimate] | None = None,
     texts: tuple[str, ...] = (),
     raw: tuple[str, ...] = (),
@@ -296,6 +302,7 @@ def joined_arm(
         perplexity: Perplexity of each seed; the geometric mean is kept.
         agreement: Agreement of each seed.
         budget: The KL that the strengths were calibrated to.
+        reached: Whether they reach it.
         side: Side behaviours, already joined.
         texts: The texts of the first seed.
         raw: A judge's answers about them.
@@ -311,6 +318,7 @@ def joined_arm(
         perplexity=float(np.exp(np.mean(np.log(perplexity)))),
         agreement=float(np.mean(agreement)),
         budget=budget,
+        reached=reached,
         side=dict(side or {}),
         scores=tuple(table.mean(1).tolist()),
         seeds=tuple(table.mean(0).tolist()) if several else (),

@@ -38,6 +38,7 @@ class _Run:
     strength: float
     setting: list[Intervention]
     budget: float | None = None
+    reached: bool = True
 
 
 def transfer(
@@ -258,7 +259,7 @@ def transfer(
         progress=progress,
     )
     for (arm, vector, _, kl), dose in zip(searched, doses, strict=True):
-        runs.append(_Run(arm, dose.strength, steer(vector, dose.strength), kl))
+        runs.append(_Run(arm, dose.strength, steer(vector, dose.strength), kl, dose.reached))
     selection["equal_kl"] = [
         {"arm": arm, "budget": kl, "vector": vector.label, **vars(dose)}
         for (arm, vector, _, kl), dose in zip(searched, doses, strict=True)
@@ -455,6 +456,7 @@ def _measured(
                 perplexity=[effects[i].perplexity for i in members],
                 agreement=[effects[i].agreement for i in members],
                 budget=budget,
+                reached=all(runs[i].reached for i in members),
                 side={
                     name: bootstrap_mean(np.stack([found[i].scores for i in members], 1))
                     for name, found in others.items()
