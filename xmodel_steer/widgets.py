@@ -434,9 +434,12 @@ def explore(
 ) -> Explorer:
     """Try vectors by hand in a notebook: steered and unsteered text side by side, while they are written.
 
-    Needs JupyterLab 4 or Notebook 7, and ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. A click while one comparison is
-    written stops that one. Texts are those of `generate` inside `steering`; "Copy code" gives these calls, with the names
-    that model and vectors have in the notebook (``model`` and ``result``, ``vector`` or ``vectors`` where they have none).
+    For JupyterLab 4 and Notebook 7, with ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. A click
+    while a comparison is being written stops that one, and so do "Stop" and the notebook's interrupt button; the
+    model is hooked only while a token is computed, so that other cells find it as it is.
+
+    The texts are those of `generate` inside `steering`. "Copy code" gives these calls, with the names that model and
+    vectors have in the notebook; where they have none, ``model`` and ``result``, ``vector`` or ``vectors``.
 
     Args:
         model: The model to steer.
@@ -445,8 +448,8 @@ def explore(
             stand for several vectors, one per layer. Model and result may also come in the other order.
         prompt: What stands in the prompt box at first.
         max_new_tokens: Number of tokens to add, at first.
-        strengths: The ends of the strength slider, in units of the vector. It begins at a result's headline strength, or
-            at 1.
+        strengths: The ends of the strength slider, in units of the vector. It begins at a result's headline
+            strength, or at 1.
 
     Returns:
         The explorer; as the last value of a cell it shows itself.
@@ -518,7 +521,7 @@ def _interruptible() -> Iterator[None]:
 def _text_html(heading: str, colour: str, prompt: str, text: str) -> str:
     return (
         f'<div style="border-left:3px solid {colour};padding-left:8px;line-height:1.45">'
-        f'<div style="color:{colour};font-weight:600">{escape(heading)}</div>'
+        f'<div style="font-weight:600">{escape(heading)}</div>'
         f'<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">'
         f'<span style="opacity:.6">{escape(prompt)}</span><span class="xs-text">{escape(text)}</span></div></div>'
     )
@@ -538,10 +541,9 @@ def _bars_html(tokens: Sequence[NextToken], colour: str) -> str:
         f'<td style="text-align:left">{bar(t.steered, colour)}{bar(t.unsteered, COLOURS["unsteered"])}</td></tr>'
         for t in tokens
     )
-    return (
-        f'<div style="font-weight:600;line-height:1.6">next token: <span style="color:{colour}">steered</span>, '
-        f'<span style="color:{COLOURS["unsteered"]}">unsteered</span></div><table>{rows}</table>'
-    )
+    keys = (("steered", colour), ("unsteered", COLOURS["unsteered"]))
+    legend = " ".join(f'<span style="color:{fill}">■</span> {name}' for name, fill in keys)
+    return f'<div style="line-height:1.6"><b>next token</b>: {legend}</div><table>{rows}</table>'
 
 
 def _shown(token: str) -> str:
