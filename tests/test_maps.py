@@ -457,7 +457,7 @@ def test_relative_anchors_are_numpys():
     expected = z @ source.T @ np.linalg.pinv(target, rcond=0.3).T * y[train].numpy().std(0) + y[train].numpy().mean(0)
     np.testing.assert_allclose(fitted.transform(x), expected)
     assert fitted.info["anchors"] == 16
-    few = [RelativeAnchors(anchors=3, seed=seed).fit(rows).weight for seed in (0, 1, 0)]
+    few = [RelativeAnchors(3, seed=seed).fit(rows).weight for seed in (0, 1, 0)]
     assert torch.equal(few[0], few[2]) and not torch.equal(few[0], few[1])
 
 

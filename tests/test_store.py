@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
+import scipy.linalg
 import torch
 from safetensors.torch import load_file, save_file
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
@@ -437,10 +439,39 @@ def test_anchors_between_equal_spaces_are_the_identity(llama, tmp_path):
     for end in SITES:
         harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40, progress=False)
     rows = ActivationStore(tmp_path / "s").pair(Site(1), Site(1))
-    made = RelativeAnchors(anchors=60, tolerance=1e-9).fit(rows)
+    made = RelativeAnchors(60, tolerance=1e-9).fit(rows)
     assert made.info["anchors"] == sum(d.part == "train" for d in rows.documents) or made.info["anchors"] == 60
     assert made.score_test.mean_r2 > 0.999
     assert (made.weight - torch.eye(llama.width, dtype=torch.float64)).norm() < 1e-3
-    few = RelativeAnchors(anchors=5, tolerance=1e-9).fit(rows)
+    few = RelativeAnchors(5, tolerance=1e-9).fit(rows)
     assert torch.linalg.matrix_rank(few.weight, tol=1e-6) == 5
-    assert RelativeAnchors(anchors=60, tolerance=0.5).fit(rows).weight.norm() < made.weight.norm()
+    assert RelativeAnchors(60, tolerance=0.5).fit(rows).weight.norm() < made.weight.norm()
+
+
+def test_anchor_texts_are_the_documents_that_are_named(llama, tmp_path):
+    texts = [f"{a} {b}" for a in CORPUS for b in CORPUS]
+    for end in SITES:
+        harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40, progress=False)
+    rows = ActivationStore(tmp_path / "s").pair(Site(1), Site(1))
+    train = [d.prompt for d in rows.part("train")]
+    of = {Prompt(text=text).id: text for text in texts}
+    every, some = (tuple(of[i] for i in ids) for ids in (train, train[3:8]))
+    whole = RelativeAnchors(len(train), tolerance=1e-9).fit(rows)
+    named = RelativeAnchors(every[::-1], tolerance=1e-9).fit(rows)  # the order of anchors does not matter
+    torch.testing.assert_close(named.weight, whole.weight, rtol=1e-4, atol=1e-6)
+    made = RelativeAnchors(some, tolerance=1e-9).fit(rows)
+    assert made.info["anchors"] == 5
+    kept = replace(rows, documents=tuple(d for d in rows.documents if d.part != "train" or of[d.prompt] in some))
+    means = torch.stack([torch.as_tensor(d.load()[0]).double().mean(0) for d in kept.part("train")])
+    scale, mean = made.source_scale.double(), rows.moments().train.source_mean
+    anchors = torch.nn.functional.normalize((means - mean) / scale, dim=-1)
+    basis = torch.from_numpy(scipy.linalg.orth(anchors.T.numpy(), rcond=1e-9))  # cut texts may be equal
+    standard = made.weight * scale[:, None] / scale
+    torch.testing.assert_close(standard, basis @ basis.T, rtol=1e-4, atol=1e-5)  # a projection onto them
+    held_out = next(of[d.prompt] for d in rows.part("test"))
+    with pytest.raises(
+        PromptError, match=r"1 of 2 anchor texts are not among the \d+ training documents .* harvest them"
+    ):
+        RelativeAnchors((every[0], held_out)).fit(rows)
+    with pytest.raises(PromptError, match="0 of 0 anchor texts"):
+        RelativeAnchors(()).fit(rows)

@@ -17,6 +17,7 @@ from torch import Tensor
 from xmodel_steer.errors import FewRowsWarning, PromptError
 from xmodel_steer.maps import AffineMap, Map
 from xmodel_steer.moments import PARTS, PairMoments, SplitMoments
+from xmodel_steer.prompts import PromptLike, as_prompts
 from xmodel_steer.rows import PairedRows
 from xmodel_steer.vectors import inverse_of
 
@@ -346,13 +347,13 @@ class RelativeAnchors:
     (relative representations, Moschella et al. 2023, and their inverse, Maiorca et al. 2024).
 
     Args:
-        anchors: How many training documents to take as anchors, at most.
+        texts: The anchor texts, which must be among the training documents; or how many of these to take, at most.
         tolerance: Singular values of A_t under this share of the largest are dropped: few anchors point in
             few directions, and what they hardly span would be blown up.
         seed: Seed of their choice.
     """
 
-    anchors: int = 300
+    texts: int | tuple[PromptLike, ...] = 300
     tolerance: float = 0.2
     seed: int = 0
 
@@ -363,15 +364,14 @@ class RelativeAnchors:
             data: Rows of one layer pair; moments do not know texts apart.
 
         Raises:
-            PromptError: Moments were given, or there are too few documents.
+            PromptError: Moments were given, there are too few documents, or an anchor text is none of them.
         """
         if not isinstance(data, PairedRows):
             raise PromptError("RelativeAnchors: needs the rows of single texts, not moments; give store.pair(...)")
         moments = as_moments(data)
         require_rows(moments, validation=False)
         documents = data.part("train")
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(documents), generator=generator)[: self.anchors].tolist()
+        chosen = self._chosen([document.prompt for document in documents])
         means = [tuple(side.to(torch.float64).mean(0).cpu() for side in documents[i].load()) for i in chosen]
         train = moments.train
         into, back = inverse_of(train.source_scale), inverse_of(train.target_scale)
@@ -385,6 +385,22 @@ class RelativeAnchors:
         weight = into[:, None] * (source.T @ rebuilt.T) * train.target_scale
         info = fit_record("RelativeAnchors", moments, "standardised", anchors=len(chosen))
         return _finished(_affine(moments, weight), moments, info)
+
+    def _chosen(self, prompts: Sequence[str]) -> list[int]:
+        """The places of the anchors among the training documents."""
+        if isinstance(self.texts, int):
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randperm(len(prompts), generator=generator)[: self.texts].tolist()
+        at = {prompt: i for i, prompt in enumerate(prompts)}
+        anchors = as_prompts(self.texts)
+        missing = [anchor.content[:60] for anchor in anchors if anchor.id not in at]
+        if missing or not anchors:
+            raise PromptError(
+                f"RelativeAnchors: {len(missing)} of {len(anchors)} anchor texts are not among the {len(prompts)} training documents "
+                f"of the rows{f', such as {missing[0]!r}' if missing else ''}; harvest them with the other texts (part_of says "
+                "which part a text falls into)"
+            )
+        return [at[anchor.id] for anchor in anchors]
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ class DocumentRows:
         part: ``train``, ``validation`` or ``test``.
         count: Number of rows.
         load: Gives the source's and the target's rows.
+        prompt: The id of its prompt.
     """
 
     number: int
     part: str
     count: int
     load: Callable[[], tuple[Float[Tensor, "n ds"], Float[Tensor, "n dt"]]]
+    prompt: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +77,8 @@ class PairedRows:
             return lambda: (source.values[own], target.values[own])
 
         made = (
-            DocumentRows(number, part, len(own), rows(own))
-            for number, (own, part) in enumerate(zip(places.values(), parts, strict=True))
+            DocumentRows(number, part, len(own), rows(own), document)
+            for number, ((document, own), part) in enumerate(zip(places.items(), parts, strict=True))
         )
         return cls(source.space, target.space, tuple(made))
 

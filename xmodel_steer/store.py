@@ -387,7 +387,8 @@ class ActivationStore:
         for number, ((one, two), counts) in enumerate(zip(self._shards, self._counts, strict=True)):
             for i, ((count, _), part) in enumerate(zip(counts, one.rows("parts").tolist(), strict=True)):
                 own = _Document(one, two, (source, target), i)
-                documents.append(DocumentRows(number * size + i, PARTS[part], count, own.load))
+                prompt = one.header["documents"][i]
+                documents.append(DocumentRows(number * size + i, PARTS[part], count, own.load, prompt))
         return PairedRows(*spaces, tuple(documents), coverage=self._coverage(), window=size)
 
     def moments(
