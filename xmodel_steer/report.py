@@ -48,7 +48,8 @@ def summary(result: TransferResult) -> list[str]:
     )
     lines.append(
         f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts; "
-        "rows marked =KL are at the strengths that disturb neutral text as much as the native vector does at the headline strength"
+        "rows marked =KL are at the strengths that disturb neutral text as much as the native vector does at the headline strength; "
+        "ppl: perplexity of neutral text; same: tokens of it where the likeliest next one is the unsteered model's"
     )
     for name, base in result.arm("unsteered", 0).side.items():
         own = [(arm, sign, result.at_equal_kl(arm, sign).side[name]) for arm in ARMS[1:] for sign in result.signs]
@@ -67,8 +68,8 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("change", "right"),
     ("n", "right"),
     ("KL", "right"),
-    ("perplexity", "right"),
-    ("same token", "right"),
+    ("ppl", "right"),
+    ("same", "right"),
 )
 
 
