@@ -25,6 +25,8 @@ def main(source: str = "packaged:smollm2-135m-instruct", target: str = "packaged
         source_sites=[xs.Site(round(0.6 * small.cfg.n_layers))],
         target_sites=[xs.Site(round(0.5 * large.cfg.n_layers))],
         strengths=(-1.0, 1.0),
+        random_seeds=2,
+        side={},  # by default also whether common knowledge stays
         map_tokens=96,
     )
     print(
