@@ -1,7 +1,6 @@
 """Checks of a map on what a model does: replacement of a site while generating, and cross-model activation patching."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import align
 from xmodel_steer.capture import residuals
-from xmodel_steer.damage import side_effects
+from xmodel_steer.damage import side_effects, under
 from xmodel_steer.errors import PromptError, SpaceMismatchError
 from xmodel_steer.generation import generate
 from xmodel_steer.maps import Map
@@ -20,7 +19,7 @@ from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, rouge_l, sign_f
 from xmodel_steer.models import batches, encode, forward, layout, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.prompts import Prompt, PromptLike, as_prompts
-from xmodel_steer.replacement import mapped_source, mean_of, noise_like
+from xmodel_steer.replacement import mapped_source, mean_of, noise_like, require_map_between
 from xmodel_steer.spaces import Space
 from xmodel_steer.steering import Reading, Replacement, steering
 
@@ -278,8 +277,8 @@ def patching_grid(
         raise PromptError(
             f"patching_grid: needs as many clean prompts as corrupted ones and answers, got {len(clean_)}, {len(corrupted_)} and {len(answers)}"
         )
-    for mapping in maps:  # refuses a map of other models
-        mapped_source(source, target, mapping)
+    for mapping in maps:
+        require_map_between(source, target, mapping, "patching_grid")
     good, bad, read = encode(target, clean_), encode(target, corrupted_), encode(source, clean_)
     lengths = {len(e.ids) for e in (*good, *bad)}
     if len(lengths) != 1:
@@ -292,7 +291,7 @@ def patching_grid(
 
     def difference(pair: int, ids: Tensor, step: Replacement | None = None) -> np.ndarray:
         mask = torch.ones_like(ids)
-        with steering(target, step) if step else nullcontext(), layout(range(len(ids)), mask.sum(1)):
+        with under(target, [step] if step else []), layout(range(len(ids)), mask.sum(1)):
             logits, _ = forward(target, ids, mask, logits="last")
         assert logits is not None
         a, b = tokens[pair]

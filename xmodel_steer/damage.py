@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,11 @@ from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
 from xmodel_steer.vectors import SteeringVector, check_finite
 
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
+
+
+def under(model: Any, setting: Sequence[Step]) -> AbstractContextManager[Any]:
+    """The model under one setting: steered, or as it is where there is nothing to do."""
+    return steering(model, setting) if setting else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +165,7 @@ def _by_row(values: Tensor, row: Tensor, rows: int) -> np.ndarray:
 
 def _predictions(model: Any, batch: Batch, setting: Sequence[Step] = ()) -> Tensor:
     """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
-    with steering(model, setting) if setting else nullcontext(), layout(batch.rows, batch.mask.sum(-1)):
+    with under(model, setting), layout(batch.rows, batch.mask.sum(-1)):
         made, _ = forward(model, batch.ids, batch.mask, logits="all")
     assert made is not None
     return made[:, :-1][batch.mask[:, 1:].bool()]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
@@ -12,13 +11,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from xmodel_steer.damage import Settings, losses
+from xmodel_steer.damage import Settings, losses, under
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
-from xmodel_steer.models import Encoding, batches, encode, forward, layout, name_of
+from xmodel_steer.models import Encoding, batches, encode, forward, layout, name_of, shared_start
 from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
 from xmodel_steer.scorers import Explained, Scorer, score_texts
-from xmodel_steer.steering import steering
 from xmodel_steer.vectors import check_finite
 
 
@@ -93,7 +91,7 @@ class GeneratedText(Behaviour):
                     for k, setting in enumerate(group)
                     for step in setting
                 ]
-                with steering(model, steps) if steps else nullcontext():
+                with under(model, steps):
                     texts = generate(
                         model,
                         self.prompts * len(group),
@@ -302,7 +300,7 @@ def answer_likelihoods(
     encodings, lengths, owners = [], [], []
     for i, (question, own) in enumerate(zip(questions, options, strict=True)):
         made = [_cut(e) for e in encode(model, [_answered(question, option) for option in own])]
-        shared = _shared([e.ids for e in made])
+        shared = shared_start([e.ids for e in made])
         if len(made) < 2 or any(len(e.ids) == shared for e in made):
             raise PromptError(
                 f"question {question.id}: its options {list(own)!r} are not different tokens after a common beginning; "
@@ -317,12 +315,6 @@ def answer_likelihoods(
         found = _many_tokens(model, settings, encodings, lengths, owners, batch_size, progress)
     ends = np.cumsum([0, *(len(own) for own in options)])
     return [[tuple(row[a:b].tolist()) for a, b in pairwise(ends.tolist())] for row in found]
-
-
-def _shared(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with."""
-    together = zip(*sequences, strict=False)  # up to the end of the shortest
-    return next((n for n, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, sequences)))
 
 
 def _answered(question: Prompt, answer: str) -> Prompt:
@@ -356,7 +348,7 @@ def _one_token(
         for batch in batches(model, prompts, batch_size, padding_side="left"):
             for k, setting in enumerate(settings):
                 rows = [numbers[r] for r in batch.rows]
-                with _steered(model, setting), layout(rows, batch.mask.sum(-1)):
+                with under(model, setting), layout(rows, batch.mask.sum(-1)):
                     logits, _ = forward(model, batch.ids, batch.mask, logits="last")
                 assert logits is not None
                 logs = logits[:, -1].float().log_softmax(-1)
@@ -385,7 +377,7 @@ def _many_tokens(
             row = counted.nonzero()[:, 0].cpu()
             prompts = torch.tensor([lengths[r] for r in batch.rows], device=batch.ids.device)
             for k, setting in enumerate(settings):
-                with _steered(model, setting), layout([owners[r] for r in batch.rows], prompts):
+                with under(model, setting), layout([owners[r] for r in batch.rows], prompts):
                     logits, _ = forward(model, batch.ids, batch.mask, logits=longest + 1)
                 assert logits is not None
                 logs = logits[:, :-1][counted].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -393,7 +385,3 @@ def _many_tokens(
                 found[k, list(batch.rows)] = torch.zeros(len(batch.rows)).index_add(0, row, logs.cpu()).numpy()
                 bar.update(len(batch.rows))
     return found
-
-
-def _steered(model: Any, setting: Any) -> Any:
-    return steering(model, setting) if setting else nullcontext()

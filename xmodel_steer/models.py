@@ -530,6 +530,12 @@ def tokenise(
     return encoded
 
 
+def shared_start(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    together = zip(*sequences, strict=False)  # up to the end of the shortest
+    return next((n for n, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, sequences)))
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """The tokens that are no text, such as BOS and what opens a chat's turn."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -248,7 +248,7 @@ def patching(grid: PatchingGrid) -> Any:
     for column, table in enumerate(tables.values(), 1):
         figure.add_trace(
             go.Heatmap(
-                z=table, x=list(range(len(grid.tokens))), y=rows, zmin=-bound, zmax=bound, colorscale="PuOr_r",
+                z=table, x=list(range(len(grid.tokens))), y=rows,
                 coloraxis="coloraxis", customdata=np.tile(np.array(grid.tokens, dtype=object), (len(rows), 1)),
                 hovertemplate="layers %{y}<br>position %{customdata}<br>recovery %{z:.2f}<extra></extra>",
             ),

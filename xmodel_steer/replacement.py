@@ -20,6 +20,7 @@ from xmodel_steer.models import (
     forward,
     is_bridge,
     pad_id,
+    shared_start,
     space_of,
     special_ids,
     tokenise,
@@ -51,9 +52,18 @@ def mapped_source(
     Raises:
         SpaceMismatchError: The map is not between these models.
     """
-    require_same_space(space_of(source, mapping.source.site), mapping.source, "mapped_source")
-    require_same_space(space_of(target, mapping.target.site), mapping.target, "mapped_source")
+    require_map_between(source, target, mapping, "mapped_source")
     return Replacement(mapping.target, _Mirror(source, target, mapping, use_cache and is_bridge(source)), positions)
+
+
+def require_map_between(source: Any, target: Any, mapping: Map, what: str) -> None:
+    """Refuse a map of other models.
+
+    Raises:
+        SpaceMismatchError: The map is not between these models.
+    """
+    require_same_space(space_of(source, mapping.source.site), mapping.source, what)
+    require_same_space(space_of(target, mapping.target.site), mapping.target, what)
 
 
 def mean_of(space: Space, mean: Float[Tensor, " d"], *, positions: Positions = "all") -> Replacement:
@@ -166,8 +176,7 @@ class _Mirror:
             ids = encoding.ids if encoding else ()
             kept = 0
             if self._use_cache:
-                pairs = zip(row.source_ids, ids, strict=False)
-                kept = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.source_ids), len(ids)))
+                kept = shared_start([row.source_ids, ids])
                 self._mask[r, row.slots[kept:]] = 0  # tokens that the new text has merged otherwise are forgotten
             row.source_ids, row.ends = ids, encoding.ends if encoding else ()
             row.slots, row.activations = row.slots[:kept], row.activations[:kept]

@@ -4,7 +4,7 @@ Everything here is read from scores that were measured on evaluation prompts; no
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -240,7 +240,7 @@ def _verdict(result: TransferResult) -> Verdict:
     perplexity = {sign: arms["mapped"][sign].perplexity / base.perplexity for sign in ways}
     agreement = {sign: arms["mapped"][sign].agreement for sign in ways}
     verdict = Verdict(result.headline, efficiency, controls, kl, comparisons, transfers, perplexity, agreement, "")
-    return Verdict(**{**vars(verdict), "text": _in_words(result, verdict, base)})
+    return replace(verdict, text=_in_words(result, verdict, base))
 
 
 def _comparisons(arms: Mapping[str, Mapping[str, Arm]], ways: Mapping[str, float]) -> tuple[Comparison, ...]:
