@@ -35,6 +35,7 @@ def interpreter(program: str) -> str:
     """Python with the program, and the torch and transformers that run here.
 
     steering-vectors asks for transformers before 5; it runs with 5, and only so are the models' own times the same.
+    repeng needs NumPy 1.
     """
     if program not in OWN_ENVIRONMENT:
         return sys.executable
@@ -46,7 +47,7 @@ def interpreter(program: str) -> str:
         needs = [
             f"{package}=={version(package).split('+')[0]}" for package in ("torch", "transformers", "scikit-learn")
         ]
-        for what in (["gguf", *needs], ["--no-deps", OWN_ENVIRONMENT[program]]):
+        for what in (["gguf", "numpy<2", *needs], ["--no-deps", OWN_ENVIRONMENT[program]]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *what], check=True)
         (folder / "complete").touch()
     return str(python)
@@ -56,18 +57,19 @@ class Program:
     """A running `programs.py`."""
 
     def __init__(self, name: str, folder: str, job: Path) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [interpreter(name), str(HERE / "programs.py"), name, folder, str(job)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+        self.name, self.log = name, job.with_name(f"{name}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [interpreter(name), str(HERE / "programs.py"), name, folder, str(job)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
         self.answers: list[str] = self._line()["ready"]
 
     def _line(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended; run benchmarks/programs.py by hand to see why")
+            raise RuntimeError(f"{self.name} ended:\n{self.log.read_text()[-1500:]}")
         return json.loads(line)
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def job_for(name: str, layer: int, device: str, dtype: str) -> dict[str, Any]:
     ]
     texts = [(p.text or "", n.text or "") for p, n in zip(contrast.positive, contrast.negative, strict=True)]
     filler = " ".join(p.text or "" for p in prompts).split()
-    lengths = np.random.default_rng(0).integers(0, 60, 256)  # words before a pair's own text
+    lengths = np.random.default_rng(0).integers(0, 24, 256)  # words before a pair's own text
     pairs = [(" ".join(filler[i : i + k]), *texts[i % len(texts)]) for i, k in enumerate(lengths.tolist())]
     return {
         "layer": layer,
@@ -129,6 +131,7 @@ def turns(started: dict[str, Program], what: str, repeats: int) -> dict[str, lis
     for turn in range(repeats):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             seconds[name].append(started[name].ask(what)["seconds"])
+            print(f"  {what}, turn {turn + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
     return seconds
 
 

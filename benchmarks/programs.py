@@ -103,7 +103,8 @@ def transformer_lens() -> dict[str, Callable[[], Any]]:
         inputs = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(job["device"])
         with model.hooks(fwd_hooks=hooks), torch.inference_mode():
             ids = model.generate(
-                inputs["input_ids"], max_new_tokens=job["new_tokens"], do_sample=False, verbose=False, return_type="tokens"
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=job["new_tokens"],
+                do_sample=False, verbose=False, return_type="tokens",
             )  # fmt: skip
         return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import TokenEnds
+from xmodel_steer.bridges import own_parts, prepare
 from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
 from xmodel_steer.prompts import Prompt
@@ -134,6 +135,7 @@ def load(
         bar.update()
         register(model, name=label, tokenizer=tokenizer, revision=revision or "")
         check_sites(model)
+        prepare(model)
         bar.update()
     return model
 
@@ -679,16 +681,22 @@ def forward(
         last = stop >= model.cfg.n_layers  # nothing to stop at: skip the logits instead
         extra = {"logits_to_keep": 1} if last and _accepts(model, "logits_to_keep") else {}
         where = {} if last else {"stop_at_layer": stop}
-        model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
+        with _short_cut(model, whole_blocks=last):
+            model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
         return None, None
     extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
-    out = model.original_model(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
-    )
+    with _short_cut(model, whole_blocks=True):
+        out = model.original_model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
+        )
     made = out.logits[:, -kept:] if kept else out.logits
     return made, getattr(out, "past_key_values", None) if use_cache else None
+
+
+def _short_cut(model: Any, *, whole_blocks: bool) -> AbstractContextManager[None]:
+    return own_parts(model, whole_blocks=whole_blocks) if processing_of(model) == "none" else nullcontext()
 
 
 def _accepts(model: Any, argument: str) -> bool:

@@ -1,0 +1,130 @@
+"""Passes through a TransformerBridge without the hook points that nobody listens to.
+
+A bridge puts a component with hook points around every part of the Hugging Face model: some 40 to a block, which in
+a decode of small batches cost a quarter of the time. Where none of a block's has a hook, the pass may go through
+the part itself. The numbers are the same bit by bit, or it is not done: `prepare` tries.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """A place in the Hugging Face model where a component stands for one of its parts."""
+
+    modules: dict[str, Any]
+    name: str
+    component: Any
+    part: Any
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block's exchanges, and the hooks that forbid them (dictionaries that PyTorch keeps)."""
+
+    whole: _Exchange | None
+    ends: tuple[dict[Any, Any], ...]
+    parts: tuple[_Exchange, ...]
+    inner: tuple[dict[Any, Any], ...]
+
+
+_BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
+    """Inside, blocks of a bridge that nobody hooks are the Hugging Face model's own; outside, all is as before.
+
+    A bridge that was not prepared stays as it is. Blocks hooked at their ends alone (``hook_in``, ``hook_out``: `resid_pre`, `resid_post`) keep their component and
+    lose those inside. One thread at a time.
+
+    Args:
+        model: A bridge whose weights were not processed; processed ones live in the components.
+        whole_blocks: Also whole blocks; not where the pass stops early, for a block's component does that.
+    """
+    with _LOCK:
+        free = [e for block in _BLOCKS.get(model, ()) for e in _free(block, whole_blocks)]
+        made = [e for e in free if e.modules.get(e.name) is e.component]
+        try:
+            for exchange in made:
+                exchange.modules[exchange.name] = exchange.part
+            yield
+        finally:
+            for exchange in made:
+                exchange.modules[exchange.name] = exchange.component
+
+
+def _free(block: _Block, whole: bool) -> tuple[_Exchange, ...]:
+    if any(block.inner):
+        return ()
+    return (block.whole, *block.parts) if whole and block.whole and not any(block.ends) else block.parts
+
+
+@torch.no_grad()
+def prepare(model: Any) -> bool:
+    """Find what may be passed by in a new bridge that nobody has hooked; whether the numbers stay the same.
+
+    Not with the fused attention of PyTorch, which rounds differently from the component's.
+    """
+    ids = torch.arange(1, 33, device=next(model.original_model.parameters()).device).reshape(2, 16)
+    mask = (ids != 1).long()  # one row padded
+    if getattr(model.original_model.config, "_attn_implementation", None) != "eager":
+        return False
+    before = model.original_model(input_ids=ids, attention_mask=mask).logits
+    _BLOCKS[model] = _blocks(model)
+    for whole in (True, False):
+        with own_parts(model, whole_blocks=whole):
+            same = torch.equal(before, model.original_model(input_ids=ids, attention_mask=mask).logits)
+        if not same:
+            del _BLOCKS[model]
+            return False
+    return True
+
+
+def _blocks(model: Any) -> tuple[_Block, ...]:
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    def exchanges(modules: dict[str, Any]) -> list[_Exchange]:
+        return [
+            _Exchange(modules, name, child, child.original_component)
+            for name, child in modules.items()
+            if isinstance(child, GeneralizedComponent) and _same_parameters(child)
+        ]
+
+    blocks: list[Any] = list(getattr(model, "blocks", ()))
+    around = [e for module in model.original_model.modules() for e in exchanges(module._modules)]
+    found = []
+    for block in blocks:
+        ends, inner = [block._forward_hooks, block._forward_pre_hooks], []
+        for module in block.modules():
+            if isinstance(module, HookPoint):
+                own = ends if module in (block.hook_in, block.hook_out) else inner
+                own += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+            elif isinstance(module, GeneralizedComponent) and module is not block:
+                inner.append(module._forward_hooks)  # not those before: a block listens to its norms by them
+        native = [m for m in block.modules() if not isinstance(m, GeneralizedComponent)]
+        found.append(
+            _Block(
+                whole=next((e for e in around if e.component is block), None),
+                ends=tuple(ends),
+                parts=tuple(e for m in native for e in exchanges(m._modules)),
+                inner=tuple(inner),
+            )
+        )
+    return tuple(found)
+
+
+def _same_parameters(component: Any) -> bool:
+    """Whether the parameters are those of the part: not where a bridge holds a joint matrix split in three."""
+    part = component.original_component
+    return part is not None and {id(p) for p in component.parameters()} == {id(p) for p in part.parameters()}
