@@ -2,10 +2,11 @@
 
 import copy
 import inspect
+import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from xmodel_steer import interop, packaged
 from xmodel_steer.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
 from xmodel_steer.generation import generate_tokens
 from xmodel_steer.models import fingerprint, forward, space_of
+from xmodel_steer.prompts import as_prompts
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.steering import Ablate, Add, Clamp, Intervention, steering
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
@@ -718,6 +720,109 @@ print("transformer_lens" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+# --- lm-eval --------------------------------------------------------------------------------
+
+NO_HARNESS = "lm-eval is not installed: pip install -e '.[harness]', then run again"
+# One-token and longer continuations, and a text without a context, of many lengths: batches of them are padded.
+REQUESTS = [
+    ("The sky above", " the port"),
+    ("Call me", " Ishmael. Some years ago"),
+    ("", "Call me"),
+    *[(t, " sea") for t in TEXTS],
+]
+
+
+@pytest.fixture
+def harness() -> Any:
+    """Makes lm-eval's own model of a Hugging Face one; it gives the tokenizer a token for padding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it does on import is not ours
+        hugging_face = pytest.importorskip("lm_eval.models.huggingface", reason=NO_HARNESS)
+    return lambda model, tokenizer: hugging_face.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=3)
+
+
+def asked(kind: str, rows: Sequence[tuple[Any, ...]]) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=row, idx=i) for i, row in enumerate(rows)]
+
+
+def log_likelihood(model: Any, before: list[int], after: list[int]) -> float:
+    """Of one continuation, alone and unpadded, by this library's own forward pass."""
+    ids = torch.tensor([before + after])
+    logs = forward(model, ids, torch.ones_like(ids))[0][0].log_softmax(-1)
+    return float(logs[len(before) - 1 : -1].gather(1, ids[0, len(before) :, None]).sum())
+
+
+@pytest.mark.parametrize("kind", ["bridge", "plain"])
+def test_lm_eval_reads_the_steered_model(bridge: toys.Toy, plain: Any, harness: Any, kind: str) -> None:
+    model, vector = bridge.model, bridge.vector(1, size=6.0)
+    inner = model.original_model if kind == "bridge" else plain
+    weights = copy.deepcopy(inner.state_dict())
+    lm = harness(inner, bridge.tokenizer)
+    pairs = [
+        lm._encode_pair(*request) if request[0] else ([lm.prefix_token_id], bridge.ids(request[1]))
+        for request in REQUESTS
+    ]
+    pairs[2] = (pairs[2][1][:1], pairs[2][1][1:]) if pairs[2][1][0] == lm.prefix_token_id else pairs[2]
+
+    def theirs() -> tuple[list[float], list[str]]:
+        found = lm.loglikelihood(asked("loglikelihood", REQUESTS), disable_tqdm=True)
+        until = dict(until=["never"], max_gen_toks=STEPS)
+        written = lm.generate_until(asked("generate_until", [(text, until) for text in TEXTS]), disable_tqdm=True)
+        return [value for value, _ in found], written
+
+    def ours() -> tuple[list[float], list[str]]:
+        made, _ = generate_tokens(model, TEXTS, max_new_tokens=STEPS, progress=False)
+        texts = [bridge.tokenizer.decode(row, skip_special_tokens=True) for row in made]
+        return [log_likelihood(model, *pair) for pair in pairs], texts
+
+    before = theirs()
+    with steering(model, vector):
+        expected = ours()
+    with steering(model, vector) if kind == "bridge" else interop.steering_hf(plain, vector):
+        found = theirs()
+    for (values, texts), (other, other_texts) in ((found, expected), (before, ours()), (theirs(), before)):
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(other), rtol=1e-4, atol=1e-3)
+        assert texts == other_texts
+    assert (torch.tensor(found[0]) - torch.tensor(before[0])).abs().min() > 0.01
+    assert found[1] != before[1]
+    assert all(torch.equal(value, weights[name]) for name, value in inner.state_dict().items())
+
+
+def test_lm_eval_counts_on_a_local_task_as_this_library_does(llama: toys.Toy, harness: Any, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason=NO_HARNESS)
+    options, answers = ("!", "?", "0", "5"), [i % 4 for i in range(len(toys.TEXTS))]
+    rows = [dict(question=q, options=options, answer=a) for q, a in zip(toys.TEXTS, answers, strict=True)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dict(
+        task="local",
+        dataset_path="json",
+        dataset_kwargs=dict(data_files=dict(test=str(tmp_path / "questions.jsonl")), cache_dir=str(tmp_path)),
+        test_split="test",
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice="{{options}}",
+        doc_to_target="answer",
+        target_delimiter="",
+        metric_list=[dict(metric="acc", aggregation="mean", higher_is_better=True)],
+    )
+    ours = xs.MultipleChoice(as_prompts(toys.TEXTS), (options,) * len(answers), tuple(answers))
+    from lm_eval.tasks import TaskManager
+
+    alone = TaskManager(include_defaults=False)  # its own suites are thousands of files to read
+    lm = harness(llama.model.original_model, llama.tokenizer)
+    steps = [Intervention(llama.vector(1, size=6.0), Add(strength)) for strength in (0.0, 4.0, -4.0)]
+    right = [m.scores.tolist() for m in ours.measure(llama.model, [[step] for step in steps], progress=False)]
+    for step, own in zip(steps, right, strict=True):
+        with steering(llama.model, step), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it does between reading and counting is not ours
+            found = lm_eval.simple_evaluate(lm, tasks=[dict(task)], task_manager=alone, bootstrap_iters=0)
+        assert [sample["acc"] for sample in sorted(found["samples"]["local"], key=lambda s: s["doc_id"])] == own
+        assert found["results"]["local"]["acc,none"] == pytest.approx(sum(own) / len(own))
+    assert right[1] != right[0] != right[2]
 
 
 # --- the hub --------------------------------------------------------------------------------
