@@ -7,9 +7,12 @@ they take turns; a figure is the median over the turns of the ratio within one, 
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,7 +123,7 @@ def job_for(name: str, layer: int, device: str, dtype: str) -> dict[str, Any]:
         "prompts": [p.text for p in prompts[:8]],
         "positive": [f"{before} {positive}".strip() for before, positive, _ in pairs],
         "negative": [f"{before} {negative}".strip() for before, _, negative in pairs],
-        "batch": 32,
+        "batch": 8,
     }
 
 
@@ -184,10 +187,13 @@ def difference_of_means(name: str, folder: str, job: dict[str, Any], repeats: in
 
 def import_over_torch(repeats: int) -> None:
     """Time of ``import xmodel_steer`` over that of ``import torch``, each in a new interpreter."""
+    # As pip leaves a package: compiled.
+    compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def seconds(module: str) -> float:
         code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=compiled)
+        return float(done.stdout)
 
     pairs = [(seconds("xmodel_steer"), seconds("torch")) for _ in range(max(7, repeats) + 1)][1:]
     keep(
@@ -196,10 +202,40 @@ def import_over_torch(repeats: int) -> None:
     )  # fmt: skip
 
 
+def explore_first_token_seconds(repeats: int) -> None:
+    """Seconds from a click on "Generate" to the first steered token on the screen, in the kernel, warm."""
+    model = xs.load(TARGET, dtype="auto", progress=False)
+    site = xs.Site(10)
+    contrast, prompts = behaviour_data("sentiment")
+    sides = [
+        xs.capture(model, side[:8], [site], tokens="mean", progress=False)[site]
+        for side in (contrast.positive, contrast.negative)
+    ]
+    explorer = xs.explore(model, xs.difference_of_means(*sides), prompt=prompts[0].text or "", max_new_tokens=4)
+    seen: list[float] = []
+
+    def look(change: Any) -> None:
+        if re.search('class="xs-text">[^<]', change.new):
+            seen.append(time.perf_counter())
+
+    explorer.steered.observe(look, "value")
+    seconds = []
+    for turn in range(repeats + 2):
+        explorer.strength.value = 1.0 + turn / 10  # no text is the one before
+        seen.clear()
+        start = time.perf_counter()
+        explorer.generate.click()
+        seconds.append(seen[0] - start)
+    keep(
+        "explore_first_token_seconds", seconds[2:], "<= 0.5", command="python benchmarks/peers.py --only explore",
+        on=hardware("cpu"), model=TARGET,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("generation", "difference", "import"))
+    parser.add_argument("--only", choices=("generation", "difference", "import", "explore"))
     parser.add_argument("--model", choices=("source", "target"), default="target")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
@@ -207,6 +243,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.only in (None, "import"):
         import_over_torch(given.repeats)
+    if given.only in (None, "explore"):
+        explore_first_token_seconds(given.repeats)
+    if given.only in ("import", "explore"):
+        return
     name, layer = (SOURCE, 18) if given.model == "source" else (TARGET, 12)
     suffix = ("_smollm2" if given.model == "source" else "") + ("" if given.dtype == "float32" else f"_{given.dtype}")
     job, folder = job_for(name, layer, given.device, given.dtype), checkpoint(name)
