@@ -133,8 +133,22 @@ def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
     (bars,) = figure.data
     assert list(bars.y) == [r["gain"] for r in records]
     assert list(bars.x) == [r["candidate"] for r in records]
+    assert list(bars.text) == ["× 1.20"] * 3
     with pytest.raises(ValueError, match="one layer of each model, nothing was compared"):
         plots.effect_by_layer(result())
+
+
+def test_equal_layers_of_both_models_have_bars_of_their_own_and_the_one_that_was_taken_is_bold() -> None:
+    made = result()
+    records = [
+        {"candidate": str(Site(i)), "strength": 1.0, "gain": 0.1, "perplexity_ratio": 1 + 0.1 * i} for i in range(6)
+    ]
+    figure = plots.effect_by_layer(replace(made, selection={"target": records, "source": records}))
+    native, mapped = figure.data
+    assert (native.xaxis, mapped.xaxis) == ("x", "x2")
+    for axis, end in ((figure.layout.xaxis, made.target), (figure.layout.xaxis2, made.source)):
+        bold = [tick for tick in axis.ticktext if tick.startswith("<b>")]
+        assert bold == [f"<b>{Site(end['layer'])}</b>"]
 
 
 def vectors_at(layers: tuple[int, ...], factor: float) -> list[SteeringVector]:
