@@ -140,15 +140,19 @@ def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
 
 def test_equal_layers_of_both_models_have_bars_of_their_own_and_the_one_that_was_taken_is_bold() -> None:
     made = result()
-    records = [
-        {"candidate": str(Site(i)), "strength": 1.0, "gain": 0.1, "perplexity_ratio": 1 + 0.1 * i} for i in range(6)
-    ]
-    figure = plots.effect_by_layer(replace(made, selection={"target": records, "source": records}))
+    selection = {
+        end: [
+            {"candidate": str(Site(i, model["stream"])), "strength": 1.0, "gain": 0.1, "perplexity_ratio": 1.2}
+            for i in range(6)
+        ]
+        for end, model in (("target", made.target), ("source", made.source))
+    }
+    figure = plots.effect_by_layer(replace(made, selection=selection))
     native, mapped = figure.data
     assert (native.xaxis, mapped.xaxis) == ("x", "x2")
     for axis, end in ((figure.layout.xaxis, made.target), (figure.layout.xaxis2, made.source)):
         bold = [tick for tick in axis.ticktext if tick.startswith("<b>")]
-        assert bold == [f"<b>{Site(end['layer'])}</b>"]
+        assert bold == [f"<b>{Site(end['layer'], end['stream'])}</b>"]
 
 
 def vectors_at(layers: tuple[int, ...], factor: float) -> list[SteeringVector]:
