@@ -45,6 +45,23 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} threads, {model}, torch {torch.__version__}"
 
 
+def keep(name: str, ratios: Sequence[float], must: str, command: str, on: str, **more: Any) -> None:
+    """Write a figure into results.json: median, smallest and largest."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results[name] = shown = {
+        "ratio": round(float(np.median(ratios)), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+        "must": must,
+        "repeats": len(ratios),
+        **more,
+        "command": command,
+        "hardware": on,
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{name}: {shown['ratio']} ({shown['low']} to {shown['high']}), must be {must}; {more}", flush=True)
+
+
 class Bench:
     """Two models, a text, and what was measured with them."""
 
@@ -55,24 +72,11 @@ class Bench:
             xs.load(name, device=device, dtype="auto", progress=False) for name in (SOURCE, TARGET)
         )  # fmt: skip
         self.texts = general_text()[:documents]
-        self.results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
     def record(self, name: str, ratios: Sequence[float], must: str, **more: Any) -> None:
-        """Keep a figure: median, smallest and largest."""
+        """Keep a figure of these models."""
         key = name if self.shape == "packaged" else f"{name}_{self.shape}"
-        self.results[key] = {
-            "ratio": round(float(np.median(ratios)), 3),
-            "low": round(min(ratios), 3),
-            "high": round(max(ratios), 3),
-            "must": must,
-            "repeats": len(ratios),
-            **more,
-            "command": f"python benchmarks/run.py --only {self.figure}",
-            "hardware": hardware(self.device),
-        }
-        RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
-        shown = self.results[key]
-        print(f"{key}: {shown['ratio']} ({shown['low']} to {shown['high']}), must be {must}; {more}", flush=True)
+        keep(key, ratios, must, f"python benchmarks/run.py --only {self.figure}", hardware(self.device), **more)
 
     def forwards(self) -> int:
         """Two plain forward passes over the text, no logits, nothing kept."""
