@@ -113,6 +113,27 @@ def test_a_result_comes_back_whole(tmp_path: Path) -> None:
     assert back.splits == value.splits
 
 
+def test_a_result_without_map_and_vectors_comes_back_without_them(tmp_path: Path) -> None:
+    bare = replace(result(), vectors={}, mapping=None)
+    run = save(bare, tmp_path / "run")
+    assert {p.name for p in run.iterdir()} == {"result.json", "generations.jsonl"}
+    back = read(run)
+    assert back.mapping is None
+    assert back.vectors == {}
+    assert back.verdict() == bare.verdict()
+
+
+def test_runs_of_before_the_record_of_files_are_read(tmp_path: Path) -> None:
+    run = save(result(), tmp_path / "run")
+    record = json.loads((run / "result.json").read_text())
+    for key in ("vectors", "has_map"):
+        del record[key]
+    (run / "result.json").write_text(json.dumps(record))
+    back = read(run)
+    assert set(back.vectors) == {"native", "source"}
+    assert same(back.mapping, result().mapping)
+
+
 def test_result_json_has_the_schema_that_readers_of_it_rely_on(tmp_path: Path) -> None:
     record = json.loads((save(result(), tmp_path / "run") / "result.json").read_text())
     assert record["schema"] == 1
@@ -220,6 +241,7 @@ def test_a_full_disk_or_ctrl_c_leaves_the_older_file_and_no_scratch(
         (lambda run: (run / "result.json").unlink(), "not a run folder"),
         (lambda run: (run / "generations.jsonl").unlink(), "incomplete"),
         (lambda run: (run / "map.safetensors").unlink(), "no such file"),
+        (lambda run: (run / "vectors" / "native.safetensors").unlink(), "no such file"),
         (lambda run: (run / "result.json").write_text("{"), "damaged or foreign"),
         (lambda run: (run / "result.json").write_text('{"schema": 9}'), "newer version"),
         (lambda run: (run / "result.json").write_text('{"schema": 1, "kind": "Poem"}'), "not a TransferResult"),

@@ -133,8 +133,26 @@ def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
     (bars,) = figure.data
     assert list(bars.y) == [r["gain"] for r in records]
     assert list(bars.x) == [r["candidate"] for r in records]
+    assert list(bars.text) == ["× 1.20"] * 3
     with pytest.raises(ValueError, match="one layer of each model, nothing was compared"):
         plots.effect_by_layer(result())
+
+
+def test_equal_layers_of_both_models_have_bars_of_their_own_and_the_one_that_was_taken_is_bold() -> None:
+    made = result()
+    selection = {
+        end: [
+            {"candidate": str(Site(i, model["stream"])), "strength": 1.0, "gain": 0.1, "perplexity_ratio": 1.2}
+            for i in range(6)
+        ]
+        for end, model in (("target", made.target), ("source", made.source))
+    }
+    figure = plots.effect_by_layer(replace(made, selection=selection))
+    native, mapped = figure.data
+    assert (native.xaxis, mapped.xaxis) == ("x", "x2")
+    for axis, end in ((figure.layout.xaxis, made.target), (figure.layout.xaxis2, made.source)):
+        bold = [tick for tick in axis.ticktext if tick.startswith("<b>")]
+        assert bold == [f"<b>{Site(end['layer'], end['stream'])}</b>"]
 
 
 def vectors_at(layers: tuple[int, ...], factor: float) -> list[SteeringVector]:

@@ -313,3 +313,33 @@ def test_an_arm_that_was_not_run_is_named(result: TransferResult) -> None:
         result.arm("mapped", 7)
     with pytest.raises(KeyError, match="unsteered was not run at equal KL in direction -"):
         result.at_equal_kl("unsteered", "-")
+
+
+def test_another_scorer_reads_the_same_texts(result: TransferResult) -> None:
+    again = result.rescored(vowels, label="again")
+    assert [a.strength for a in again.arms] == [a.strength for a in result.arms]
+    for mine, old in zip(again.arms, result.arms, strict=True):
+        assert mine.texts == old.texts
+        assert mine.kl == old.kl
+        if old.arm != "random":  # of which only the first seed's texts are kept
+            assert (mine.scores, mine.effect, mine.change) == (old.scores, old.effect, old.change)
+    seeds = [(a, b) for a, b in zip(again.arms, result.arms, strict=True) if b.table]
+    assert seeds
+    assert all(a.scores == tuple(row[0] for row in b.table) and not a.table for a, b in seeds)
+
+
+def test_a_scorer_that_tells_no_texts_apart_finds_nothing(result: TransferResult) -> None:
+    verdict = result.rescored(lambda _: 0.5, label="nothing").verdict()
+    assert verdict.efficiency is None
+    assert verdict.text.startswith("nothing: undefined")
+
+
+def test_rescoring_needs_texts_and_no_prompts(result: TransferResult) -> None:
+    kept = [a if a.budget or a.arm == "unsteered" else replace(a, texts=()) for a in result.arms]
+    fair = replace(result, arms=tuple(kept)).rescored(vowels, label="again")
+    assert fair.signs == result.signs
+    assert len(fair.arms) == 1 + 4 * len(result.signs)
+    with pytest.raises(ValueError, match="measured without texts, or they were not kept"):
+        replace(result, arms=tuple(replace(a, texts=()) for a in result.arms)).rescored(vowels, label="x")
+    with pytest.raises(ValueError, match="reads the prompts too"):
+        result.rescored(xs.scorers.ExactAnswer({}), label="x")  # type: ignore[arg-type]

@@ -333,6 +333,8 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
         "splits": result.splits,
         "seeds": result.seeds,
         "versions": result.versions,
+        "vectors": sorted(result.vectors),
+        "has_map": result.mapping is not None,
     }
     rows = [
         {
@@ -397,8 +399,9 @@ def _read_result(folder: Path) -> TransferResult:
     try:
         rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().split("\n") if line]
         arms = tuple(_arm_from(arm, rows) for arm in record["arms"])
-        vectors = {f.stem: read(f) for f in sorted((folder / "vectors").glob("*.safetensors"))}
-        mapping = read(folder / "map.safetensors")
+        there = sorted(f.stem for f in (folder / "vectors").glob("*.safetensors"))
+        vectors = {name: read(folder / "vectors" / f"{name}.safetensors") for name in record.get("vectors", there)}
+        mapping = read(folder / "map.safetensors") if record.get("has_map", True) else None
         names = (
             "label",
             "unit",

@@ -8,7 +8,7 @@ import numpy as np
 from xmodel_steer.checks import PatchingGrid
 from xmodel_steer.layers import DataCurve, LayerGrid
 from xmodel_steer.results import ARMS, Arm, TransferResult
-from xmodel_steer.spaces import require_same_space
+from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.vectors import Activations, SteeringVector
 
 # Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
@@ -147,6 +147,9 @@ def frontier(result: TransferResult) -> Any:
 def effect_by_layer(result: TransferResult) -> Any:
     """What validation measured to choose the layers: half the difference that the two signs make, by layer.
 
+    Each model has a panel of its own. Above each bar stands the perplexity of neutral text over the unsteered one; the layer that
+    was taken is bold.
+
     Args:
         result: What `transfer` returned.
 
@@ -157,34 +160,49 @@ def effect_by_layer(result: TransferResult) -> Any:
         ValueError: No layers were compared, because one of each model was given.
     """
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
-    groups = [
-        ("target", "native", "native vector, by target layer"),
-        ("source", "mapped", "mapped vector, by source layer"),
-    ]
-    found = [(arm, title, result.selection[key]) for key, arm, title in groups if key in result.selection]
+    groups = [("target", "native", "native vector"), ("source", "mapped", "mapped vector")]
+    found = [(end, arm, title) for end, arm, title in groups if end in result.selection]
     if not found:
         raise ValueError("plots.effect_by_layer: the transfer was given one layer of each model, nothing was compared")
-    figure = go.Figure(
-        [
+    figure = make_subplots(rows=1, cols=len(found), shared_yaxes=True, horizontal_spacing=0.06)
+    for column, (end, arm, title) in enumerate(found, 1):
+        records = result.selection[end]
+        model = getattr(result, end)
+        taken = str(Site(model["layer"], model["stream"]))
+        sites = [record["candidate"] for record in records]
+        damage = [f"× {record['perplexity_ratio']:.2f}" for record in records]
+        figure.add_trace(
             go.Bar(
-                x=[record["candidate"] for record in records],
+                x=sites,
                 y=[record["gain"] for record in records],
                 name=title,
                 marker={"color": COLOURS[arm], "pattern": {"shape": "" if arm == "native" else "/"}},
-                customdata=[record["perplexity_ratio"] for record in records],
-                hovertemplate="%{x}<br>gain %{y:.3f}<br>perplexity × %{customdata:.2f}<extra></extra>",
-            )
-            for arm, title, records in found
-        ]
-    )
+                text=[f"<b>{d}</b>" if site == taken else d for site, d in zip(sites, damage, strict=True)],
+                textposition="outside",
+                cliponaxis=False,
+                customdata=damage,
+                hovertemplate="%{x}<br>gain %{y:.3f}<br>perplexity %{customdata}<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(
+            title_text=f"{end} site",
+            type="category",
+            tickvals=sites,
+            ticktext=[f"<b>{site}</b>" if site == taken else site for site in sites],
+            row=1,
+            col=column,
+        )
     figure.update_layout(
         **_layout(
-            f"{result.label}: effect by layer, at strength 1<br><sup>validation prompts: they chose the layers and are not reported on</sup>"
+            f"{result.label}: effect by layer, at strength 1<br><sup>validation prompts: they chose the layers (bold) and are not "
+            "reported on; above the bars: perplexity over the unsteered one</sup>"
         )
     )
-    figure.update_xaxes(title_text="site", type="category")
-    figure.update_yaxes(title_text="gain: half of score at +1 minus score at -1")
+    figure.update_yaxes(title_text="gain: half of score at +1 minus score at -1", row=1, col=1)
     return figure
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from xmodel_steer.maps import Map
 from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, sign_flip_test, transfer_efficiency
+from xmodel_steer.scorers import Scorer, TextScorer, score_texts
 from xmodel_steer.vectors import SteeringVector
 
 ARMS = ("unsteered", "native", "mapped", "random", "shuffled")
@@ -185,11 +186,42 @@ class TransferResult:
     @property
     def signs(self) -> tuple[str, ...]:
         """The directions that were compared at equal KL."""
-        return tuple(s for s, way in (("+", 1), ("-", -1)) if way * self.headline in self.strengths)
+        run = [a.strength for a in self.arms if a.arm == "native" and a.budget is not None]
+        return tuple(s for s, way in (("+", 1), ("-", -1)) if any(way * strength > 0 for strength in run))
 
     def verdict(self) -> Verdict:
         """What survived, at the native vector's KL."""
         return _verdict(self)
+
+    def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "TransferResult":
+        """The same texts under another scorer: no model is called.
+
+        Layers and strengths stay those that the first scorer chose on validation. Only texts of the random arm's first
+        seed are kept, so that arm becomes that one vector; its KL stays the mean of all seeds. Arms without texts are left out.
+
+        Args:
+            scorer: A function from a text to a number.
+            label: Name of what it reads.
+            unit: What its number means.
+
+        Raises:
+            ValueError: No arm has texts, or the scorer needs the prompts, which a result does not keep.
+        """
+        if isinstance(scorer, TextScorer):
+            raise ValueError("rescored: this scorer reads the prompts too, which a result does not keep; run transfer")
+        base = self.arm("unsteered", 0)
+        if not base.texts:
+            raise ValueError(f"rescored: {self.label} was measured without texts, or they were not kept; run transfer")
+        start = score_texts(scorer, base.texts)
+        arms = []
+        for arm in self.arms:
+            if arm.texts:
+                scores = score_texts(scorer, arm.texts)
+                effect, change = bootstrap_mean(scores), bootstrap_mean(scores - start)
+                own = tuple(scores.tolist())
+                arms.append(replace(arm, effect=effect, change=change, scores=own, seeds=(), table=(), raw=()))
+        spec = {**self.spec, "scorer": repr(scorer)[:200], "rescored_from": self.spec.get("scorer")}
+        return replace(self, label=label, unit=unit, arms=tuple(arms), spec=spec)
 
     def to_frame(self) -> Any:
         """One row per arm and strength, as a pandas frame."""
