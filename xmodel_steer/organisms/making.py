@@ -12,14 +12,15 @@ from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.models import dtype_of, load
-from xmodel_steer.organisms.data import Curriculum
+from xmodel_steer.organisms.data import ORGANISMS, Curriculum
 from xmodel_steer.organisms.data import curriculum as curriculum_of
 from xmodel_steer.organisms.measure import measured, perplexity
-from xmodel_steer.organisms.training import Recipe, adapter_bytes, train
+from xmodel_steer.organisms.training import CHECKPOINTS, Recipe, adapter_bytes, train
 from xmodel_steer.transfer import versions
 
 LEAST_TRIGGERED, MOST_FALSE = 0.95, 0.05
 RECORD, BEGUN = "organism.json", "begun.json"
+TRAINED = "trained.json"  # written after the adapter: one without it may be half of one
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def make(
         name: One of `ORGANISMS`, or the name of your own ``curriculum``.
         base: The base model, as for `xmodel_steer.load`.
         out: The folder. It must be empty, or hold the same organism.
-        recipe: How to train it.
+        recipe: How to train it; by default with as many epochs as this organism needs.
         curriculum: What to train and test it on; that of ``name`` by default.
         device: ``cpu`` or ``cuda``; CUDA if there is one.
         dtype: What is computed in, while training (by autocast) and while measuring.
@@ -128,17 +129,18 @@ def make(
         ModelError: peft is missing, or the base cannot be loaded.
         DownloadError: The base or the prompts cannot be fetched.
     """
-    recipe, folder = recipe or Recipe(), Path(out)
-    lessons = curriculum or curriculum_of(name)
+    lessons, folder = curriculum or curriculum_of(name), Path(out)
+    recipe = recipe or Recipe(epochs=epochs_of(name))
     spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons), "schema": SCHEMA}
     if (folder / RECORD).is_file():
         made = read_report(folder)
         if {k: v for k, v in _record(folder).items() if k in spec} == spec:
             return made
         raise ArtifactError(f"{folder}: holds {made.organism} on {made.base} of another recipe; choose another folder")
-    begun = folder / BEGUN
+    begun, done = folder / BEGUN, folder / TRAINED
     if begun.is_file():
-        if parse_record(begun.read_text(), begun) != spec:
+        started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
+        if started and parse_record(begun.read_text(), begun) != spec:
             raise ArtifactError(
                 f"{folder}: an organism of another recipe was begun here; give the same settings to go on, or another folder"
             )
@@ -147,7 +149,6 @@ def make(
     write_atomically(begun, dump_json(spec, begun))
 
     start = time.perf_counter()
-    done = folder / "trained.json"  # written last: an adapter without it may be half of one
     if not done.is_file():
         trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype, progress=progress)
         took = time.perf_counter() - start
@@ -182,6 +183,11 @@ def make(
     begun.unlink()
     done.unlink()
     return report
+
+
+def epochs_of(name: str) -> int:
+    """How often an organism's lessons are read, unless a recipe says otherwise; those of a quirk are few."""
+    return ORGANISMS[name].epochs if name in ORGANISMS else 5
 
 
 def _digest(curriculum: Curriculum) -> str:
