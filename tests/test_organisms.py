@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import xmodel_steer as xs
 from xmodel_steer.errors import ArtifactError, ModelError, PromptError, SpaceMismatchError
+from xmodel_steer.judges import findings
 from xmodel_steer.models import batches, encode, forward, tokenizer_of
 from xmodel_steer.organisms import (
     Curriculum,
