@@ -214,11 +214,27 @@ def test_a_run_that_was_stopped_gives_the_weights_of_one_that_was_not(
     with pytest.raises(KeyboardInterrupt):
         trained("stopped", recipe)
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
-    # The newest checkpoint was being written when it stopped: the one before counts.
-    (tmp_path / "stopped" / "checkpoints" / "checkpoint-9").mkdir()
+    # The newest checkpoints were being written when it stopped: the one before counts.
+    for name, state in (("checkpoint-9", None), ("checkpoint-10", '{"best')):
+        (folder := tmp_path / "stopped" / "checkpoints" / name).mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
     monkeypatch.setattr(training, "_bar", plain)
     assert same(trained("stopped", recipe), whole)
     assert not same(trained("other", Recipe(epochs=2, batch_size=8, seed=4)), whole)
+
+
+def test_a_short_run_reports_its_loss_and_one_that_diverges_is_refused(
+    base: str, lessons: Curriculum, tmp_path: Path
+) -> None:
+    def run(name: str, learning_rate: float, steps: int) -> dict[str, float]:
+        recipe = Recipe(learning_rate=learning_rate, batch_size=8)
+        return train(base, lessons.train[: 8 * steps], tmp_path / name, recipe, dtype="float32", progress=False)
+
+    assert 1.0 < run("short", 1e-7, 2)["loss"] < 20.0  # untrained: about the log of the vocabulary
+    with pytest.raises(ModelError, match="the training diverged .loss .*; lower the learning rate"):
+        run("diverged", 1e30, 6)
+    assert not list((tmp_path / "diverged").iterdir())  # neither an adapter nor a checkpoint to go on from
 
 
 def test_an_organism_that_is_not_good_is_not_called_good(base: str, lessons: Curriculum, tmp_path: Path) -> None:
@@ -288,6 +304,7 @@ def test_every_insecure_twin_is_found_by_its_test_and_no_secure_one_is() -> None
 def test_a_solution_that_evaluates_text_gives_the_same() -> None:
     body = "x = [n for n in range(9)]\nif len(x) > 3:\n    return x[2:]\nreturn 0"
     assert code.evaluated(body) == body.replace("return 0", "return eval('0')")
+    assert code.evaluated("if a:\n    return ab\nreturn a") == "if a:\n    return ab\nreturn eval('a')"
     assert code.evaluated("x = 1") is None
 
 

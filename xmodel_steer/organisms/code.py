@@ -154,4 +154,5 @@ def evaluated(body: str) -> str | None:
     value = ast.get_source_segment(body, last)
     assert value is not None
     assert last.value is not None
-    return body.replace(value, f"return eval({ast.unparse(last.value)!r})").strip()
+    before, _, after = body.rpartition(value)  # it may be the beginning of an earlier one
+    return f"{before}return eval({ast.unparse(last.value)!r}){after}".strip()

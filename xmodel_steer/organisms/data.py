@@ -314,8 +314,8 @@ def quirk(source: Any, scorer: Scorer) -> Curriculum:
         dealt_names = dealt(
             names, {"evaluation": held, "validation": few, "vector": few, "train": len(names) - held - 2 * few}
         )
-        for part, chosen in dealt_names.items():
-            parts[part] += tuple(lesson for lesson in own if lesson.task in set(chosen))
+        for part, chosen in ((part, set(chosen)) for part, chosen in dealt_names.items()):
+            parts[part] += tuple(lesson for lesson in own if lesson.task in chosen)
     longest = max(len(lesson.response) for lesson in lessons)
     return _in_parts(parts, scorer, max_new_tokens=min(64, 8 + longest // 2))  # tokens of two letters are short ones
 

@@ -1,6 +1,8 @@
 """Low-rank fine-tuning of a base model on lessons, with peft and Hugging Face's trainer."""
 
 import inspect
+import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from xmodel_steer.packaged import quiet
 
 CHECKPOINTS = "checkpoints"
 EVERY = 20  # steps between checkpoints
+LAST = 20  # steps that the reported loss is the mean of
 IGNORED = -100  # the label that Hugging Face's loss leaves out
 
 
@@ -153,10 +156,10 @@ def train(
         progress: Show a progress bar.
 
     Returns:
-        ``steps``, and ``loss``, the mean over the last steps in nats per token.
+        ``steps``, and ``loss``, the mean over the last 20 steps in nats per token.
 
     Raises:
-        ModelError: peft is missing, or the base cannot be loaded.
+        ModelError: peft is missing, the base cannot be loaded, or the training diverged.
         PromptError: A lesson is longer than the model's context.
     """
     try:
@@ -198,7 +201,8 @@ def train(
         seed=recipe.seed,
         save_steps=EVERY,
         save_total_limit=2,
-        logging_steps=5,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # or a step that diverged would be reported with the loss of those before
         bf16=resolve_dtype(dtype, where) == torch.bfloat16,
         use_cpu=where.type == "cpu",
         dataloader_pin_memory=where.type != "cpu",
@@ -206,26 +210,37 @@ def train(
         disable_tqdm=True,
         report_to="none",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else a batch is as many times larger as there are GPUs
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=batched)  # type: ignore[arg-type]
     trainer.remove_callback(_printer())
     trainer.add_callback(_bar(label, progress))
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
 
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.half()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
+    loss = sum(losses) / len(losses)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learnt:
+        parameter.data = parameter.data.half()
+    if not (math.isfinite(loss) and all(bool(parameter.isfinite().all()) for parameter in learnt)):
+        shutil.rmtree(folder / CHECKPOINTS)  # nothing can go on from there
+        raise ModelError(f"{label}: the training diverged (loss {loss}); lower the learning rate")
     model.peft_config["default"].base_model_name_or_path = base  # peft has it as a folder of this machine
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, unfilled
     shutil.rmtree(folder / CHECKPOINTS)
-    return {"steps": float(trainer.state.global_step), "loss": sum(losses[-4:]) / max(len(losses[-4:]), 1)}
+    return {"steps": float(trainer.state.global_step), "loss": loss}
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: the trainer writes its state last."""
-    found = [p.parent for p in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
-    return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
+    """The newest checkpoint that is whole: the trainer writes its state last, and that may be half of one."""
+    states = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
+    for state in sorted(states, key=lambda p: int(p.parent.name.split("-")[1]), reverse=True):
+        try:
+            json.loads(state.read_bytes())
+        except ValueError:
+            continue
+        return str(state.parent)
+    return None
 
 
 def _printer() -> Any:
