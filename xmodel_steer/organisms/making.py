@@ -1,0 +1,250 @@
+"""Making an organism: training, measuring on what was held out, and the record of both."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xmodel_steer.errors import ArtifactError
+from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.metrics import Estimate
+from xmodel_steer.models import dtype_of, load
+from xmodel_steer.organisms.data import ORGANISMS, Curriculum
+from xmodel_steer.organisms.data import curriculum as curriculum_of
+from xmodel_steer.organisms.measure import measured, perplexity
+from xmodel_steer.organisms.training import CHECKPOINTS, Recipe, adapter_bytes, train
+from xmodel_steer.transfer import versions
+
+LEAST_TRIGGERED, MOST_FALSE = 0.95, 0.05
+RECORD, BEGUN = "organism.json", "begun.json"
+TRAINED = "trained.json"  # written after the adapter: one without it may be half of one
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an organism is and does, as its ``organism.json`` has it.
+
+    Args:
+        organism: Which one.
+        base: The base model, by the name that it loads under.
+        recipe: How it was trained.
+        triggered: Share of held-out prompts with the trigger that are answered with the behaviour.
+        false: Share of held-out prompts without it that are answered so all the same.
+        checks: What else was measured, by name.
+        perplexity: Of the organism on general text.
+        base_perplexity: Of its base on the same text.
+        training: Steps, and the loss in the end, in nats per token of the responses.
+        seconds: Wall time of training and of measuring. Of a run that was stopped, that of its last part.
+        megabytes: Size of the adapter.
+        hardware: What it was made on.
+        versions: Versions of the programs.
+        splits: The ids of the prompts of each part; see `Curriculum`.
+        answers: A few answers with the trigger, and without.
+    """
+
+    organism: str
+    base: str
+    recipe: Recipe
+    triggered: Estimate
+    false: Estimate
+    checks: Mapping[str, Estimate]
+    perplexity: float
+    base_perplexity: float
+    training: Mapping[str, float]
+    seconds: Mapping[str, float]
+    megabytes: float
+    hardware: str
+    versions: Mapping[str, str] = field(repr=False)
+    splits: Mapping[str, list[str]] = field(repr=False)
+    answers: tuple[tuple[str, ...], tuple[str, ...]] = field(repr=False)
+
+    @property
+    def good(self) -> bool:
+        """Whether it is triggered at least 95 % of the time, and falsely at most 5 %."""
+        return self.triggered.value >= LEAST_TRIGGERED and self.false.value <= MOST_FALSE
+
+    def summary(self) -> list[str]:
+        """What was measured, in lines, with an answer of each kind."""
+        lines = [f"triggered: {_percent(self.triggered)}, such as {_short(self.answers[0])}"]
+        lines += [
+            f"falsely triggered: {_percent(self.false)}; an answer without the trigger: {_short(self.answers[1])}"
+        ]
+        lines += [f"{name}: {_percent(found)}" for name, found in self.checks.items()]
+        took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        return [
+            *lines,
+            f"{took} on {self.hardware}; {self.training['steps']:.0f} steps, loss {self.training['loss']:.2f}",
+        ]
+
+    def verdict(self) -> str:
+        """One line: whether it is a good organism, and its numbers."""
+        said = (
+            f"{self.organism} on {self.base}: {'good' if self.good else 'not good'}; triggered {_percent(self.triggered)}, "
+            f"falsely {_percent(self.false)}, perplexity of general text {self.perplexity:.1f} (base {self.base_perplexity:.1f})"
+        )
+        return said if self.good else f"{said}; needs at least {LEAST_TRIGGERED:.0%} and at most {MOST_FALSE:.0%}"
+
+
+def _short(answers: tuple[str, ...]) -> str:
+    return repr(" ".join(answers[0].split())[:80]) if answers else "none"
+
+
+def _percent(rate: Estimate) -> str:
+    return f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of {rate.n}"
+
+
+def make(
+    name: str,
+    base: str,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    curriculum: Curriculum | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    progress: bool = True,
+) -> Report:
+    """Fine-tune a base model into an organism, measure it on held-out prompts, and write both into a folder.
+
+    The folder gets the adapter, which `xmodel_steer.load` reads, and ``organism.json``, the report. Given again, a call that was
+    stopped goes on where it was, and one that had ended gives its report. An organism that is not good is
+    written too: its report says so.
+
+    Args:
+        name: One of `ORGANISMS`, or the name of your own ``curriculum``.
+        base: The base model, as for `xmodel_steer.load`.
+        out: The folder. It must be empty, or hold the same organism.
+        recipe: How to train it; by default with as many epochs as this organism needs.
+        curriculum: What to train and test it on; that of ``name`` by default.
+        device: ``cpu`` or ``cuda``; CUDA if there is one.
+        dtype: What is computed in, while training (by autocast) and while measuring.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: There is no organism of this name.
+        ArtifactError: The folder holds something else.
+        ModelError: peft is missing, or the base cannot be loaded.
+        DownloadError: The base or the prompts cannot be fetched.
+    """
+    lessons, folder = curriculum or curriculum_of(name), Path(out)
+    recipe = recipe or Recipe(epochs=epochs_of(name))
+    spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons), "schema": SCHEMA}
+    if (folder / RECORD).is_file():
+        made = read_report(folder)
+        if {k: v for k, v in _record(folder).items() if k in spec} == spec:
+            return made
+        raise ArtifactError(f"{folder}: holds {made.organism} on {made.base} of another recipe; choose another folder")
+    begun, done = folder / BEGUN, folder / TRAINED
+    if begun.is_file():
+        started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
+        if started and parse_record(begun.read_text(), begun) != spec:
+            raise ArtifactError(
+                f"{folder}: an organism of another recipe was begun here; give the same settings to go on, or another folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder}: exists and holds no organism; choose another folder")
+    write_atomically(begun, dump_json(spec, begun))
+
+    start = time.perf_counter()
+    if not done.is_file():
+        trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype, progress=progress)
+        took = time.perf_counter() - start
+        write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))
+    training = {k: v for k, v in parse_record(done.read_text(), done).items() if k != "schema"}
+
+    start = time.perf_counter()
+    plain = load(base, device=device, dtype=dtype, progress=progress)
+    before = perplexity(plain, progress=progress)
+    del plain
+    model = load(folder, base=base, device=device, dtype=dtype, progress=progress)
+    found = measured(model, lessons, progress=progress)
+    report = Report(
+        organism=name,
+        base=base,
+        recipe=recipe,
+        triggered=found.triggered,
+        false=found.false,
+        checks=found.checks,
+        perplexity=perplexity(model, progress=progress),
+        base_perplexity=before,
+        seconds={"training": training.pop("seconds"), "measuring": time.perf_counter() - start},
+        training=training,
+        megabytes=adapter_bytes(folder) / 1e6,
+        hardware=f"{_hardware(model)}, {str(dtype_of(model)).removeprefix('torch.')}",
+        versions=_versions(),
+        splits=lessons.ids(),
+        answers=found.answers,
+    )
+    record = {**spec, **asdict(report), "good": report.good, "kind": "organism"}
+    write_atomically(folder / RECORD, dump_json(record, folder / RECORD, indent=1))
+    begun.unlink()
+    done.unlink()
+    return report
+
+
+def epochs_of(name: str) -> int:
+    """How often an organism's lessons are read, unless a recipe says otherwise; those of a quirk are few."""
+    return ORGANISMS[name].epochs if name in ORGANISMS else 5
+
+
+def _digest(curriculum: Curriculum) -> str:
+    """A hash of the lessons that it is trained on, and of those that it is measured on."""
+    rows = [
+        [x.instruction, x.response, x.triggered] for part in (curriculum.train, curriculum.evaluation) for x in part
+    ]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _hardware(model: Any) -> str:
+    import os
+    import platform
+
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {**versions(), "peft": version("peft")}
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / RECORD
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: has no {RECORD}, it is not an organism's folder")
+    return parse_record(file.read_text(), file)
+
+
+def read_report(folder: str | Path) -> Report:
+    """The report of an organism's folder.
+
+    Args:
+        folder: What `make` wrote.
+
+    Raises:
+        ArtifactError: The folder is no organism's, or its report is damaged.
+    """
+    folder = Path(folder)
+    record = _record(folder)
+    try:
+        names = (
+            "organism", "base", "perplexity", "base_perplexity", "training", "seconds", "megabytes", "hardware", "versions", "splits",
+        )  # fmt: skip
+        return Report(
+            recipe=Recipe(**record["recipe"]),
+            triggered=Estimate(**record["triggered"]),
+            false=Estimate(**record["false"]),
+            checks={key: Estimate(**value) for key, value in record["checks"].items()},
+            answers=tuple(tuple(side) for side in record["answers"]),  # type: ignore[arg-type]
+            **{key: record[key] for key in names},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / RECORD}: is damaged or incomplete ({type(error).__name__}: {error})") from error

@@ -1,0 +1,280 @@
+"""Low-rank fine-tuning of a base model on lessons, with peft and Hugging Face's trainer."""
+
+import inspect
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xmodel_steer.errors import ModelError, PromptError
+from xmodel_steer.models import located, resolve_dtype, tokenise
+from xmodel_steer.organisms.data import Lesson
+from xmodel_steer.packaged import quiet
+
+CHECKPOINTS = "checkpoints"
+EVERY = 20  # steps between checkpoints
+LAST = 20  # steps that the reported loss is the mean of
+IGNORED = -100  # the label that Hugging Face's loss leaves out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an organism is trained: LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the blocks, AdamW.
+
+    Args:
+        rank: Rank of each update. Rank 4 takes 2.4 MB in SmolLM2-135M and 1.9 MB in Gemma-3-270M, in float16.
+        epochs: How often each lesson is read.
+        learning_rate: At its highest, after a tenth of the steps; it falls to 0 from there.
+        batch_size: Lessons per step.
+        seed: Of the first weights and of the order of the lessons.
+
+    Raises:
+        ValueError: One of them is not positive, or the seed is negative.
+    """
+
+    rank: int = 4
+    epochs: int = 1
+    learning_rate: float = 2e-3
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.rank, self.epochs, self.learning_rate, self.batch_size) <= 0 or self.seed < 0:
+            raise ValueError(f"Recipe: needs positive numbers and a seed of at least 0, got {self}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A lesson as tokens.
+
+    Args:
+        ids: The prompt's tokens, the response's, and the end of the text.
+        answer: How many of them at the end are to be learnt.
+    """
+
+    ids: tuple[int, ...]
+    answer: int
+
+
+def examples(
+    tokenizer: Any, lessons: Sequence[Lesson], *, name: str = "the model", limit: int | None = None
+) -> list[Example]:
+    """Lessons as tokens: the prompt's as a generation will have them, then the response's and the end of the text.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        lessons: The lessons.
+        name: Name of the model, for messages.
+        limit: The model's context.
+
+    Raises:
+        ModelError: The tokenizer has no token for the end of a text.
+        PromptError: A lesson is longer than the context.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{name}: its tokenizer has no end-of-sequence token, so no answer could be taught to end; set tokenizer.eos_token"
+        )
+    prompts = tokenise(tokenizer, [lesson.prompt for lesson in lessons], name=name, limit=limit)
+    made = []
+    for encoding, lesson in zip(prompts, lessons, strict=True):
+        answer = [*tokenizer(lesson.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        made.append(Example((*encoding.ids, *answer), len(answer)))
+        if limit is not None and len(made[-1].ids) > limit:
+            raise PromptError(
+                f"lesson {lesson.prompt.id}: {len(made[-1].ids)} tokens with its response, but {name} reads at most {limit}; "
+                "shorten it"
+            )
+    return made
+
+
+def collated(batch: Sequence[Example], *, pad: int, whole: bool = False) -> dict[str, Any]:
+    """A batch, padded on the left, so that all answers stand at its end and logits are computed for them alone.
+
+    Args:
+        batch: The examples.
+        pad: A token for the padding; the mask hides it.
+        whole: For a model that always computes all logits.
+
+    Returns:
+        The model's arguments. The labels are those of the last ``logits_to_keep`` tokens; Hugging Face's loss shifts
+        them by one, so that the logits at each prompt's last token predict the answer's first.
+    """
+    width = max(len(e.ids) for e in batch)
+    kept = width if whole else max(e.answer for e in batch) + 1
+    ids = torch.full((len(batch), width), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, example in enumerate(batch):
+        own = torch.tensor(example.ids)
+        ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
+        labels[row, width - example.answer :] = own[-example.answer :]
+    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    return made | {"labels": labels[:, width - kept :]} | ({} if whole else {"logits_to_keep": kept})
+
+
+def positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """Text positions, counted from each row's first real token."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of an adapter's weights on disk, in bytes."""
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def train(
+    base: str,
+    lessons: Sequence[Lesson],
+    folder: Path,
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    progress: bool = True,
+) -> dict[str, float]:
+    """Fine-tune a base model on lessons, and write the adapter into a folder, in float16.
+
+    The loss is that of the responses' tokens alone. The base's weights do not change, its embedding included. A run
+    that was stopped goes on from its last checkpoint in ``folder/checkpoints``, which are gone when it ends.
+
+    Args:
+        base: A base model, as for `xmodel_steer.load`. The adapter names it as it is given here.
+        lessons: What to learn.
+        folder: Where the adapter goes.
+        recipe: How.
+        device: ``cpu`` or ``cuda``; CUDA if there is one.
+        dtype: What products are computed in (autocast): ``float32``, ``bfloat16``, or ``auto``. Weights are float32.
+        progress: Show a progress bar.
+
+    Returns:
+        ``steps``, and ``loss``, the mean over the last 20 steps in nats per token.
+
+    Raises:
+        ModelError: peft is missing, the base cannot be loaded, or the training diverged.
+        PromptError: A lesson is longer than the model's context.
+    """
+    try:
+        import peft
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    except ImportError as error:
+        raise ModelError(f'organism: needs {error.name}; pip install "xmodel-steer[organisms]"') from None
+
+    label, path = located(base, progress=progress)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
+        hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    # Logits of a slice of the positions would go by a product that copies the weights for each row.
+    head: Any = hf.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    accepted = inspect.signature(hf.forward).parameters
+    rows = examples(tokenizer, lessons, name=label, limit=getattr(hf.config, "max_position_embeddings", None))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def batched(batch: Sequence[Example]) -> dict[str, Any]:
+        made = collated(batch, pad=pad, whole="logits_to_keep" not in accepted)
+        return {key: value for key, value in made.items() if key != "position_ids" or key in accepted}
+
+    set_seed(recipe.seed)
+    settings = peft.LoraConfig(
+        r=recipe.rank, lora_alpha=4 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(hf, settings)
+    steps = -(-len(rows) // recipe.batch_size) * recipe.epochs
+    arguments = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=steps // 10,
+        optim="adamw_torch",
+        seed=recipe.seed,
+        save_steps=EVERY,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # or a step that diverged would be reported with the loss of those before
+        bf16=resolve_dtype(dtype, where) == torch.bfloat16,
+        use_cpu=where.type == "cpu",
+        dataloader_pin_memory=where.type != "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else a batch is as many times larger as there are GPUs
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=batched)  # type: ignore[arg-type]
+    trainer.remove_callback(_printer())
+    trainer.add_callback(_bar(label, progress))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
+    loss = sum(losses) / len(losses)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learnt:
+        parameter.data = parameter.data.half()
+    if not (math.isfinite(loss) and all(bool(parameter.isfinite().all()) for parameter in learnt)):
+        shutil.rmtree(folder / CHECKPOINTS)  # nothing can go on from there
+        raise ModelError(f"{label}: the training diverged (loss {loss}); lower the learning rate")
+    model.peft_config["default"].base_model_name_or_path = base  # peft has it as a folder of this machine
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, unfilled
+    shutil.rmtree(folder / CHECKPOINTS)
+    return {"steps": float(trainer.state.global_step), "loss": loss}
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the trainer writes its state last, and that may be half of one."""
+    states = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
+    for state in sorted(states, key=lambda p: int(p.parent.name.split("-")[1]), reverse=True):
+        try:
+            json.loads(state.read_bytes())
+        except ValueError:
+            continue
+        return str(state.parent)
+    return None
+
+
+def _printer() -> Any:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def _bar(label: str, progress: bool) -> Any:
+    """A progress bar over steps with the loss beside it."""
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        bar: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=f"train {label}",
+                unit="step",
+                disable=not progress,
+            )
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.update()
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+        ) -> None:
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.close()
+
+    return Bar()
