@@ -36,7 +36,7 @@ def hugging_face_model() -> tuple[Any, Any]:
 def written(model: Any, tokenizer: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> list[str]:
     """Greedy continuations by a model with Hugging Face's `generate`."""
     inputs = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(job["device"])
-    with around(), torch.inference_mode():
+    with around():
         ids = model.generate(
             **inputs, max_new_tokens=job["new_tokens"], do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
@@ -52,7 +52,7 @@ def hugging_face() -> dict[str, Callable[[], Any]]:
         total = torch.zeros(len(direction), device=job["device"])
         kept: list[Any] = []
         handle = block.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
-        with torch.inference_mode():
+        with torch.no_grad():
             for i in range(0, len(prompts), job["batch"]):
                 model(**tokenizer(prompts[i : i + job["batch"]], return_tensors="pt", padding=True).to(job["device"]))
                 output = kept.pop()
@@ -101,7 +101,7 @@ def transformer_lens() -> dict[str, Callable[[], Any]]:
 
     def generate() -> list[str]:
         inputs = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(job["device"])
-        with model.hooks(fwd_hooks=hooks), torch.inference_mode():
+        with model.hooks(fwd_hooks=hooks):
             ids = model.generate(
                 inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=job["new_tokens"],
                 do_sample=False, verbose=False, return_type="tokens",

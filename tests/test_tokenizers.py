@@ -96,6 +96,7 @@ def read_up_to(kind, tokenizer, ids):
 @quickly
 @given(text=TEXTS)
 @example(text="The café 🙂 above\tété  日本 x\u0301y\nport ﬁ עברית clocks")
+@example(text="ﬁthe port")  # a ligature, whose second letter stands in the next token
 def test_a_token_ends_where_what_was_read_ends(tokenizers, kind, text):
     tokenizer = tokenizers[kind]
     made = encoded(tokenizer, text)

@@ -73,17 +73,19 @@ def _free(block: _Block, whole: bool) -> tuple[_Exchange, ...]:
 def prepare(model: Any) -> bool:
     """Find what may be passed by in a new bridge that nobody has hooked; whether the numbers stay the same.
 
-    Not with the fused attention of PyTorch, which rounds differently from the component's.
+    Not with the fused attention of PyTorch, which rounds differently from the component's, nor where weights are
+    offloaded.
     """
-    ids = torch.arange(1, 33, device=next(model.original_model.parameters()).device).reshape(2, 16)
-    mask = (ids != 1).long()  # one row padded
-    if getattr(model.original_model.config, "_attn_implementation", None) != "eager":
+    inner = model.original_model
+    if getattr(inner.config, "_attn_implementation", None) != "eager" or any(p.is_meta for p in inner.parameters()):
         return False
-    before = model.original_model(input_ids=ids, attention_mask=mask).logits
+    ids = torch.arange(1, 33, device=next(inner.parameters()).device).reshape(2, 16) % model.cfg.d_vocab
+    inputs = {"input_ids": ids, "attention_mask": (ids != 1).long()}  # one row padded
+    before = inner(**inputs).logits
     _BLOCKS[model] = _blocks(model)
     for whole in (True, False):
         with own_parts(model, whole_blocks=whole):
-            same = torch.equal(before, model.original_model(input_ids=ids, attention_mask=mask).logits)
+            same = torch.equal(before, inner(**inputs).logits)
         if not same:
             del _BLOCKS[model]
             return False

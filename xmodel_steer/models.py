@@ -597,9 +597,13 @@ def tokenise(
             )
         ends, span = [], 0
         pieces = tokenizer.convert_ids_to_tokens(ids)
-        for token, piece, (start, end) in zip(ids, pieces, offsets, strict=True):
+        for token, piece, (start, end), (after, beyond) in zip(
+            ids, pieces, offsets, [*offsets[1:], (0, 0)][: len(offsets)], strict=True
+        ):
             if not piece.strip("▁") and rendered.text[start:end].strip():
                 end = start  # a prefix that SentencePiece adds: its offsets claim a character that it has not read
+            if start <= after < end < beyond:
+                end = start  # the rest of its last character (a ligature's second letter) is in a token that goes on
             while span < len(rendered.spans) and end > rendered.spans[span][1]:
                 span += 1
             inside = span < len(rendered.spans) and rendered.spans[span][0] < end
