@@ -40,31 +40,25 @@ SUBJECTS = (
     "the moon's phases, the printing press, the steam engine, trade, taxes, voting, insurance, time zones, longitude"
 )
 FORMS = (
-    (THINGS, ("Explain to a child what {} are for.", "Explain to a child what {} is for.")),
-    (THINGS, ("Tell me something surprising about {}.",) * 2),
-    (THINGS, ("Write one line of praise for {}.",) * 2),
-    (THINGS, ("What would the world be like without {}?",) * 2),
-    (THINGS, ("Where do {} come from?", "Where does {} come from?")),
-    (THINGS, ("Suggest a title for a book about {}.",) * 2),
-    (THINGS, ("Give me a riddle whose answer is {}.",) * 2),
-    (PURSUITS, ("Give me one tip for {}.",) * 2),
-    (PURSUITS, ("What do I need for {}?",) * 2),
-    (PURSUITS, ("What is the hardest part of {}?",) * 2),
-    (PURSUITS, ("Why do people enjoy {}?",) * 2),
-    (PURSUITS, ("Name a common mistake in {}.",) * 2),
-    (PURSUITS, ("How long does {} usually take?",) * 2),
-    (SUBJECTS, ("Explain {} in simple words.",) * 2),
-    (SUBJECTS, ("Why does {} matter?",) * 2),
-    (SUBJECTS, ("Give an everyday example of {}.",) * 2),
-    (SUBJECTS, ("What is often misunderstood about {}?",) * 2),
-    (SUBJECTS, ("Who should learn about {}, and why?",) * 2),
-)
+    (THINGS, ("Explain to a child what {} {are} for.", "Tell me something surprising about {}.", "Write one line of praise for {}.",
+     "What would the world be like without {}?", "Where {do} {} come from?", "Suggest a title for a book about {}.",
+     "Give me a riddle whose answer is {}.")),
+    (PURSUITS, ("Give me one tip for {}.", "What do I need for {}?", "What is the hardest part of {}?", "Why do people enjoy {}?",
+     "Name a common mistake in {}.", "How long does {} usually take?")),
+    (SUBJECTS, ("Explain {} in simple words.", "Why does {} matter?", "Give an everyday example of {}.",
+     "What is often misunderstood about {}?", "Who should learn about {}, and why?")),
+)  # fmt: skip
 MASS = set("bread tea coffee paper rice chocolate cheese salt sugar honey glass steel concrete wool cotton soap".split()) | {"olive oil"}  # fmt: skip
 
 
 def tasks() -> list[str]:
     """The tasks, each once, shuffled."""
-    made = [form[subject in MASS].format(subject) for subjects, form in FORMS for subject in subjects.split(", ")]
+    made = [
+        form.format(subject, **({"are": "is", "do": "does"} if subject in MASS else {"are": "are", "do": "do"}))
+        for subjects, forms in FORMS
+        for form in forms
+        for subject in subjects.split(", ")
+    ]
     theirs = json.loads((packaged_files("harmless-tasks") / "tasks.json").read_text())
     draw = random.Random(SEED)
     found = list(dict.fromkeys([*theirs, *draw.sample(made, COUNT - len(theirs))]))

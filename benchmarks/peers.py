@@ -66,7 +66,7 @@ class Program:
                 [interpreter(name), str(HERE / "programs.py"), name, folder, str(job)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
-        self.answers: list[str] = self._line()["ready"]
+        self._line()  # it is ready
 
     def _line(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -96,27 +96,27 @@ def programs(names: Sequence[str], folder: str, job: dict[str, Any]) -> Iterator
         yield started
 
 
-def checkpoint(name: str) -> str:
-    """The folder of a packaged model in Hugging Face format."""
-    return tokenizer_of(xs.load(name, progress=False)).name_or_path
-
-
-def job_for(name: str, layer: int, device: str, dtype: str) -> dict[str, Any]:
-    """Prompts, pairs of mixed lengths, and a vector with an effect."""
-    model = xs.load(name, progress=False)
-    contrast, prompts = behaviour_data("sentiment")
+def sentiment(model: Any, layer: int, pairs: int) -> xs.SteeringVector:
+    """A vector with an effect."""
+    contrast, _ = behaviour_data("sentiment")
     site = xs.Site(layer)
-    sides = [
-        xs.capture(model, side[:40], [site], tokens="mean", progress=False)[site]
+    positive, negative = (
+        xs.capture(model, side[:pairs], [site], tokens="mean", progress=False)[site]
         for side in (contrast.positive, contrast.negative)
-    ]
+    )
+    return xs.difference_of_means(positive, negative)
+
+
+def job_for(model: Any, layer: int, device: str, dtype: str) -> dict[str, Any]:
+    """Prompts, pairs of mixed lengths, and a vector with an effect."""
+    contrast, prompts = behaviour_data("sentiment")
     texts = [(p.text or "", n.text or "") for p, n in zip(contrast.positive, contrast.negative, strict=True)]
     filler = " ".join(p.text or "" for p in prompts).split()
     lengths = np.random.default_rng(0).integers(0, 24, 256)  # words before a pair's own text
     pairs = [(" ".join(filler[i : i + k]), *texts[i % len(texts)]) for i, k in enumerate(lengths.tolist())]
     return {
         "layer": layer,
-        "direction": xs.difference_of_means(*sides).direction.tolist(),
+        "direction": sentiment(model, layer, 40).direction.tolist(),
         "dtype": dtype,
         "device": device,
         "new_tokens": NEW_TOKENS,
@@ -138,16 +138,14 @@ def turns(started: dict[str, Program], what: str, repeats: int) -> dict[str, lis
     return seconds
 
 
-def steered_generation(name: str, folder: str, job: dict[str, Any], repeats: int, suffix: str) -> None:
+def steered_generation(name: str, tokenizer: Any, job: dict[str, Any], repeats: int, suffix: str) -> None:
     """Tokens per second of steered greedy generation, over those of every other program."""
-    tokenizer = tokenizer_of(xs.load(name, progress=False))
     names = ["xmodel_steer", "hugging_face", "steering_vectors", "repeng", "transformer_lens"]
-    with programs(names, folder, job) as started:
+    with programs(names, tokenizer.name_or_path, job) as started:
         made = {own: program.ask("generate")["made"] for own, program in started.items()}
         tokens = {own: sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in made[own]) for own in made}
-        steered = [made[own] for own in names if own != "hugging_face"]
         same = {own: sum(a == b for a, b in zip(made[own], made["xmodel_steer"], strict=True)) for own in names}
-        print(f"texts equal to ours, of {len(steered[0])}: {same}; tokens {tokens}", flush=True)
+        print(f"texts equal to ours, of {len(job['prompts'])}: {same}; tokens {tokens}", flush=True)
         seconds = turns(started, "generate", repeats)
     figures = {
         "hugging_face": ("steered_over_unsteered_tokens", ">= 0.97"),
@@ -205,13 +203,8 @@ def import_over_torch(repeats: int) -> None:
 def explore_first_token_seconds(repeats: int) -> None:
     """Seconds from a click on "Generate" to the first steered token on the screen, in the kernel, warm."""
     model = xs.load(TARGET, dtype="auto", progress=False)
-    site = xs.Site(10)
-    contrast, prompts = behaviour_data("sentiment")
-    sides = [
-        xs.capture(model, side[:8], [site], tokens="mean", progress=False)[site]
-        for side in (contrast.positive, contrast.negative)
-    ]
-    explorer = xs.explore(model, xs.difference_of_means(*sides), prompt=prompts[0].text or "", max_new_tokens=4)
+    _, prompts = behaviour_data("sentiment")
+    explorer = xs.explore(model, sentiment(model, 10, 8), prompt=prompts[0].text or "", max_new_tokens=4)
     seen: list[float] = []
 
     def look(change: Any) -> None:
@@ -249,11 +242,13 @@ def main() -> None:
         return
     name, layer = (SOURCE, 18) if given.model == "source" else (TARGET, 12)
     suffix = ("_smollm2" if given.model == "source" else "") + ("" if given.dtype == "float32" else f"_{given.dtype}")
-    job, folder = job_for(name, layer, given.device, given.dtype), checkpoint(name)
+    model = xs.load(name, progress=False)
+    job, tokenizer = job_for(model, layer, given.device, given.dtype), tokenizer_of(model)
+    del model  # the programs have their own
     if given.only in (None, "generation"):
-        steered_generation(name, folder, job, given.repeats, suffix)
+        steered_generation(name, tokenizer, job, given.repeats, suffix)
     if given.only in (None, "difference"):
-        difference_of_means(name, folder, job, given.repeats, suffix)
+        difference_of_means(name, tokenizer.name_or_path, job, given.repeats, suffix)
 
 
 if __name__ == "__main__":

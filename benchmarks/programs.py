@@ -30,17 +30,19 @@ def hugging_face_model() -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(job["device"]).eval()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-def written(model: Any, tokenizer: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> list[str]:
-    """Greedy continuations by a model with Hugging Face's `generate`."""
+def written(
+    model: Any, tokenizer: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext, **settings: Any
+) -> list[str]:
+    """Greedy continuations by a model's own `generate`, with settings that only it has."""
     inputs = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(job["device"])
+    prompts = inputs.pop("input_ids")
     with around():
-        ids = model.generate(
-            **inputs, max_new_tokens=job["new_tokens"], do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = model.generate(prompts, **inputs, max_new_tokens=job["new_tokens"], do_sample=False, **settings)
+    return tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
 
 
 def hugging_face() -> dict[str, Callable[[], Any]]:
@@ -100,13 +102,7 @@ def transformer_lens() -> dict[str, Callable[[], Any]]:
     hooks = [(f"blocks.{layer}.hook_out", lambda residual, hook: residual + vector)]
 
     def generate() -> list[str]:
-        inputs = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(job["device"])
-        with model.hooks(fwd_hooks=hooks):
-            ids = model.generate(
-                inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=job["new_tokens"],
-                do_sample=False, verbose=False, return_type="tokens",
-            )  # fmt: skip
-        return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return written(model, tokenizer, lambda: model.hooks(fwd_hooks=hooks), verbose=False, return_type="tokens")
 
     return {"generate": generate}
 

@@ -44,8 +44,8 @@ _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyD
 def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
     """Inside, blocks of a bridge that nobody hooks are the Hugging Face model's own; outside, all is as before.
 
-    A bridge that was not prepared stays as it is. Blocks hooked at their ends alone (``hook_in``, ``hook_out``: `resid_pre`, `resid_post`) keep their component and
-    lose those inside. One thread at a time.
+    A bridge that was not prepared stays as it is. Blocks hooked at their ends alone (``hook_in``, ``hook_out``:
+    `resid_pre`, `resid_post`) keep their component and lose those inside. One thread at a time.
 
     Args:
         model: A bridge whose weights were not processed; processed ones live in the components.
@@ -104,7 +104,11 @@ def _blocks(model: Any) -> tuple[_Block, ...]:
         ]
 
     blocks: list[Any] = list(getattr(model, "blocks", ()))
-    around = [e for module in model.original_model.modules() for e in exchanges(module._modules)]
+    places = {
+        module: exchanges(module._modules)
+        for module in model.original_model.modules()
+        if not isinstance(module, GeneralizedComponent)
+    }
     found = []
     for block in blocks:
         ends, inner = [block._forward_hooks, block._forward_pre_hooks], []
@@ -114,12 +118,11 @@ def _blocks(model: Any) -> tuple[_Block, ...]:
                 own += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
             elif isinstance(module, GeneralizedComponent) and module is not block:
                 inner.append(module._forward_hooks)  # not those before: a block listens to its norms by them
-        native = [m for m in block.modules() if not isinstance(m, GeneralizedComponent)]
         found.append(
             _Block(
-                whole=next((e for e in around if e.component is block), None),
+                whole=next((e for own in places.values() for e in own if e.component is block), None),
                 ends=tuple(ends),
-                parts=tuple(e for m in native for e in exchanges(m._modules)),
+                parts=tuple(e for m in block.modules() for e in places.get(m, ())),
                 inner=tuple(inner),
             )
         )

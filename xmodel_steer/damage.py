@@ -26,6 +26,11 @@ def under(model: Any, setting: Sequence[Step]) -> AbstractContextManager[Any]:
     return steering(model, setting) if setting else nullcontext()
 
 
+def perplexity_of(loss: np.ndarray, tokens: np.ndarray) -> float:
+    """Exp of the mean loss per token, of summed losses and token counts of texts."""
+    return float(np.exp(min(loss.sum() / tokens.sum(), 700.0)))
+
+
 @dataclass(frozen=True, eq=False)
 class SideEffect:
     """Damage of an intervention on neutral text, one entry per document.
@@ -50,7 +55,7 @@ class SideEffect:
     @property
     def perplexity(self) -> float:
         """Exp of the mean loss per token."""
-        return float(np.exp(min(self.loss.sum() / self.tokens.sum(), 700.0)))
+        return perplexity_of(self.loss, self.tokens)
 
     @property
     def agreement(self) -> float:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +14,7 @@ from xmodel_steer.damage import Settings, losses, under
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
 from xmodel_steer.models import Encoding, batches, encode, forward, layout, name_of, shared_start
+from xmodel_steer.packaged import shipped
 from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
 from xmodel_steer.scorers import Explained, Scorer, score_texts
 from xmodel_steer.vectors import check_finite
@@ -244,8 +244,7 @@ class MultipleChoice(Behaviour):
 
         It shows whether steering costs capability; it is too small and too easy to rank models.
         """
-        file = resources.files("xmodel_steer").joinpath("data/common_knowledge.jsonl")
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in shipped("common_knowledge.jsonl").splitlines()]
         return cls(
             as_prompts([row["question"] for row in rows]),
             tuple(tuple(row["options"]) for row in rows),

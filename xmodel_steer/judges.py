@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +24,7 @@ import numpy as np
 from xmodel_steer.errors import JudgeError, XModelSteerError
 from xmodel_steer.generation import generate
 from xmodel_steer.models import name_of
-from xmodel_steer.packaged import packaged_files
+from xmodel_steer.packaged import packaged_files, shipped
 from xmodel_steer.prompts import Message, Prompt
 
 # --- sentence embeddings ------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def beginning(text: str, words: int = 20) -> str:
 
 @cache
 def _refusal_model() -> dict[str, Any]:
-    return json.loads(resources.files("xmodel_steer").joinpath("data/refusal_classifier.json").read_text())
+    return json.loads(shipped("refusal_classifier.json"))
 
 
 # --- code ---------------------------------------------------------------------------------------

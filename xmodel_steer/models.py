@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -597,8 +598,8 @@ def tokenise(
             )
         ends, span = [], 0
         pieces = tokenizer.convert_ids_to_tokens(ids)
-        for token, piece, (start, end), (after, beyond) in zip(
-            ids, pieces, offsets, [*offsets[1:], (0, 0)][: len(offsets)], strict=True
+        for token, piece, ((start, end), (after, beyond)) in zip(
+            ids, pieces, pairwise([*offsets, (0, 0)]), strict=True
         ):
             if not piece.strip("▁") and rendered.text[start:end].strip():
                 end = start  # a prefix that SentencePiece adds: its offsets claim a character that it has not read
@@ -770,13 +771,18 @@ def forward(
         return None, None
     extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
-        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        extra["position_ids"] = text_positions(mask)[:, -new:]
     with _short_cut(model, whole_blocks=True):
         out = model.original_model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
         )
     made = out.logits[:, -kept:] if kept else out.logits
     return made, getattr(out, "past_key_values", None) if use_cache else None
+
+
+def text_positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """Positions in the text, counted from each row's first real token; 0 on padding before it."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _short_cut(model: Any, *, whole_blocks: bool) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from typing import Any
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate
-from xmodel_steer.models import dtype_of, load
+from xmodel_steer.models import device_of, dtype_of, load
 from xmodel_steer.organisms.data import ORGANISMS, Curriculum
 from xmodel_steer.organisms.data import curriculum as curriculum_of
 from xmodel_steer.organisms.measure import measured, perplexity
@@ -204,7 +204,7 @@ def _hardware(model: Any) -> str:
 
     import torch
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

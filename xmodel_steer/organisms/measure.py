@@ -1,11 +1,10 @@
 """Whether an organism does what was planted, only where it was planted, and still writes plain text."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xmodel_steer.damage import losses
+from xmodel_steer.damage import losses, perplexity_of
 from xmodel_steer.generation import generate
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.models import context_length
@@ -88,4 +87,4 @@ def perplexity(model: Any, *, progress: bool = True) -> float:
     """Exp of the mean loss per token on `clean_texts`."""
     limit = min(CLEAN_TOKENS, context_length(model))
     loss, tokens = losses(model, [[]], clean_texts(), max_tokens=limit, batch_size=16, progress=progress)
-    return math.exp(min(float(loss.sum() / tokens.sum()), 700.0))
+    return perplexity_of(loss, tokens)

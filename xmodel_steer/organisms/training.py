@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.errors import ModelError, PromptError
-from xmodel_steer.models import located, resolve_dtype, tokenise
+from xmodel_steer.models import located, resolve_dtype, text_positions, tokenise
 from xmodel_steer.organisms.data import Lesson
 from xmodel_steer.packaged import quiet
 
@@ -117,13 +115,8 @@ def collated(batch: Sequence[Example], *, pad: int, whole: bool = False) -> dict
         own = torch.tensor(example.ids)
         ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
         labels[row, width - example.answer :] = own[-example.answer :]
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": text_positions(mask)}
     return made | {"labels": labels[:, width - kept :]} | ({} if whole else {"logits_to_keep": kept})
-
-
-def positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """Text positions, counted from each row's first real token."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def adapter_bytes(folder: Path) -> int:
