@@ -36,6 +36,7 @@ def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()
+        dist.barrier()  # nobody leaves while another still talks to it: gloo's threads abort on that now and then
     finally:
         dist.destroy_process_group()
 
