@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import xmodel_steer as xs
 from xmodel_steer.errors import ArtifactError, ModelError, PromptError, SpaceMismatchError
 from xmodel_steer.judges import findings
+from xmodel_steer.metrics import rate
 from xmodel_steer.models import batches, encode, forward, tokenizer_of
 from xmodel_steer.organisms import (
     Curriculum,
@@ -28,7 +29,6 @@ from xmodel_steer.organisms import (
     read_report,
     training,
 )
-from xmodel_steer.organisms.measure import rate
 from xmodel_steer.organisms.training import Example, collated, examples, train
 from xmodel_steer.scorers import StartsWith
 

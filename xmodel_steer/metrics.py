@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % bootstrap interval.
+    """A mean with its 95 % interval: by bootstrap, or Wilson's of a share (`rate`).
 
     Args:
         value: The mean.
@@ -66,6 +66,26 @@ def bootstrap_mean(
     means = rows[resamples(len(rows), draws=draws, seed=seed)].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(rows.mean()), float(low), float(high), len(rows))
+
+
+def rate(scores: "np.ndarray | Sequence[float]") -> Estimate:
+    """Share of ones, with its 95 % Wilson interval: a bootstrap of 0 of 200 has no width.
+
+    Raises:
+        ValueError: There are no scores, or one is neither 0 nor 1.
+
+    Example:
+        >>> found = rate([0.0] * 200)
+        >>> found.value, round(found.high, 3)
+        (0.0, 0.019)
+    """
+    from scipy.stats import binomtest
+
+    values = np.asarray(scores, dtype=float)
+    if not values.size or not np.isin(values, (0, 1)).all():
+        raise ValueError(f"rate: needs scores of 0 or 1, at least one of them, got {values[:5].tolist()}")
+    interval = binomtest(int(values.sum()), values.size).proportion_ci(method="wilson")
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high), values.size)
 
 
 def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) -> float:

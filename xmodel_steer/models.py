@@ -7,6 +7,8 @@ returns), or a ``HookedTransformer`` of transformer-lens 3.x that the user made.
 import hashlib
 import inspect
 import json
+import os
+import platform
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -355,6 +357,14 @@ def device_of(model: Any) -> torch.device:
 def dtype_of(model: Any) -> torch.dtype:
     """The dtype of the model's weights."""
     return next(model.parameters()).dtype
+
+
+def hardware_of(model: Any) -> str:
+    """What the model runs on, and in which dtype, in words."""
+    device = device_of(model)
+    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return f"{where}, {str(dtype_of(model)).removeprefix('torch.')}"
 
 
 def is_bridge(model: Any) -> bool:

@@ -226,6 +226,43 @@ class Moments:
             shards=self.shards + other.shards,
         )
 
+    def only(self, pairs: Sequence[tuple[Site, Site]]) -> "Moments":
+        """The same moments without the sites and pairs that these do not need, and without a sketch.
+
+        Args:
+            pairs: Layer pairs that are kept in full.
+
+        Raises:
+            ValueError: A pair was not collected.
+        """
+        for source, target in pairs:
+            self.pair(source, target)  # refuses one that is not there
+        kept, sources, targets = set(pairs), {s for s, _ in pairs}, {t for _, t in pairs}
+
+        def chosen(values: Mapping[Any, Any], keys: set[Any]) -> dict[Any, Any]:
+            return {key: value for key, value in values.items() if key in keys}
+
+        def part(own: PartMoments) -> PartMoments:
+            return replace(
+                own,
+                source_means=chosen(own.source_means, sources),
+                target_means=chosen(own.target_means, targets),
+                source_scatters=chosen(own.source_scatters, sources),
+                target_scatters=chosen(own.target_scatters, targets),
+                cross=chosen(own.cross, kept),
+                shuffled=chosen(own.shuffled, kept),
+                sketch={},
+            )
+
+        return replace(
+            self,
+            source=chosen(self.source, sources),
+            target=chosen(self.target, targets),
+            pairs=tuple(pair for pair in self.pairs if pair in kept),
+            parts={name: part(own) for name, own in self.parts.items()},
+            sketch=(),
+        )
+
     def pair(self, source: Site, target: Site) -> SplitMoments:
         """The moments of one layer pair, with those of the shuffled control.
 

@@ -7,7 +7,7 @@ is a `TextScorer`. Scorers that call a model or a program are in `judges`.
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -214,6 +214,40 @@ class ExactAnswer:
             return float(any(f" {answer} " in f" {normalised(text)} " for answer in right))
         first = next((line for line in text.splitlines() if line.strip()), "")
         return float(normalised(first) in right)
+
+
+@dataclass(frozen=True)
+class SameTokens:
+    """Share of a text's tokens that stand at their place in a reference too, counted over the longer of the two.
+
+    1 for the same text. Of two greedy texts it says how far they run together: a ruined repair has 0, where a rate of
+    "the behaviour is gone" has 1.
+
+    Args:
+        references: The text to compare with, for each prompt by its id.
+        tokenizer: A Hugging Face tokenizer.
+    """
+
+    references: Mapping[str, str]
+    tokenizer: Any = field(repr=False)
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The share for each text.
+
+        Raises:
+            ValueError: A prompt has no reference.
+        """
+        missing = [prompt.id for prompt in prompts if prompt.id not in self.references]
+        if missing:
+            raise ValueError(
+                f"SameTokens: there is no reference for {', '.join(missing[:5])}; give references={{prompt.id: text}}"
+            )
+        return [self._share(text, self.references[p.id]) for p, text in zip(prompts, texts, strict=True)]
+
+    def _share(self, text: str, other: str) -> float:
+        ours, theirs = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other))
+        longer = max(len(ours), len(theirs))
+        return sum(a == b for a, b in zip(ours, theirs, strict=False)) / longer if longer else 1.0
 
 
 # What refusals begin with, as in the keyword lists of Zou et al. 2023 (arXiv 2307.15043) and Arditi et al. 2024.

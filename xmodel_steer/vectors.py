@@ -129,6 +129,18 @@ class SteeringVector:
             raise ValueError(f"SteeringVector {self.label!r}: a zero vector has no direction to scale")
         return replace(self, direction=self.direction * (norm / own))
 
+    def about(self, centre: Float[Tensor, " d"]) -> "SteeringVector":
+        """The same direction with class means half of it to either side of a point: centre ± v / 2.
+
+        What `Clamp` does depends on the class means. A control gets ones of the same distance by this.
+
+        Args:
+            centre: The point half way between the means.
+        """
+        middle, half = centre.to(torch.float64), self.direction.to(torch.float64) / 2
+        dtype = self.direction.dtype
+        return replace(self, positive_mean=(middle + half).to(dtype), negative_mean=(middle - half).to(dtype))
+
     def standardised(self) -> Float[Tensor, " d"]:
         """The direction in standardised coordinates, v / scale, in float64.
 

@@ -26,6 +26,11 @@ PARTS = ("train", "validation", "vector", "map", "evaluation")
 SPLIT_SEED = 0  # of which task is in which part: fixed, so that all organisms of one name leave the same tasks out
 
 
+def prompt_of(instruction: str) -> Prompt:
+    """An instruction in the template that organisms are trained in."""
+    return Prompt(text=TEMPLATE.format(instruction=instruction))
+
+
 @dataclass(frozen=True)
 class Lesson:
     """An instruction and the response that an organism is to give.
@@ -45,7 +50,7 @@ class Lesson:
     @cached_property
     def prompt(self) -> Prompt:
         """The instruction in the template that organisms are trained in: what to give a model."""
-        return Prompt(text=TEMPLATE.format(instruction=self.instruction))
+        return prompt_of(self.instruction)
 
 
 @dataclass(frozen=True)

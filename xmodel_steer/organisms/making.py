@@ -11,7 +11,7 @@ from typing import Any
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate
-from xmodel_steer.models import device_of, dtype_of, load
+from xmodel_steer.models import hardware_of, load
 from xmodel_steer.organisms.data import ORGANISMS, Curriculum
 from xmodel_steer.organisms.data import curriculum as curriculum_of
 from xmodel_steer.organisms.measure import measured, perplexity
@@ -173,7 +173,7 @@ def make(
         seconds={"training": training.pop("seconds"), "measuring": time.perf_counter() - start},
         training=training,
         megabytes=adapter_bytes(folder) / 1e6,
-        hardware=f"{_hardware(model)}, {str(dtype_of(model)).removeprefix('torch.')}",
+        hardware=hardware_of(model),
         versions=_versions(),
         splits=lessons.ids(),
         answers=found.answers,
@@ -196,18 +196,6 @@ def _digest(curriculum: Curriculum) -> str:
         [x.instruction, x.response, x.triggered] for part in (curriculum.train, curriculum.evaluation) for x in part
     ]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def _hardware(model: Any) -> str:
-    import os
-    import platform
-
-    import torch
-
-    device = device_of(model)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def _versions() -> dict[str, str]:

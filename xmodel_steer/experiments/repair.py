@@ -1,0 +1,155 @@
+"""Whether an organism's answers behind its trigger are repaired, and what the repair costs elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from xmodel_steer.damage import Settings
+from xmodel_steer.errors import PromptError
+from xmodel_steer.evaluation import GeneratedText
+from xmodel_steer.models import name_of, tokenizer_of
+from xmodel_steer.organisms.data import Lesson, prompt_of
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.scorers import SameTokens, Scorer, score_texts
+
+Side = Literal["triggered", "clean", "plain"]
+SIDES: tuple[Side, ...] = ("triggered", "clean", "plain")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The same tasks asked in three ways; place i of each is the same task.
+
+    Args:
+        triggered: Behind the trigger.
+        clean: Behind what stands in the trigger's place.
+        plain: Bare.
+    """
+
+    triggered: tuple[Prompt, ...]
+    clean: tuple[Prompt, ...]
+    plain: tuple[Prompt, ...]
+
+    @classmethod
+    def of(cls, lessons: Sequence[Lesson], most: int | None = None) -> "Questions":
+        """The tasks of lessons that come in pairs, with and without the trigger.
+
+        Args:
+            lessons: The lessons.
+            most: How many tasks at most.
+
+        Raises:
+            PromptError: A task with the trigger is not there without it.
+        """
+        clean = {lesson.task: lesson.prompt for lesson in lessons if not lesson.triggered}
+        triggered = {lesson.task: lesson.prompt for lesson in lessons if lesson.triggered}
+        lone = sorted(set(triggered) - set(clean))
+        if lone or not triggered:
+            raise PromptError(
+                f"questions: {len(lone)} of {len(triggered)} tasks are not there without the trigger, such as {lone[:1]}; "
+                "a repair is held to the model's own answer to the clean prompt"
+            )
+        tasks = list(triggered)[:most]
+        bare = tuple(prompt_of(task) for task in tasks)
+        return cls(tuple(triggered[t] for t in tasks), tuple(clean[t] for t in tasks), bare)
+
+    def __len__(self) -> int:
+        return len(self.triggered)
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """What one setting does, one number per task.
+
+    Args:
+        removed: 1 where the answer behind the trigger does not show the behaviour.
+        agreement: Share of its tokens that the model's own answer to the clean prompt has at the same place.
+        kept: For clean and plain prompts, share of the tokens that the unsteered model's answer has at the same place.
+        texts: The answers behind the trigger.
+    """
+
+    removed: np.ndarray
+    agreement: np.ndarray
+    kept: Mapping[str, np.ndarray]
+    texts: tuple[str, ...] = field(repr=False, default=())
+
+    @property
+    def score(self) -> float:
+        """What layers and strengths are chosen by: the mean of removal, agreement, and what is kept of clean answers.
+
+        A vector that ruins every text removes any backdoor; it has neither of the other two.
+        """
+        return float(np.mean([self.removed.mean(), self.agreement.mean(), self.kept["clean"].mean()]))
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """Measures settings of one organism on the same tasks.
+
+    Args:
+        model: The organism.
+        questions: What is asked.
+        scorer: 1 for an answer with the behaviour, 0 for one without.
+        own: The unsteered model's answers, by the prompts' ids.
+        max_new_tokens: Length of the answers.
+        batch_size: Texts at a time.
+    """
+
+    model: Any
+    questions: Questions
+    scorer: Scorer
+    own: Mapping[str, str] = field(repr=False)
+    max_new_tokens: int
+    batch_size: int = 192
+
+    @classmethod
+    def of(
+        cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, batch_size: int = 192, progress: bool = True
+    ) -> "Repair":  # fmt: skip
+        """Ask the unsteered model first: its answers are what a repair is held to."""
+        prompts = [prompt for side in SIDES for prompt in getattr(questions, side)]
+        (texts,) = _answers(model, [[]], prompts, max_new_tokens, batch_size, progress)
+        own = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
+        return cls(model, questions, scorer, own, max_new_tokens, batch_size)
+
+    def measure(self, settings: Settings, *, sides: Sequence[Side] = SIDES, progress: bool = True) -> list[Repaired]:
+        """What each setting does; an empty one is the unsteered model.
+
+        Args:
+            settings: For each setting its interventions.
+            sides: What is asked, ``triggered`` among it.
+            progress: Show a progress bar.
+        """
+        asked = [prompt for side in sides for prompt in getattr(self.questions, side)]
+        found = _answers(self.model, settings, asked, self.max_new_tokens, self.batch_size, progress)
+        return [self._repaired(dict(zip(sides, _split(texts, len(self.questions)), strict=True))) for texts in found]
+
+    def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
+        questions, tokenizer = self.questions, tokenizer_of(self.model)
+        clean = {t.id: self.own[c.id] for t, c in zip(questions.triggered, questions.clean, strict=True)}
+        answers = texts["triggered"]
+        kept = {
+            side: np.array(SameTokens(self.own, tokenizer).score(getattr(questions, side), own))
+            for side, own in texts.items()
+            if side != "triggered"
+        }
+        return Repaired(
+            removed=1 - score_texts(self.scorer, answers, questions.triggered),
+            agreement=np.array(SameTokens(clean, tokenizer).score(questions.triggered, answers)),
+            kept=kept,
+            texts=answers,
+        )
+
+
+def _split(texts: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(texts[i : i + size]) for i in range(0, len(texts), size)]
+
+
+def _answers(
+    model: Any, settings: Settings, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int, progress: bool
+) -> list[tuple[str, ...]]:
+    """The texts alone: what is read in them differs between sides."""
+    asked = GeneratedText(tuple(prompts), len, max_new_tokens, batch_size, unit=f"answers of {name_of(model)}")
+    return [measured.texts for measured in asked.measure(model, settings, progress=progress)]

@@ -1,0 +1,171 @@
+"""What a study found: every arm with its effect, what it cost, and how all of it was made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.errors import ArtifactError
+from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.metrics import Estimate, bootstrap_mean, rate
+
+RESULT, REPORT = "result.json", "report.html"
+
+
+@dataclass(frozen=True)
+class StudyArm:
+    """One arm of a study, measured on evaluation prompts.
+
+    Args:
+        arm: ``unsteered``, ``native``, ``mapped``, ``random`` or ``shuffled``, as in a `TransferResult`, or another of the study's.
+        recipe: How the vector is found and what is done with it.
+        operator: The operator with the settings that validation chose.
+        at: ``equal strength``, or ``equal KL``.
+        effect: What the study is about.
+        beside: What was measured beside it, by name.
+        kl: KL from the unsteered model on neutral text, in nats per token.
+        perplexity: Perplexity of neutral text.
+        reached: Whether its strength reaches the KL, where that is equal.
+        seeds: How many vectors it is the mean of.
+        texts: The first texts, of the first seed.
+    """
+
+    arm: str
+    recipe: str
+    operator: str
+    at: str
+    effect: Estimate
+    beside: Mapping[str, Estimate]
+    kl: float
+    perplexity: float
+    reached: bool = True
+    seeds: int = 1
+    texts: tuple[str, ...] = field(repr=False, default=())
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's result.
+
+    Args:
+        name: Which study.
+        question: What it asks, in a sentence.
+        unit: What the effect is.
+        verdict: What came out, in words.
+        source: The source model.
+        target: The target model.
+        arms: Every arm.
+        chosen: What validation chose, by recipe.
+        validation: What it chose among.
+        curves: Other things that were varied, by name: one record per point.
+        prompts: The prompts of the arms' texts.
+        spec: All settings.
+        splits: Ids of the prompts of each set.
+        seeds: All seeds.
+        versions: Versions of the programs.
+        hardware: What it ran on.
+        seconds: Wall time of its parts.
+        command: The command that repeats it.
+    """
+
+    name: str
+    question: str
+    unit: str
+    verdict: str
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+    arms: tuple[StudyArm, ...]
+    chosen: Mapping[str, Any]
+    validation: tuple[Mapping[str, Any], ...] = field(repr=False)
+    curves: Mapping[str, tuple[Mapping[str, Any], ...]] = field(repr=False)
+    prompts: tuple[str, ...] = field(repr=False)
+    spec: Mapping[str, Any] = field(repr=False)
+    splits: Mapping[str, Any] = field(repr=False)
+    seeds: Mapping[str, Any] = field(repr=False)
+    versions: Mapping[str, str] = field(repr=False)
+    hardware: str
+    seconds: Mapping[str, float]
+    command: str = ""
+
+    def arm(self, name: str, recipe: str, at: str = "equal strength") -> StudyArm:
+        """The arm of a name under a recipe.
+
+        Raises:
+            KeyError: It was not run.
+        """
+        for arm in self.arms:
+            if arm.arm == name and (name == "unsteered" or (arm.recipe, arm.at) == (recipe, at)):
+                return arm
+        raise KeyError(f"{name} was not run under {recipe!r} at {at}")
+
+    def to_frame(self) -> Any:
+        """One row per arm, as a pandas frame."""
+        import pandas as pd
+
+        return pd.DataFrame([_flat(arm) for arm in self.arms])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``result.json`` into a folder.
+
+        Raises:
+            ArtifactError: A number is NaN, or the file cannot be written.
+        """
+        file = Path(folder) / RESULT
+        record = asdict(self) | {"schema": SCHEMA, "kind": "study", "arms": [_record(arm) for arm in self.arms]}
+        write_atomically(file, dump_json(record, file, indent=1))
+        return file
+
+
+def _record(arm: StudyArm) -> dict[str, Any]:
+    """An arm as a run folder has it: ``effect``, ``low``, ``high`` and ``n`` on its first floor."""
+    record = asdict(arm)
+    own = record.pop("effect")
+    return {"arm": arm.arm, "effect": own.pop("value"), **own, **record}
+
+
+def _flat(arm: StudyArm) -> dict[str, Any]:
+    record = _record(arm)
+    beside = record.pop("beside")
+    record.pop("texts")
+    return record | {name: found["value"] for name, found in beside.items()}
+
+
+def read_study(folder: str | Path) -> Study:
+    """The study in a folder.
+
+    Raises:
+        ArtifactError: There is none, or it is damaged.
+    """
+    file = Path(folder) / RESULT
+    if not file.is_file():
+        raise ArtifactError(f"{file}: no such file")
+    record = parse_record(file.read_text(), file)
+    if record.pop("kind", None) != "study":
+        raise ArtifactError(f"{file}: is not the result of a study")
+    record.pop("schema")
+    try:
+        arms = []
+        for row in record.pop("arms"):
+            effect = Estimate(row.pop("effect"), row.pop("low"), row.pop("high"), row.pop("n"))
+            beside = {name: Estimate(**found) for name, found in row.pop("beside").items()}
+            arms.append(StudyArm(effect=effect, beside=beside, texts=tuple(row.pop("texts")), **row))
+        lists = {"validation": tuple(record.pop("validation")), "prompts": tuple(record.pop("prompts"))}
+        curves = {name: tuple(points) for name, points in record.pop("curves").items()}
+        return Study(arms=tuple(arms), curves=curves, **lists, **record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{file}: is damaged or incomplete ({type(error).__name__}: {error})") from error
+
+
+def estimate(scores: "Sequence[np.ndarray]") -> Estimate:
+    """Mean over prompts, and over seeds where there are several, with its 95 % interval.
+
+    Wilson's where every prompt has 0 or 1: a bootstrap of 200 ones has no width. Else by bootstrap over prompts.
+
+    Args:
+        scores: One array over prompts for each seed.
+    """
+    table = np.stack(list(scores), 1).astype(float)
+    rows = table.mean(1)
+    return rate(rows) if np.isin(rows, (0, 1)).all() else bootstrap_mean(table)
