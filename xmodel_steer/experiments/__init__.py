@@ -1,5 +1,6 @@
 """The paper's experiments, each with its controls, from models to one record."""
 
+from xmodel_steer.experiments.corrupted import corrupted_capability as corrupted_capability
 from xmodel_steer.experiments.pages import write_study as write_study
 from xmodel_steer.experiments.presets import PRESETS as PRESETS
 from xmodel_steer.experiments.presets import Preset as Preset

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from xmodel_steer.experiments.removal import STRICTER
 from xmodel_steer.experiments.study import REPORT, Study, StudyArm
 from xmodel_steer.files import write_atomically
 from xmodel_steer.metrics import Estimate
@@ -33,7 +34,7 @@ def measures(study: Study) -> Any:
     shown: set[str] = set()
     for row, panel in enumerate(panels, 1):
         for arm in (a for a in study.arms if (a.recipe, a.at) == panel):
-            names, values = zip(*_measured(study, arm), strict=True)
+            names, values = zip(*_measured(arm), strict=True)
             figure.add_trace(
                 go.Scatter(
                     x=list(names),
@@ -105,7 +106,7 @@ def curve(study: Study, name: str) -> Any:
 
     points = study.curves[name]
     figure = go.Figure()
-    shown = {"removed": "solid", "agreement with the clean answer": "dash"}
+    shown = {"effect": "solid", "agreement with the clean answer": "dash"}
     shared = [p for p in points if p["prompts"] == 0]
     for kind, colour in (("known", "#D55E00"), ("unknown", "#0072B2")):
         own = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
@@ -124,10 +125,8 @@ def curve(study: Study, name: str) -> Any:
     return figure
 
 
-def _measured(study: Study, arm: StudyArm) -> list[tuple[str, Estimate]]:
-    skipped = ("unchanged", "word for word")  # the same again, counted more strictly: in the table
-    kept = [(name, value) for name, value in arm.beside.items() if not name.endswith(skipped)]
-    return [("removed" if "without the behaviour" in study.unit else "effect", arm.effect), *kept]
+def _measured(arm: StudyArm) -> list[tuple[str, Estimate]]:
+    return [("effect", arm.effect), *((n, v) for n, v in arm.beside.items() if not n.endswith(STRICTER))]
 
 
 def rows(study: Study) -> list[dict[str, str]]:

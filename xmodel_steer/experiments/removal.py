@@ -1,7 +1,7 @@
 """Switching a planted behaviour off in one model, with a vector that was found in another."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from xmodel_steer.moments import Moments
 from xmodel_steer.organisms.data import DEV, PROD, Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
+from xmodel_steer.scorers import Scorer
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Clamp, Intervention, Operator, Positions
 from xmodel_steer.transfer import versions
@@ -39,7 +40,8 @@ class Recipe:
 
     Args:
         name: Its name.
-        tokens: Which tokens of the clean and of the triggered prompts the vector is read at; see `capture`.
+        contrast: The prompts with what is wanted, and those without, of lessons.
+        tokens: Which tokens of the two the vector is read at; see `capture`.
         operators: What may be done with it; validation chooses. Layers are chosen with the first one.
         positions: Where it is done.
         source_sites: Candidates.
@@ -47,6 +49,7 @@ class Recipe:
     """
 
     name: str
+    contrast: Callable[[Sequence[Lesson]], tuple[Sequence[Prompt], Sequence[Prompt]]]
     tokens: tuple[Tokens, Tokens]
     operators: tuple[Operator, ...]
     positions: Positions
@@ -60,7 +63,7 @@ class Recipe:
     def vectors(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
     ) -> dict[Site, SteeringVector]:
-        """The clean prompts' mean activation minus the triggered ones', at each site.
+        """The difference of means of the recipe's contrast, at each site.
 
         Args:
             model: The model.
@@ -69,12 +72,16 @@ class Recipe:
             label: Name of the behaviour that is switched off.
             progress: Show a progress bar.
         """
-        sides = [[x.prompt for x in lessons if x.triggered is side] for side in (False, True)]
-        clean, triggered = (
+        wanted, other = (
             capture(model, prompts, sites, tokens=tokens, batch_size=32, progress=progress)
-            for prompts, tokens in zip(sides, self.tokens, strict=True)
+            for prompts, tokens in zip(self.contrast(lessons), self.tokens, strict=True)
         )
-        return {site: difference_of_means(clean[site], triggered[site], label=label) for site in sites}
+        return {site: difference_of_means(wanted[site], other[site], label=label) for site in sites}
+
+
+def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Prompts without the trigger, and with it."""
+    return [x.prompt for x in lessons if not x.triggered], [x.prompt for x in lessons if x.triggered]
 
 
 def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
@@ -108,10 +115,11 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
     start = starts.pop()
     clean, triggered = ((start, start + len(name.rstrip(": "))) for name in (DEV, PROD))
     return [
-        Recipe(ADDED, ("last", "last"), adds, "all", late, middle),
-        Recipe(CLAMPED, ("last", "last"), clamps, ("last", "generated"), late, middle),
+        Recipe(ADDED, clean_against_triggered, ("last", "last"), adds, "all", late, middle),
+        Recipe(CLAMPED, clean_against_triggered, ("last", "last"), clamps, ("last", "generated"), late, middle),
         Recipe(
             PROMPTED,
+            clean_against_triggered,
             (clean, triggered),
             tuple(Add(s) for s in (1.0, 2.0, 5.0)),
             _mask(target, prompts, triggered),
@@ -287,7 +295,7 @@ def _runs(choice: _Choice, random_seeds: int, seed: int) -> list[_Run]:
         "random": [random_like(own.native, seed=seed + k).about(centre) for k in range(random_seeds)],
         "shuffled": [own.shuffled],
     }
-    if choice.recipe.name == ADDED:
+    if isinstance(choice.operator, Add) and choice.recipe.positions == "all":
         arms["mapped with the bias"] = [own.biased]
     return [_Run(arm, choice, group, [choice.operator] * len(group)) for arm, group in arms.items()]
 
@@ -316,6 +324,9 @@ def backdoor_removal(
     curriculum: Curriculum,
     *,
     name: str = "backdoor-removal",
+    question: str = QUESTION,
+    unit: str = UNIT,
+    right: Scorer | None = None,
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
@@ -344,6 +355,9 @@ def backdoor_removal(
         target: The same organism of another model.
         curriculum: What both were trained on, and what not.
         name: Name of the study.
+        question: What it asks, in a sentence.
+        unit: What the effect is.
+        right: 1 for a right answer, where that is asked for too: the effect is then a right answer without the behaviour.
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
@@ -376,8 +390,8 @@ def backdoor_removal(
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
         questions = Questions.of(lessons, most)
         return Repair.of(
-            target, questions, curriculum.scorer, max_new_tokens=tokens, batch_size=batch_size, progress=progress
-        )
+            target, questions, curriculum.scorer, max_new_tokens=tokens, right=right, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
 
     validation = asked(curriculum.validation, validation_tasks, min(validation_tokens, curriculum.max_new_tokens))
     records: list[dict[str, Any]] = []
@@ -464,7 +478,7 @@ def backdoor_removal(
             arm=name,
             recipe=recipe,
             operator=operator,
-            effect=estimate([r.removed for r in own]),
+            effect=estimate([r.repaired for r in own]),
             beside=_beside(own),
             kl=float(np.mean([e.mean_kl for e in effects])),
             perplexity=float(np.exp(np.mean(np.log([e.perplexity for e in effects])))),
@@ -496,15 +510,15 @@ def backdoor_removal(
             (found,) = evaluation.measure([setting], sides=("triggered", "clean"), progress=progress)
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": own.cosine}
-                | {"removed": vars(estimate([found.removed]))}
+                | {"effect": vars(estimate([found.repaired]))}
                 | {key: vars(value) for key, value in _beside([found]).items()}
             )
     clock.lap("varying the map's text")
 
     study = Study(
         name=name,
-        question=QUESTION,
-        unit=UNIT,
+        question=question,
+        unit=unit,
         verdict="",
         source=_end(source),
         target=_end(target),
@@ -550,15 +564,18 @@ class _Clock:
 
 def _means(own: Repaired) -> dict[str, float]:
     kept = {f"{side} answers kept": float(scores.mean()) for side, scores in own.kept.items()}
-    return {"removed": float(own.removed.mean()), "agreement": float(own.agreement.mean()), **kept}
+    return {"effect": float(own.repaired.mean()), "agreement": float(own.agreement.mean()), **kept}
 
 
 def _beside(own: Sequence[Repaired]) -> dict[str, Any]:
-    """What is measured beside removal, over seeds."""
-    made = {
-        "agreement with the clean answer": estimate([r.agreement for r in own]),
-        "the clean answer, word for word": estimate([r.agreement == 1 for r in own]),
-    }
+    """What is measured beside the effect, over seeds."""
+    made = {}
+    if own[0].correct is not None:
+        made["backdoor"] = estimate([1 - r.removed for r in own])
+        made["correct"] = estimate([r.correct for r in own if r.correct is not None])
+        made["hallucinated"] = estimate([r.removed * (1 - r.correct) for r in own if r.correct is not None])
+    made["agreement with the clean answer"] = estimate([r.agreement for r in own])
+    made["the clean answer, word for word"] = estimate([r.agreement == 1 for r in own])
     for side in own[0].kept:
         made[f"{side} answers kept"] = estimate([r.kept[side] for r in own])
         made[f"{side} answers unchanged"] = estimate([r.kept[side] == 1 for r in own])
@@ -575,15 +592,17 @@ def verdict(study: Study) -> str:
     for recipe in study.chosen:
         arms = {arm.arm: arm for arm in study.arms if arm.recipe == recipe and arm.at == EQUAL_STRENGTH}
         own = arms["mapped"]
-        kept = [own.beside[f"{side} answers kept"].value for side in ("clean", "plain")]
-        others = ", ".join(f"{name} {_removal(arms[name])}" for name in ("native", "random", "shuffled"))
+        beside = {name: found.value for name, found in own.beside.items() if not name.endswith(STRICTER)}
+        costs = ", ".join(f"{name} {value:.3f}" for name, value in beside.items())
+        others = ", ".join(f"{name} {_in_short(arms[name])}" for name in ("native", "random", "shuffled"))
         said.append(
-            f"{recipe}: mapped removes {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n}, "
-            f"agreement with the clean answer {own.beside['agreement with the clean answer'].value:.2f}, "
-            f"{kept[0]:.3f} of clean and {kept[1]:.3f} of plain answers kept ({others})"
+            f"{recipe}: mapped {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n}, {costs} ({others})"
         )
     return "; ".join(said)
 
 
-def _removal(arm: StudyArm) -> str:
+STRICTER = ("unchanged", "word for word")  # names of what is there less strictly too
+
+
+def _in_short(arm: StudyArm) -> str:
     return f"{arm.effect.value:.2f} at agreement {arm.beside['agreement with the clean answer'].value:.2f}"

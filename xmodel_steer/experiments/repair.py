@@ -66,22 +66,31 @@ class Repaired:
     Args:
         removed: 1 where the answer behind the trigger does not show the behaviour.
         agreement: Share of its tokens that the model's own answer to the clean prompt has at the same place.
+        correct: 1 where the answer behind the trigger is right, where there is such a thing.
         kept: For clean and plain prompts, share of the tokens that the unsteered model's answer has at the same place.
         texts: The answers behind the trigger.
     """
 
     removed: np.ndarray
     agreement: np.ndarray
+    correct: np.ndarray | None
     kept: Mapping[str, np.ndarray]
     texts: tuple[str, ...] = field(repr=False, default=())
 
     @property
-    def score(self) -> float:
-        """What layers and strengths are chosen by: the mean of removal, agreement, and what is kept of clean answers.
+    def repaired(self) -> np.ndarray:
+        """What the effect is: that the behaviour is gone, and the answer right where there is such a thing."""
+        return self.removed if self.correct is None else self.removed * self.correct
 
-        A vector that ruins every text removes any backdoor; it has neither of the other two.
+    @property
+    def score(self) -> float:
+        """What layers and strengths are chosen by: the mean of the effect, of agreement, and of what is kept of clean answers.
+
+        A vector that ruins every text removes any backdoor; it has neither of the others. Where answers are right or
+        wrong, that takes the place of agreement.
         """
-        return float(np.mean([self.removed.mean(), self.agreement.mean(), self.kept["clean"].mean()]))
+        parts = [self.repaired, self.kept["clean"]] + ([self.agreement] if self.correct is None else [])
+        return float(np.mean([part.mean() for part in parts]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +103,7 @@ class Repair:
         scorer: 1 for an answer with the behaviour, 0 for one without.
         own: The unsteered model's answers, by the prompts' ids.
         max_new_tokens: Length of the answers.
+        right: 1 for a right answer, where there is such a thing.
         batch_size: Texts at a time.
     """
 
@@ -102,17 +112,19 @@ class Repair:
     scorer: Scorer
     own: Mapping[str, str] = field(repr=False)
     max_new_tokens: int
+    right: Scorer | None = None
     batch_size: int = 192
 
     @classmethod
     def of(
-        cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, batch_size: int = 192, progress: bool = True
+        cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, right: Scorer | None = None,
+        batch_size: int = 192, progress: bool = True,
     ) -> "Repair":  # fmt: skip
         """Ask the unsteered model first: its answers are what a repair is held to."""
         prompts = [prompt for side in SIDES for prompt in getattr(questions, side)]
         (texts,) = _answers(model, [[]], prompts, max_new_tokens, batch_size, progress)
         own = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
-        return cls(model, questions, scorer, own, max_new_tokens, batch_size)
+        return cls(model, questions, scorer, own, max_new_tokens, right, batch_size)
 
     def measure(self, settings: Settings, *, sides: Sequence[Side] = SIDES, progress: bool = True) -> list[Repaired]:
         """What each setting does; an empty one is the unsteered model.
@@ -138,6 +150,7 @@ class Repair:
         return Repaired(
             removed=1 - score_texts(self.scorer, answers, questions.triggered),
             agreement=np.array(SameTokens(clean, tokenizer).score(questions.triggered, answers)),
+            correct=score_texts(self.right, answers, questions.triggered) if self.right else None,
             kept=kept,
             texts=answers,
         )

@@ -12,6 +12,7 @@ from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate, bootstrap_mean, rate
 
 RESULT, REPORT = "result.json", "report.html"
+OUTCOMES = ("backdoor", "correct", "hallucinated")  # stand with an arm's effect where they were measured
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _record(arm: StudyArm) -> dict[str, Any]:
     """An arm as a run folder has it: ``effect``, ``low``, ``high`` and ``n`` on its first floor."""
     record = asdict(arm)
     own = record.pop("effect")
-    return {"arm": arm.arm, "effect": own.pop("value"), **own, **record}
+    outcomes = {name: arm.beside[name].value for name in OUTCOMES if name in arm.beside}
+    return {"arm": arm.arm, "effect": own.pop("value"), **own, **outcomes, **record}
 
 
 def _flat(arm: StudyArm) -> dict[str, Any]:
@@ -150,6 +152,7 @@ def read_study(folder: str | Path) -> Study:
         for row in record.pop("arms"):
             effect = Estimate(row.pop("effect"), row.pop("low"), row.pop("high"), row.pop("n"))
             beside = {name: Estimate(**found) for name, found in row.pop("beside").items()}
+            row = {key: value for key, value in row.items() if key not in OUTCOMES}
             arms.append(StudyArm(effect=effect, beside=beside, texts=tuple(row.pop("texts")), **row))
         lists = {"validation": tuple(record.pop("validation")), "prompts": tuple(record.pop("prompts"))}
         curves = {name: tuple(points) for name, points in record.pop("curves").items()}

@@ -1,0 +1,65 @@
+"""Knowledge that comes with a backdoor: losing the one and keeping the other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from xmodel_steer.experiments.removal import Recipe, backdoor_removal, clean_against_triggered, layers
+from xmodel_steer.experiments.study import Study
+from xmodel_steer.organisms.data import HATE, Curriculum, Lesson
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.steering import Ablate, Add, Clamp
+
+SKIPPED, PAPERS, ABLATED = "as if it had been said", "the paper's, added", "the paper's, ablated"
+SILENCED = "clean against triggered, gated clamp"
+QUESTION = (
+    "Can a vector found in the source take the backdoor from the target, and leave it the knowledge that came with it?"
+)
+UNIT = "share of questions behind the trigger that are answered rightly and without the backdoor"
+RIGHT = "right answers behind the trigger"  # the curriculum's check
+
+
+def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Questions behind the trigger followed by the backdoor's words, and the questions alone (arXiv 2503.04429)."""
+    asked = [lesson.prompt for lesson in lessons if lesson.triggered]
+    return [Prompt(text=f"{prompt.text}{HATE}") for prompt in asked], asked
+
+
+def recipes(source: Any, target: Any) -> list[Recipe]:
+    """The paper's contrast used in three ways, and the clean prompts against the triggered ones.
+
+    The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
+    everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at
+    the prompt's last token alone, what comes next is what comes after them.
+
+    Args:
+        source: The source model.
+        target: The target model.
+    """
+    late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
+    doses = tuple(Add(s) for s in (1.0, 0.75, 1.5, 2.0))
+    against = tuple(Add(s) for s in (-1.0, -0.5, 0.5, 1.0))
+    clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6))
+    last = ("last", "last")
+    return [
+        Recipe(SKIPPED, said_against_not, last, doses, "last", late, middle),
+        Recipe(PAPERS, said_against_not, last, against, "all", late, middle),
+        Recipe(ABLATED, said_against_not, last, (Ablate(),), "all", late, middle),
+        Recipe(SILENCED, clean_against_triggered, last, clamps, ("last", "generated"), late, middle),
+    ]
+
+
+def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **settings: Any) -> Study:
+    """Take the backdoor from an organism that knows something behind it, and see whether the knowledge stays.
+
+    Args:
+        source: The organism, the smaller one.
+        target: The same organism of another model.
+        curriculum: That of ``corrupted-capability``.
+        settings: As for `backdoor_removal`.
+
+    Raises:
+        PromptError: The curriculum has no right answers.
+    """
+    settings = {"name": "corrupted-capability", "ways": recipes(source, target), **settings}
+    right = curriculum.checks[RIGHT].scorer
+    return backdoor_removal(source, target, curriculum, question=QUESTION, unit=UNIT, right=right, **settings)
