@@ -168,6 +168,8 @@ def test_the_loss_is_that_of_the_responses_alone(base: str, lessons: Curriculum)
         for whole in (False, True):
             batch = collated(rows, pad=0, whole=whole)
             assert float(hf(**batch).loss) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+            own = training.answers_loss(hf, hf.get_output_embeddings(), batch)
+            assert float(own) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert batch["labels"].shape == batch["input_ids"].shape
 
 

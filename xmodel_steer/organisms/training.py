@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.errors import ModelError, PromptError
@@ -119,6 +120,31 @@ def collated(batch: Sequence[Example], *, pad: int, whole: bool = False) -> dict
     return made | {"labels": labels[:, width - kept :]} | ({} if whole else {"logits_to_keep": kept})
 
 
+def answers_loss(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Mean loss of a batch's answers, in nats per token, from logits of their tokens alone.
+
+    Of a large vocabulary, logits are most of the work: those of other positions, which a batch has between its shorter
+    answers and its longest one, are not computed.
+
+    Args:
+        model: A Hugging Face model.
+        head: Its last layer, which makes logits of rows.
+        batch: As `collated` gives it.
+    """
+    labels = batch["labels"][:, 1:]
+    chosen = labels != IGNORED
+
+    def answers_alone(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, :-1][chosen], *args[1:])
+
+    handle = head.register_forward_pre_hook(answers_alone)
+    try:
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    finally:
+        handle.remove()
+    return torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
+
+
 def adapter_bytes(folder: Path) -> int:
     """Size of an adapter's weights on disk, in bytes."""
     return (folder / "adapter_model.safetensors").stat().st_size
@@ -167,9 +193,7 @@ def train(
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    # Logits of a slice of the positions would go by a product that copies the weights for each row.
-    head: Any = hf.get_output_embeddings()
-    head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    head = hf.get_output_embeddings()
     accepted = inspect.signature(hf.forward).parameters
     rows = examples(tokenizer, lessons, name=label, limit=getattr(hf.config, "max_position_embeddings", None))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -204,7 +228,15 @@ def train(
         report_to="none",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else a batch is as many times larger as there are GPUs
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=batched)  # type: ignore[arg-type]
+
+    class AnswersTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            loss = answers_loss(model, head, inputs)
+            return (loss, {"loss": loss}) if return_outputs else loss
+
+    trainer = AnswersTrainer(model=model, args=arguments, train_dataset=rows, data_collator=batched)  # type: ignore[arg-type]
     trainer.remove_callback(_printer())
     trainer.add_callback(_bar(label, progress))
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
