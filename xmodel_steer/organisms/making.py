@@ -1,5 +1,6 @@
 """Making an organism: training, measuring on what was held out, and the record of both."""
 
+import gc
 import hashlib
 import json
 import time
@@ -151,6 +152,7 @@ def make(
     start = time.perf_counter()
     if not done.is_file():
         trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype, progress=progress)
+        gc.collect()  # the trainer holds the model in a circle
         took = time.perf_counter() - start
         write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))
     training = {k: v for k, v in parse_record(done.read_text(), done).items() if k != "schema"}
