@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -182,6 +183,10 @@ def test_a_page_says_the_verdict_first_and_needs_no_network(study: Study, tmp_pa
     assert all(html.escape(arm.operator) in page for arm in study.arms)
     assert html.escape(study.prompts[0]) in page and "src=" not in page.split("Plotly.newPlot")[-1]
     assert read_study(tmp_path) == study
+    lines = page[page.index("<h2>Every arm</h2>") : page.index("<h2>Texts</h2>")].split("<tr>")[1:]
+    assert (
+        len({len(re.findall("<t[hd]>", line)) for line in lines}) == 1
+    )  # a cell for each column, also where nothing was measured
 
 
 def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:

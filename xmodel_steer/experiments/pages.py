@@ -194,8 +194,12 @@ def write_study(study: Study, folder: str | Path) -> Path:
 
 def _table(records: Iterable[Mapping[str, str]]) -> str:
     records = list(records)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in records[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in r.values()) + "</tr>" for r in records)
+    names = dict.fromkeys(name for record in records for name in record)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(record.get(name, ''))}</td>" for name in names) + "</tr>"
+        for record in records
+    )
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 

@@ -13,7 +13,7 @@ from xmodel_steer.cache import cached_moments
 from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.damage import calibrate, side_effects
 from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments.repair import Questions, Repair, Repaired
+from xmodel_steer.experiments.repair import SIDES, Questions, Repair, Repaired
 from xmodel_steer.experiments.study import Study, StudyArm, estimate
 from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
 from xmodel_steer.models import context_length, encode, hardware_of, name_of
@@ -306,7 +306,7 @@ def _at_equal_kl(target: Any, runs: Sequence[_Run], neutral: Sequence[Prompt], m
     (effect,) = side_effects(
         target, native.settings(), neutral, max_tokens=max_tokens, batch_size=16, progress=progress
     )
-    others = [run for run in runs if run.arm != "native"]
+    others = [run for run in runs if run.arm in ("mapped", "random", "shuffled")]
     vectors = [vector for run in others for vector in run.vectors]
     found = calibrate(target, vectors, effect.mean_kl, neutral, max_tokens=max_tokens, progress=progress)
     doses = iter(found)
@@ -463,7 +463,14 @@ def backdoor_removal(
 
     evaluation = asked(curriculum.evaluation, None, curriculum.max_new_tokens)
     settings: list[list[Intervention]] = [[], *(setting for run in runs for setting in run.settings())]
-    measured = evaluation.measure(settings, progress=progress)
+    # Plain prompts take a third of the time: they are asked under the vectors that one would use, not under the controls.
+    used = [True, *(run.arm in ("native", "mapped") for run in runs for _ in run.vectors)]
+    groups = {
+        side: iter(evaluation.measure(own, sides=sides, progress=progress))
+        for side, sides in ((True, SIDES), (False, SIDES[:2]))
+        if (own := [setting for setting, mine in zip(settings, used, strict=True) if mine is side])
+    }
+    measured = [next(groups[side]) for side in used]
     everywhere = [
         [replace(step, positions=step.positions if isinstance(step.positions, Tensor) else "all") for step in setting]
         for setting in settings
@@ -507,7 +514,7 @@ def backdoor_removal(
                 continue  # without any, known or not is the same
             own = Carried.of(vector, choice.carried.native.with_scale(total.scale(pair[0][1])), total, fitter)
             setting = choice.recipe.setting(own.mapped, choice.operator)
-            (found,) = evaluation.measure([setting], sides=("triggered", "clean"), progress=progress)
+            (found,) = evaluation.measure([setting], sides=("triggered",), progress=progress)
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": own.cosine}
                 | {"effect": vars(estimate([found.repaired]))}
