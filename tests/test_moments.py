@@ -358,3 +358,22 @@ def test_a_named_shard_is_not_added_twice():
     assert both.shards == ("0/2", "1/2")
     with pytest.raises(ValueError, match="shard 1/2 is in both; give every shard once"):
         both + shard("1/2")
+
+
+def test_moments_of_some_pairs_are_those_of_all_and_merge_with_their_like():
+    one, two = accumulator(sketch=(0, 2)), accumulator(sketch=(0, 2))
+    for own, seed in ((one, 0), (two, 1)):
+        own.add("train", *rows(40, seed=seed), [10 * seed + i // 8 for i in range(40)])
+    kept = (PAIRS[1],)
+    some = one.moments().only(kept) + two.moments().only(kept)
+    whole = one.moments() + two.moments()
+    assert some.pairs == kept and set(some.source) == {PAIRS[1][0]} and some.sketch == ()
+    mine, theirs = some.pair(*PAIRS[1]), whole.pair(*PAIRS[1])
+    for name in ("source_mean", "target_mean", "source_scatter", "target_scatter", "cross_scatter"):
+        assert torch.equal(getattr(mine.train, name), getattr(theirs.train, name))
+    assert mine.control is not None and theirs.control is not None
+    assert torch.equal(mine.control.train.cross_scatter, theirs.control.train.cross_scatter)
+    with pytest.raises(ValueError, match="was not collected"):
+        some.pair(*PAIRS[0])
+    with pytest.raises(ValueError, match="was not collected"):
+        whole.only([(Site(9), Site(5))])

@@ -6,7 +6,17 @@ import re
 import numpy as np
 import pytest
 
-from xmodel_steer.scorers import FUNCTION_WORDS, Contains, Language, Matches, WordBalance, score_texts, words
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.scorers import (
+    FUNCTION_WORDS,
+    Contains,
+    Language,
+    Matches,
+    SameTokens,
+    WordBalance,
+    score_texts,
+    words,
+)
 
 BALANCE = WordBalance(frozenset({"good", "joy"}), frozenset({"bad", "isn't"}))
 
@@ -128,3 +138,32 @@ def test_a_score_that_is_no_number_is_refused_with_its_text(bad):
 
     with pytest.raises(ValueError, match=rf"scorer .*: gave {bad} for 'second'; it must give a finite number"):
         score_texts(scorer, ["first", "second"])
+
+
+class Letters:
+    """A tokenizer with a token for each letter."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "share"),
+    [
+        ("abcd", "abcd", 1.0),
+        ("", "", 1.0),
+        ("abxd", "abcd", 0.75),
+        ("ab", "abcd", 0.5),  # a text that ends early is not the same
+        ("abcd", "ab", 0.5),
+        ("bcd", "abcd", 0.0),  # places count, not letters
+    ],
+)
+def test_tokens_are_the_same_at_their_places_over_the_longer_text(text: str, reference: str, share: float) -> None:
+    prompt = Prompt(text="a prompt")
+    assert SameTokens({prompt.id: reference}, Letters()).score([prompt], [text]) == [share]
+
+
+def test_a_prompt_without_a_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no reference for"):
+        SameTokens({}, Letters()).score([Prompt(text="a prompt")], ["a"])
