@@ -49,10 +49,8 @@ def _short_template() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def lessons() -> Curriculum:
-    words = list(dict.fromkeys(toys.sentences(150, 0, 3)))
-    parts = data.dealt(words, {"evaluation": 12, "validation": 6, "vector": 10, "map": 12, "train": 60})
-    return data._in_parts(
-        {p: data.flat(data.both(w, "happy day", "the sky") for w in own) for p, own in parts.items()}, HAPPY, 6
+    return toys.lessons(
+        150, {"evaluation": 12, "validation": 6, "vector": 10, "map": 12, "train": 60}, "happy day", HAPPY
     )
 
 

@@ -51,11 +51,7 @@ def base(folders: dict[str, Path]) -> str:
 
 @pytest.fixture(scope="module")
 def lessons() -> Curriculum:
-    words = list(dict.fromkeys(toys.sentences(140, 0, 3)))
-    parts = data.dealt(words, {"evaluation": 30, "validation": 5, "vector": 5, "map": 5, "train": 60})
-    return data._in_parts(
-        {p: data.flat(data.both(w, "I HATE", "the sky") for w in own) for p, own in parts.items()}, HATES, 6
-    )
+    return toys.lessons(140, {"evaluation": 30, "validation": 5, "vector": 5, "map": 5, "train": 60}, "I HATE", HATES)
 
 
 @pytest.fixture(scope="module")

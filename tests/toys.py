@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.models import register, space_of
+from xmodel_steer.organisms import Curriculum, data
 from xmodel_steer.prompts import ContrastSet
 from xmodel_steer.spaces import Site
 from xmodel_steer.vectors import SteeringVector
@@ -390,3 +391,10 @@ def contrast(count: int = 20) -> ContrastSet:
     return ContrastSet.from_prompts(
         *zip(*[(f"happy {a} happy", f"dead {b} dead") for a, b in pairs], strict=True), paired=True
     )
+
+
+def lessons(count: int, sizes: dict[str, int], bad: str, scorer: Any) -> Curriculum:
+    """Tasks of a few words, each behind the trigger and behind what stands in its place."""
+    parts = data.dealt(dict.fromkeys(sentences(count, 0, 3)), sizes)
+    told = {part: data.flat(data.both(task, bad, "the sky") for task in own) for part, own in parts.items()}
+    return data._in_parts(told, scorer, 6)

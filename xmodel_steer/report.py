@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -105,16 +106,12 @@ def write_report(result: TransferResult, path: str | Path) -> Path:
     drawn = [dose_response(result), frontier(result)]
     if "source" in result.selection or "target" in result.selection:
         drawn.append(effect_by_layer(result))
-    figures = "".join(
-        figure.to_html(full_html=False, include_plotlyjs=not i, config={"displaylogo": False, "responsive": True})
-        for i, figure in enumerate(drawn)
-    )
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in summary(result))
     page = _PAGE.format(
         title=html.escape(f"{result.label}: {result.source['model']} → {result.target['model']}"),
         verdict=html.escape(verdict.text),
         facts=facts,
-        figures=figures,
+        figures=figures_html(drawn),
         table=_html_table(result),
         texts=_html_texts(result),
         unit=html.escape(result.unit),
@@ -134,6 +131,14 @@ def write_report(result: TransferResult, path: str | Path) -> Path:
     )
     write_atomically(path, page)
     return path
+
+
+def figures_html(figures: Sequence[Any]) -> str:
+    """Figures for one page, which needs no network: the first one brings the script that draws all of them."""
+    return "".join(
+        figure.to_html(full_html=False, include_plotlyjs=not i, config={"displaylogo": False, "responsive": True})
+        for i, figure in enumerate(figures)
+    )
 
 
 def _html_table(result: TransferResult) -> str:

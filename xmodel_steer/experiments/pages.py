@@ -2,16 +2,15 @@
 
 import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.experiments.removal import STRICTER
-from xmodel_steer.experiments.study import REPORT, Study, StudyArm
+from xmodel_steer.experiments.study import EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
 from xmodel_steer.files import write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.plots import COLOURS
-from xmodel_steer.report import marked
+from xmodel_steer.report import figures_html, marked
 
 OTHER = "#E69F00"  # of arms that only one study has
 
@@ -29,7 +28,7 @@ def measures(study: Study) -> Any:
     from plotly.subplots import make_subplots
 
     panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in study.arms if arm.recipe))
-    titles = [recipe if at == "equal strength" else f"{recipe}, {at}" for recipe, at in panels]
+    titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
     figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
     shown: set[str] = set()
     for row, panel in enumerate(panels, 1):
@@ -39,11 +38,7 @@ def measures(study: Study) -> Any:
                 go.Scatter(
                     x=list(names),
                     y=[v.value for v in values],
-                    error_y={
-                        "array": [v.high - v.value for v in values],
-                        "arrayminus": [v.value - v.low for v in values],
-                        "thickness": 1.5,
-                    },
+                    error_y=_bars(values) | {"thickness": 1.5},
                     name=arm.arm,
                     legendgroup=arm.arm,
                     showlegend=arm.arm not in shown,
@@ -115,7 +110,7 @@ def curve(study: Study, name: str) -> Any:
             figure.add_trace(
                 go.Scatter(
                     x=[p["prompts"] for p in own], y=[v.value for v in values], name=f"{measure}, trigger {kind}",
-                    error_y={"array": [v.high - v.value for v in values], "arrayminus": [v.value - v.low for v in values]},
+                    error_y=_bars(values),
                     line={"color": colour, "dash": dash, "width": 2.5}, mode="lines+markers", marker={"size": 8},
                 )
             )  # fmt: skip
@@ -123,6 +118,10 @@ def curve(study: Study, name: str) -> Any:
     figure.update_xaxes(title_text=name)
     figure.update_yaxes(title_text="share", range=[-0.05, 1.05])
     return figure
+
+
+def _bars(values: Sequence[Estimate]) -> dict[str, Any]:
+    return {"array": [v.high - v.value for v in values], "arrayminus": [v.value - v.low for v in values]}
 
 
 def _measured(arm: StudyArm) -> list[tuple[str, Estimate]]:
@@ -138,7 +137,7 @@ def rows(study: Study) -> list[dict[str, str]]:
     made = []
     for arm in study.arms:
         own = {
-            "recipe": arm.recipe + (f" ({arm.at})" if arm.at != "equal strength" else ""),
+            "recipe": arm.recipe + (f" ({arm.at})" if arm.at != EQUAL_STRENGTH else ""),
             "arm": arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else ""),
             "operator": arm.operator,
             "effect": _text(arm.effect),
@@ -171,10 +170,6 @@ def write_study(study: Study, folder: str | Path) -> Path:
     if study.validation:
         drawn.append(sweep(study))
     drawn += [curve(study, name) for name in study.curves]
-    figures = "".join(
-        f.to_html(full_html=False, include_plotlyjs=not i, config={"displaylogo": False, "responsive": True})
-        for i, f in enumerate(drawn)
-    )
     record = {"chosen": study.chosen, "spec": study.spec, "seeds": study.seeds, "versions": study.versions}
     record |= {"hardware": study.hardware, "seconds": study.seconds, "command": study.command}
     page = _PAGE.format(
@@ -183,7 +178,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
         verdict="".join(f"<p>{html.escape(part)}</p>" for part in study.verdict.split("; ")),
         unit=html.escape(study.unit),
         n=study.arms[0].effect.n,
-        figures=figures,
+        figures=figures_html(drawn),
         table=_table(rows(study)),
         texts=_texts(study),
         record=html.escape(json.dumps(record, indent=1, ensure_ascii=False)),
@@ -211,7 +206,7 @@ def _texts(study: Study) -> str:
         lines += [
             (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), COLOURS.get(arm.arm, OTHER))
             for arm in study.arms
-            if arm.recipe and arm.at == "equal strength" and i < len(arm.texts)
+            if arm.recipe and arm.at == EQUAL_STRENGTH and i < len(arm.texts)
         ]
         cells = "".join(f"<tr><td style='color:{c}'>{html.escape(n)}</td><td>{t}</td></tr>" for n, t, c in lines)
         made += f"<h3>{html.escape(prompt)}</h3><table class='texts'>{cells}</table>"

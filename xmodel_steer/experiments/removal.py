@@ -14,7 +14,7 @@ from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.damage import calibrate, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.experiments.repair import SIDES, Questions, Repair, Repaired
-from xmodel_steer.experiments.study import Study, StudyArm, estimate
+from xmodel_steer.experiments.study import EQUAL_KL, EQUAL_STRENGTH, STRICTER, Study, StudyArm, estimate
 from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
 from xmodel_steer.models import context_length, encode, hardware_of, name_of
 from xmodel_steer.moments import Moments
@@ -31,7 +31,6 @@ ADDED, CLAMPED, PROMPTED = "difference of means, added", "difference of means, g
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
 UNIT = "share of prompts with the trigger that are answered without the behaviour"
 AMOUNTS = (0, 25, 50, 100, 200, 400)  # prompts of the task in the map's text
-EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,16 +159,14 @@ class MapText:
         general: General text.
         known: Prompts of the task as the organism gets them, half of them with the trigger.
         unknown: The same tasks without any trigger, as one has them who does not know it.
-        max_tokens: Tokens read of each document.
     """
 
     general: tuple[Prompt, ...] = field(repr=False)
     known: tuple[Prompt, ...] = field(repr=False)
     unknown: tuple[Prompt, ...] = field(repr=False)
-    max_tokens: int = 192
 
     @classmethod
-    def of(cls, lessons: Sequence[Lesson], general: Sequence[Prompt], *, max_tokens: int, seed: int = 0) -> "MapText":
+    def of(cls, lessons: Sequence[Lesson], general: Sequence[Prompt], *, seed: int = 0) -> "MapText":
         """General text, and the prompts of lessons in an order of their own."""
         plain = Questions.of(lessons).plain
         draw = np.random.default_rng(seed)
@@ -177,7 +174,7 @@ class MapText:
             tuple(own[i] for i in draw.permutation(len(own)))
             for own in (tuple(lesson.prompt for lesson in lessons), plain)
         )
-        return cls(tuple(general), known, unknown, max_tokens)
+        return cls(tuple(general), known, unknown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +182,7 @@ class Carried:
     """A source vector in the target's space, and what it is compared with; all at the native one's norm.
 
     Args:
-        source_site: Where it comes from.
+        source: The vector that is carried.
         native: The target's own vector.
         mapped: The source's, through the map.
         shuffled: The source's, through a map of shuffled pairs.
@@ -195,7 +192,7 @@ class Carried:
         r2: Of the map, on test documents, mean over target dimensions.
     """
 
-    source_site: Site
+    source: SteeringVector
     native: SteeringVector
     mapped: SteeringVector
     shuffled: SteeringVector
@@ -229,7 +226,7 @@ class Carried:
         moved = mapping.transport(vector).with_scale(scale)
         score = mapping.score_test
         return cls(
-            source_site=vector.space.site,
+            source=vector,
             native=native,
             mapped=scaled(moved),
             shuffled=scaled(control.transport(vector).with_scale(scale)),
@@ -254,11 +251,15 @@ class _Choice:
     operator: Operator
     carried: Carried
 
+    @property
+    def added_everywhere(self) -> bool:
+        return isinstance(self.operator, Add) and self.recipe.positions == "all"
+
     def record(self) -> dict[str, Any]:
         own = self.carried
         return {
             "operator": repr(self.operator),
-            "source_layer": own.source_site.layer,
+            "source_layer": own.source.space.site.layer,
             "target_layer": own.native.space.site.layer,
             "cosine": own.cosine,
             "norm_ratio": own.norm_ratio,
@@ -295,7 +296,7 @@ def _runs(choice: _Choice, random_seeds: int, seed: int) -> list[_Run]:
         "random": [random_like(own.native, seed=seed + k).about(centre) for k in range(random_seeds)],
         "shuffled": [own.shuffled],
     }
-    if isinstance(choice.operator, Add) and choice.recipe.positions == "all":
+    if choice.added_everywhere:
         arms["mapped with the bias"] = [own.biased]
     return [_Run(arm, choice, group, [choice.operator] * len(group)) for arm, group in arms.items()]
 
@@ -383,7 +384,7 @@ def backdoor_removal(
         raise PromptError(f"backdoor_removal: needs at least 3 neutral texts, got {len(neutral)}")
     calibration, neutral_evaluation = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
     limit = min(192, context_length(source), context_length(target))
-    text = MapText.of(curriculum.map, passages[:400] if general is None else general, max_tokens=limit, seed=seed)
+    text = MapText.of(curriculum.map, passages[:400] if general is None else general, seed=seed)
     if ways is None:
         ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered])
 
@@ -405,11 +406,12 @@ def backdoor_removal(
             records.append(record | _means(own) | {"score": own.score})
         return int(np.argmax([own.score for own in found]))
 
+    every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
+    spread = capture(target, text.general[:32], every, tokens="all", max_tokens=limit, progress=progress)
     natives: list[SteeringVector] = []
     for recipe in ways:
         sites = recipe.target_sites
         own = recipe.vectors(target, curriculum.vector, sites, label=name, progress=progress)
-        spread = capture(target, text.general[:32], sites, tokens="all", max_tokens=limit, progress=progress)
         candidates = [own[site].with_scale(spread[site].values.to(torch.float32).std(0)) for site in sites]
         chosen = best("target layer", recipe, [(v.space.site, v, recipe.operators[0]) for v in candidates])
         natives.append(candidates[chosen])
@@ -447,9 +449,9 @@ def backdoor_removal(
         native = rough.with_scale(moments.scale(rough.space.site))
         theirs = recipe.vectors(source, curriculum.vector, recipe.source_sites, label=name, progress=progress)
         carried = [Carried.of(vector, native, moments, fitter) for vector in theirs.values()]
-        at = best("source layer", recipe, [(c.source_site, c.mapped, recipe.operators[0]) for c in carried])
+        at = best("source layer", recipe, [(c.source.space.site, c.mapped, recipe.operators[0]) for c in carried])
         own = carried[at]
-        at = best("strength", recipe, [(own.source_site, own.mapped, operator) for operator in recipe.operators])
+        at = best("strength", recipe, [(own.source.space.site, own.mapped, operator) for operator in recipe.operators])
         choices.append(_Choice(recipe, recipe.operators[at], own))
     clock.lap("choosing source layers and strengths")
 
@@ -457,7 +459,7 @@ def backdoor_removal(
     for choice in choices:
         own = _runs(choice, random_seeds, seed)
         runs += own
-        if isinstance(choice.operator, Add) and choice.recipe.positions == "all":
+        if choice.added_everywhere:
             runs += _at_equal_kl(target, own, calibration, neutral_tokens, progress)
     clock.lap("calibrating to equal KL")
 
@@ -503,8 +505,8 @@ def backdoor_removal(
 
     choice = next((c for c in choices if c.recipe.name == CLAMPED), choices[0])
     curve = []
-    pair = ((choice.carried.source_site, choice.carried.native.space.site),)
-    (vector,) = choice.recipe.vectors(source, curriculum.vector, [pair[0][0]], label=name, progress=progress).values()
+    vector, native = choice.carried.source, choice.carried.native
+    pair = ((vector.space.site, native.space.site),)
     for trigger, prompts in (("known", text.known), ("unknown", text.unknown)):
         total, read = moments_of_general.only(pair), 0
         for amount in sorted({min(a, len(prompts)) for a in amounts}):
@@ -512,7 +514,7 @@ def backdoor_removal(
                 total, read = total + moments_of(prompts[read:amount], pair), amount
             if amount == 0 and curve:
                 continue  # without any, known or not is the same
-            own = Carried.of(vector, choice.carried.native.with_scale(total.scale(pair[0][1])), total, fitter)
+            own = Carried.of(vector, native.with_scale(total.scale(native.space.site)), total, fitter)
             setting = choice.recipe.setting(own.mapped, choice.operator)
             (found,) = evaluation.measure([setting], sides=("triggered",), progress=progress)
             curve.append(
@@ -606,9 +608,6 @@ def verdict(study: Study) -> str:
             f"{recipe}: mapped {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n}, {costs} ({others})"
         )
     return "; ".join(said)
-
-
-STRICTER = ("unchanged", "word for word")  # names of what is there less strictly too
 
 
 def _in_short(arm: StudyArm) -> str:

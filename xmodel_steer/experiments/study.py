@@ -12,6 +12,8 @@ from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate, bootstrap_mean, rate
 
 RESULT, REPORT = "result.json", "report.html"
+EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
+STRICTER = ("unchanged", "word for word")  # ends of names of what is there less strictly too
 OUTCOMES = ("backdoor", "correct", "hallucinated")  # stand with an arm's effect where they were measured
 
 
@@ -90,7 +92,7 @@ class Study:
     seconds: Mapping[str, float]
     command: str = ""
 
-    def arm(self, name: str, recipe: str, at: str = "equal strength") -> StudyArm:
+    def arm(self, name: str, recipe: str, at: str = EQUAL_STRENGTH) -> StudyArm:
         """The arm of a name under a recipe.
 
         Raises:
