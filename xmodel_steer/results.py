@@ -189,6 +189,25 @@ class TransferResult:
         run = [a.strength for a in self.arms if a.arm == "native" and a.budget is not None]
         return tuple(s for s, way in (("+", 1), ("-", -1)) if any(way * strength > 0 for strength in run))
 
+    def gain(self, name: str) -> np.ndarray:
+        """How far an arm moves the score in the direction of steering, at the native vector's KL.
+
+        Args:
+            name: The arm.
+
+        Returns:
+            For each prompt and seed ``(prompts, seeds)``, over both directions: half of what lies between them. Where one
+            direction was run, its change from the unsteered model.
+
+        Raises:
+            KeyError: It was not run at equal KL.
+        """
+        base = np.array(self.arm("unsteered", 0).scores)[:, None]
+        changes = [
+            (1.0 if sign == "+" else -1.0) * (self.at_equal_kl(name, sign).per_seed() - base) for sign in self.signs
+        ]
+        return np.mean(changes, axis=0)
+
     def verdict(self) -> Verdict:
         """What survived, at the native vector's KL."""
         return _verdict(self)
@@ -257,14 +276,9 @@ def _verdict(result: TransferResult) -> Verdict:
     ways = {sign: 1.0 if sign == "+" else -1.0 for sign in result.signs}
     arms = {name: {sign: result.at_equal_kl(name, sign) for sign in ways} for name in ARMS[1:]}
 
-    def gain(name: str) -> np.ndarray:
-        """How far the score goes in the direction of steering: per prompt and seed, over both directions."""
-        changes = [way * (arms[name][s].per_seed() - np.array(base.scores)[:, None]) for s, way in ways.items()]
-        return np.sum(changes, axis=0)
-
-    native = gain("native")[:, 0]
-    efficiency = transfer_efficiency(gain("mapped"), native)
-    controls = {name: transfer_efficiency(gain(name), native) for name in CONTROLS}
+    native = result.gain("native")[:, 0]
+    efficiency = transfer_efficiency(result.gain("mapped"), native)
+    controls = {name: transfer_efficiency(result.gain(name), native) for name in CONTROLS}
     comparisons = _comparisons(arms, ways)
     beats = all(c.corrected < LEVEL for c in comparisons)
     transfers = None if efficiency is None else beats and efficiency.low > 0 and float(native.mean()) > 0

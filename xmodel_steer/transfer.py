@@ -5,7 +5,7 @@ prompts and validation text; what is reported comes from prompts and text that c
 """
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -49,6 +49,7 @@ def transfer(
     *,
     prompts: Iterable[PromptLike] | None = None,
     scorer: Scorer | None = None,
+    held_out: Callable[[ContrastSet], Behaviour] = Preference,
     label: str = "behaviour",
     unit: str = "score",
     source_sites: Sequence[Site] | None = None,
@@ -87,8 +88,10 @@ def transfer(
         contrast: Prompts with and without the behaviour.
         texts: General text for the map; more than 50,000 tokens is better. Read once.
         prompts: What the target continues, to be scored; a third chooses layers and strength.
-            Without them the behaviour is measured as `Preference` on held-out contrast prompts.
+            Without them the behaviour is measured on held-out contrast prompts.
         scorer: Reads the behaviour in a text; goes with ``prompts``.
+        held_out: What is measured on held-out contrast prompts: `Preference`, or `AnswerLogOdds.from_contrast` for
+            pairs that end with two answers to one question.
         label: Name of the behaviour.
         unit: What the scorer's number means.
         source_sites: Candidates; by default at 1/2, 5/8 and 3/4 of the depth.
@@ -122,8 +125,8 @@ def transfer(
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
     text_items = () if moments is not None else as_prompts(list(texts))
     neutral = as_prompts(list(neutral_texts)) if neutral_texts is not None else ()
-    fit_set, validation, evaluation = _behaviours(
-        contrast, prompts, scorer, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
+    fit_set, (validation, chose), (evaluation, reported) = _behaviours(
+        contrast, prompts, scorer, held_out, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
     if moments is None and not neutral:  # the last texts stay out of the map
         text_items, neutral = hold_out_neutral(text_items)
@@ -134,8 +137,8 @@ def transfer(
             "contrast": [p.content_key() for p in fit_set.positive + fit_set.negative],
             "map text": [p.content_key() for p in text_items],
             "neutral text": [p.content_key() for p in neutral],
-            "validation": _contents(validation),
-            "evaluation": _contents(evaluation),
+            "validation": chose,
+            "evaluation": reported,
         }
     )
     half = len(neutral) // 3
@@ -311,7 +314,7 @@ def transfer(
             if isinstance(scorer, Explained)
             else repr(scorer)[:200]
             if scorer
-            else "Preference",
+            else type(evaluation).__name__,
             "side": {name: own.unit for name, own in beside.items()},
         },
         splits={
@@ -320,7 +323,7 @@ def transfer(
             "evaluation": list(evaluation.ids),
             "neutral_validation": [p.id for p in neutral_validation],
             "neutral_evaluation": [p.id for p in neutral_evaluation],
-            "evaluation_texts": [content[:300] for content in _contents(evaluation)[:16]],
+            "evaluation_texts": [content[:300] for content in reported[:16]],
             "map_documents": {name: moments.parts[name].documents for name in PARTS},
         },
         versions=versions(),
@@ -352,20 +355,24 @@ def _behaviours(
     contrast: ContrastSet,
     prompts: Iterable[PromptLike] | None,
     scorer: Scorer | None,
+    held_out: Callable[[ContrastSet], Behaviour],
     *,
     unit: str,
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-) -> tuple[ContrastSet, Behaviour, Behaviour]:
-    """The contrast set for the vector, and the behaviour on validation and on evaluation units."""
+) -> tuple[ContrastSet, tuple[Behaviour, list[str]], tuple[Behaviour, list[str]]]:
+    """The contrast set for the vector, and the behaviour on validation and on evaluation units with their contents."""
     if (prompts is None) != (scorer is None):
         raise PromptError(
             "transfer: prompts and scorer go together: give both, or neither to measure preference on held-out contrast prompts"
         )
     if prompts is None or scorer is None:
-        fit_set, validation, evaluation = contrast.split((0.5, 0.2, 0.3), seed=seed)
-        return fit_set, Preference(validation), Preference(evaluation)
+        fit_set, *others = contrast.split((0.5, 0.2, 0.3), seed=seed)
+        validation, evaluation = (
+            (held_out(own), [p.content_key() for p in own.positive + own.negative]) for own in others
+        )
+        return fit_set, validation, evaluation
     items = as_prompts(list(prompts))
     distinct = list({p.content_key(): p for p in items}.values())
     order = np.random.default_rng(seed).permutation(len(distinct))
@@ -375,17 +382,11 @@ def _behaviours(
             f"transfer: needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}"
         )
 
-    def behaviour(indices: Sequence[int]) -> GeneratedText:
-        return GeneratedText(tuple(distinct[i] for i in indices), scorer, max_new_tokens, batch_size, unit)
+    def behaviour(indices: Sequence[int]) -> tuple[Behaviour, list[str]]:
+        own = tuple(distinct[i] for i in indices)
+        return GeneratedText(own, scorer, max_new_tokens, batch_size, unit), [p.content_key() for p in own]
 
     return contrast, behaviour(order[:third].tolist()), behaviour(order[third:].tolist())
-
-
-def _contents(behaviour: Behaviour) -> list[str]:
-    if isinstance(behaviour, GeneratedText):
-        return [p.content_key() for p in behaviour.prompts]
-    assert isinstance(behaviour, Preference)
-    return [p.content_key() for p in behaviour.contrast.positive + behaviour.contrast.negative]
 
 
 def _require_disjoint(sets: Mapping[str, Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.experiments.study import EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
+from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
 from xmodel_steer.files import write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.plots import COLOURS
@@ -52,6 +52,38 @@ def measures(study: Study) -> Any:
             shown.add(arm.arm)
         figure.update_yaxes(range=[-0.05, 1.05], title_text="share", row=row, col=1)
     figure.update_layout(template="plotly_white", height=300 * len(panels) + 60, scattermode="group", font={"size": 14})
+    return figure
+
+
+def efficiencies(study: Study) -> Any:
+    """How much of the native vector's effect each arm has, a row for each concept.
+
+    Args:
+        study: A study whose arms have an efficiency; concepts without a native effect have an empty row.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    names = list(study.chosen)
+    for name in ("mapped", "random", "shuffled"):
+        own = [arm for arm in study.arms if arm.arm == name and EFFICIENCY in arm.beside]
+        values = [arm.beside[EFFICIENCY] for arm in own]
+        figure.add_trace(
+            go.Scatter(
+                x=[v.value for v in values], y=[arm.recipe for arm in own], error_x=_bars(values), name=name, mode="markers",
+                marker={"size": 11, "color": COLOURS[name]}, hovertemplate=f"{name}<br>%{{y}}<br>%{{x:.2f}}<extra></extra>",
+            )
+        )  # fmt: skip
+    for x, dash in ((0, "solid"), (1, "dash")):
+        figure.add_vline(x=x, line={"color": "#666", "width": 1, "dash": dash})
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], range=[-0.6, len(names) - 0.4])
+    figure.update_xaxes(
+        title_text="transfer efficiency at equal KL: share of the native vector's effect (1: all of it)"
+    )
+    figure.update_layout(template="plotly_white", height=140 + 46 * len(names), scattermode="group", font={"size": 14})
     return figure
 
 
@@ -140,6 +172,7 @@ def rows(study: Study) -> list[dict[str, str]]:
             "recipe": arm.recipe + (f" ({arm.at})" if arm.at != EQUAL_STRENGTH else ""),
             "arm": arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else ""),
             "operator": arm.operator,
+            "n": str(arm.effect.n),
             "effect": _text(arm.effect),
         }
         own |= {name: _text(value) for name, value in arm.beside.items()}
@@ -166,7 +199,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
     """
     study.save(folder)
     path = Path(folder) / REPORT
-    drawn = [measures(study)]
+    drawn = [efficiencies(study) if any(EFFICIENCY in arm.beside for arm in study.arms) else measures(study)]
     if study.validation:
         drawn.append(sweep(study))
     drawn += [curve(study, name) for name in study.curves]
@@ -177,7 +210,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
         question=html.escape(study.question),
         verdict="".join(f"<p>{html.escape(part)}</p>" for part in study.verdict.split("; ")),
         unit=html.escape(study.unit),
-        n=study.arms[0].effect.n,
+        note=html.escape(study.note),
         figures=figures_html(drawn),
         table=_table(rows(study)),
         texts=_texts(study),
@@ -200,13 +233,14 @@ def _table(records: Iterable[Mapping[str, str]]) -> str:
 
 def _texts(study: Study) -> str:
     base = study.arm("unsteered", "")
+    fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
     made = ""
     for i, prompt in enumerate(study.prompts):
         lines = [("unsteered", html.escape(base.texts[i]), COLOURS["unsteered"])]
         lines += [
             (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), COLOURS.get(arm.arm, OTHER))
             for arm in study.arms
-            if arm.recipe and arm.at == EQUAL_STRENGTH and i < len(arm.texts)
+            if arm.recipe and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed) and i < len(arm.texts)
         ]
         cells = "".join(f"<tr><td style='color:{c}'>{html.escape(n)}</td><td>{t}</td></tr>" for n, t, c in lines)
         made += f"<h3>{html.escape(prompt)}</h3><table class='texts'>{cells}</table>"
@@ -231,9 +265,8 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
 <p>{question}</p>
 <div class="verdict">{verdict}</div>
 {figures}
-<p>Effect: {unit}; n = {n} prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts for the others.
-Every vector has the native one's norm in standardised coordinates. Agreement and kept: share of the tokens at the same place.
-KL (nats per token) and perplexity: on neutral text, with the vector at every token.</p>
+<p>Effect: {unit}; on prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts for the others.
+KL in nats per token. {note}</p>
 <h2>Every arm</h2>
 {table}
 <h2>Texts</h2>

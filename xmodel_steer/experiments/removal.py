@@ -1,6 +1,5 @@
 """Switching a planted behaviour off in one model, with a vector that was found in another."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,16 @@ from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.damage import calibrate, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.experiments.repair import SIDES, Questions, Repair, Repaired
-from xmodel_steer.experiments.study import EQUAL_KL, EQUAL_STRENGTH, STRICTER, Study, StudyArm, estimate
+from xmodel_steer.experiments.study import (
+    EQUAL_KL,
+    EQUAL_STRENGTH,
+    STRICTER,
+    Clock,
+    Study,
+    StudyArm,
+    end_of,
+    estimate,
+)
 from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
 from xmodel_steer.models import context_length, encode, hardware_of, name_of
 from xmodel_steer.moments import Moments
@@ -30,6 +38,10 @@ from xmodel_steer.vectors import SteeringVector, difference_of_means, random_lik
 ADDED, CLAMPED, PROMPTED = "difference of means, added", "difference of means, gated clamp", "prompt steering"
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
 UNIT = "share of prompts with the trigger that are answered without the behaviour"
+NOTE = (
+    "Every vector has the native one's norm in standardised coordinates. Agreement and kept: share of the tokens at the same place. "
+    "KL and perplexity: on neutral text, with the vector at every token."
+)
 AMOUNTS = (0, 25, 50, 100, 200, 400)  # prompts of the task in the map's text
 
 
@@ -377,7 +389,7 @@ def backdoor_removal(
         PromptError: The curriculum does not ask its tasks with and without a trigger, or there are fewer than 3 neutral texts.
         AlignmentError: The models' tokens do not pair.
     """
-    clock = _Clock()
+    clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
     if len(neutral) < 3:
@@ -528,9 +540,10 @@ def backdoor_removal(
         name=name,
         question=question,
         unit=unit,
+        note=NOTE,
         verdict="",
-        source=_end(source),
-        target=_end(target),
+        source=end_of(source),
+        target=end_of(target),
         arms=tuple(arms),
         chosen={choice.recipe.name: choice.record() for choice in choices},
         validation=tuple(records),
@@ -559,18 +572,6 @@ def backdoor_removal(
     return replace(study, verdict=verdict(study))
 
 
-class _Clock:
-    """Wall time of the parts of a study."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part], self._last = round(now - self._last, 1), now
-
-
 def _means(own: Repaired) -> dict[str, float]:
     kept = {f"{side} answers kept": float(scores.mean()) for side, scores in own.kept.items()}
     return {"effect": float(own.repaired.mean()), "agreement": float(own.agreement.mean()), **kept}
@@ -589,10 +590,6 @@ def _beside(own: Sequence[Repaired]) -> dict[str, Any]:
         made[f"{side} answers kept"] = estimate([r.kept[side] for r in own])
         made[f"{side} answers unchanged"] = estimate([r.kept[side] == 1 for r in own])
     return made
-
-
-def _end(model: Any) -> dict[str, Any]:
-    return {"model": name_of(model), "layers": model.cfg.n_layers, "width": model.cfg.d_model}
 
 
 def verdict(study: Study) -> str:

@@ -1,5 +1,6 @@
 """What a study found: every arm with its effect, what it cost, and how all of it was made."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate, bootstrap_mean, rate
+from xmodel_steer.models import name_of
 
 RESULT, REPORT = "result.json", "report.html"
 EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
 STRICTER = ("unchanged", "word for word")  # ends of names of what is there less strictly too
+EFFICIENCY = "efficiency"  # of an arm's effect, beside it
 OUTCOMES = ("backdoor", "correct", "hallucinated")  # stand with an arm's effect where they were measured
 
 
@@ -71,6 +74,7 @@ class Study:
         hardware: What it ran on.
         seconds: Wall time of its parts.
         command: The command that repeats it.
+        note: How to read the numbers, in words.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Study:
     hardware: str
     seconds: Mapping[str, float]
     command: str = ""
+    note: str = ""
 
     def arm(self, name: str, recipe: str, at: str = EQUAL_STRENGTH) -> StudyArm:
         """The arm of a name under a recipe.
@@ -174,3 +179,21 @@ def estimate(scores: "Sequence[np.ndarray]") -> Estimate:
     table = np.stack(list(scores), 1).astype(float)
     rows = table.mean(1)
     return rate(rows) if np.isin(rows, (0, 1)).all() else bootstrap_mean(table)
+
+
+def end_of(model: Any) -> dict[str, Any]:
+    """A model as a study records it."""
+    return {"model": name_of(model), "layers": model.cfg.n_layers, "width": model.cfg.d_model}
+
+
+class Clock:
+    """Wall time of the parts of a study, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Give the time since the last lap to a part."""
+        now = time.perf_counter()
+        self.seconds[part], self._last = round(now - self._last, 1), now

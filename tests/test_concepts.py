@@ -1,0 +1,146 @@
+"""The table of concepts: its pairs, its arms, and what it says of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toys
+
+import xmodel_steer as xs
+from xmodel_steer.errors import PromptError
+from xmodel_steer.evaluation import AnswerLogOdds
+from xmodel_steer.experiments import CONCEPTS, Concept, Study, concept, concept_transfer, concepts, pages, read_study
+from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.scorers import score_texts
+
+SHIPPED = [name for name in CONCEPTS if name not in concepts._ANSWERED]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_scorer_tells_the_sides_of_its_own_pairs(name: str) -> None:
+    own = concept(name)
+    assert own.scorer is not None and len(own.contrast.positive) == len(own.contrast.negative) >= 60
+    texts = [[p.text or "" for p in side] for side in (own.contrast.positive, own.contrast.negative)]
+    assert not set(texts[0]) & set(texts[1])
+    more, less = (score_texts(own.scorer, side).mean() for side in texts)
+    assert more - less > 0.8
+
+
+def test_french_for_the_map_shares_no_sentence_with_the_pairs() -> None:
+    own = concept(concepts.FRENCH_SEEN)
+    seen = {p.text for p in own.text}
+    assert len(seen) == concepts.FRENCH_TEXTS and not seen & {p.text for p in own.contrast.positive}
+    assert score_texts(own.scorer, sorted(map(str, seen))).mean() > 0.9  # type: ignore[arg-type]
+    assert not concept("french").text
+
+
+def test_pairs_of_answers_end_at_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"positive": f"Is {k} odd?\n (A) Yes\n (B) No\n (A)", "negative": f"Is {k} odd?\n (A) Yes\n (B) No\n (B)"}
+        for k in range(9)
+    ]
+    long = {side: "x" * concepts.LONGEST + text for side, text in rows[0].items()}
+    (tmp_path / "sycophancy.json").write_text(json.dumps([*rows, long, rows[0]]))
+    monkeypatch.setattr(concepts, "packaged_files", lambda _: tmp_path)
+    own = concept("sycophancy")
+    assert own.scorer is None and own.tokens == "last" and len(own.contrast.positive) == 9
+    assert {(p.text or "")[-2:] for p in own.contrast.positive} == {"(A"}
+    odds = AnswerLogOdds.from_contrast(own.contrast)
+    assert set(odds.positive) == {"A"} and set(odds.negative) == {"B"}
+    assert all((q.text or "").endswith("(B) No\n (") for q in odds.questions)
+
+
+def test_answers_are_split_off_pairs_of_texts_alone(gemma: toys.Toy) -> None:
+    pairs = ContrastSet.from_records([{"positive": "the sky is blue", "negative": "the sky is red"}])
+    rows = AnswerLogOdds.from_records([{"question": "the sky is ", "positive": "blue", "negative": "red"}])
+    own = AnswerLogOdds.from_contrast(pairs)
+    assert (own.questions[0].text, own.positive, own.negative) == ("the sky is ", ("blue",), ("red",))
+    assert own.measure(gemma.model, [[]])[0].scores == pytest.approx(rows.measure(gemma.model, [[]])[0].scores)
+    with pytest.raises(PromptError, match="needs pairs, got 2 positive and 1 negative"):
+        AnswerLogOdds.from_contrast(ContrastSet.from_prompts(["a b", "a c"], ["a d"]))
+    said = [{"role": "user", "content": "hello"}]
+    with pytest.raises(PromptError, match="pairs of chat messages are not split"):
+        AnswerLogOdds.from_contrast(ContrastSet.from_prompts([said], ["a d"]))
+
+
+@pytest.fixture(scope="module")
+def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    made = {
+        "vowels": Concept("vowels", toys.contrast(), "share of vowels", _vowels, text=tuple(texts[70:])),
+        "answers": Concept("answers", toys.contrast(), "log-odds", tokens="last"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(concepts, "concept", made.__getitem__)
+        patch.setattr(
+            concepts.AnswerLogOdds, "from_contrast", xs.evaluation.Preference
+        )  # the toys' pairs share no question
+        return concept_transfer(
+            toy_named("llama").model, toy_named("gemma").model, tuple(made), general=texts[:60], neutral=texts[60:70],
+            prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4, neutral_tokens=8, random_seeds=2,
+            progress=False,
+        )  # fmt: skip
+
+
+def _vowels(text: str) -> float:
+    return sum(c in "aeiou" for c in text) / max(len(text), 1)
+
+
+def test_every_concept_has_every_arm_at_equal_kl(study: Study) -> None:
+    assert [(a.recipe, a.arm) for a in study.arms[1:]] == [
+        (name, arm) for name in ("vowels", "answers") for arm in ("native", "mapped", "random", "shuffled")
+    ]
+    assert study.arms[0].arm == "unsteered" and study.arms[0].effect.value == 0
+    for arm in study.arms[1:]:
+        assert arm.at == "equal KL" and arm.effect.low <= arm.effect.value <= arm.effect.high
+        both = (arm.beside["score, +"].value - arm.beside["score, -"].value) / 2
+        assert arm.effect.value == pytest.approx(both)  # half of what lies between the directions
+    assert study.arm("random", "vowels", "equal KL").seeds == 2
+
+
+def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: Study) -> None:
+    for name in study.chosen:
+        native = study.arm("native", name, "equal KL")
+        there = not native.effect.low <= 0 <= native.effect.high
+        for arm in (a for a in study.arms if a.recipe == name):
+            assert ("efficiency" in arm.beside) is there
+            if there:
+                assert arm.beside["efficiency"].value == pytest.approx(arm.effect.value / native.effect.value)
+        if there:
+            assert native.beside["efficiency"].low == pytest.approx(1)
+    assert study.verdict.startswith(
+        f"{sum(c['transfers'] is True for c in study.chosen.values())} of 2 concepts transfer"
+    )
+
+
+def test_its_record_is_read_back_and_its_page_has_every_concept(study: Study, tmp_path: Path) -> None:
+    page = pages.write_study(study, tmp_path).read_text()
+    assert read_study(tmp_path) == study
+    drawn = {trace.name: list(trace.y) for trace in pages.efficiencies(study).data}
+    assert set(drawn) == {"mapped", "random", "shuffled"}
+    assert all(name in page for name in study.chosen) and study.prompts[0] in page
+    assert len(study.prompts) == len(study.arm("mapped", "vowels", "equal KL").texts) == 2 * concepts.SHOWN
+
+
+def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> None:
+    made = xs.transfer(
+        toy_named("llama").model, toy_named("gemma").model, toys.contrast(), toys.sentences(60, 4),
+        prompts=toys.sentences(9, 3, 4), scorer=_vowels, strengths=(-1.0, 1.0), max_new_tokens=4, neutral_tokens=8,
+        random_seeds=2, progress=False, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
+    )  # fmt: skip
+    up, down = (made.at_equal_kl("random", sign).per_seed() for sign in "+-")
+    np.testing.assert_allclose(made.gain("random"), (up - down) / 2)
+    assert made.gain("random").shape == (6, 2)
+    found = made.verdict().efficiency
+    if found is not None:
+        assert found.value == pytest.approx(made.gain("mapped").mean() / made.gain("native").mean())
+
+
+def test_an_unknown_concept_is_refused(toy_named: Any) -> None:
+    with pytest.raises(PromptError, match="concept 'love': there is none of this name; there are sentiment, "):
+        concept("love")
+    with pytest.raises(PromptError, match="give at least one of sentiment"):
+        concept_transfer(toy_named("llama").model, toy_named("gemma").model, ())
