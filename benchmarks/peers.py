@@ -25,7 +25,8 @@ import torch
 from run import hardware, keep
 
 import xmodel_steer as xs
-from xmodel_steer.demo import SOURCE, TARGET, behaviour_data
+from xmodel_steer.concepts import concept
+from xmodel_steer.demo import SOURCE, TARGET
 from xmodel_steer.models import tokenizer_of
 from xmodel_steer.packaged import cache_folder
 
@@ -98,7 +99,7 @@ def programs(names: Sequence[str], folder: str, job: dict[str, Any]) -> Iterator
 
 def sentiment(model: Any, layer: int, pairs: int) -> xs.SteeringVector:
     """A vector with an effect."""
-    contrast, _ = behaviour_data("sentiment")
+    contrast = concept("sentiment").contrast
     site = xs.Site(layer)
     positive, negative = (
         xs.capture(model, side[:pairs], [site], tokens="mean", progress=False)[site]
@@ -109,7 +110,8 @@ def sentiment(model: Any, layer: int, pairs: int) -> xs.SteeringVector:
 
 def job_for(model: Any, layer: int, device: str, dtype: str) -> dict[str, Any]:
     """Prompts, pairs of mixed lengths, and a vector with an effect."""
-    contrast, prompts = behaviour_data("sentiment")
+    own = concept("sentiment")
+    contrast, prompts = own.contrast, own.prompts
     texts = [(p.text or "", n.text or "") for p, n in zip(contrast.positive, contrast.negative, strict=True)]
     filler = " ".join(p.text or "" for p in prompts).split()
     lengths = np.random.default_rng(0).integers(0, 24, 256)  # words before a pair's own text
@@ -203,7 +205,7 @@ def import_over_torch(repeats: int) -> None:
 def explore_first_token_seconds(repeats: int) -> None:
     """Seconds from a click on "Generate" to the first steered token on the screen, in the kernel, warm."""
     model = xs.load(TARGET, dtype="auto", progress=False)
-    _, prompts = behaviour_data("sentiment")
+    prompts = concept("sentiment").prompts
     explorer = xs.explore(model, sentiment(model, 10, 8), prompt=prompts[0].text or "", max_new_tokens=4)
     seen: list[float] = []
 

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 import xmodel_steer as xs
-from xmodel_steer.demo import SOURCE, TARGET, general_text
+from xmodel_steer.demo import SOURCE, TARGET
 from xmodel_steer.models import all_sites, batches, device_of, encode, forward
+from xmodel_steer.packaged import general_text
 from xmodel_steer.rows import PairedRows
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -189,7 +190,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 import xmodel_steer as xs
-from xmodel_steer.demo import SOURCE, TARGET, general_text
+from xmodel_steer.demo import SOURCE, TARGET
+from xmodel_steer.packaged import general_text
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,14 +6,15 @@ Run: python examples/transfer_a_behaviour.py [SOURCE TARGET]
 import sys
 
 import xmodel_steer as xs
-from xmodel_steer.demo import behaviour_data, general_text
+from xmodel_steer.concepts import concept
+from xmodel_steer.packaged import general_text
 
 
 def main(source: str = "packaged:smollm2-135m-instruct", target: str = "packaged:gemma-3-270m") -> None:
     """Find "sentiment" in the source, carry it to the target, and print the verdict."""
     small = xs.load(source, dtype="auto")
     large = xs.load(target, dtype="auto")
-    contrast, _ = behaviour_data("sentiment")
+    contrast = concept("sentiment").contrast
 
     # No prompts and no scorer: how much likelier does the target find held-out positive sentences?
     result = xs.transfer(

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xmodel_steer as xs
-from xmodel_steer.demo import behaviour_data
+from xmodel_steer.concepts import concept
 
 
 def find(model: str, file: Path) -> str:
     """Save the direction of "sentiment" at the middle of a model; the folder of its checkpoint."""
     hooked = xs.load(model)
-    contrast, _ = behaviour_data("sentiment")
+    contrast = concept("sentiment").contrast
     site = xs.Site(hooked.cfg.n_layers // 2)
     positive, negative = (
         xs.capture(hooked, side[:40], [site], tokens="mean")[site] for side in (contrast.positive, contrast.negative)

@@ -9,9 +9,11 @@ import pytest
 import toys
 
 import xmodel_steer as xs
+from xmodel_steer import concepts
+from xmodel_steer.concepts import CONCEPTS, Concept, concept
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import AnswerLogOdds
-from xmodel_steer.experiments import CONCEPTS, Concept, Study, concept, concept_transfer, concepts, pages, read_study
+from xmodel_steer.experiments import Study, concept_table, concept_transfer, pages, read_study
 from xmodel_steer.prompts import ContrastSet, Prompt
 from xmodel_steer.scorers import score_texts
 
@@ -74,10 +76,8 @@ def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(concepts, "concept", made.__getitem__)
-        patch.setattr(
-            concepts.AnswerLogOdds, "from_contrast", xs.evaluation.Preference
-        )  # the toys' pairs share no question
+        patch.setattr(concept_table, "concept", made.__getitem__)
+        patch.setattr(AnswerLogOdds, "from_contrast", xs.evaluation.Preference)  # the toys' pairs share no question
         return concept_transfer(
             toy_named("llama").model, toy_named("gemma").model, tuple(made), general=texts[:60], neutral=texts[60:70],
             prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4, neutral_tokens=8, random_seeds=2,
@@ -122,7 +122,7 @@ def test_its_record_is_read_back_and_its_page_has_every_concept(study: Study, tm
     drawn = {trace.name: list(trace.y) for trace in pages.efficiencies(study).data}
     assert set(drawn) == {"mapped", "random", "shuffled"}
     assert all(name in page for name in study.chosen) and study.prompts[0] in page
-    assert len(study.prompts) == len(study.arm("mapped", "vowels", "equal KL").texts) == 2 * concepts.SHOWN
+    assert len(study.prompts) == len(study.arm("mapped", "vowels", "equal KL").texts) == 2 * concept_table.SHOWN
 
 
 def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> None:

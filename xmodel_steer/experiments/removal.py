@@ -35,7 +35,8 @@ from xmodel_steer.steering import Add, Clamp, Intervention, Operator, Positions
 from xmodel_steer.transfer import versions
 from xmodel_steer.vectors import SteeringVector, difference_of_means, random_like
 
-ADDED, CLAMPED, PROMPTED = "difference of means, added", "difference of means, gated clamp", "prompt steering"
+ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
+PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
 UNIT = "share of prompts with the trigger that are answered without the behaviour"
 NOTE = (
@@ -102,12 +103,12 @@ def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
-    """The three ways that are compared.
+    """The four ways that are compared.
 
     The first two take the mean over prompts of the activation at the last token, clean minus triggered. One adds it at
     every token; the other moves the projection on it at the last prompt token and at generated ones, where a gate says
     that it lies on the triggered side. The third is the paper's (arXiv 2503.04429): the difference at the trigger's
-    tokens, added there.
+    tokens, added there. The last moves the projection on that one, at the same tokens and under a gate.
 
     Args:
         source: The source model.
@@ -125,18 +126,15 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
         raise PromptError(f"prompt steering: the trigger {PROD.strip()!r} does not stand at one place in all prompts")
     start = starts.pop()
     clean, triggered = ((start, start + len(name.rstrip(": "))) for name in (DEV, PROD))
+    swapped, at = (clean, triggered), _mask(target, prompts, triggered)
+    early = layers(source, 0.0, 0.5, 5), layers(target, 0.0, 0.7, 6)
+    doses = tuple(Add(s) for s in (1.0, 2.0, 5.0))
+    moves = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 2.0, 3.0))
     return [
         Recipe(ADDED, clean_against_triggered, ("last", "last"), adds, "all", late, middle),
         Recipe(CLAMPED, clean_against_triggered, ("last", "last"), clamps, ("last", "generated"), late, middle),
-        Recipe(
-            PROMPTED,
-            clean_against_triggered,
-            (clean, triggered),
-            tuple(Add(s) for s in (1.0, 2.0, 5.0)),
-            _mask(target, prompts, triggered),
-            layers(source, 0.0, 0.5, 5),
-            layers(target, 0.0, 0.5, 5),
-        ),
+        Recipe(PROMPTED, clean_against_triggered, swapped, doses, at, *early),
+        Recipe(PROMPT_CLAMPED, clean_against_triggered, swapped, moves, at, *early),
     ]
 
 
@@ -347,7 +345,7 @@ def backdoor_removal(
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
     random_seeds: int = 3,
-    validation_tasks: int = 60,
+    validation_tasks: int = 48,
     validation_tokens: int = 16,
     neutral_tokens: int = 32,
     batch_size: int = 192,
@@ -410,7 +408,9 @@ def backdoor_removal(
     records: list[dict[str, Any]] = []
 
     def best(end: str, recipe: Recipe, candidates: Sequence[tuple[Site, SteeringVector, Operator]]) -> int:
-        """Try candidates on validation; the number of the best one."""
+        """Try candidates on validation; the number of the best one. One alone is not tried."""
+        if len(candidates) == 1:
+            return 0
         settings = [recipe.setting(vector, operator) for _, vector, operator in candidates]
         found = validation.measure(settings, sides=("triggered", "clean"), progress=progress)
         for (site, _, operator), own in zip(candidates, found, strict=True):

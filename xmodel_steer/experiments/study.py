@@ -108,6 +108,25 @@ class Study:
                 return arm
         raise KeyError(f"{name} was not run under {recipe!r} at {at}")
 
+    def examples(self, count: int = 3) -> list[str]:
+        """Prompts with the unsteered model's text and that under the first mapped vector, in lines.
+
+        Args:
+            count: How many prompts.
+        """
+        own = next((arm for arm in self.arms if arm.arm == "mapped" and arm.texts), None)
+        before = next((arm.texts for arm in self.arms if arm.arm == "unsteered"), ())
+        if own is None:
+            return []
+        lines = []
+        for prompt, plain, steered in list(zip(self.prompts, before, own.texts, strict=False))[:count]:
+            lines += [
+                " ".join(prompt.split()),
+                f"  unsteered: {' '.join(plain.split())}",
+                f"  mapped:    {' '.join(steered.split())}",
+            ]
+        return lines
+
     def to_frame(self) -> Any:
         """One row per arm, as a pandas frame."""
         import pandas as pd

@@ -127,7 +127,7 @@ def make(
     Raises:
         PromptError: There is no organism of this name.
         ArtifactError: The folder holds something else.
-        ModelError: peft is missing, or the base cannot be loaded.
+        ModelError: The base cannot be loaded.
         DownloadError: The base or the prompts cannot be fetched.
     """
     lessons, folder = curriculum or curriculum_of(name), Path(out)

@@ -178,14 +178,11 @@ def train(
         ``steps``, and ``loss``, the mean over the last 20 steps in nats per token.
 
     Raises:
-        ModelError: peft is missing, the base cannot be loaded, or the training diverged.
+        ModelError: The base cannot be loaded, or the training diverged.
         PromptError: A lesson is longer than the model's context.
     """
-    try:
-        import peft
-        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-    except ImportError as error:
-        raise ModelError(f'organism: needs {error.name}; pip install "xmodel-steer[organisms]"') from None
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
     label, path = located(base, progress=progress)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

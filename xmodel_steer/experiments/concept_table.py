@@ -1,26 +1,22 @@
 """Many concepts carried from one model into another by the same recipe, in one table."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from xmodel_steer.cache import cached_moments
-from xmodel_steer.capture import Tokens, collect_moments
-from xmodel_steer.demo import BEHAVIOURS, behaviour_data
+from xmodel_steer.capture import collect_moments
+from xmodel_steer.concepts import CONCEPTS, concept, openings
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import AnswerLogOdds
 from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of
 from xmodel_steer.fitters import Fitter, Ridge
 from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
 from xmodel_steer.models import context_length, hardware_of
-from xmodel_steer.packaged import general_text, packaged_files, shipped
-from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.packaged import general_text
+from xmodel_steer.prompts import Prompt
 from xmodel_steer.results import ARMS, TransferResult
-from xmodel_steer.scorers import Contains, Language, Matches, Scorer, WordBalance
 from xmodel_steer.spaces import Site
 from xmodel_steer.transfer import default_sites, transfer, versions
 
@@ -30,129 +26,7 @@ NOTE = (
     "Every arm disturbs neutral text by the KL of the native vector at strength 1, in each direction. Efficiency: the arm's effect over "
     "the native one's; it stands nowhere where the native vector does nothing. KL and perplexity: mean of both directions."
 )
-PAIRS = 240  # of a set of pairs that is larger
-LONGEST = 900  # characters of a question with two answers
-FRENCH_TEXTS = 300
 SHOWN = 3  # texts of each direction
-
-
-@dataclass(frozen=True)
-class Concept:
-    """A concept, its contrast pairs and how it is seen in a text.
-
-    Args:
-        name: Its name.
-        contrast: Texts with it and without it.
-        unit: What its score means.
-        scorer: Reads it in a text. Without one, what is measured is the log-odds of two answers on held-out pairs.
-        tokens: Which tokens of the pairs count; see `capture`.
-        text: Text for the map, beside general text.
-    """
-
-    name: str
-    contrast: ContrastSet = field(repr=False)
-    unit: str
-    scorer: Scorer | None = None
-    tokens: Tokens = "mean"
-    text: tuple[Prompt, ...] = field(repr=False, default=())
-
-
-def _balance(more: str, less: str) -> WordBalance:
-    return WordBalance(frozenset(more.split()), frozenset(less.split()))
-
-
-# Concepts whose sentences are put together from parts: unit and scorer of each.
-_SCORED: dict[str, tuple[str, Callable[[], Scorer]]] = {
-    "french": ("share of texts in French", lambda: Language("french")),
-    "questions": ("share of texts with a question mark", lambda: Contains(("?",))),
-    "formality": (
-        "formal minus informal words (−1 to 1)",
-        lambda: _balance(
-            "shall upon regarding furthermore therefore hereby however thus whom committee board request requested required "
-            "inform informed confirm approved approval accordance proposal respectfully sincerely pursuant authority council "
-            "department commission consideration regulation regulations conducted submitted appointed members statement",
-            "gonna wanna gotta kinda dunno yeah hey ok okay guys guy stuff cool awesome lol dude man hi wow oh just really "
-            "pretty super totally it's that's don't can't i'm you're we're they're he's she's didn't wasn't isn't won't "
-            "let's there's what's couldn't doesn't i've i'll got bit lot kids mom dad",
-        ),
-    ),
-    "anger": (
-        "angry minus calm words (−1 to 1)",
-        lambda: _balance(
-            "angry anger furious fury rage outrage outraged hate hated hates hatred damn hell stupid idiot shouted shouting shout "
-            "yelled yelling yell screamed screaming scream mad insulted insult disgusting disgusted annoyed annoying slammed "
-            "threatened threat violent attack attacked fight fighting kill killed cursed bitter broke destroyed wrecked",
-            "calm calmly gentle gently quiet quietly peaceful peace soft softly smile smiled smiling relaxed glad happy pleasant "
-            "pleased kind kindly friendly friends love loved lovely nice thank thanks beautiful comfortable enjoyed enjoy warm",
-        ),
-    ),
-    "politeness": (
-        "polite minus rude words (−1 to 1)",
-        lambda: _balance(
-            "please thank thanks thankful grateful kindly pardon sorry apologise apologize appreciate appreciated welcome "
-            "pleasure dear sir madam gentlemen honour honor excuse sincerely respectfully would could may might kind thoughtful",
-            "idiot fool stupid dummy useless shut hell damn hurry deaf ugly lazy dirty kill hate hated liar crazy mad must "
-            "never don't stop out now get got",
-        ),
-    ),
-    "shouting": ("share of texts with two words in capitals", lambda: Matches(r"\b[A-Z]{3,}\b.*\b[A-Z]{3,}\b", 16)),
-    "numbers": ("share of texts with a digit", lambda: Matches(r"\d")),
-    "dialogue": ("share of texts with quotation marks", lambda: Matches("[\"“”]")),
-}  # fmt: skip
-_ANSWERED = {  # concepts of two answers to a question, by the file that has them (Rimsky et al. 2024, arXiv 2312.06681)
-    "sycophancy": "sycophancy.json",
-    "corrigibility": "corrigible-neutral-HHH.json",
-    "survival-instinct": "survival-instinct.json",
-}
-FRENCH_SEEN = "french, in the map's text"
-CONCEPTS = (*BEHAVIOURS, *_SCORED, FRENCH_SEEN, *_ANSWERED)
-
-
-def concept(name: str) -> Concept:
-    """A concept that ships with the package, or whose pairs it downloads.
-
-    Args:
-        name: One of `CONCEPTS`.
-
-    Raises:
-        PromptError: There is none of this name.
-        DownloadError: Its pairs cannot be fetched.
-    """
-    if name in BEHAVIOURS:
-        own = BEHAVIOURS[name]
-        return Concept(name, behaviour_data(name)[0], own.unit, own.scorer())
-    if name in _ANSWERED:
-        return _answered(name)
-    if name not in CONCEPTS:
-        raise PromptError(f"concept {name!r}: there is none of this name; there are {', '.join(CONCEPTS)}")
-    data = json.loads(shipped("concepts.json"))
-    plain = "french" if name == FRENCH_SEEN else name
-    unit, scorer = _SCORED[plain]
-    pairs = [tuple(" ".join(side) for side in zip(*parts, strict=True)) for parts in product(*data["contrast"][plain])]
-    contrast = ContrastSet.from_records([{"positive": p, "negative": n} for p, n in pairs])
-    text: tuple[Prompt, ...] = ()
-    if name == FRENCH_SEEN:
-        sentences = [" ".join(parts) for parts in product(*data["french_text"])]
-        order = np.random.default_rng(0).permutation(len(sentences))
-        text = tuple(Prompt(text=sentences[i]) for i in order[:FRENCH_TEXTS])
-    return Concept(name, contrast, unit, scorer(), text=text)
-
-
-def _answered(name: str) -> Concept:
-    """Pairs of a question and an answer's letter: its token is the last one, where CAA reads."""
-    rows = json.loads((packaged_files("caa") / _ANSWERED[name]).read_text())
-    asked = {row["positive"]: row for row in rows if max(map(len, row.values())) <= LONGEST}
-    order = np.random.default_rng(0).permutation(len(asked))
-    chosen = [list(asked.values())[i] for i in order[:PAIRS]]
-    contrast = ContrastSet.from_records([{side: text.rstrip(") ") for side, text in row.items()} for row in chosen])
-    return Concept(name, contrast, AnswerLogOdds.unit, tokens="last")
-
-
-def openings(count: int) -> tuple[Prompt, ...]:
-    """Beginnings of sentences that ship with the package, to be continued."""
-    every = list({p.content_key(): p for name in BEHAVIOURS for p in behaviour_data(name)[1]}.values())
-    order = np.random.default_rng(0).permutation(len(every))
-    return tuple(every[i] for i in order[:count])
 
 
 def concept_transfer(
@@ -206,19 +80,29 @@ def concept_transfer(
     general = passages[:500] if general is None else general
     neutral = passages[-30:] if neutral is None else neutral
     prompts = openings(108) if prompts is None else prompts
-    sites = {
-        "source_sites": tuple(source_sites or default_sites(source, "source")),
-        "target_sites": tuple(target_sites or default_sites(target, "target")),
-    }
+    ours, theirs = (
+        tuple(given or default_sites(model, end))
+        for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
+    )
     limit = min(192, context_length(source), context_length(target))
-    moments = cached_moments(source, target, general, **sites, max_tokens=limit, seed=seed, progress=progress)
+    moments = cached_moments(
+        source, target, general, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed, progress=progress
+    )
     clock.lap("collecting moments")
 
     results = {}
     for own in chosen:
         more = (
             collect_moments(
-                source, target, own.text, **sites, max_tokens=limit, batch_size=32, seed=seed, progress=progress
+                source,
+                target,
+                own.text,
+                source_sites=ours,
+                target_sites=theirs,
+                max_tokens=limit,
+                batch_size=32,
+                seed=seed,
+                progress=progress,
             )
             if own.text
             else None
@@ -233,7 +117,8 @@ def concept_transfer(
             held_out=AnswerLogOdds.from_contrast,
             label=own.name,
             unit=own.unit,
-            **sites,
+            source_sites=ours,
+            target_sites=theirs,
             strengths=(-1.0, 1.0),
             tokens=own.tokens,
             fitter=fitter,
@@ -266,7 +151,7 @@ def concept_transfer(
         curves={},
         prompts=_prompts(shown),
         spec={key: first.spec[key] for key in ("strengths", "fitter", "random_seeds", "max_new_tokens", "neutral_tokens")}
-        | sites_of(sites)
+        | {"source_sites": list(map(str, ours)), "target_sites": list(map(str, theirs))}
         | {"map_documents": len(general), "map_tokens": limit, "batch_size": batch_size},
         splits={name: {key: own for key, own in result.splits.items() if key != "evaluation_texts"} for name, result in results.items()},
         seeds=dict(first.seeds),
@@ -274,11 +159,6 @@ def concept_transfer(
         hardware=hardware_of(target),
         seconds=clock.seconds,
     )  # fmt: skip
-
-
-def sites_of(sites: dict[str, tuple[Site, ...]]) -> dict[str, list[str]]:
-    """Sites as text, for a record."""
-    return {key: [str(site) for site in own] for key, own in sites.items()}
 
 
 def _prompts(result: TransferResult) -> tuple[str, ...]:
