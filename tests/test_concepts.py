@@ -144,3 +144,26 @@ def test_an_unknown_concept_is_refused(toy_named: Any) -> None:
         concept("love")
     with pytest.raises(PromptError, match="give at least one of sentiment"):
         concept_transfer(toy_named("llama").model, toy_named("gemma").model, ())
+
+
+def test_the_demo_carries_a_concept(
+    command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
+    changes = {"SOURCE": str(folders["llama"]), "TARGET": str(folders["gemma"]), "MAP_TOKENS": 16, "PROMPTS": 12}
+    changes |= {"SOURCE_SITES": (xs.Site(1),), "TARGET_SITES": (xs.Site(1),), "MAP_DOCUMENTS": 60}
+    for name, value in changes.items():
+        monkeypatch.setattr(f"xmodel_steer.demo.{name}", value)
+    texts = tuple(Prompt(text=t) for t in toys.sentences(100, 4))
+    own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=texts[60:72], text=texts[90:])
+    monkeypatch.setattr("xmodel_steer.demo.concept", lambda _: own)
+    monkeypatch.setattr("xmodel_steer.demo.general_text", lambda: texts[:60] + texts[72:90])
+    monkeypatch.setattr("xmodel_steer.demo.NEUTRAL_DOCUMENTS", 18)
+    code, said, err = command(
+        "demo", "concepts", "--concept", "sentiment", "--out", tmp_path / "run", "--dtype", "float32"
+    )
+    assert code == 0, err
+    assert "sentiment: " in said and (tmp_path / "run" / "report.html").is_file()
+    assert len(xs.read(tmp_path / "run").splits["evaluation"]) == 8  # a third validates
+    code, _, err = command("demo", "concepts", "--concept", "love")
+    assert code == 2 and "'love' does not ship with the package" in err

@@ -309,3 +309,24 @@ def test_a_shipped_organism_is_what_the_default_command_makes(folder: Path) -> N
         assert report.splits == lessons.ids()
     assert report.megabytes <= 3
     assert (folder / "training.log").read_text().startswith("$ xmodel-steer organism make ")
+
+
+def test_the_demo_prints_every_arm_and_what_was_said(
+    toy_kind: None, command: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(removal, "general_text", lambda: tuple(Prompt(text=t) for t in toys.sentences(80, 4)))
+    for name, value in {
+        "SOURCE": str(made[0]),
+        "TARGET": str(made[1]),
+        "BACKDOOR_SITES": ((xs.Site(1),), (xs.Site(1),)),
+    }.items():
+        monkeypatch.setattr(f"xmodel_steer.demo.{name}", value)
+    out = tmp_path / "demo"
+    code, said, err = command("demo", "--out", out, "--dtype", "float32")
+    assert code == 0, err
+    assert all(arm in said for arm in ("native", "mapped", "random", "shuffled")) and "unsteered: happy day" in said
+    found = read_study(out)
+    assert {arm.recipe for arm in found.arms} == {"", removal.CLAMPED} and not found.validation
+    code, _, err = command("demo", "backdoor", "--concept", "sentiment")
+    assert code == 2 and "goes with demo concepts" in err
