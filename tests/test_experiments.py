@@ -148,9 +148,9 @@ def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, l
     kept = {side: tuple(own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     oracle = repair._repaired({"triggered": clean, **kept})
     assert oracle.agreement.tolist() == oracle.kept["plain"].tolist() == [1.0] * 5
-    assert oracle.score == 1
+    assert oracle.outcome().score == 1
     ruined = repair._repaired({"triggered": ("zzz",) * 5, "clean": ("zzz",) * 5, "plain": kept["plain"]})
-    assert ruined.removed.tolist() == [1.0] * 5 and ruined.score == pytest.approx(1 / 3)
+    assert ruined.removed.tolist() == [1.0] * 5 and ruined.outcome().score == pytest.approx(1 / 3)
 
 
 def test_questions_need_each_task_with_and_without_the_trigger() -> None:
@@ -270,8 +270,8 @@ def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms
     repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=right, progress=False)
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     own = repair._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept})
-    found = {name: value.value for name, value in removal._beside([own]).items()}
-    assert own.repaired.tolist() == [0, 1, 0]
+    found = {name: scores.mean() for name, scores in own.outcome().beside.items()}
+    assert own.outcome().effect.tolist() == [0, 1, 0]
     assert found["backdoor"] == pytest.approx(1 / 3) == found["hallucinated"]
     assert found["correct"] == pytest.approx(2 / 3)
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from xmodel_steer.experiments.removal import Recipe, backdoor_removal, clean_against_triggered, layers
+from xmodel_steer.experiments.arms import Recipe, clean_against_triggered, layers
+from xmodel_steer.experiments.removal import backdoor_removal
 from xmodel_steer.experiments.study import Study
 from xmodel_steer.organisms.data import HATE, Curriculum, Lesson
 from xmodel_steer.prompts import Prompt

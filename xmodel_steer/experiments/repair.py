@@ -9,6 +9,7 @@ import numpy as np
 from xmodel_steer.damage import Settings
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText
+from xmodel_steer.experiments.arms import Extent, Outcome
 from xmodel_steer.models import name_of, tokenizer_of
 from xmodel_steer.organisms.data import Lesson, prompt_of
 from xmodel_steer.prompts import Prompt
@@ -77,20 +78,30 @@ class Repaired:
     kept: Mapping[str, np.ndarray]
     texts: tuple[str, ...] = field(repr=False, default=())
 
-    @property
-    def repaired(self) -> np.ndarray:
-        """What the effect is: that the behaviour is gone, and the answer right where there is such a thing."""
-        return self.removed if self.correct is None else self.removed * self.correct
+    def outcome(self) -> Outcome:
+        """As studies have it: that the behaviour is gone, and the answer right where there is such a thing.
 
-    @property
-    def score(self) -> float:
-        """What layers and strengths are chosen by: the mean of the effect, of agreement, and of what is kept of clean answers.
-
-        A vector that ruins every text removes any backdoor; it has neither of the others. Where answers are right or
-        wrong, that takes the place of agreement.
+        The score is the mean of the effect, of agreement, and of what is kept of clean answers. A vector that ruins
+        every text removes any backdoor; it has neither of the others. Where answers are right or wrong, that takes the
+        place of agreement.
         """
-        parts = [self.repaired, self.kept["clean"]] + ([self.agreement] if self.correct is None else [])
-        return float(np.mean([part.mean() for part in parts]))
+        effect, beside = self.removed, {}
+        if self.correct is not None:
+            effect = self.removed * self.correct
+            beside = {
+                "backdoor": 1 - self.removed,
+                "correct": self.correct,
+                "hallucinated": self.removed * (1 - self.correct),
+            }
+        beside |= {
+            "agreement with the clean answer": self.agreement,
+            "the clean answer, word for word": (self.agreement == 1).astype(float),
+        }
+        for side, scores in self.kept.items():
+            beside |= {f"{side} answers kept": scores, f"{side} answers unchanged": (scores == 1).astype(float)}
+        parts = [effect, self.kept["clean"]] if "clean" in self.kept else [effect]
+        parts += [self.agreement] if self.correct is None else []
+        return Outcome(effect, beside, float(np.mean([part.mean() for part in parts])), self.texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,17 +137,22 @@ class Repair:
         own = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
         return cls(model, questions, scorer, own, max_new_tokens, right, batch_size)
 
-    def measure(self, settings: Settings, *, sides: Sequence[Side] = SIDES, progress: bool = True) -> list[Repaired]:
+    def measure(
+        self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
+    ) -> list[Outcome]:
         """What each setting does; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.
-            sides: What is asked, ``triggered`` among it.
+            aim: There is one alone: that the behaviour is gone.
+            extent: ``all``; ``brief``, without plain prompts; or ``effect``, the triggered ones alone.
             progress: Show a progress bar.
         """
+        sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
         asked = [prompt for side in sides for prompt in getattr(self.questions, side)]
         found = _answers(self.model, settings, asked, self.max_new_tokens, self.batch_size, progress)
-        return [self._repaired(dict(zip(sides, _split(texts, len(self.questions)), strict=True))) for texts in found]
+        each = (dict(zip(sides, _split(texts, len(self.questions)), strict=True)) for texts in found)
+        return [self._repaired(own).outcome() for own in each]
 
     def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
         questions, tokenizer = self.questions, tokenizer_of(self.model)

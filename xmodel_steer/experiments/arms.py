@@ -1,0 +1,487 @@
+"""What studies share: recipes, what validation chooses for each, and every arm measured by the same code."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from xmodel_steer.cache import cached_moments
+from xmodel_steer.capture import Tokens, capture, collect_moments
+from xmodel_steer.damage import Settings, calibrate, side_effects
+from xmodel_steer.errors import PromptError
+from xmodel_steer.experiments.study import EQUAL_KL, EQUAL_STRENGTH, StudyArm, estimate
+from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
+from xmodel_steer.models import context_length
+from xmodel_steer.moments import Moments
+from xmodel_steer.organisms.data import Lesson
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.spaces import Site
+from xmodel_steer.steering import Add, Intervention, Operator, Positions
+from xmodel_steer.vectors import SteeringVector, difference_of_means, random_like
+
+MAP_TOKENS = 192
+Extent = Literal["all", "brief", "effect"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one setting does, one number per prompt.
+
+    Args:
+        effect: What the study is about.
+        beside: What was measured beside it, by name.
+        score: What layers and strengths are chosen by.
+        texts: The texts that the effect was read in.
+    """
+
+    effect: np.ndarray
+    beside: Mapping[str, np.ndarray]
+    score: float
+    texts: tuple[str, ...] = field(repr=False, default=())
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """Prompts with what they are scored by."""
+
+    def measure(
+        self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
+    ) -> list[Outcome]:
+        """What each setting does; an empty one is the unsteered model.
+
+        Args:
+            settings: For each setting its interventions.
+            aim: The aim of the recipe that they are of.
+            extent: ``all``; ``brief``, without what neither a choice nor a control needs; or ``effect``, that alone.
+            progress: Show a progress bar.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A way to find a vector and to use it.
+
+    Args:
+        name: Its name.
+        contrast: The prompts with what is wanted, and those without, of lessons.
+        tokens: Which tokens of the two the vector is read at; see `capture`.
+        operators: What may be done with it; validation chooses. Layers are chosen with the first one.
+        positions: Where it is done.
+        source_sites: Candidates.
+        target_sites: Candidates.
+        aim: What it is for, where a study has several aims.
+    """
+
+    name: str
+    contrast: Callable[[Sequence[Lesson]], tuple[Sequence[Prompt], Sequence[Prompt]]]
+    tokens: tuple[Tokens, Tokens]
+    operators: tuple[Operator, ...]
+    positions: Positions
+    source_sites: tuple[Site, ...]
+    target_sites: tuple[Site, ...]
+    aim: str = ""
+
+    def setting(self, vector: SteeringVector, operator: Operator) -> list[Intervention]:
+        """The recipe with one vector."""
+        return [Intervention(vector, operator, self.positions)]
+
+    def vectors(
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+    ) -> dict[Site, SteeringVector]:
+        """The difference of means of the recipe's contrast, at each site.
+
+        Args:
+            model: The model.
+            lessons: Lessons with and without the behaviour.
+            sites: Where to read.
+            label: Name of what the vector is for.
+            progress: Show a progress bar.
+        """
+        wanted, other = (
+            capture(model, prompts, sites, tokens=tokens, batch_size=32, progress=progress)
+            for prompts, tokens in zip(self.contrast(lessons), self.tokens, strict=True)
+        )
+        return {site: difference_of_means(wanted[site], other[site], label=label) for site in sites}
+
+
+def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Prompts without the behaviour, and with it."""
+    return [x.prompt for x in lessons if not x.triggered], [x.prompt for x in lessons if x.triggered]
+
+
+def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
+    """At most so many sites, evenly over a range of the depth."""
+    last = model.cfg.n_layers - 1
+    return tuple(Site(int(k)) for k in sorted({round(k) for k in np.linspace(low * last, high * last, most)}))
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A source vector in the target's space, and what it is compared with; all at the native one's norm.
+
+    Args:
+        source: The vector that is carried.
+        native: The target's own vector.
+        mapped: The source's, through the map.
+        shuffled: The source's, through a map of shuffled pairs.
+        biased: The source's with the map's bias added, as if it were a point: the classic mistake.
+        cosine: Of the mapped and the native vector, in standardised coordinates.
+        norm_ratio: Of the mapped vector's norm, before scaling, and the native one's.
+        r2: Of the map, on test documents, mean over target dimensions.
+    """
+
+    source: SteeringVector
+    native: SteeringVector
+    mapped: SteeringVector
+    shuffled: SteeringVector
+    biased: SteeringVector
+    cosine: float
+    norm_ratio: float
+    r2: float | None
+
+    @classmethod
+    def of(cls, vector: SteeringVector, native: SteeringVector, moments: Moments, fitter: Fitter) -> "Carried":
+        """Fit a map and its control, and send a vector through both.
+
+        Class means come through the map with the vector; scaled, they lie about the same centre as far apart as the
+        scaled vector is long.
+
+        Args:
+            vector: Of the source.
+            native: Of the target, with class means and scale.
+            moments: Of this pair of sites, among others.
+            fitter: Fits the map.
+        """
+        site = native.space.site
+        pair = moments.pair(vector.space.site, site)
+        mapping = fitter.fit(pair)
+        control = ShuffledPairs(pinned(fitter, mapping)).fit(pair)
+        norm, scale = native.norm(standardised=True), moments.scale(site)
+
+        def scaled(own: SteeringVector) -> SteeringVector:
+            return own.with_norm(norm).about(centre(own))
+
+        moved = mapping.transport(vector).with_scale(scale)
+        score = mapping.score_test
+        return cls(
+            source=vector,
+            native=native,
+            mapped=scaled(moved),
+            shuffled=scaled(control.transport(vector).with_scale(scale)),
+            biased=scaled(replace(moved, direction=mapping.transform(vector.direction))),
+            cosine=native.cosine(moved),
+            norm_ratio=moved.norm(standardised=True) / norm,
+            r2=score.mean_r2 if score else None,
+        )
+
+
+def centre(vector: SteeringVector) -> Tensor:
+    """The middle of a vector's two class means."""
+    assert vector.positive_mean is not None
+    assert vector.negative_mean is not None
+    return (vector.positive_mean.double() + vector.negative_mean.double()) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A recipe, and what validation chose for it.
+
+    Args:
+        recipe: The recipe.
+        operator: What is done with the vector, and how strongly.
+        carried: The vectors, at the layers that were chosen.
+    """
+
+    recipe: Recipe
+    operator: Operator
+    carried: Carried
+
+    @property
+    def added_everywhere(self) -> bool:
+        """Whether it can be compared at equal KL: neutral text is then disturbed as any other."""
+        return isinstance(self.operator, Add) and self.recipe.positions == "all"
+
+    def record(self) -> dict[str, Any]:
+        """As a study records it."""
+        own = self.carried
+        return {
+            "operator": repr(self.operator),
+            "source_layer": own.source.space.site.layer,
+            "target_layer": own.native.space.site.layer,
+            "cosine": own.cosine,
+            "norm_ratio": own.norm_ratio,
+            "map_r2": own.r2,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The two models of a study, and how text of both is read.
+
+    Args:
+        source: The smaller one.
+        target: The larger one.
+        general: General text for maps.
+        seed: Of the split of map text.
+        progress: Show progress bars.
+    """
+
+    source: Any
+    target: Any
+    general: tuple[Prompt, ...] = field(repr=False)
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def map_tokens(self) -> int:
+        """Tokens read of each text of a map."""
+        return min(MAP_TOKENS, context_length(self.source), context_length(self.target))
+
+    def of_general(self, pairs: Sequence[tuple[Site, Site]]) -> Moments:
+        """Moments of the general text, kept in the user's cache."""
+        sources, targets = _ends(pairs)
+        return cached_moments(
+            self.source, self.target, self.general, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
+            max_tokens=self.map_tokens, seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+
+    def of(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Moments:
+        """Moments of other text."""
+        sources, targets = _ends(pairs)
+        return collect_moments(
+            self.source, self.target, prompts, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
+            max_tokens=self.map_tokens, batch_size=32, seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+
+
+def _ends(pairs: Sequence[tuple[Site, Site]]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    first, second = (tuple(dict.fromkeys(sites)) for sites in zip(*pairs, strict=True))
+    return first, second
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What validation chose.
+
+    Args:
+        choices: One for each recipe.
+        records: Everything that was tried.
+        general: Moments of the general text alone.
+    """
+
+    choices: tuple[Choice, ...]
+    records: tuple[dict[str, Any], ...]
+    general: Moments
+
+
+def choose(
+    pair: Pair,
+    ways: Sequence[Recipe],
+    lessons: Sequence[Lesson],
+    text: Sequence[Prompt],
+    validation: Asked,
+    fitter: Fitter,
+    *,
+    label: str,
+    lap: Callable[[str], None],
+) -> Chosen:
+    """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
+
+    Args:
+        pair: The models.
+        ways: The recipes.
+        lessons: Where the vectors are found.
+        text: Text of the task for the map, beside general text.
+        validation: What is asked; nothing of it may be in an evaluation.
+        fitter: Fits the maps.
+        label: Name of what the vectors are for.
+        lap: Told of each part that is done.
+    """
+    target, progress = pair.target, pair.progress
+    records: list[dict[str, Any]] = []
+
+    def best(varied: str, recipe: Recipe, candidates: Sequence[tuple[SteeringVector, Operator, int]]) -> int:
+        """Try vectors with operators; the number of the best one. One alone is not tried."""
+        if len(candidates) == 1:
+            return 0
+        settings = [recipe.setting(vector, operator) for vector, operator, _ in candidates]
+        found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
+        for (_, operator, layer), own in zip(candidates, found, strict=True):
+            record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
+            means = {name: float(scores.mean()) for name, scores in own.beside.items()}
+            records.append(record | {"effect": float(own.effect.mean())} | means | {"score": own.score})
+        return int(np.argmax([own.score for own in found]))
+
+    every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
+    spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens, progress=progress)
+    natives: list[SteeringVector] = []
+    for recipe in ways:
+        own = recipe.vectors(target, lessons, recipe.target_sites, label=label, progress=progress)
+        scaled = [vector.with_scale(spread[site].values.float().std(0)) for site, vector in own.items()]
+        at = best("target layer", recipe, [(v, recipe.operators[0], v.space.site.layer) for v in scaled])
+        natives.append(scaled[at])
+    lap("choosing target layers")
+
+    pairs = tuple(
+        dict.fromkeys(
+            (site, v.space.site) for recipe, v in zip(ways, natives, strict=True) for site in recipe.source_sites
+        )
+    )
+    general = pair.of_general(pairs)
+    moments = general + pair.of(text, pairs) if text else general
+    lap("collecting moments")
+
+    choices = []
+    for recipe, rough in zip(ways, natives, strict=True):
+        native = rough.with_scale(moments.scale(rough.space.site))
+        theirs = recipe.vectors(pair.source, lessons, recipe.source_sites, label=label, progress=progress)
+        carried = [Carried.of(vector, native, moments, fitter) for vector in theirs.values()]
+        own = carried[
+            best("source layer", recipe, [(c.mapped, recipe.operators[0], c.source.space.site.layer) for c in carried])
+        ]
+        layer = own.source.space.site.layer
+        at = best("strength", recipe, [(own.mapped, operator, layer) for operator in recipe.operators])
+        choices.append(Choice(recipe, recipe.operators[at], own))
+    lap("choosing source layers and strengths")
+    return Chosen(tuple(choices), tuple(records), general)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """An arm to be measured, with a vector for each seed."""
+
+    arm: str
+    choice: Choice
+    vectors: Sequence[SteeringVector]
+    operators: Sequence[Operator]
+    at: str = EQUAL_STRENGTH
+    reached: bool = True
+
+    def settings(self) -> list[list[Intervention]]:
+        return [self.choice.recipe.setting(v, o) for v, o in zip(self.vectors, self.operators, strict=True)]
+
+    def operator(self) -> str:
+        strengths = [o.strength for o in self.operators if isinstance(o, Add)]
+        return repr(Add(float(np.mean(strengths)))) if strengths else repr(self.operators[0])
+
+
+def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
+    """Every arm at the strength that validation chose."""
+    own = choice.carried
+    middle = centre(own.native)
+    arms = {
+        "native": [own.native],
+        "mapped": [own.mapped],
+        "random": [random_like(own.native, seed=seed + k).about(middle) for k in range(random_seeds)],
+        "shuffled": [own.shuffled],
+    }
+    if choice.added_everywhere:
+        arms["mapped with the bias"] = [own.biased]
+    return [_Run(arm, choice, group, [choice.operator] * len(group)) for arm, group in arms.items()]
+
+
+def _at_equal_kl(
+    target: Any, runs: Sequence[_Run], neutral: Sequence[Prompt], max_tokens: int, progress: bool
+) -> list[_Run]:
+    """Every arm but the native one at the strength that disturbs neutral text as much as the native one does."""
+    native = next(run for run in runs if run.arm == "native")
+    (effect,) = side_effects(
+        target, native.settings(), neutral, max_tokens=max_tokens, batch_size=16, progress=progress
+    )
+    others = [run for run in runs if run.arm in ("mapped", "random", "shuffled")]
+    vectors = [vector for run in others for vector in run.vectors]
+    signs = [int(np.sign(o.strength)) for run in others for o in run.operators if isinstance(o, Add)]
+    found = calibrate(target, vectors, effect.mean_kl, neutral, signs=signs, max_tokens=max_tokens, progress=progress)
+    doses = iter(found)
+    made = []
+    for run in others:
+        own = [next(doses) for _ in run.vectors]
+        operators = [Add(dose.strength) for dose in own]
+        made.append(replace(run, operators=operators, at=EQUAL_KL, reached=all(dose.reached for dose in own)))
+    return made
+
+
+def measure_arms(
+    pair: Pair,
+    choices: Sequence[Choice],
+    evaluation: Callable[[], Asked],
+    neutral: Sequence[Prompt],
+    *,
+    neutral_tokens: int,
+    random_seeds: int,
+    lap: Callable[[str], None],
+) -> tuple[tuple[StudyArm, ...], Asked]:
+    """Every arm of every recipe at the chosen strength, and at the native vector's KL where it is added everywhere.
+
+    Args:
+        pair: The models.
+        choices: What validation chose.
+        evaluation: Makes what is asked, with the unsteered model's own answers.
+        neutral: Text for KL and perplexity; a third of it calibrates.
+        neutral_tokens: Tokens read of each.
+        random_seeds: Number of random vectors.
+        lap: Told of each part that is done.
+
+    Returns:
+        The arms, the unsteered one of each aim first; and what was asked.
+
+    Raises:
+        PromptError: There are fewer than 3 neutral texts.
+    """
+    target, progress = pair.target, pair.progress
+    if len(neutral) < 3:
+        raise PromptError(f"study: needs at least 3 neutral texts, got {len(neutral)}")
+    calibration, held = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
+    runs: list[_Run] = []
+    for choice in choices:
+        own = _runs(choice, random_seeds, pair.seed)
+        runs += own
+        if choice.added_everywhere:
+            runs += _at_equal_kl(target, own, calibration, neutral_tokens, progress)
+    lap("calibrating to equal KL")
+
+    asked = evaluation()
+    aims = tuple(dict.fromkeys(choice.recipe.aim for choice in choices))
+    settings = [[] for _ in aims] + [setting for run in runs for setting in run.settings()]
+    aim_of = [*aims, *(run.choice.recipe.aim for run in runs for _ in run.vectors)]
+    # What one would use is measured in full; controls in brief, which takes less time.
+    used = [*(True for _ in aims), *(run.arm in ("native", "mapped") for run in runs for _ in run.vectors)]
+    measured: dict[int, Outcome] = {}
+    for aim in aims:
+        for full in (True, False):
+            own = [i for i in range(len(settings)) if aim_of[i] == aim and used[i] is full]
+            if own:
+                extent: Extent = "all" if full else "brief"
+                found = asked.measure([settings[i] for i in own], aim=aim, extent=extent, progress=progress)
+                measured |= dict(zip(own, found, strict=True))
+    everywhere = [
+        [replace(step, positions=step.positions if isinstance(step.positions, Tensor) else "all") for step in setting]
+        for setting in settings
+    ]
+    damage = side_effects(target, everywhere, held, max_tokens=neutral_tokens, batch_size=16, progress=progress)
+
+    def arm(name: str, recipe: str, operator: str, members: range, **more: Any) -> StudyArm:
+        own, effects = [measured[i] for i in members], [damage[i] for i in members]
+        return StudyArm(
+            arm=name,
+            recipe=recipe,
+            operator=operator,
+            effect=estimate([o.effect for o in own]),
+            beside={key: estimate([o.beside[key] for o in own]) for key in own[0].beside},
+            kl=float(np.mean([e.mean_kl for e in effects])),
+            perplexity=float(np.exp(np.mean(np.log([e.perplexity for e in effects])))),
+            seeds=len(own),
+            texts=own[0].texts[:8],
+            **more,
+        )
+
+    arms = [arm("unsteered", aim, "", range(i, i + 1), at=EQUAL_STRENGTH) for i, aim in enumerate(aims)]
+    place = len(aims)
+    for run in runs:
+        members = range(place, place := place + len(run.vectors))
+        arms.append(arm(run.arm, run.choice.recipe.name, run.operator(), members, at=run.at, reached=run.reached))
+    lap("evaluating")
+    return tuple(arms), asked
