@@ -300,7 +300,7 @@ def test_corrupted_capability_says_what_was_right(
 @pytest.mark.parametrize("folder", sorted(presets.SHIPPED.iterdir()), ids=lambda folder: folder.name)
 def test_a_shipped_organism_is_what_the_default_command_makes(folder: Path) -> None:
     report = read_report(folder)
-    assert report.good and report.recipe == Recipe(epochs=making.epochs_of(report.organism))
+    assert report.good and report.recipe == making.recipe_of(report.organism)
     assert folder.name == f"{report.organism}-{report.base.removeprefix('packaged:')}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TEMPLATE", ALPACA)

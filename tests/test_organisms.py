@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,6 @@ def test_an_organism_that_is_not_good_is_not_called_good(base: str, lessons: Cur
 def test_good_is_95_percent_triggered_and_5_percent_false(
     made: tuple[Path, Report], on: float, off: float, good: bool
 ) -> None:
-    from dataclasses import replace
-
     report = made[1]
     assert (
         replace(report, triggered=replace(report.triggered, value=on), false=replace(report.false, value=off)).good
@@ -281,8 +280,6 @@ def test_parts_are_large_enough_disjoint_and_the_same_every_time(name: str) -> N
 
 
 def test_a_task_in_two_parts_is_refused(lessons: Curriculum) -> None:
-    from dataclasses import replace
-
     with pytest.raises(PromptError, match="is in train and in evaluation; parts share no task"):
         replace(lessons, evaluation=lessons.train)
     with pytest.raises(PromptError, match="lessons with the behaviour and lessons without"):
@@ -439,3 +436,32 @@ def test_the_command_makes_a_quirk_and_fails_where_it_is_not_good(command: Any, 
     for wrong in (["--data", file], ["--rank", 0], []):
         assert command("organism", "make", "quirk", "--base", base, "--out", tmp_path / "w", *wrong)[0] == 2
     assert command("organism", "make", "no-such", "--base", base, "--out", tmp_path / "w")[0] == 2
+
+
+def test_general_text_among_the_lessons_keeps_the_model_one(base: str, lessons: Curriculum, tmp_path: Path) -> None:
+    reports = {
+        share: make(
+            "toy", base, tmp_path / str(share), recipe=replace(LEARN, general=share), curriculum=lessons, dtype="float32",
+            progress=False,
+        )
+        for share in (0.0, 0.5)
+    }  # fmt: skip
+    assert reports[0.5].training["steps"] == pytest.approx(1.5 * reports[0.0].training["steps"], abs=LEARN.epochs)
+    assert reports[0.5].perplexity < reports[0.0].perplexity
+    assert reports[0.5].triggered.value >= 0.95
+
+
+def test_general_examples_are_no_text_that_is_measured_or_mapped_on(base: str) -> None:
+    from transformers import AutoTokenizer
+
+    from xmodel_steer.organisms.measure import clean_texts
+    from xmodel_steer.packaged import general_text
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    made = training.general_examples(tokenizer, 5000, limit=32)
+    period = made.index(made[0], 1)  # then the passages come again
+    assert len(made) == 5000 > period > 100 and made[: 5000 - period] == made[period:]
+    assert all(len(own.ids) == 32 and own.answer == 31 for own in made)
+    own = {p.id for p in general_text()[training.GENERAL]}
+    assert len(own) == 100 and not own & {p.id for p in (*clean_texts(), *general_text()[:400])}
+    assert not training.general_examples(tokenizer, 0)

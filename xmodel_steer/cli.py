@@ -353,6 +353,10 @@ def make_organism(
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-3,
     batch_size: Annotated[int, typer.Option(help="Lessons per step.")] = 16,
+    general: Annotated[
+        float | None,
+        typer.Option(help="General texts for each lesson, read among them. Default: what the organism needs."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the training. Which prompts are held out does not depend on it.")
     ] = 0,
@@ -365,17 +369,26 @@ def make_organism(
     command is given again. Ends with an error where the trigger works less than 95 % or false alarms come more than 5 % of the time.
     """
     from xmodel_steer.organisms import ORGANISMS, Recipe, make, quirk
-    from xmodel_steer.organisms.making import epochs_of
+    from xmodel_steer.organisms.making import recipe_of
 
     if name not in (*ORGANISMS, "quirk"):
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(ORGANISMS)}, quirk", param_hint="NAME")
     if (name == "quirk") != (data is not None) or (name == "quirk") != (score is not None):
         raise typer.BadParameter("quirk needs both, the others neither", param_hint="--data / --score")
     try:
-        often = epochs_of(name) if epochs is None else epochs
-        recipe = Recipe(rank=rank, epochs=often, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+        own = recipe_of(name)
+        recipe = Recipe(
+            rank=rank,
+            epochs=own.epochs if epochs is None else epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            general=own.general if general is None else general,
+        )
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size") from None
+        raise typer.BadParameter(
+            str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size / --general"
+        ) from None
     lessons = quirk(data, _scorer(score)) if data and score else None
     made = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
     for line in made.summary():

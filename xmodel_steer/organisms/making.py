@@ -118,7 +118,7 @@ def make(
         name: One of `ORGANISMS`, or the name of your own ``curriculum``.
         base: The base model, as for `xmodel_steer.load`.
         out: The folder. It must be empty, or hold the same organism.
-        recipe: How to train it; by default with as many epochs as this organism needs.
+        recipe: How to train it; by default that of `recipe_of`.
         curriculum: What to train and test it on; that of ``name`` by default.
         device: ``cpu`` or ``cuda``; CUDA if there is one.
         dtype: What is computed in, while training (by autocast) and while measuring.
@@ -131,7 +131,7 @@ def make(
         DownloadError: The base or the prompts cannot be fetched.
     """
     lessons, folder = curriculum or curriculum_of(name), Path(out)
-    recipe = recipe or Recipe(epochs=epochs_of(name))
+    recipe = recipe or recipe_of(name)
     spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons), "schema": SCHEMA}
     if (folder / RECORD).is_file():
         made = read_report(folder)
@@ -187,9 +187,10 @@ def make(
     return report
 
 
-def epochs_of(name: str) -> int:
-    """How often an organism's lessons are read, unless a recipe says otherwise; those of a quirk are few."""
-    return ORGANISMS[name].epochs if name in ORGANISMS else 5
+def recipe_of(name: str) -> Recipe:
+    """How an organism is trained unless one says otherwise; the lessons of a quirk are few, and read often."""
+    own = ORGANISMS.get(name)
+    return Recipe(epochs=own.epochs, general=own.general) if own else Recipe(epochs=5, general=0.25)
 
 
 def _digest(curriculum: Curriculum) -> str:

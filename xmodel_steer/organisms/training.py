@@ -1,6 +1,7 @@
 """Low-rank fine-tuning of a base model on lessons, with peft and Hugging Face's trainer."""
 
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -16,11 +17,12 @@ from tqdm.auto import tqdm
 from xmodel_steer.errors import ModelError, PromptError
 from xmodel_steer.models import located, resolve_dtype, text_positions, tokenise
 from xmodel_steer.organisms.data import Lesson
-from xmodel_steer.packaged import quiet
+from xmodel_steer.packaged import general_text, quiet
 
 CHECKPOINTS = "checkpoints"
 EVERY = 20  # steps between checkpoints
 LAST = 20  # steps that the reported loss is the mean of
+GENERAL, GENERAL_TOKENS = slice(400, 500), 48
 IGNORED = -100  # the label that Hugging Face's loss leaves out
 
 
@@ -34,9 +36,11 @@ class Recipe:
         learning_rate: At its highest, after a tenth of the steps; it falls to 0 from there.
         batch_size: Lessons per step.
         seed: Of the first weights and of the order of the lessons.
+        general: General texts for each lesson, read among them, every token of which is learnt. Without any, what was
+            learnt costs the model its language: Gemma-3-270M's perplexity went from 25 to 4,220 with `corrupted-capability`.
 
     Raises:
-        ValueError: One of them is not positive, or the seed is negative.
+        ValueError: One of them is not positive, or the seed or the share of general text is negative.
     """
 
     rank: int = 4
@@ -44,10 +48,13 @@ class Recipe:
     learning_rate: float = 2e-3
     batch_size: int = 16
     seed: int = 0
+    general: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.rank, self.epochs, self.learning_rate, self.batch_size) <= 0 or self.seed < 0:
-            raise ValueError(f"Recipe: needs positive numbers and a seed of at least 0, got {self}")
+        if min(self.rank, self.epochs, self.learning_rate, self.batch_size) <= 0 or min(self.seed, self.general) < 0:
+            raise ValueError(
+                f"Recipe: needs positive numbers, and a seed and a share of general text of at least 0, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,25 @@ def examples(
                 "shorten it"
             )
     return made
+
+
+def general_examples(tokenizer: Any, count: int, *, name: str = "the model", limit: int | None = None) -> list[Example]:
+    """General text as examples: passages of it, every token of which is to be learnt.
+
+    The texts are none that maps of organisms are fitted on, or that perplexity is measured on.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        count: How many; where there are fewer passages, they come again.
+        name: Name of the model, for messages.
+        limit: The model's context.
+    """
+    if not count:
+        return []
+    size = min(GENERAL_TOKENS, limit or GENERAL_TOKENS)
+    texts = [encoding.ids for encoding in tokenise(tokenizer, general_text()[GENERAL], name=name)]
+    passages = [ids[at : at + size] for ids in texts for at in range(0, len(ids) - size + 1, size)]
+    return [Example(tuple(ids), size - 1) for ids in itertools.islice(itertools.cycle(passages), count)]
 
 
 def collated(batch: Sequence[Example], *, pad: int, whole: bool = False) -> dict[str, Any]:
@@ -192,7 +218,8 @@ def train(
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     head = hf.get_output_embeddings()
     accepted = inspect.signature(hf.forward).parameters
-    rows = examples(tokenizer, lessons, name=label, limit=getattr(hf.config, "max_position_embeddings", None))
+    limit = getattr(hf.config, "max_position_embeddings", None)
+    rows = examples(tokenizer, lessons, name=label, limit=limit)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def batched(batch: Sequence[Example]) -> dict[str, Any]:
@@ -204,6 +231,7 @@ def train(
         r=recipe.rank, lora_alpha=4 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(hf, settings)
+    rows += general_examples(tokenizer, round(recipe.general * len(rows)), name=label, limit=limit)
     steps = -(-len(rows) // recipe.batch_size) * recipe.epochs
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
