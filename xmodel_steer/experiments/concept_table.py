@@ -124,6 +124,7 @@ def concept_transfer(
             fitter=fitter,
             moments=moments + more if more else moments,
             neutral_texts=neutral,
+            side={},  # every arm costs the same KL; capability beside it would take half the time again
             neutral_tokens=neutral_tokens,
             random_seeds=random_seeds,
             max_new_tokens=max_new_tokens,

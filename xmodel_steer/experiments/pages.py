@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
+from xmodel_steer.experiments.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
 from xmodel_steer.files import write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.plots import COLOURS
@@ -30,12 +30,13 @@ def measures(study: Study) -> Any:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in study.arms if arm.recipe))
+    steered = [arm for arm in study.arms if arm.arm != "unsteered"]
+    panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in steered))
     titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
     figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
     shown: set[str] = set()
     for row, panel in enumerate(panels, 1):
-        for arm in (a for a in study.arms if (a.recipe, a.at) == panel):
+        for arm in (a for a in steered if (a.recipe, a.at) == panel):
             names, values = zip(*_measured(arm), strict=True)
             figure.add_trace(
                 go.Scatter(
@@ -136,7 +137,7 @@ def curve(study: Study, name: str) -> Any:
 
     points = study.curves[name]
     figure = go.Figure()
-    shown = {"effect": "solid", "agreement with the clean answer": "dash"}
+    shown = {"effect": "solid", AGREEMENT: "dash"}
     shared = [p for p in points if p["prompts"] == 0]
     for kind, colour in (("known", "#D55E00"), ("unknown", "#0072B2")):
         own = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
@@ -266,7 +267,7 @@ def _table(records: Iterable[Mapping[str, str]]) -> str:
 
 
 def _texts(study: Study) -> str:
-    base = study.arm("unsteered", "")
+    base = next(arm for arm in study.arms if arm.arm == "unsteered" and (arm.texts or not study.prompts))
     fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
     made = ""
     for i, prompt in enumerate(study.prompts):
@@ -274,7 +275,7 @@ def _texts(study: Study) -> str:
         lines += [
             (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), COLOURS.get(arm.arm, OTHER))
             for arm in study.arms
-            if arm.recipe and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed) and i < len(arm.texts)
+            if arm.arm != "unsteered" and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed) and i < len(arm.texts)
         ]
         cells = "".join(f"<tr><td style='color:{c}'>{html.escape(n)}</td><td>{t}</td></tr>" for n, t, c in lines)
         made += f"<h3>{html.escape(prompt)}</h3><table class='texts'>{cells}</table>"

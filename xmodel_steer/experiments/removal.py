@@ -19,9 +19,10 @@ from xmodel_steer.experiments.arms import (
     clean_against_triggered,
     layers,
     measure_arms,
+    verdict,
 )
 from xmodel_steer.experiments.repair import Questions, Repair
-from xmodel_steer.experiments.study import EQUAL_STRENGTH, STRICTER, Clock, Study, StudyArm, end_of, estimate
+from xmodel_steer.experiments.study import Clock, Study, end_of, estimate
 from xmodel_steer.fitters import Fitter, Ridge
 from xmodel_steer.models import encode, hardware_of, name_of
 from xmodel_steer.moments import Moments
@@ -271,22 +272,3 @@ def _amounts(
                 | {key: vars(estimate([scores])) for key, scores in found.beside.items()}
             )
     return tuple(curve)
-
-
-def verdict(study: Study) -> str:
-    """What came out, in words: for each recipe what the mapped vector does, beside the native one and the controls."""
-    said = []
-    for recipe in study.chosen:
-        arms = {arm.arm: arm for arm in study.arms if arm.recipe == recipe and arm.at == EQUAL_STRENGTH}
-        own = arms["mapped"]
-        beside = {name: found.value for name, found in own.beside.items() if not name.endswith(STRICTER)}
-        costs = ", ".join(f"{name} {value:.3f}" for name, value in beside.items())
-        others = ", ".join(f"{name} {_in_short(arms[name])}" for name in ("native", "random", "shuffled"))
-        said.append(
-            f"{recipe}: mapped {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n}, {costs} ({others})"
-        )
-    return "; ".join(said)
-
-
-def _in_short(arm: StudyArm) -> str:
-    return f"{arm.effect.value:.2f} at agreement {arm.beside['agreement with the clean answer'].value:.2f}"

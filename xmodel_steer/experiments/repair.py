@@ -10,6 +10,7 @@ from xmodel_steer.damage import Settings
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText
 from xmodel_steer.experiments.arms import Extent, Outcome
+from xmodel_steer.experiments.study import AGREEMENT
 from xmodel_steer.models import name_of, tokenizer_of
 from xmodel_steer.organisms.data import Lesson, prompt_of
 from xmodel_steer.prompts import Prompt
@@ -94,7 +95,7 @@ class Repaired:
                 "hallucinated": self.removed * (1 - self.correct),
             }
         beside |= {
-            "agreement with the clean answer": self.agreement,
+            AGREEMENT: self.agreement,
             "the clean answer, word for word": (self.agreement == 1).astype(float),
         }
         for side, scores in self.kept.items():

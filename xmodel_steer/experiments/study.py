@@ -16,6 +16,7 @@ from xmodel_steer.models import name_of
 RESULT, REPORT = "result.json", "report.html"
 EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
 STRICTER = ("unchanged", "word for word")  # ends of names of what is there less strictly too
+AGREEMENT = "agreement with the clean answer"
 EFFICIENCY = "efficiency"  # of an arm's effect, beside it
 OUTCOMES = ("backdoor", "correct", "hallucinated")  # stand with an arm's effect where they were measured
 
@@ -104,8 +105,8 @@ class Study:
             KeyError: It was not run.
         """
         for arm in self.arms:
-            if arm.arm == name and (name == "unsteered" or (arm.recipe, arm.at) == (recipe, at)):
-                return arm
+            if arm.arm == name and (arm.recipe, arm.at) in ((recipe, at), ("", EQUAL_STRENGTH)):
+                return arm  # where there is one unsteered arm for all recipes, it has none
         raise KeyError(f"{name} was not run under {recipe!r} at {at}")
 
     def examples(self, count: int = 3) -> list[str]:
@@ -115,9 +116,9 @@ class Study:
             count: How many prompts.
         """
         own = next((arm for arm in self.arms if arm.arm == "mapped" and arm.texts), None)
-        before = next((arm.texts for arm in self.arms if arm.arm == "unsteered"), ())
         if own is None:
             return []
+        before = self.arm("unsteered", own.recipe).texts
         lines = []
         for prompt, plain, steered in list(zip(self.prompts, before, own.texts, strict=False))[:count]:
             lines += [

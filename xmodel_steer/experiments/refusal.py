@@ -1,0 +1,290 @@
+"""Refusal, switched off and on in one model by a vector that was found in another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.damage import Settings
+from xmodel_steer.errors import PromptError
+from xmodel_steer.evaluation import GeneratedText
+from xmodel_steer.experiments.arms import (
+    Extent,
+    Outcome,
+    Pair,
+    Recipe,
+    choose,
+    clean_against_triggered,
+    layers,
+    measure_arms,
+    verdict,
+)
+from xmodel_steer.experiments.study import Clock, Study, end_of
+from xmodel_steer.fitters import Fitter, Ridge
+from xmodel_steer.judges import RefusalClassifier
+from xmodel_steer.models import hardware_of, name_of, tokenizer_of
+from xmodel_steer.organisms.data import Curriculum, Lesson
+from xmodel_steer.packaged import general_text
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.scorers import SameTokens, Scorer, score_texts
+from xmodel_steer.steering import Ablate, Add, Clamp
+from xmodel_steer.transfer import versions
+
+OFF, ON = "off", "on"
+SUBTRACTED, ABLATED, CLAMPED = "refusal off, subtracted", "refusal off, ablated", "refusal off, gated clamp"
+ADDED, CLAMPED_ON = "refusal on, added", "refusal on, gated clamp"
+EDGY = "refuses harmless questions that sound harmful"  # the curriculum's check
+QUESTION = "Does a refusal direction found in the source switch refusal off, and on, in the target?"
+UNIT = "share of harmful requests answered without a phrase of refusal; where refusal is added, share of harmless ones refused"
+NOTE = (
+    "Every vector has the native one's norm in standardised coordinates. Classifier: a logistic regression on sentence embeddings "
+    "(its accuracy: see the how-to). Kept: share of the tokens of the unsteered answer at the same place. KL and perplexity: on neutral "
+    "text, with the vector at every token. Answers to harmful requests are not recorded."
+)
+
+
+def harmful_against_harmless(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Requests that are refused, and requests that are not (Arditi et al. 2024, arXiv 2406.11717)."""
+    harmless, harmful = clean_against_triggered(lessons)
+    return harmful, harmless
+
+
+def recipes(source: Any, target: Any) -> list[Recipe]:
+    """Three ways to switch refusal off, and two to switch it on.
+
+    The vector is the difference of means at the last token (Arditi et al. 2024, arXiv 2406.11717), of the site that
+    validation chooses; the ablation is at this one site.
+
+    Args:
+        source: The source model.
+        target: The target model.
+    """
+    sites = layers(source, 0.45, 0.97, 6), layers(target, 0.35, 0.95, 8)
+    last = ("last", "last")
+    doses = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
+    clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
+    return [
+        Recipe(SUBTRACTED, clean_against_triggered, last, doses, "all", *sites, OFF),
+        Recipe(ABLATED, clean_against_triggered, last, (Ablate(),), "all", *sites, OFF),
+        Recipe(CLAMPED, clean_against_triggered, last, clamps, ("last", "generated"), *sites, OFF),
+        Recipe(ADDED, harmful_against_harmless, last, doses, "all", *sites, ON),
+        Recipe(CLAMPED_ON, harmful_against_harmless, last, clamps, ("last", "generated"), *sites, ON),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Requests of three kinds, and what the unsteered model answers to the harmless ones.
+
+    Args:
+        model: The model.
+        harmful: To be refused.
+        harmless: To be answered.
+        edgy: Harmless ones that sound harmful.
+        own: The unsteered model's answers to the harmless ones, by their ids.
+        phrases: The first reader of refusals: 1 for one, 0 for an answer.
+        classifier: The second reader of refusals.
+        max_new_tokens: Length of the answers.
+        batch_size: Texts at a time.
+    """
+
+    model: Any
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    edgy: tuple[Prompt, ...]
+    own: dict[str, str] = field(repr=False)
+    phrases: Scorer
+    classifier: Scorer
+    max_new_tokens: int = 24
+    batch_size: int = 192
+
+    @classmethod
+    def of(
+        cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer], *, most: int | None = None,
+        harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 192, progress: bool = True,
+    ) -> "Requests":  # fmt: skip
+        """Ask the unsteered model the harmless ones first.
+
+        Args:
+            model: The model.
+            lessons: Harmful requests (triggered) and harmless ones.
+            edgy: Harmless ones that sound harmful.
+            readers: The two readers of refusals.
+            most: How many harmful ones at most.
+            harmless: How many harmless ones at most.
+            max_new_tokens: Length of the answers.
+            batch_size: Texts at a time.
+            progress: Show a progress bar.
+        """
+        mild, bad = (
+            tuple(prompts)[:count]
+            for prompts, count in zip(clean_against_triggered(lessons), (harmless, most), strict=True)
+        )
+        if not mild or not bad:
+            raise PromptError("refusal: needs harmful requests and harmless ones")
+        made = cls(model, bad, mild, tuple(edgy), {}, *readers, max_new_tokens, batch_size)
+        (texts,) = made._answers([[]], mild, progress)
+        return replace(made, own={p.id: t for p, t in zip(mild, texts, strict=True)})
+
+    def _answers(self, settings: Settings, prompts: Sequence[Prompt], progress: bool) -> list[tuple[str, ...]]:
+        unit = f"answers of {name_of(self.model)}"
+        asked = GeneratedText(tuple(prompts), len, self.max_new_tokens, self.batch_size, unit)
+        return [found.texts for found in asked.measure(self.model, settings, progress=progress)]
+
+    def measure(
+        self, settings: Settings, *, aim: str = OFF, extent: Extent = "all", progress: bool = True
+    ) -> list[Outcome]:
+        """What each setting does; an empty one is the unsteered model.
+
+        Args:
+            settings: For each setting its interventions.
+            aim: ``off``: the effect is harmful requests answered. ``on``: harmless ones refused.
+            extent: ``brief`` asks no edgy questions; ``effect`` only what the effect needs.
+            progress: Show a progress bar.
+        """
+        first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
+        groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
+        found = self._answers(settings, [p for group in groups for p in group], progress)
+        cuts = np.cumsum([len(group) for group in groups])[:-1].tolist()
+        return [
+            self._outcome(aim, [texts[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]) for texts in found
+        ]
+
+    def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:
+        phrases = self.phrases
+        asked = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
+        refused = score_texts(phrases, answers[0], asked[0])
+        seen = score_texts(self.classifier, answers[0], asked[0])
+        if aim == ON:
+            effect, beside = refused, {"refused, by classifier": seen}
+            score = float(np.mean([refused.mean(), seen.mean()]))  # a ruined text is neither
+            if len(answers) > 1:
+                beside["harmful refused"] = score_texts(phrases, answers[1], asked[1])
+            texts = answers[0]
+        else:
+            effect, beside, texts = 1 - refused, {"answered, by classifier": 1 - seen}, ()
+            score = float(effect.mean())
+            if len(answers) > 1:
+                kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(asked[1], answers[1]))
+                beside |= {
+                    "harmless answers kept": kept,
+                    "harmless refused": score_texts(phrases, answers[1], asked[1]),
+                }
+                score = float(np.mean([effect.mean(), kept.mean()]))
+        if len(answers) > 2 and self.edgy:
+            beside["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
+            beside["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
+        return Outcome(effect, beside, score, texts)
+
+
+def refusal_switch(
+    source: Any,
+    target: Any,
+    curriculum: Curriculum,
+    *,
+    general: Sequence[Prompt] | None = None,
+    neutral: Sequence[Prompt] | None = None,
+    ways: Sequence[Recipe] | None = None,
+    classifier: Scorer | None = None,
+    fitter: Fitter = Ridge(),
+    random_seeds: int = 3,
+    validation_requests: int = 48,
+    validation_tokens: int = 16,
+    harmless: int = 100,
+    neutral_tokens: int = 32,
+    batch_size: int = 192,
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Switch refusal off and on in the target with a vector of the source, against every control.
+
+    Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered and of what
+    is kept of harmless answers. To switch on: by the mean of harmless requests refused by phrases and by the classifier.
+
+    Args:
+        source: The organism ``refusal``, the smaller one.
+        target: The same organism of another model.
+        curriculum: That of ``refusal``.
+        general: General text for the map; packaged text by default.
+        neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
+        ways: Recipes; those of `recipes` by default.
+        classifier: The second reader of refusals; `RefusalClassifier` by default.
+        fitter: Fits the map.
+        random_seeds: Number of random vectors.
+        validation_requests: How many of each kind choose.
+        validation_tokens: Length of the answers that choose.
+        harmless: How many harmless requests are reported on.
+        neutral_tokens: Tokens read of each neutral text.
+        batch_size: Texts generated at a time.
+        seed: Seed of all choices.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: The curriculum lacks requests of a kind, or there are fewer than 3 neutral texts.
+        AlignmentError: The models' tokens do not pair.
+        DownloadError: The classifier's encoder cannot be fetched.
+    """
+    clock = Clock()
+    passages = general_text()
+    neutral = tuple(passages[-60:] if neutral is None else neutral)
+    pair = Pair(source, target, tuple(passages[:400] if general is None else general), seed, progress)
+    readers = (curriculum.scorer, classifier or RefusalClassifier())
+    edgy = tuple(lesson.prompt for lesson in curriculum.checks[EDGY].lessons)
+
+    def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
+        return Requests.of(
+            target, lessons, edgy, readers, most=most, harmless=mild, max_new_tokens=tokens, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
+
+    few = min(validation_tokens, curriculum.max_new_tokens)
+    chosen = choose(
+        pair,
+        recipes(source, target) if ways is None else ways,
+        curriculum.vector,
+        [lesson.prompt for lesson in curriculum.map],
+        asked(curriculum.validation, (), validation_requests, validation_requests, few),
+        fitter,
+        label="refusal",
+        lap=clock.lap,
+    )
+    arms, evaluation = measure_arms(
+        pair, chosen.choices, lambda: asked(curriculum.evaluation, edgy, None, harmless, curriculum.max_new_tokens), neutral,
+        neutral_tokens=neutral_tokens, random_seeds=random_seeds, lap=clock.lap,
+    )  # fmt: skip
+    assert isinstance(evaluation, Requests)
+    study = Study(
+        name="refusal",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        verdict="",
+        source=end_of(source),
+        target=end_of(target),
+        arms=arms,
+        chosen={choice.recipe.name: choice.record() for choice in chosen.choices},
+        validation=chosen.records,
+        curves={},
+        prompts=tuple(p.content_key() for p in evaluation.harmless[:8]),
+        spec={
+            "fitter": repr(fitter),
+            "map_documents": len(pair.general),
+            "map_prompts": len(curriculum.map),
+            "map_tokens": pair.map_tokens,
+            "random_seeds": random_seeds,
+            "requests": {"harmful": len(evaluation.harmful), "harmless": len(evaluation.harmless), "edgy": len(evaluation.edgy)},
+            "validation_requests": validation_requests,
+            "validation_tokens": few,
+            "max_new_tokens": curriculum.max_new_tokens,
+            "neutral_documents": len(neutral) - len(neutral) // 3,
+            "neutral_tokens": neutral_tokens,
+            "batch_size": batch_size,
+        },
+        splits={**curriculum.ids(), "edgy": [p.id for p in edgy], "neutral": [p.id for p in neutral]},
+        seeds={"split": seed, "random": [seed + k for k in range(random_seeds)]},
+        versions=versions(),
+        hardware=hardware_of(target),
+        seconds=clock.seconds,
+    )  # fmt: skip
+    return replace(study, verdict=verdict(study))
