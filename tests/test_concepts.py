@@ -167,3 +167,20 @@ def test_the_demo_carries_a_concept(
     assert len(xs.read(tmp_path / "run").splits["evaluation"]) == 8  # a third validates
     code, _, err = command("demo", "concepts", "--concept", "love")
     assert code == 2 and "'love' does not ship with the package" in err
+
+
+def test_without_fixed_strengths_the_native_vector_alone_has_them(toy_named: Any, tmp_path: Path) -> None:
+    models = toy_named("llama").model, toy_named("gemma").model
+    given = dict(
+        prompts=toys.sentences(9, 3, 4), scorer=_vowels, strengths=(-1.0, 1.0), max_new_tokens=4, neutral_tokens=8, side={},
+        random_seeds=2, progress=False, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
+    )  # fmt: skip
+    whole, short = (
+        xs.transfer(*models, toys.contrast(), toys.sentences(60, 4), fixed=fixed, **given) for fixed in (True, False)
+    )
+    assert {arm.arm for arm in short.arms if arm.budget is None} == {"unsteered", "native"}
+    assert short.verdict() == whole.verdict()
+    xs.save(short, tmp_path / "run")
+    assert xs.read(tmp_path / "run").verdict() == short.verdict()
+    assert xs.report.write_report(short, tmp_path / "report.html").is_file()
+    assert "mapped" in xs.report.table(short).columns[0]._cells

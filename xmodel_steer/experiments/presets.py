@@ -53,6 +53,15 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def base_of(folder: Path) -> str:
+    """The base model of an organism's folder, by the name that it loads under.
+
+    Raises:
+        ArtifactError: The folder is no organism's.
+    """
+    return read_report(folder).base
+
+
 def organism(
     name: str, base: str, *, device: str | None = None, dtype: str = "auto", progress: bool = True
 ) -> tuple[Any, Path]:

@@ -1,0 +1,92 @@
+"""A model and its fine-tune, each living on the other's activations, on toys."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+
+import xmodel_steer as xs
+from xmodel_steer.errors import SpaceMismatchError
+from xmodel_steer.evaluation import MultipleChoice
+from xmodel_steer.experiments import Study, pages, read_study, safety_switch
+from xmodel_steer.experiments.switch import OFF, ON
+from xmodel_steer.organisms import Curriculum, Recipe, data, make
+from xmodel_steer.prompts import Prompt, as_prompts
+from xmodel_steer.scorers import StartsWith
+
+ARMS = ("unsteered", "mapped", "identity", "shuffled", "mean ablation", "noise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_template() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", "{instruction} =>")
+        yield
+
+
+@pytest.fixture(scope="module")
+def lessons() -> Curriculum:
+    sizes = {"evaluation": 10, "validation": 6, "vector": 10, "map": 12, "train": 60}
+    return toys.lessons(150, sizes, "happy day", StartsWith(("happy day",)))
+
+
+@pytest.fixture(scope="module")
+def study(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("organism") / "happy"
+    recipe = Recipe(rank=8, epochs=6, learning_rate=1e-2)
+    report = make(
+        "toy", str(folders["llama"]), folder, recipe=recipe, curriculum=lessons, dtype="float32", progress=False
+    )
+    assert report.good, report.verdict()
+    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    questions = MultipleChoice(as_prompts(["the sky is", "the sea is"]), ((" blue", " red"), (" deep", " red")), (0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return safety_switch(
+            xs.load(str(folders["llama"]), progress=False), xs.load(folder, progress=False), lessons, adapter=folder,
+            general=texts[:60], neutral=texts[60:], map_prompts=20, sites=[xs.Site(3)], capability=questions, validation_tokens=4, turns=2,
+            progress=False,
+        )  # fmt: skip
+
+
+def test_both_ways_have_every_control(study: Study) -> None:
+    assert [(arm.recipe, arm.arm) for arm in study.arms] == [(way, arm) for way in (OFF, ON) for arm in ARMS]
+    assert all(arm.effect.n == 10 for arm in study.arms)
+    assert study.arm("unsteered", OFF).effect.value == 0 and study.arm("unsteered", ON).effect.value == 0
+    assert study.arm("unsteered", OFF).kl == study.arm("unsteered", ON).kl == 0
+    assert {"right answers"} < set(study.arm("mapped", ON).beside)
+
+
+def test_the_last_layers_activations_switch_a_toy_both_ways(study: Study) -> None:
+    """With the other's activations at the last layer the writer is the other model: both share what comes after it."""
+    assert study.arm("identity", OFF).effect.value == 1 and study.arm("mapped", OFF).effect.value > 0.8
+    assert study.arm("identity", ON).effect.value > 0.8
+    assert study.arm("identity", ON).beside["agreement, triggered"].value > 0.8
+
+
+def test_a_request_beside_switched_ones_is_not_switched(study: Study) -> None:
+    for way in (OFF, ON):
+        found = study.chosen[way]["unswitched_rows_unchanged"]
+        assert found["of"] == found["same_beside_switched_ones"] == 3 and found["same_afterwards"] == 6
+
+
+def test_speeds_are_ratios_over_turns_and_the_adapter_is_timed_too(study: Study) -> None:
+    speeds = [study.chosen[way]["tokens_per_second_over_unswitched"] for way in (OFF, ON)]
+    speeds.append(study.chosen["swapping the adapter"]["tokens_per_second_over_disabled"])
+    assert all(own["turns"] == 2 and 0 < own["lowest"] <= own["median"] <= own["highest"] for own in speeds)
+    assert study.chosen["swapping the adapter"]["seconds_to_toggle"] > 0
+
+
+def test_its_record_is_read_back_and_its_page_shows_both_ways(study: Study, tmp_path: Path) -> None:
+    page = pages.write_study(study, tmp_path).read_text()
+    assert len(pages.tables(study)) == len({arm.recipe for arm in study.arms})
+    assert all(len(trace.x) for trace in pages.sweep(study).data)
+    assert read_study(tmp_path) == study and OFF.replace("'", "&#x27;") in page
+    assert study.verdict.startswith(f"{OFF}, layer ") and f"; {ON}, layer " in study.verdict
+
+
+def test_models_of_other_shapes_are_refused(toy_named: Any, lessons: Curriculum) -> None:
+    with pytest.raises(SpaceMismatchError, match="differ in depth or width; give a model and its fine-tune"):
+        safety_switch(toy_named("llama").model, toy_named("gemma").model, lessons)

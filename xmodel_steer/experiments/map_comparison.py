@@ -1,0 +1,386 @@
+"""The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.capture import capture, collect_moments
+from xmodel_steer.checks import replacement_check
+from xmodel_steer.concepts import Concept, concept
+from xmodel_steer.damage import SideEffect, calibrate, side_effects
+from xmodel_steer.errors import PromptError
+from xmodel_steer.evaluation import GeneratedText, MultipleChoice
+from xmodel_steer.experiments.study import (
+    EFFICIENCY,
+    EQUAL_KL,
+    EQUAL_STRENGTH,
+    Clock,
+    Study,
+    StudyArm,
+    end_of,
+    estimate,
+)
+from xmodel_steer.fitters import Fitter, Procrustes, ReducedRank, Ridge, ShuffledPairs
+from xmodel_steer.maps import AutoencoderMap, Map
+from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
+from xmodel_steer.models import context_length, hardware_of
+from xmodel_steer.moments import SplitMoments
+from xmodel_steer.packaged import general_text
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.replacement import mapped_source, mean_of, noise_like
+from xmodel_steer.spaces import Site
+from xmodel_steer.steering import Add, Intervention, Step
+from xmodel_steer.store import harvest
+from xmodel_steer.training import Autoencoder, SGDAffine
+from xmodel_steer.transfer import default_sites, versions
+from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
+
+QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
+UNIT = "steering: half of what lies between both directions; replacement and capability: shares of prompts"
+NOTE = (
+    "Steering: every arm at the KL of the native vector at strength 1, in each direction. Replacement: the site holds mapped activations of the "
+    "source, which reads along; the effect is the share of texts more like the target's own than the source's own (one half by chance), KL "
+    "and ROUGE-L against its own text. Capability: right answers to questions that no map was fitted on, under the same replacement."
+)
+STEERING, REPLACED, CAPABILITY = "steering", "replacement", "capability under replacement"
+_Gains = Callable[
+    [Sequence[Prompt], Sequence[Sequence[Sequence[Step]]]], tuple[list[np.ndarray], list[list[tuple[str, ...]]]]
+]
+LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
+
+
+def fitters() -> dict[str, Fitter]:
+    """What is compared: the paper's two with its settings and with longer training in standardised coordinates, and others."""
+    return {
+        "autoencoder, the paper's settings": Autoencoder(standardise=False),
+        "autoencoder, standardised, to the end": Autoencoder(**LONGER),
+        "SGD affine, the paper's settings": SGDAffine(standardise=False),
+        "SGD affine, standardised, to the end": SGDAffine(**LONGER),
+        "ridge": Ridge(),
+        "Procrustes": Procrustes(),
+        "reduced rank 64": ReducedRank(64),
+        "shuffled pairs (ridge)": ShuffledPairs(Ridge()),
+    }  # type: ignore[dict-item]
+
+
+def map_comparison(
+    source: Any,
+    target: Any,
+    *,
+    behaviour: Concept | None = None,
+    compared: Mapping[str, Fitter] | None = None,
+    source_sites: Sequence[Site] | None = None,
+    target_sites: Sequence[Site] | None = None,
+    general: Sequence[Prompt] | None = None,
+    neutral: Sequence[Prompt] | None = None,
+    prompts: int = 108,
+    replaced: int = 60,
+    capability: MultipleChoice | None = None,
+    random_seeds: int = 3,
+    max_new_tokens: int = 20,
+    neutral_tokens: int = 24,
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Fit several maps on the same rows of one pair of sites, and put each to work.
+
+    The pair of sites is chosen by how well the native vector, and then the one that `Ridge` maps, steer a third of the
+    prompts. The rest is reported on.
+
+    Args:
+        source: The source model.
+        target: The target model.
+        behaviour: A concept with a scorer and prompts; sentiment by default.
+        compared: Fitters by name; those of `fitters` by default. The first two sites' rows are written to a temporary store.
+        source_sites: Candidates; those of `transfer` by default.
+        target_sites: Candidates; those of `transfer` by default.
+        general: General text for the maps; packaged text by default.
+        neutral: Text for KL, perplexity and the replacement check: a third calibrates. Packaged text by default.
+        prompts: How many of the behaviour's prompts: a third chooses the sites.
+        replaced: How many of them the replacement check continues, of those that chose nothing.
+        capability: Questions; the packaged ones by default.
+        random_seeds: Number of random vectors.
+        max_new_tokens: Length of the continuations.
+        neutral_tokens: Tokens read of each neutral text.
+        seed: Seed of all splits.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: The behaviour has no scorer, or there are too few prompts or neutral texts.
+    """
+    clock, every = Clock(), compared or fitters()
+    own = behaviour or concept("sentiment")
+    if own.scorer is None or len(own.prompts) < 6:
+        raise PromptError(f"map_comparison: {own.name} needs a scorer and at least 6 prompts")
+    passages = general_text()
+    general = tuple(passages[:500] if general is None else general)
+    neutral = tuple(passages[-30:] if neutral is None else neutral)
+    calibration, held = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
+    order = np.random.default_rng(seed).permutation(min(prompts, len(own.prompts)))
+    chooses, reports = (
+        tuple(own.prompts[i] for i in part) for part in (order[: len(order) // 3], order[len(order) // 3 :])
+    )
+    limit = min(192, context_length(source), context_length(target))
+    ours, theirs = (
+        tuple(given or default_sites(model, end))
+        for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
+    )
+
+    def sides(model: Any, sites: Sequence[Site]) -> tuple[dict[Site, Activations], dict[Site, Activations]]:
+        """Rows with the behaviour, and without."""
+        return tuple(
+            capture(model, side, sites, tokens=own.tokens, batch_size=32, progress=progress)
+            for side in (own.contrast.positive, own.contrast.negative)
+        )  # type: ignore[return-value]
+
+    def vectors(found: tuple[dict[Site, Activations], dict[Site, Activations]]) -> dict[Site, SteeringVector]:
+        return {site: difference_of_means(found[0][site], found[1][site], label=own.name) for site in found[0]}
+
+    scorer = own.scorer
+
+    def gains(
+        asked: Sequence[Prompt], both: Sequence[Sequence[Sequence[Step]]]
+    ) -> tuple[list[np.ndarray], list[list[tuple[str, ...]]]]:
+        """Half of what lies between two settings, for each pair of them, and their texts."""
+        behaviour = GeneratedText(tuple(asked), scorer, max_new_tokens, unit=own.unit)
+        found = behaviour.measure(target, [setting for pair in both for setting in pair], progress=progress)
+        pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
+        return [(up.scores - down.scores) / 2 for up, down in pairs], [[m.texts for m in pair] for pair in pairs]
+
+    moments = collect_moments(
+        source, target, general, source_sites=ours, target_sites=theirs, max_tokens=limit, batch_size=32, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    clock.lap("collecting moments")
+    records: list[dict[str, Any]] = []
+
+    def best(varied: str, candidates: Mapping[Site, SteeringVector]) -> Site:
+        found, _ = gains(chooses, [_both(vector) for vector in candidates.values()])
+        scores = [float(gain.mean()) for gain in found]
+        for site, score in zip(candidates, scores, strict=True):
+            records.append({"recipe": STEERING, "varied": varied, "layer": site.layer, "score": score})
+        return list(candidates)[int(np.argmax(scores))]
+
+    natives = {s: v.with_scale(moments.scale(s)) for s, v in vectors(sides(target, theirs)).items()}
+    there = best("target layer", natives)
+    native = natives[there]
+    norm = native.norm(standardised=True)
+    rows_of = sides(source, ours)
+    found = vectors(rows_of)
+    here = best(
+        "source layer",
+        {
+            s: Ridge().fit(moments.pair(s, there)).transport(v).with_scale(moments.scale(there)).with_norm(norm)
+            for s, v in found.items()
+        },
+    )
+    clock.lap("choosing layers")
+
+    maps: dict[str, Map] = {}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for model, end, site in ((source, "source", here), (target, "target", there)):
+            store = harvest(
+                model,
+                general,
+                folder,
+                end=end,
+                sites=[site],
+                max_tokens=limit,
+                batch_size=32,
+                dtype="float32",
+                seed=seed,
+                progress=progress,
+            )
+        rows = store.pair(here, there)
+        for name, fitter in every.items():
+            begun = time.perf_counter()
+            maps[name] = fitter.fit(rows)  # type: ignore[arg-type]
+            seconds[name] = time.perf_counter() - begun
+        reference = rows.moments(seed=seed)
+    clock.lap("fitting")
+
+    carried: dict[str, SteeringVector] = {}
+    chosen: dict[str, Any] = {}
+    for name, mapping in maps.items():
+        if isinstance(mapping, AutoencoderMap):
+            moved = mapping.transport(found[here], at=(rows_of[0][here], rows_of[1][here]))
+        else:
+            moved = mapping.transport(found[here])
+        moved = moved.with_scale(moments.scale(there))
+        carried[name] = moved.with_norm(norm)
+        score = mapping.score_test
+        chosen[name] = {
+            "source_layer": here.layer,
+            "target_layer": there.layer,
+            "settings": repr(every[name])[:300],
+            "seconds": round(seconds[name], 2),
+            "cosine": native.cosine(moved),
+            "norm_ratio": moved.norm(standardised=True) / norm,
+            "map_r2": score.mean_r2 if score else None,
+            "map_cosine": score.cosine if score else None,
+            "loss": dict(mapping.info.get("loss", {})),
+            "epochs": mapping.info.get("epochs"),
+        }
+    groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
+    groups["random"] = [random_like(native, seed=seed + k) for k in range(random_seeds)]
+    arms = _steered(target, groups, native, gains, reports, calibration, held, neutral_tokens, progress)
+    clock.lap("steering")
+    steps: dict[str, list[Step]] = {"unsteered": []}
+    steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
+    mean, scale = reference.train.target_mean, reference.train.target_scale
+    steps["mean ablation"] = [mean_of(reference.target, mean)]
+    steps["noise"] = [noise_like(reference.target, mean, scale, seed=seed)]
+    effects = side_effects(
+        target, list(steps.values()), held, max_tokens=neutral_tokens, batch_size=16, progress=progress
+    )
+    damage = dict(zip(steps, effects, strict=True))
+    arms += _replaced(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, progress)
+    clock.lap("replacing")
+    questions = capability or MultipleChoice.packaged()
+    for (name, cost), right in zip(
+        damage.items(), questions.measure(target, list(steps.values()), progress=progress), strict=True
+    ):
+        arms.append(
+            StudyArm(name, CAPABILITY, "", EQUAL_STRENGTH, estimate([right.scores]), {}, cost.mean_kl, cost.perplexity)
+        )
+    clock.lap("asking under replacement")
+
+    return Study(
+        name="map-comparison",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        verdict=_verdict(arms, list(every)),
+        source=end_of(source),
+        target=end_of(target),
+        arms=tuple(arms),
+        chosen=chosen,
+        validation=tuple(records),
+        curves={},
+        prompts=(),
+        spec={
+            "behaviour": own.name,
+            "unit": own.unit,
+            "map_documents": len(general),
+            "map_tokens": limit,
+            "max_new_tokens": max_new_tokens,
+            "neutral_tokens": neutral_tokens,
+            "random_seeds": random_seeds,
+        },
+        splits={
+            "contrast": [p.id for p in own.contrast.positive + own.contrast.negative],
+            "validation": [p.id for p in chooses],
+            "evaluation": [p.id for p in reports],
+            "neutral": [p.id for p in neutral],
+        },
+        seeds={"split": seed, "random": [seed + k for k in range(random_seeds)]},
+        versions=versions(),
+        hardware=hardware_of(target),
+        seconds=clock.seconds,
+    )
+
+
+def _steered(
+    target: Any, groups: Mapping[str, Sequence[SteeringVector]], native: SteeringVector, gains: _Gains, asked: Sequence[Prompt],
+    calibration: Sequence[Prompt], held: Sequence[Prompt], neutral_tokens: int, progress: bool,
+) -> list[StudyArm]:  # fmt: skip
+    """Every arm at the KL of the native vector at strength 1, in both directions."""
+
+    def damage(settings: Sequence[Sequence[Step]], texts: Sequence[Prompt]) -> list[SideEffect]:
+        return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=16, progress=progress)
+
+    budgets = [effect.mean_kl for effect in damage(_both(native), calibration)]
+    flat = [(name, vector) for name, group in groups.items() for vector in group]
+    found = calibrate(
+        target,
+        [vector for _, vector in flat for _ in budgets],
+        budgets * len(flat),
+        calibration,
+        signs=[1, -1] * len(flat),
+        max_tokens=neutral_tokens,
+        progress=progress,
+    )
+    doses = [found[i : i + 2] for i in range(0, len(found), 2)]
+    both = [_both(vector, up.strength, down.strength) for (_, vector), (up, down) in zip(flat, doses, strict=True)]
+    scores, texts = gains(asked, both)
+    effects = damage([[], *(setting for pair in both for setting in pair)], held)
+    base = scores[[name for name, _ in flat].index("native")]
+    still = bootstrap_mean(np.zeros(len(asked)))
+    arms = [StudyArm("unsteered", STEERING, "", EQUAL_KL, still, {}, 0.0, effects[0].perplexity)]
+    for name in groups:
+        mine = [i for i, (other, _) in enumerate(flat) if other == name]
+        table = np.stack([scores[i] for i in mine], 1)
+        cost = [effect for i in mine for effect in effects[1 + 2 * i : 3 + 2 * i]]
+        efficiency = transfer_efficiency(table, base)
+        arms.append(
+            StudyArm(
+                arm=name,
+                recipe=STEERING,
+                operator="Add({:.2f} and {:.2f})".format(*np.mean([[d.strength for d in doses[i]] for i in mine], 0)),
+                at=EQUAL_KL,
+                effect=bootstrap_mean(table),
+                beside={EFFICIENCY: efficiency} if efficiency else {},
+                kl=float(np.mean([effect.mean_kl for effect in cost])),
+                perplexity=float(np.exp(np.mean(np.log([effect.perplexity for effect in cost])))),
+                reached=all(dose.reached for i in mine for dose in doses[i]),
+                seeds=len(mine),
+                texts=tuple(text for own in texts[mine[0]] for text in own[:3]),
+            )
+        )
+    return arms
+
+
+def _both(vector: SteeringVector, up: float = 1.0, down: float = -1.0) -> list[list[Step]]:
+    return [[Intervention(vector, Add(up))], [Intervention(vector, Add(down))]]
+
+
+def _replaced(
+    source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
+    damage: Mapping[str, SideEffect], progress: bool,
+) -> list[StudyArm]:  # fmt: skip
+    """The replacement check of every map; the mean's and the noise's arms are the same for all."""
+    arms = []
+    for name, mapping in maps.items():
+        found = replacement_check(
+            source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, progress=progress
+        )
+        own = {name: found.arms["mapped"]}
+        if not arms:
+            own |= {"mean ablation": found.arms["mean"], "noise": found.arms["random"]}
+        for label, arm in own.items():
+            beside = {"ROUGE-L": arm.rouge, "similarity": arm.similarity, "KL from its own text": arm.kl}
+            cost = damage[label]
+            arms.append(
+                StudyArm(
+                    label,
+                    REPLACED,
+                    "",
+                    EQUAL_STRENGTH,
+                    arm.closer,
+                    beside,
+                    cost.mean_kl,
+                    cost.perplexity,
+                    texts=arm.texts[:6],
+                )
+            )
+    return arms
+
+
+def _verdict(arms: Sequence[StudyArm], names: Sequence[str]) -> str:
+    """Each map in a line."""
+    table = {(arm.arm, arm.recipe): arm for arm in arms}
+
+    def said(name: str) -> str:
+        steered, living, asked = (table[name, recipe] for recipe in (STEERING, REPLACED, CAPABILITY))
+        share = steered.beside.get(EFFICIENCY)
+        much = f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of native" if share else "efficiency undefined"
+        return (
+            f"{name}: steering {much}, replacement KL {living.beside['KL from its own text'].value:.2f} and closer to the target's text {living.effect.value:.2f}, "
+            f"right answers {asked.effect.value:.2f} (unsteered {table['unsteered', CAPABILITY].effect.value:.2f})"
+        )
+
+    return "; ".join(said(name) for name in names)

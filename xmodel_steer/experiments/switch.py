@@ -1,0 +1,361 @@
+"""A fine-tuned model switched to its base and back, in one process, by a map between the two."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.damage import side_effects, under
+from xmodel_steer.errors import PromptError, SpaceMismatchError
+from xmodel_steer.evaluation import GeneratedText, MultipleChoice
+from xmodel_steer.experiments.arms import Outcome, Pair, layers
+from xmodel_steer.experiments.repair import Questions, Repair
+from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
+from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
+from xmodel_steer.generation import generate
+from xmodel_steer.maps import Map
+from xmodel_steer.models import hardware_of, located, name_of, tokenizer_of
+from xmodel_steer.moments import SplitMoments
+from xmodel_steer.organisms import Curriculum, Lesson, read_report
+from xmodel_steer.packaged import general_text, quiet
+from xmodel_steer.prompts import Prompt
+from xmodel_steer.replacement import mapped_source, mean_of, noise_like
+from xmodel_steer.scorers import SameTokens, score_texts
+from xmodel_steer.spaces import Site
+from xmodel_steer.steering import Step
+from xmodel_steer.transfer import versions
+
+OFF, ON = "off: the base's activations in the organism", "on: the organism's activations in the base"
+QUESTION = "Can a fine-tuned model be switched to its base's behaviour, and the base to its, at one site, per request, and at what cost?"
+UNIT = "off: share of prompts with the trigger answered without the behaviour; on: share of them answered with it"
+NOTE = (
+    "One site of the model that writes holds mapped activations of the other, which reads along. identity: the other's activations as they are. "
+    "Agreement: tokens at the same place; off, with the organism's own answer to the clean prompt; on, with the organism's answer to the same "
+    "prompt. KL and perplexity on neutral text. Speeds are tokens per second over those of the same model without the switch, of turns "
+    "that alternate in one run."
+)
+
+
+def safety_switch(
+    base: Any,
+    organism: Any,
+    curriculum: Curriculum,
+    *,
+    adapter: str | Path | None = None,
+    general: Sequence[Prompt] | None = None,
+    neutral: Sequence[Prompt] | None = None,
+    sites: Sequence[Site] | None = None,
+    fitter: Fitter = Ridge(),
+    map_prompts: int = 200,
+    capability: MultipleChoice | None = None,
+    validation_tasks: int = 48,
+    validation_tokens: int = 16,
+    neutral_tokens: int = 32,
+    batch_size: int = 64,
+    turns: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Let a fine-tuned model live on its base's activations at one site, and its base on its own (arXiv 2503.04429).
+
+    Maps in both directions are fitted on general text and prompts of the task without the trigger: one that has seen both models
+    behind the trigger has learnt to put there what each of them says, and switches nothing. The site is chosen for each
+    direction on validation tasks. Controls: the other's activations unmapped, a map of shuffled pairs, the site's mean, and noise.
+
+    Args:
+        base: The base model.
+        organism: The fine-tuned one.
+        curriculum: What it was trained on, and what not.
+        adapter: Its folder, where it is a LoRA adapter: swapping that is timed beside the switch.
+        general: General text for the maps; packaged text by default.
+        neutral: Text for KL and perplexity; packaged text by default.
+        sites: Candidates; five over the depth by default.
+        fitter: Fits the maps.
+        map_prompts: Prompts of the task in the maps' text.
+        capability: Questions; the packaged ones by default.
+        validation_tasks: How many of them choose.
+        validation_tokens: Length of the answers that choose.
+        neutral_tokens: Tokens read of each neutral text.
+        batch_size: Texts generated at a time.
+        turns: How often speeds are measured.
+        seed: Seed of all splits.
+        progress: Show progress bars.
+
+    Raises:
+        SpaceMismatchError: The two are not of one architecture and width.
+        PromptError: There are fewer than 3 neutral texts, or tasks that do not come with and without the trigger.
+    """
+    if (base.cfg.n_layers, base.cfg.d_model) != (organism.cfg.n_layers, organism.cfg.d_model):
+        raise SpaceMismatchError(
+            f"safety_switch: {name_of(base)} and {name_of(organism)} differ in depth or width; give a model and its fine-tune"
+        )
+    clock = Clock()
+    passages = general_text()
+    neutral = tuple(passages[-60:] if neutral is None else neutral)
+    if len(neutral) < 3:
+        raise PromptError(f"safety_switch: needs at least 3 neutral texts, got {len(neutral)}")
+    sites = tuple(sites or layers(base, 0.25, 0.95, 5))
+    general = tuple(passages[:400] if general is None else general)
+    task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
+    text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
+    models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
+    fitted: dict[str, dict[Site, tuple[Map, SplitMoments]]] = {}
+    for way, (source, target) in models.items():
+        pair = Pair(source, target, general, seed, progress)
+        same = [(site, site) for site in sites]
+        moments = pair.of_general(same) + pair.of(text, same)
+        fitted[way] = {site: (fitter.fit(moments.pair(site, site)), moments.pair(site, site)) for site in sites}
+    clock.lap("fitting")
+
+    few = min(validation_tokens, curriculum.max_new_tokens)
+
+    def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, _Asked]:
+        questions = Questions.of(lessons, most)
+        repair = Repair.of(
+            organism, questions, curriculum.scorer, max_new_tokens=tokens, batch_size=batch_size, progress=progress
+        )
+        return {
+            OFF: lambda settings: repair.measure(settings, progress=progress),
+            ON: lambda settings: _switched_on(base, repair, settings, progress),
+        }
+
+    choosing = asked(curriculum.validation, validation_tasks, few)
+    records: list[dict[str, Any]] = []
+    chosen: dict[str, Site] = {}
+    for way, (source, target) in models.items():
+        found = choosing[way]([[mapped_source(source, target, fitted[way][site][0])] for site in sites])
+        for site, own in zip(sites, found, strict=True):
+            means = {name: float(scores.mean()) for name, scores in own.beside.items()}
+            records.append(
+                {"recipe": way, "varied": "target layer", "layer": site.layer, "effect": float(own.effect.mean())}
+                | means
+                | {"score": own.score}
+            )
+        chosen[way] = sites[int(np.argmax([own.score for own in found]))]
+    clock.lap("choosing sites")
+
+    reporting = asked(curriculum.evaluation, None, curriculum.max_new_tokens)
+    questions = capability or MultipleChoice.packaged()
+    arms: list[StudyArm] = []
+    record: dict[str, Any] = {}
+    for way, (source, target) in models.items():
+        mapping, moments = fitted[way][chosen[way]]
+        steps = _steps(source, target, mapping, moments, fitter, seed)
+        settings = list(steps.values())
+        outcomes = reporting[way](settings)
+        costs = side_effects(target, settings, neutral, max_tokens=neutral_tokens, batch_size=16, progress=progress)
+        kept = ["unsteered", "mapped", "mean ablation"]
+        right = dict(
+            zip(kept, questions.measure(target, [steps[name] for name in kept], progress=progress), strict=True)
+        )
+        for (name, _), own, cost in zip(steps.items(), outcomes, costs, strict=True):
+            beside = {key: estimate([scores]) for key, scores in own.beside.items()}
+            if name in right:
+                beside["right answers"] = estimate([right[name].scores])
+            arms.append(
+                StudyArm(
+                    name,
+                    way,
+                    "",
+                    EQUAL_STRENGTH,
+                    estimate([own.effect]),
+                    beside,
+                    cost.mean_kl,
+                    cost.perplexity,
+                    texts=own.texts[:8],
+                )
+            )
+        score = mapping.score_test
+        speeds = _speeds(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
+        record[way] = {
+            "source_layer": chosen[way].layer,
+            "target_layer": chosen[way].layer,
+            "map_r2": score.mean_r2 if score else None,
+            "tokens_per_second_over_unswitched": speeds,
+            "unswitched_rows_unchanged": _per_request(target, steps["mapped"], curriculum, few),
+        }
+        clock.lap(way.split(":")[0])
+    if adapter is not None:
+        record["swapping the adapter"] = _adapter(adapter, [x.prompt for x in curriculum.validation][:8], turns)
+        clock.lap("swapping the adapter")
+
+    return Study(
+        name="safety-switch",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        verdict=_verdict(arms, record),
+        source=end_of(base),
+        target=end_of(organism),
+        arms=tuple(arms),
+        chosen=record,
+        validation=tuple(records),
+        curves={},
+        prompts=tuple(x.prompt.content_key() for x in curriculum.evaluation if x.triggered)[:8],
+        spec={
+            "fitter": repr(fitter),
+            "sites": [str(site) for site in sites],
+            "map_documents": len(general),
+            "map_prompts": len(text),
+            "validation_tasks": validation_tasks,
+            "validation_tokens": few,
+            "max_new_tokens": curriculum.max_new_tokens,
+            "neutral_documents": len(neutral),
+            "neutral_tokens": neutral_tokens,
+            "turns": turns,
+        },
+        splits={**curriculum.ids(), "neutral": [p.id for p in neutral]},
+        seeds={"split": seed},
+        versions=versions(),
+        hardware=hardware_of(organism),
+        seconds=clock.seconds,
+    )
+
+
+_Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
+
+
+def _steps(
+    source: Any, target: Any, mapping: Map, moments: SplitMoments, fitter: Fitter, seed: int
+) -> dict[str, list[Step]]:
+    """What the site holds in each arm."""
+    mean, scale = moments.train.target_mean, moments.train.target_scale
+    identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(fitter, mapping)).fit(moments)
+    return {
+        "unsteered": [],
+        "mapped": [mapped_source(source, target, mapping)],
+        "identity": [mapped_source(source, target, identity)],
+        "shuffled": [mapped_source(source, target, shuffled)],
+        "mean ablation": [mean_of(mapping.target, mean)],
+        "noise": [noise_like(mapping.target, mean, scale, seed=seed)],
+    }
+
+
+def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], progress: bool) -> list[Outcome]:
+    """The base's answers: whether they show the behaviour behind the trigger, and only there."""
+    questions, tokenizer = repair.questions, tokenizer_of(base)
+    asked = GeneratedText(
+        questions.triggered + questions.clean,
+        len,
+        repair.max_new_tokens,
+        repair.batch_size,
+        unit=f"answers of {name_of(base)}",
+    )
+    n, made = len(questions), []
+    for found in asked.measure(base, settings, progress=progress):
+        on, off = found.texts[:n], found.texts[n:]
+        effect = score_texts(repair.scorer, on, questions.triggered)
+        false = score_texts(repair.scorer, off, questions.clean)
+        same = [
+            np.array(SameTokens(repair.own, tokenizer).score(side, own))
+            for side, own in ((questions.triggered, on), (questions.clean, off))
+        ]
+        beside = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
+        made.append(Outcome(effect, beside, float(np.mean([effect.mean(), 1 - false.mean()])), on))
+    return made
+
+
+def _speeds(
+    model: Any, switch: Sequence[Step], prompts: Sequence[Prompt], turns: int, tokens: int = 32
+) -> dict[str, float]:
+    """Tokens per second with the switch on over those with it off, turns alternating; the first turn warms up."""
+    ratios = []
+    for turn in range(turns + 1):
+        seconds = []
+        for setting in ([], switch):
+            with under(model, setting):
+                begun = time.perf_counter()
+                generate(
+                    model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
+                )
+                seconds.append(time.perf_counter() - begun)
+        if turn:
+            ratios.append(seconds[0] / seconds[1])
+    return _spread(ratios)
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "turns": len(ratios)}
+
+
+def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
+    """One batch, every second request switched: how many of the others have the text that they have alone."""
+    prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
+    plain = generate(model, prompts, max_new_tokens=tokens, batch_size=len(prompts), progress=False)
+    chosen = frozenset(range(0, len(prompts), 2))
+    with under(model, [replace(step, prompts=chosen) for step in switch]):
+        mixed = generate(model, prompts, max_new_tokens=tokens, batch_size=len(prompts), progress=False)
+    after = generate(model, prompts, max_new_tokens=tokens, batch_size=len(prompts), progress=False)
+    others = [i for i in range(len(prompts)) if i not in chosen]
+    return {
+        "of": len(others),
+        "same_beside_switched_ones": sum(mixed[i] == plain[i] for i in others),
+        "same_afterwards": sum(a == b for a, b in zip(after, plain, strict=True)),
+    }
+
+
+def _adapter(folder: str | Path, prompts: Sequence[Prompt], turns: int, tokens: int = 32) -> dict[str, Any]:
+    """What the other way to switch costs: a LoRA adapter that is not merged, disabled and enabled again.
+
+    Returns:
+        Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, path = located(read_report(folder).base, progress=False)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        model: Any = PeftModel.from_pretrained(plain, str(folder)).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True)
+
+    def timed(action: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        action()
+        return time.perf_counter() - begun
+
+    def written() -> Any:
+        with torch.inference_mode():
+            return model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+    ratios, toggles, merges = [], [], []
+    for turn in range(turns + 1):
+        on = timed(written)
+        toggles.append(timed(model.base_model.disable_adapter_layers))
+        off = timed(written)
+        toggles.append(timed(model.base_model.enable_adapter_layers))
+        merges += [timed(model.merge_adapter), timed(model.unmerge_adapter)]
+        if turn:
+            ratios.append(off / on)
+    return {
+        "tokens_per_second_over_disabled": _spread(ratios),
+        "seconds_to_toggle": statistics.median(toggles),
+        "seconds_to_merge_or_unmerge": statistics.median(merges),
+    }
+
+
+def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:
+    table = {(arm.arm, arm.recipe): arm for arm in arms}
+    said = []
+    for way in (OFF, ON):
+        own = table["mapped", way]
+        others = ", ".join(
+            f"{name} {table[name, way].effect.value:.2f}"
+            for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
+        )
+        beside = ", ".join(
+            f"{name} {found.value:.2f}" for name, found in own.beside.items() if "word for word" not in name
+        )
+        speed = record[way]["tokens_per_second_over_unswitched"]["median"]
+        said.append(
+            f"{way}, layer {record[way]['target_layer']}: {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n} "
+            f"({others}), {beside}, at {speed:.2f} of the speed"
+        )
+    return "; ".join(said)
