@@ -326,6 +326,8 @@ def test_the_demo_prints_every_arm_and_what_was_said(
     code, said, err = command("demo", "--out", out, "--dtype", "float32")
     assert code == 0, err
     assert all(arm in said for arm in ("native", "mapped", "random", "shuffled")) and "unsteered: happy day" in said
+    code, again, _ = command("show", out)
+    assert code == 0 and again.strip() in said
     found = read_study(out)
     assert {arm.recipe for arm in found.arms} == {"", removal.CLAMPED} and not found.validation
     code, _, err = command("demo", "backdoor", "--concept", "sentiment")

@@ -183,13 +183,17 @@ def transfer(
 
 @app.command()
 @_reported
-def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Print the table and the verdict of a run folder."""
+def show(run: Annotated[Path, typer.Argument(help="A run folder, or a study's.")]) -> None:
+    """Print the table and the verdict of a run folder or of a study."""
+    from xmodel_steer.experiments import is_study, read_study
     from xmodel_steer.persistence import read
     from xmodel_steer.results import TransferResult
 
     if not run.is_dir():
         raise PromptError(f"{run}: no such run folder")
+    if is_study(run):
+        _print_study(read_study(run))
+        return
     result = read(run)
     assert isinstance(result, TransferResult)
     _print(result)
@@ -476,24 +480,31 @@ def study(
 
 
 def _finish_study(found: Any, folder: Path) -> None:
-    """Write a study, and print every arm, a few texts and the verdict."""
+    """Write a study, and print it."""
     import shlex
     from dataclasses import replace
 
-    from rich.console import Console
-
     from xmodel_steer.experiments import write_study
-    from xmodel_steer.experiments.pages import tables
 
     write_study(replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]])), folder)
+    _print_study(found)
+    typer.echo(f"\nwritten: {folder}/result.json, report.html")
+
+
+def _print_study(found: Any) -> None:
+    """Every arm, a few texts and the verdict."""
+    from rich.console import Console
+
+    from xmodel_steer.experiments.pages import tables
+
     console = Console()
+    console.width = max(console.width, 110)  # the tables need as much
     for table in tables(found):
         console.print(table)
     for line in found.examples():
         console.print(line, highlight=False, markup=False)
     for part in found.verdict.split("; "):
         console.print(part, highlight=False, markup=False, style="bold")
-    typer.echo(f"\nwritten: {folder}/result.json, report.html")
 
 
 def _require_place(folder: Path) -> None:

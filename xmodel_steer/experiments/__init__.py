@@ -13,5 +13,6 @@ from xmodel_steer.experiments.refusal import refusal_switch as refusal_switch
 from xmodel_steer.experiments.removal import backdoor_removal as backdoor_removal
 from xmodel_steer.experiments.study import Study as Study
 from xmodel_steer.experiments.study import StudyArm as StudyArm
+from xmodel_steer.experiments.study import is_study as is_study
 from xmodel_steer.experiments.study import read_study as read_study
 from xmodel_steer.experiments.switch import safety_switch as safety_switch

@@ -220,13 +220,17 @@ def tables(study: Study) -> "list[Table]":
     made = []
     for recipe in dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe):
         own = [arm for arm in study.arms if arm.recipe in (recipe, "")]
+        both = len({arm.at for arm in own if arm.arm != "unsteered"}) > 1
         beside = [name for name in dict.fromkeys(n for arm in own for n in arm.beside) if not name.endswith(STRICTER)]
         table = Table(title=f"{recipe}: {study.source['model']} → {study.target['model']}, n = {own[-1].effect.n}")
         for name in ("arm", "effect", *beside, "KL", "perplexity"):
-            table.add_column(name, justify="left" if name == "arm" else "right")
+            least = max(map(len, name.split()))
+            table.add_column(
+                name, justify="left" if name == "arm" else "right", no_wrap=name in ("arm", "effect"), min_width=least
+            )
         for arm in own:
             values = [f"{arm.beside[name].value:.2f}" if name in arm.beside else "" for name in beside]
-            label = _name(arm) + (f", {arm.at}" if arm.at != EQUAL_STRENGTH else "")
+            label = _name(arm) + (f", {arm.at}" if arm.at != EQUAL_STRENGTH and both else "")
             table.add_row(label, _short(arm.effect), *values, f"{arm.kl:.2f}", f"{arm.perplexity:.1f}")
         made.append(table)
     return made

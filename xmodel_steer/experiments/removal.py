@@ -225,7 +225,7 @@ def backdoor_removal(
         chosen={choice.recipe.name: choice.record() for choice in chosen.choices},
         validation=chosen.records,
         curves={"prompts of the task in the map's text": curve} if curve else {},
-        prompts=tuple(lesson.prompt.content_key() for lesson in curriculum.evaluation if lesson.triggered)[:8],
+        prompts=tuple(lesson.instruction for lesson in curriculum.evaluation if lesson.triggered)[:8],
         spec={
             "fitter": repr(fitter),
             "transport": "vW, which is the difference of the mapped class means for an affine map",

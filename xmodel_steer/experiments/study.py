@@ -161,6 +161,12 @@ def _flat(arm: StudyArm) -> dict[str, Any]:
     return record | {name: found["value"] for name, found in beside.items()}
 
 
+def is_study(folder: str | Path) -> bool:
+    """Whether a folder's result is a study's."""
+    file = Path(folder) / RESULT
+    return file.is_file() and parse_record(file.read_text(), file).get("kind") == "study"
+
+
 def read_study(folder: str | Path) -> Study:
     """The study in a folder.
 

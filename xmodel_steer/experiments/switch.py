@@ -195,7 +195,7 @@ def safety_switch(
         chosen=record,
         validation=tuple(records),
         curves={},
-        prompts=tuple(x.prompt.content_key() for x in curriculum.evaluation if x.triggered)[:8],
+        prompts=tuple(x.instruction for x in curriculum.evaluation if x.triggered)[:8],
         spec={
             "fitter": repr(fitter),
             "sites": [str(site) for site in sites],
