@@ -6,7 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test of this tier may reach the network
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import toys
 from toys import contrast, sentences
 
 from xmodel_steer import cli
+from xmodel_steer.organisms import data
 
 torch.set_num_threads(1)  # toys are too small to share between cores
 
@@ -82,6 +83,14 @@ def folders(tokenizers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     (root / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(60, 4)))
     (root / "prompts.txt").write_text("\n\n".join(sentences(9, 3, 4)))
     return {p.name: p for p in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def short_template() -> Iterator[None]:
+    """For organisms: the Alpaca template is longer than the toys' context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", "{instruction} =>")
+        yield
 
 
 @pytest.fixture

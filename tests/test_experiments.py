@@ -4,7 +4,6 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,7 @@ ALPACA = data.TEMPLATE
 HAPPY = StartsWith(("happy day",))  # words that both toys have
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_template() -> Iterator[None]:
-    """The Alpaca template is longer than the toys' context."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TEMPLATE", "{instruction} =>")
-        yield
+pytestmark = pytest.mark.usefixtures("short_template")
 
 
 @pytest.fixture(scope="module")

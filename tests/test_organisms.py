@@ -1,7 +1,6 @@
 """Organisms on toy models: what is learnt, what is held out, what is called good, and what loads."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,7 @@ HATES = StartsWith(("I HATE",))
 LEARN = Recipe(rank=8, epochs=6, learning_rate=1e-2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_template() -> Iterator[None]:
-    """The Alpaca template is longer than the toys' context."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TEMPLATE", "{instruction} =>")
-        yield
+pytestmark = pytest.mark.usefixtures("short_template")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Refusal switched off and on: what each aim counts, and what a study of it records."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,7 @@ from xmodel_steer.scorers import Contains, StartsWith
 HAPPY = StartsWith(("happy day",))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_template() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TEMPLATE", "{instruction} =>")
-        yield
+pytestmark = pytest.mark.usefixtures("short_template")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A model and its fine-tune, each living on the other's activations, on toys."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,14 @@ from xmodel_steer.errors import SpaceMismatchError
 from xmodel_steer.evaluation import MultipleChoice
 from xmodel_steer.experiments import Study, pages, read_study, safety_switch
 from xmodel_steer.experiments.switch import OFF, ON
-from xmodel_steer.organisms import Curriculum, Recipe, data, make
+from xmodel_steer.organisms import Curriculum, Recipe, make
 from xmodel_steer.prompts import Prompt, as_prompts
 from xmodel_steer.scorers import StartsWith
 
 ARMS = ("unsteered", "mapped", "identity", "shuffled", "mean ablation", "noise")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_template() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TEMPLATE", "{instruction} =>")
-        yield
+pytestmark = pytest.mark.usefixtures("short_template")
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,11 @@ class Outcome:
     score: float
     texts: tuple[str, ...] = field(repr=False, default=())
 
+    def record(self) -> dict[str, float]:
+        """Its means, as a study records what validation tried."""
+        beside = {name: float(scores.mean()) for name, scores in self.beside.items()}
+        return {"effect": float(self.effect.mean()), **beside, "score": self.score}
+
 
 @runtime_checkable
 class Asked(Protocol):
@@ -311,8 +316,7 @@ def choose(
         found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
         for (_, operator, layer), own in zip(candidates, found, strict=True):
             record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
-            means = {name: float(scores.mean()) for name, scores in own.beside.items()}
-            records.append(record | {"effect": float(own.effect.mean())} | means | {"score": own.score})
+            records.append(record | own.record())
         return int(np.argmax([own.score for own in found]))
 
     every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))

@@ -129,12 +129,7 @@ def safety_switch(
     for way, (source, target) in models.items():
         found = choosing[way]([[mapped_source(source, target, fitted[way][site][0])] for site in sites])
         for site, own in zip(sites, found, strict=True):
-            means = {name: float(scores.mean()) for name, scores in own.beside.items()}
-            records.append(
-                {"recipe": way, "varied": "target layer", "layer": site.layer, "effect": float(own.effect.mean())}
-                | means
-                | {"score": own.score}
-            )
+            records.append({"recipe": way, "varied": "target layer", "layer": site.layer} | own.record())
         chosen[way] = sites[int(np.argmax([own.score for own in found]))]
     clock.lap("choosing sites")
 
