@@ -36,6 +36,13 @@ def test_french_for_the_map_shares_no_sentence_with_the_pairs() -> None:
     assert len(seen) == concepts.FRENCH_TEXTS and not seen & {p.text for p in own.contrast.positive}
     assert score_texts(own.scorer, sorted(map(str, seen))).mean() > 0.9  # type: ignore[arg-type]
     assert not concept("french").text
+    general = [Prompt(text=f"general {k}") for k in range(500)]
+    mixed = own.map_text(general, seed=3)
+    assert sorted(p.id for p in mixed) == sorted(p.id for p in (*general, *own.text))
+    places = [i for i, p in enumerate(mixed) if p.text in seen]
+    assert places[0] < 64 and places[-1] > len(mixed) - 64  # every window has some
+    assert mixed == own.map_text(general, seed=3) != own.map_text(general, seed=4)
+    assert concept("french").map_text(general) == tuple(general)
 
 
 def test_pairs_of_answers_end_at_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import toys
 from toys import contrast, sentences
 
 import xmodel_steer as xs
-from xmodel_steer.results import TransferResult, joined_arm
+from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.transfer import default_sites
 
 
@@ -288,6 +289,32 @@ def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferRe
     assert verdict.efficiency is None
     assert verdict.transfers is None
     assert verdict.text == "toy: undefined, the native vector does nothing at KL 0.30 and 0.30 nats per token, n = 40"
+
+
+def test_only_directions_in_which_native_does_something_are_judged(result: TransferResult) -> None:
+    """What the unsteered texts lack cannot be taken from them, by any arm."""
+    made = made_up(result, CLEAR)
+    base = np.array(made.arm("unsteered", 0).scores)
+    still = bootstrap_mean(np.zeros(len(base)))
+
+    def floored(arm: Arm) -> Arm:
+        if arm.arm == "unsteered" or arm.strength > 0:
+            return arm
+        return replace(
+            arm,
+            effect=made.arm("unsteered", 0).effect,
+            change=still,
+            scores=tuple(base.tolist()),
+            table=tuple((float(x),) * len(arm.seeds) for x in base) if arm.table else (),
+        )
+
+    verdict = replace(made, arms=tuple(map(floored, made.arms))).verdict()
+    assert {(c.control, c.sign) for c in verdict.comparisons} == {("random", "+"), ("shuffled", "+")}
+    assert verdict.transfers
+    assert "corrected for 2 comparisons" in verdict.text
+    both = replace(made, arms=tuple(floored(a) if a.arm == "mapped" else a for a in made.arms)).verdict()
+    assert len(both.comparisons) == 4
+    assert both.transfers is False  # native goes down, mapped does not
 
 
 def test_an_arm_that_misses_the_kl_is_named(result: TransferResult) -> None:

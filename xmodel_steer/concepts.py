@@ -1,7 +1,7 @@
 """Concepts that ship with the package: texts with and without them, and what reads them in a text."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -40,6 +40,21 @@ class Concept:
     tokens: Tokens = "mean"
     prompts: tuple[Prompt, ...] = field(repr=False, default=())
     text: tuple[Prompt, ...] = field(repr=False, default=())
+
+    def map_text(self, general: Sequence[Prompt], *, seed: int = 0) -> tuple[Prompt, ...]:
+        """General text with the concept's own among it.
+
+        Mixed, for pairs are shuffled within a window of documents: where texts of one kind stand together, the control
+        is fitted on wrong pairs of the right kind, and learns the kind.
+
+        Args:
+            general: General text.
+            seed: Seed of the order.
+        """
+        if not self.text:
+            return tuple(general)
+        every = (*general, *self.text)
+        return tuple(every[i] for i in np.random.default_rng(seed).permutation(len(every)))
 
 
 def _sentiment() -> Scorer:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from xmodel_steer.cache import cached_moments
-from xmodel_steer.capture import collect_moments
 from xmodel_steer.concepts import concept
 from xmodel_steer.evaluation import AnswerLogOdds
 from xmodel_steer.experiments import Study, backdoor_removal, organism, removal
@@ -98,17 +97,12 @@ def concept_demo(
     moments = cached_moments(
         source,
         target,
-        passages[:MAP_DOCUMENTS],
+        chosen.map_text(passages[:MAP_DOCUMENTS]),
         source_sites=SOURCE_SITES,
         target_sites=TARGET_SITES,
         max_tokens=MAP_TOKENS,
         progress=progress,
     )
-    if chosen.text:
-        moments += collect_moments(
-            source, target, chosen.text, source_sites=SOURCE_SITES, target_sites=TARGET_SITES, max_tokens=MAP_TOKENS,
-            progress=progress,
-        )  # fmt: skip
     return transfer(
         source,
         target,

@@ -94,8 +94,8 @@ class Verdict:
             make, or of the one that was run; None where the native vector does nothing.
         controls: The same ratio for each control.
         kl: The KL that all arms were calibrated to, for each direction.
-        comparisons: The mapped arm against every control in every direction.
-        transfers: Whether it beats every control in every direction, after correction, and the ratio's interval is
+        comparisons: The mapped arm against every control, in every direction in which the native vector moves the score.
+        transfers: Whether it beats every control in these directions, after correction, and the ratio's interval is
             above 0; None where the ratio is undefined.
         perplexity_ratio: For each direction, perplexity of neutral text under the mapped vector over the unsteered one.
         agreement: For each direction, next-token agreement with the unsteered model there.
@@ -279,7 +279,7 @@ def _verdict(result: TransferResult) -> Verdict:
     native = result.gain("native")[:, 0]
     efficiency = transfer_efficiency(result.gain("mapped"), native)
     controls = {name: transfer_efficiency(result.gain(name), native) for name in CONTROLS}
-    comparisons = _comparisons(arms, ways)
+    comparisons = _comparisons(arms, _moved(arms["native"], ways))
     beats = all(c.corrected < LEVEL for c in comparisons)
     transfers = None if efficiency is None else beats and efficiency.low > 0 and float(native.mean()) > 0
     kl = {sign: arms["native"][sign].kl for sign in ways}
@@ -287,6 +287,19 @@ def _verdict(result: TransferResult) -> Verdict:
     agreement = {sign: arms["mapped"][sign].agreement for sign in ways}
     verdict = Verdict(result.headline, efficiency, controls, kl, comparisons, transfers, perplexity, agreement, "")
     return replace(verdict, text=_in_words(result, verdict, base))
+
+
+def _moved(native: Mapping[str, Arm], ways: Mapping[str, float]) -> Mapping[str, float]:
+    """The directions in which the native vector moves the score; all, where it moves it in none alone.
+
+    A text that has no French cannot lose any: where the native vector does nothing, no arm can do better than a control.
+    """
+    moved = {
+        sign: way
+        for sign, way in ways.items()
+        if min(way * native[sign].change.low, way * native[sign].change.high) > 0
+    }
+    return moved or ways
 
 
 def _comparisons(arms: Mapping[str, Mapping[str, Arm]], ways: Mapping[str, float]) -> tuple[Comparison, ...]:

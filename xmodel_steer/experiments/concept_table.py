@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.cache import cached_moments
-from xmodel_steer.capture import collect_moments
 from xmodel_steer.concepts import CONCEPTS, concept, openings
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import AnswerLogOdds
@@ -14,6 +13,7 @@ from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH,
 from xmodel_steer.fitters import Fitter, Ridge
 from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
 from xmodel_steer.models import context_length, hardware_of
+from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.results import ARMS, TransferResult
@@ -85,28 +85,17 @@ def concept_transfer(
         for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
     limit = min(192, context_length(source), context_length(target))
-    moments = cached_moments(
-        source, target, general, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed, progress=progress
-    )
+
+    def moments_of(text: Sequence[Prompt]) -> Moments:
+        return cached_moments(
+            source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed, progress=progress
+        )
+
+    shared = moments_of(general)
     clock.lap("collecting moments")
 
     results = {}
     for own in chosen:
-        more = (
-            collect_moments(
-                source,
-                target,
-                own.text,
-                source_sites=ours,
-                target_sites=theirs,
-                max_tokens=limit,
-                batch_size=32,
-                seed=seed,
-                progress=progress,
-            )
-            if own.text
-            else None
-        )
         results[own.name] = transfer(
             source,
             target,
@@ -123,7 +112,7 @@ def concept_transfer(
             fixed=False,
             tokens=own.tokens,
             fitter=fitter,
-            moments=moments + more if more else moments,
+            moments=moments_of(own.map_text(general, seed=seed)) if own.text else shared,
             neutral_texts=neutral,
             side={},  # every arm costs the same KL; capability beside it would take half the time again
             neutral_tokens=neutral_tokens,
