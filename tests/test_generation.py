@@ -6,9 +6,11 @@ import pytest
 import torch
 from toys import CONTEXT, TEXTS
 
+from xmodel_steer import generation
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate, generate_tokens, stream
-from xmodel_steer.models import LAYOUT, register
+from xmodel_steer.models import LAYOUT, layout, register
+from xmodel_steer.steering import Add, Intervention, steering
 
 STEPS = 8
 
@@ -53,6 +55,34 @@ def test_a_text_ends_at_eos_and_the_others_go_on(toy, place, monkeypatch):
     expected = [row[: next((i for i, token in enumerate(row) if token in stops), STEPS)] for row in free]
     assert made == expected
     assert len(made[0]) < STEPS < max(map(len, made)) + 1
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_that_have_ended_leave_the_batch(toy, use_cache, temperature, monkeypatch):
+    """Each row keeps its steering, its sampling and its cache when rows before it leave."""
+    mask = torch.zeros(len(TEXTS), 2, dtype=torch.bool)
+    mask[::2] = True  # every other prompt is steered, at its first tokens
+    vector = toy.vector(1, seed=1, size=3.0)
+    steps = [
+        Intervention(vector, Add(1.0), mask),
+        Intervention(vector, Add(0.5), "generated", prompts=frozenset({1, 3})),
+    ]
+
+    def made(**kwargs):
+        with steering(toy.model, steps):
+            return tokens(toy, temperature=temperature, **kwargs)
+
+    free = made(batch_size=len(TEXTS))
+    stops = frozenset(free[row][row] for row in range(4))  # one text after another ends
+    expected = [row[: next((i for i, token in enumerate(row) if token in stops), STEPS)] for row in free]
+    assert len({len(row) for row in expected}) > 2
+    monkeypatch.setattr(generation, "_stop_ids", lambda model: stops)
+    sizes = []
+    monkeypatch.setattr(generation, "layout", lambda rows, lengths: sizes.append(len(rows)) or layout(rows, lengths))
+    assert made(batch_size=len(TEXTS), stop_at_eos=True, use_cache=use_cache) == expected
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] == len(TEXTS)
 
 
 def test_settings_that_come_with_the_model_are_not_read(bridge, monkeypatch):

@@ -6,7 +6,9 @@ import toys
 from toys import TEXTS
 
 import xmodel_steer as xs
+from xmodel_steer import generation
 from xmodel_steer.errors import SiteError, SpaceMismatchError
+from xmodel_steer.generation import generate_tokens
 from xmodel_steer.maps import AffineMap
 from xmodel_steer.models import tokenise
 from xmodel_steer.prompts import Prompt
@@ -90,6 +92,23 @@ def test_the_sources_cache_and_the_batch_change_nothing(toy_named, ends):
     made = texts(4, True)
     assert made == texts(1, True) == texts(3, False)
     assert made != own
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_texts_that_have_ended_leave_the_sources_batch_too(toy_named, use_cache, monkeypatch):
+    source, target = toy_named("gemma"), toy_named("llama")
+    step = mapped_source(source.model, target.model, random_map(source, target), use_cache=use_cache)
+
+    def made(batch_size):
+        with xs.steering(target.model, step):
+            return generate_tokens(target.model, PROMPTS, max_new_tokens=8, batch_size=batch_size, progress=False)[0]
+
+    free = made(1)
+    stops = frozenset(free[row][2 * row] for row in range(2))
+    monkeypatch.setattr(generation, "_stop_ids", lambda model: stops)
+    expected = [row[: next((i for i, token in enumerate(row) if token in stops), 8)] for row in free]
+    assert made(len(PROMPTS)) == expected
+    assert min(map(len, expected)) < max(map(len, expected)) == 8
 
 
 def test_positions_hold_for_replacements(llama, gemma):

@@ -17,6 +17,7 @@ from xmodel_steer.models import (
     context_length,
     encode,
     forward,
+    keep_rows,
     layout,
     name_of,
     pad_id,
@@ -24,6 +25,8 @@ from xmodel_steer.models import (
 )
 from xmodel_steer.prompts import PromptLike, as_prompts
 from xmodel_steer.vectors import check_finite
+
+GOING = 0.75  # share of a batch's texts that go on, at which the others leave it
 
 
 def generate(
@@ -186,25 +189,38 @@ def _decode(
     stops: frozenset[int],
     use_cache: bool,
 ) -> Iterator[tuple[list[int | None], Tensor]]:
-    """After every forward pass: each row's new token (None once its text has ended), and the logits."""
-    ids, mask, cache = batch.ids, batch.mask, None
-    lengths = batch.mask.sum(-1)
-    running = [True] * len(batch.rows)
+    """After every forward pass: each row's new token (None once its text has ended), and the logits of those that go on.
+
+    Rows whose texts have ended leave the batch once they are a quarter of it: answers differ in length, and a decode would
+    else go on at the price of all of them for the longest.
+    """
+    ids, mask, cache, lengths = batch.ids, batch.mask, None, batch.mask.sum(-1)
+    there = list(range(len(batch.rows)))  # which rows are in the batch still
+    running = [True] * len(there)
     fresh = ids
     for _ in range(steps):
-        with layout(batch.rows, lengths):  # left before each yield: a generator has no context of its own
+        with layout(
+            [batch.rows[row] for row in there], lengths
+        ):  # left before each yield: a generator has no context of its own
             logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
         assert logits is not None
-        chosen = _choose(logits[:, -1], temperature, generators)
-        made: list[int | None] = []
-        for row, token in enumerate(chosen.tolist()):
+        chosen = _choose(logits[:, -1], temperature, [generators[row] for row in there] if generators else ())
+        made: list[int | None] = [None] * len(running)
+        for place, (row, token) in enumerate(zip(there, chosen.tolist(), strict=True)):
             running[row] = running[row] and token not in stops
-            made.append(token if running[row] else None)
-            if not running[row]:
-                chosen[row] = pad_id(model)
+            if running[row]:
+                made[row] = token
+            else:
+                chosen[place] = pad_id(model)
         yield made, logits[:, -1]
-        if not any(running):
+        going = [place for place, row in enumerate(there) if running[row]]
+        if not going:
             return
+        if len(going) <= GOING * len(there):
+            kept = torch.tensor(going, device=ids.device)
+            keep_rows(cache, kept)
+            ids, mask, lengths, chosen = ids[kept], mask[kept], lengths[kept], chosen[kept]
+            there = [there[place] for place in going]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         ids = torch.cat([ids, chosen[:, None]], 1)
         fresh = chosen[:, None] if use_cache else ids

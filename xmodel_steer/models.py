@@ -787,6 +787,23 @@ def forward(
     return made, getattr(out, "past_key_values", None) if use_cache else None
 
 
+def keep_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
+    """Leave only these rows of the batch in a cache, in place.
+
+    Args:
+        cache: What `forward` returned, or None.
+        rows: Numbers of rows, in the order in which they are to stand.
+    """
+    if cache is None:
+        return
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices(rows)
+        return
+    for entry in cache.entries:
+        entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
+    cache.previous_attention_mask = cache.previous_attention_mask[rows]
+
+
 def text_positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """Positions in the text, counted from each row's first real token; 0 on padding before it."""
     return (mask.cumsum(-1) - 1).clamp(min=0)

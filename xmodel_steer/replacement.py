@@ -19,6 +19,7 @@ from xmodel_steer.models import (
     device_of,
     forward,
     is_bridge,
+    keep_rows,
     pad_id,
     shared_start,
     space_of,
@@ -127,6 +128,7 @@ class _Mirror:
         self._source, self._target, self._mapping, self._use_cache = source, target, mapping, use_cache
         self._special = special_ids(tokenizer_of(target))
         self._rows: list[_Row] = []
+        self._prompts: tuple[int, ...] | None = None  # which prompt each row is
         self._cache: Any = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)
 
@@ -135,6 +137,11 @@ class _Mirror:
         if any(0 in own for own in places):  # a new batch, or a decode without a cache: every text from its start
             self._rows = [_Row() for _ in places]
             self._cache, self._mask = None, torch.zeros(len(places), 0, dtype=torch.long)
+        elif self._prompts is not None and reading.rows is not None and set(reading.rows) < set(self._prompts):
+            kept = torch.tensor([self._prompts.index(row) for row in reading.rows])
+            self._rows, self._mask = [self._rows[place] for place in kept.tolist()], self._mask[kept]
+            keep_rows(self._cache, kept.to(device_of(self._source)))
+        self._prompts = reading.rows
         if len(self._rows) != len(places):
             raise SiteError(
                 "mapped_source: the target goes on with a text whose beginning was not seen; "

@@ -149,10 +149,12 @@ class Reading:
     Args:
         ids: The new tokens.
         position: The text position of each, -1 at padding.
+        rows: Which prompt each row is, where that is known. In a decode rows whose texts have ended leave the batch.
     """
 
     ids: Int[Tensor, "batch new"]
     position: Int[Tensor, "batch new"]
+    rows: tuple[int, ...] | None = None
 
 
 # From rows (batch, new, d) in float32 and what is read: new rows, and where they hold (None: everywhere).
@@ -280,7 +282,7 @@ class _Tracker:
         assert self.now is not None
         if self.now.ids.ndim != 2:
             raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
-        return Reading(self.now.ids, self.now.position)
+        return Reading(self.now.ids, self.now.position, self.now.rows)
 
     def selected(self, step: Step, like: Tensor) -> Tensor:
         """Which of the new tokens an intervention is about: boolean ``(batch, new)``."""
