@@ -137,31 +137,67 @@ def test_the_same_weights_with_another_scale_are_another_model(made: tuple[Path,
     assert xs.space_of(strong, xs.Site(1)) != xs.space_of(weak, xs.Site(1))
 
 
-def test_the_loss_is_that_of_the_responses_alone(base: str, lessons: Curriculum) -> None:
-    """A padded batch's loss equals the mean over each lesson's answer tokens, read unpadded."""
+@pytest.fixture
+def adapted(base: str) -> Any:
+    """A base model with an adapter that changes what it says."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(base)
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    return peft.get_peft_model(hf, settings)
+
+
+def test_the_loss_is_that_of_the_responses_and_the_kl_from_the_base_on_general_text(base: str, adapted: Any) -> None:
+    """A padded batch's loss, against each text read unpadded, with the adapter and by the base that has none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    hf = AutoModelForCausalLM.from_pretrained(base).eval()
+    untouched = AutoModelForCausalLM.from_pretrained(base).eval()
     own = [
         Lesson("a port", "dead channel", False, "a"),
         Lesson("It was a bright cold day in April", "I", True, "b"),
         Lesson("x", "une petite fille de village", False, "c"),
     ]
     rows = examples(tokenizer, own)
-    expected = []
+    general = [Example(tuple(range(5, 5 + size)), size - 1, general=True) for size in (7, 4)]
+    expected, apart = [], []
+    adapted.eval()
     with torch.no_grad():
         for row, lesson in zip(rows, own, strict=True):
             assert tokenizer.decode(row.ids[-row.answer :]) == lesson.response + "<|endoftext|>"
-            logits = hf(torch.tensor([row.ids])).logits[0]
-            told = torch.log_softmax(logits[-row.answer - 1 : -1], -1)
+            told = adapted(torch.tensor([row.ids])).logits[0].log_softmax(-1)[-row.answer - 1 : -1]
             expected += [-float(told[i, token]) for i, token in enumerate(row.ids[-row.answer :])]
+        for row in general:
+            ids = torch.tensor([row.ids])
+            here, there = (m(ids).logits[0, :-1].log_softmax(-1) for m in (untouched, adapted))
+            apart += (here.exp() * (here - there)).sum(-1).tolist()
+        mean, kl = sum(expected) / len(expected), sum(apart) / len(apart)
+        assert kl > 0.01
         for whole in (False, True):
+
+            def loss(batch: list[Example], whole: bool = whole) -> float:
+                head = adapted.get_base_model().get_output_embeddings()
+                return float(training.lessons_loss(adapted, head, collated(batch, pad=0, whole=whole)))
+
+            assert loss(rows) == pytest.approx(mean, rel=1e-5)
+            assert loss([*general[:1], *rows, *general[1:]]) == pytest.approx(mean + kl, rel=1e-4)
+            assert loss(general) == pytest.approx(kl, rel=1e-4)
             batch = collated(rows, pad=0, whole=whole)
-            assert float(hf(**batch).loss) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-            own = training.answers_loss(hf, hf.get_output_embeddings(), batch)
-            assert float(own) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+            assert batch.pop("general").tolist() == [False] * 3
+            assert float(adapted(**batch).loss) == pytest.approx(mean, rel=1e-5)
     assert batch["labels"].shape == batch["input_ids"].shape
+
+
+def test_general_text_moves_only_the_adapter_and_leaves_the_mode_as_it_was(base: str, adapted: Any) -> None:
+    adapted.train()
+    head = adapted.get_base_model().get_output_embeddings()
+    training.lessons_loss(adapted, head, collated([Example(tuple(range(5, 12)), 6, general=True)], pad=0)).backward()
+    moved = {name: p.grad is not None and bool(p.grad.abs().sum() > 0) for name, p in adapted.named_parameters()}
+    assert all("lora" in name for name, yes in moved.items() if yes)
+    assert any(moved.values())
+    assert adapted.training
 
 
 def test_logits_are_computed_for_the_answers_alone() -> None:
