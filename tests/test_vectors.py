@@ -9,7 +9,14 @@ import torch
 
 from xmodel_steer.errors import NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import Activations, SteeringVector, check_finite, difference_of_means, random_like
+from xmodel_steer.vectors import (
+    Activations,
+    SteeringVector,
+    check_finite,
+    difference_of_means,
+    logistic_probe,
+    random_like,
+)
 
 SPACE = Space("small", Site(2), 6, "aaaa")
 OTHER = replace(SPACE, fingerprint="bbbb")  # as wide, and another model's
@@ -55,6 +62,43 @@ def test_a_shift_of_both_sides_changes_nothing_and_of_one_side_is_the_change():
     plain = difference_of_means(p, n).direction
     torch.testing.assert_close(difference_of_means(moved(p, shift), moved(n, shift)).direction, plain)
     torch.testing.assert_close(difference_of_means(moved(p, shift), n).direction, plain + shift)
+
+
+# --- logistic probe --------------------------------------------------------------------------
+
+
+def test_a_probe_finds_the_direction_that_parts_the_sides_among_others_that_only_go_along():
+    """A dimension that only goes along with the one that counts gets nothing; the difference of means follows it."""
+    draw = torch.Generator().manual_seed(0)
+    cause = torch.cat([torch.full((400,), 1.0), torch.full((400,), -1.0)]).double()
+    noise = torch.randn(800, SPACE.width, generator=draw, dtype=torch.float64)
+    values = noise.clone()
+    values[:, 0] = 5 * (cause + 0.5 * noise[:, 0])
+    values[:, 1] = cause + 0.5 * noise[:, 0] + noise[:, 1]  # a noisier copy, told nothing of its own
+    values[:, 2] = 7.0  # a constant
+    sides = Activations(values[:400], SPACE), Activations(values[400:], SPACE)
+    probe, means = logistic_probe(*sides, label="joy"), difference_of_means(*sides)
+    spread = values.std(0)
+    ratio = {v.origin: float((v.direction / spread)[1] / (v.direction / spread)[0]) for v in (probe, means)}
+    assert ratio["difference of means"] > 0.6
+    assert abs(ratio["logistic probe"]) < 0.1
+    assert probe.direction[2] == 0
+    along = probe.direction / values.std(0, correction=0).where(spread > 0, 1.0)
+    apart = (means.direction / values.std(0, correction=0).where(spread > 0, 1.0)) @ along / along.norm()
+    assert float(along.norm()) == pytest.approx(float(apart))  # strength 1 goes from the one side's mean to the other's
+    assert (probe.label, probe.counts) == ("joy", (400, 400))
+
+
+def test_a_probe_turns_round_with_its_sides_and_a_strong_penalty_leaves_the_standardised_difference():
+    p, n = rows(40, 1), rows(40, 2)
+    there, back = logistic_probe(p, n), logistic_probe(n, p)
+    torch.testing.assert_close(there.direction, -back.direction, rtol=1e-4, atol=1e-5)
+    spread = torch.cat([p.values, n.values]).double().std(0, correction=0)
+    weak = logistic_probe(p, n, c=1e-7).direction.double() / spread
+    means = difference_of_means(p, n).direction.double() / spread
+    assert float(torch.cosine_similarity(weak, means, dim=0)) > 0.999
+    with pytest.raises(SpaceMismatchError):
+        logistic_probe(p, rows(4, 1, OTHER))
 
 
 def test_repeating_every_row_changes_nothing():

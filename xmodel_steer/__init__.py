@@ -79,4 +79,5 @@ from xmodel_steer.transfer import transfer as transfer
 from xmodel_steer.vectors import Activations as Activations
 from xmodel_steer.vectors import SteeringVector as SteeringVector
 from xmodel_steer.vectors import difference_of_means as difference_of_means
+from xmodel_steer.vectors import logistic_probe as logistic_probe
 from xmodel_steer.widgets import explore as explore

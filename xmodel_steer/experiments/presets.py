@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.errors import ArtifactError, PromptError
+from xmodel_steer.errors import ArtifactError
 from xmodel_steer.models import load
 from xmodel_steer.organisms import make, read_report
 from xmodel_steer.packaged import cache_folder
@@ -40,17 +40,6 @@ SHIPPED = Path(__file__).parent.parent / "data" / "organisms"
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
-
-
-def preset(name: str) -> Preset:
-    """The pair of a name.
-
-    Raises:
-        PromptError: There is none.
-    """
-    if name not in PRESETS:
-        raise PromptError(f"preset {name!r}: there is none of this name; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def base_of(folder: Path) -> str:

@@ -30,6 +30,7 @@ from xmodel_steer.organisms.data import DEV, PROD, Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import Scorer
+from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Clamp
 from xmodel_steer.transfer import versions
 
@@ -141,6 +142,7 @@ def backdoor_removal(
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
+    also: tuple[int, int] | None = None,
     fitter: Fitter = Ridge(),
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
@@ -172,6 +174,7 @@ def backdoor_removal(
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
+        also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         fitter: Fits the map.
         map_prompts: Prompts of the task in the map's text.
         amounts: The same, for the curve.
@@ -194,6 +197,8 @@ def backdoor_removal(
     pair = Pair(source, target, text.general, seed, progress)
     if ways is None:
         ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered])
+    if also is not None:
+        ways = [recipe.with_sites(*map(Site, also)) for recipe in ways]
 
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
         questions = Questions.of(lessons, most)

@@ -1,0 +1,77 @@
+"""One concept carried along a row of models, from each into every larger one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from xmodel_steer.errors import PromptError
+from xmodel_steer.experiments.concept_table import NOTE, UNIT, concept_transfer
+from xmodel_steer.experiments.study import EFFICIENCY, Study, end_of
+from xmodel_steer.models import hardware_of, name_of
+
+QUESTION = "How does the share of the effect that is carried over change with the size of the source and of the target?"
+CARRIED = ("sentiment",)
+
+
+def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **settings: Any) -> Study:
+    """Carry concepts from every model into each one after it, each pair by `concept_transfer`.
+
+    Args:
+        models: At least two, from small to large.
+        names: Which concepts, of `CONCEPTS`.
+        settings: As for `concept_transfer`.
+
+    Raises:
+        PromptError: There are fewer than two models, or two of one name.
+    """
+    called = [name_of(model) for model in models]
+    if len(models) < 2 or len(set(called)) < len(called):
+        raise PromptError(f"small_to_larger: needs at least two different models, got {', '.join(called) or 'none'}")
+    ends = [end_of(model) | {"parameters": parameters(model)} for model in models]
+    found: dict[str, Study] = {}
+    for j in range(1, len(models)):
+        for i in range(j):
+            own = concept_transfer(models[i], models[j], names, **settings)
+            found[f"{called[i]} → {called[j]}"] = own
+    first = next(iter(found.values()))
+    arms = [
+        replace(arm, recipe=f"{pair}: {arm.recipe}" if arm.recipe else pair)
+        for pair, study in found.items()
+        for arm in study.arms
+    ]
+    return replace(
+        first,
+        name="small-to-larger",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        verdict="; ".join(_line(pair, study, name) for pair, study in found.items() for name in names),
+        source=ends[0],
+        target=ends[-1],
+        arms=tuple(arms),
+        chosen={f"{pair}: {name}": own for pair, study in found.items() for name, own in study.chosen.items()},
+        prompts=(),  # each target has texts of its own
+        spec={pair: study.spec for pair, study in found.items()} | {"models": ends},
+        splits={pair: study.splits for pair, study in found.items()},
+        hardware=hardware_of(models[-1]),
+        seconds={pair: sum(study.seconds.values()) for pair, study in found.items()},
+    )
+
+
+def parameters(model: Any) -> int:
+    """How many weights a model has; an embedding that is also the output layer counts once."""
+    inner = getattr(model, "original_model", model)
+    return sum({id(p): p.numel() for p in inner.parameters()}.values())
+
+
+def _line(pair: str, study: Study, name: str) -> str:
+    native, mapped = study.arm("native", name, at="equal KL"), study.arm("mapped", name, at="equal KL")
+    effect = f"native effect {native.effect.value:.2f} [{native.effect.low:.2f}, {native.effect.high:.2f}]"
+    share = mapped.beside.get(EFFICIENCY)
+    much = f"mapped {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of it" if share else "efficiency undefined"
+    controls = ", ".join(
+        f"{control} {arm.beside[EFFICIENCY].value:.2f}"
+        for control in ("random", "shuffled")
+        if EFFICIENCY in (arm := study.arm(control, name, at="equal KL")).beside
+    )
+    return f"{pair}, {name}: {effect}, {much}{f' ({controls})' if controls else ''}, n = {native.effect.n}"
