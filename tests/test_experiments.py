@@ -86,11 +86,37 @@ def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> N
         assert {(name, recipe, "equal strength") for name in ("native", "mapped", "random", "shuffled")} <= found
     assert {(name, removal.ADDED, "equal KL") for name in ("mapped", "random", "shuffled")} <= found
     assert ("unsteered", "", "equal strength") in found
+    assert {recipe for arm, recipe, _ in found if arm == arms.ENDPOINTS} == {removal.CLAMPED, removal.PROMPTED}
     for arm in study.arms:
         for own in (arm.effect, *arm.beside.values()):
             assert own.n == 12 and 0 <= own.low <= own.value <= own.high <= 1
             assert own.high > own.low
     assert study.arm("random", removal.ADDED).seeds == 2
+
+
+def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native_norm(
+    organisms: Any, lessons: Curriculum
+) -> None:
+    text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
+    pair = arms.Pair(*organisms, text, 0, False)
+    site, fitter = xs.Site(1), xs.Autoencoder(epochs=3)
+    recipes = [
+        arms.Recipe(name, clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (site,), (site,))
+        for name in ("one", "other")
+    ]
+    moments = pair.of(text, [(site, site)])
+    source, target = (recipes[0].vectors(model, lessons.vector, [site], progress=False)[site] for model in organisms)
+    native = target.with_scale(moments.scale(site))
+    own = arms.Carried.of(source, native, moments, xs.Ridge())
+    choices = [arms.Choice(recipe, xs.Add(1.0), own) for recipe in recipes]
+    laps: list[str] = []
+    one, other = arms.with_endpoints(pair, choices, lessons.vector, text, fitter, only=("other",), lap=laps.append)
+    assert not one.others and laps == ["fitting nonlinear maps"]
+    vector = other.others[arms.ENDPOINTS]
+    assert vector.norm(standardised=True) == pytest.approx(native.norm(standardised=True))
+    assert f"by endpoints, {source.counts[0]} and {source.counts[1]} rows" in vector.origin  # type: ignore[index]
+    assert abs(vector.cosine(own.mapped)) < 0.999
+    assert arms.with_endpoints(pair, choices, lessons.vector, text, fitter, only=(), lap=laps.append) == tuple(choices)
 
 
 def test_the_unsteered_organism_repairs_nothing_and_keeps_everything(study: Study) -> None:

@@ -64,6 +64,7 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: b
         name="demo-backdoor",
         ways=[way],
         map_prompts=BACKDOOR_MAP_PROMPTS,
+        nonlinear=None,
         amounts=(),
         random_seeds=1,
         progress=progress,

@@ -1,5 +1,6 @@
 """What studies share: recipes, what validation chooses for each, and every arm measured by the same code."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -19,9 +20,14 @@ from xmodel_steer.organisms.data import Lesson
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Operator, Positions
-from xmodel_steer.vectors import SteeringVector, difference_of_means, random_like
+from xmodel_steer.store import harvest
+from xmodel_steer.training import Autoencoder
+from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
 
 MAP_TOKENS = 192
+# The settings with which trained maps are as good as closed ones; the paper's see too little text here.
+LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
+ENDPOINTS = "mapped by an autoencoder, endpoints"
 Extent = Literal["all", "brief", "effect"]
 
 
@@ -112,11 +118,25 @@ class Recipe:
             label: Name of what the vector is for.
             progress: Show a progress bar.
         """
-        wanted, other = (
+        wanted, other = self.rows(model, lessons, sites, progress=progress)
+        return {site: difference_of_means(wanted[site], other[site], label=label) for site in sites}
+
+    def rows(
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, progress: bool = True
+    ) -> tuple[dict[Site, Activations], dict[Site, Activations]]:
+        """Activations of the recipe's contrast, of its two sides.
+
+        Args:
+            model: The model.
+            lessons: Lessons with and without the behaviour.
+            sites: Where to read.
+            progress: Show a progress bar.
+        """
+        first, second = (
             capture(model, prompts, sites, tokens=tokens, batch_size=32, progress=progress)
             for prompts, tokens in zip(self.contrast(lessons), self.tokens, strict=True)
         )
-        return {site: difference_of_means(wanted[site], other[site], label=label) for site in sites}
+        return first, second
 
 
 def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -171,23 +191,24 @@ class Carried:
         pair = moments.pair(vector.space.site, site)
         mapping = fitter.fit(pair)
         control = ShuffledPairs(pinned(fitter, mapping)).fit(pair)
-        norm, scale = native.norm(standardised=True), moments.scale(site)
-
-        def scaled(own: SteeringVector) -> SteeringVector:
-            return own.with_norm(norm).about(centre(own))
-
+        scale = moments.scale(site)
         moved = mapping.transport(vector).with_scale(scale)
         score = mapping.score_test
         return cls(
             source=vector,
             native=native,
-            mapped=scaled(moved),
-            shuffled=scaled(control.transport(vector).with_scale(scale)),
-            biased=scaled(replace(moved, direction=mapping.transform(vector.direction))),
+            mapped=at_norm_of(native, moved),
+            shuffled=at_norm_of(native, control.transport(vector).with_scale(scale)),
+            biased=at_norm_of(native, replace(moved, direction=mapping.transform(vector.direction))),
             cosine=native.cosine(moved),
-            norm_ratio=moved.norm(standardised=True) / norm,
+            norm_ratio=moved.norm(standardised=True) / native.norm(standardised=True),
             r2=score.mean_r2 if score else None,
         )
+
+
+def at_norm_of(native: SteeringVector, vector: SteeringVector) -> SteeringVector:
+    """A vector with another's norm in standardised coordinates, its class means as far apart about their own centre."""
+    return vector.with_norm(native.norm(standardised=True)).about(centre(vector))
 
 
 def centre(vector: SteeringVector) -> Tensor:
@@ -205,11 +226,13 @@ class Choice:
         recipe: The recipe.
         operator: What is done with the vector, and how strongly.
         carried: The vectors, at the layers that were chosen.
+        others: Vectors of further arms, by name.
     """
 
     recipe: Recipe
     operator: Operator
     carried: Carried
+    others: Mapping[str, SteeringVector] = field(default_factory=dict)
 
     @property
     def added_everywhere(self) -> bool:
@@ -360,6 +383,50 @@ def choose(
     return Chosen(tuple(choices), tuple(records), general)
 
 
+def with_endpoints(
+    pair: Pair,
+    choices: Sequence[Choice],
+    lessons: Sequence[Lesson],
+    text: Sequence[Prompt],
+    fitter: Autoencoder,
+    *,
+    only: Sequence[str],
+    lap: Callable[[str], None],
+) -> tuple[Choice, ...]:
+    """The choices, some with one more arm: the source's vector through a nonlinear map, by its endpoints.
+
+    What is sent through the map is every prompt of the two sides, and the difference is taken of the means of their images.
+
+    Args:
+        pair: The models.
+        choices: What validation chose.
+        lessons: Where the vectors were found.
+        text: What maps read, general text included.
+        fitter: Fits the map on rows.
+        only: Names of the recipes that get the arm.
+        lap: Told when it is done.
+    """
+    asked = [choice for choice in choices if choice.recipe.name in only]
+    if not asked:
+        return tuple(choices)
+    sites = _ends([(choice.carried.source.space.site, choice.carried.native.space.site) for choice in asked])
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for model, end, own in ((pair.source, "source", sites[0]), (pair.target, "target", sites[1])):
+            store = harvest(
+                model, text, folder, end=end, sites=own, max_tokens=pair.map_tokens, batch_size=32, dtype="float32",
+                seed=pair.seed, progress=pair.progress,
+            )  # fmt: skip
+        for choice in asked:
+            native, here = choice.carried.native, choice.carried.source.space.site
+            mapping = fitter.fit(store.pair(here, native.space.site))
+            sides = choice.recipe.rows(pair.source, lessons, [here], progress=pair.progress)
+            moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
+            made[choice.recipe.name] = {ENDPOINTS: at_norm_of(native, moved.with_scale(native.scale))}
+    lap("fitting nonlinear maps")
+    return tuple(replace(choice, others=made.get(choice.recipe.name, {})) for choice in choices)
+
+
 @dataclass(frozen=True, eq=False)
 class _Run:
     """An arm to be measured, with a vector for each seed."""
@@ -389,6 +456,7 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
         "random": [random_like(own.native, seed=seed + k).about(middle) for k in range(random_seeds)],
         "shuffled": [own.shuffled],
     }
+    arms |= {name: [vector] for name, vector in choice.others.items()}
     if choice.added_everywhere:
         arms["mapped with the bias"] = [own.biased]
     return [_Run(arm, choice, group, [choice.operator] * len(group)) for arm, group in arms.items()]
@@ -402,7 +470,7 @@ def _at_equal_kl(
     (effect,) = side_effects(
         target, native.settings(), neutral, max_tokens=max_tokens, batch_size=16, progress=progress
     )
-    others = [run for run in runs if run.arm in ("mapped", "random", "shuffled")]
+    others = [run for run in runs if run.arm in ("mapped", ENDPOINTS, "random", "shuffled")]
     vectors = [vector for run in others for vector in run.vectors]
     signs = [int(np.sign(o.strength)) for run in others for o in run.operators if isinstance(o, Add)]
     found = calibrate(target, vectors, effect.mean_kl, neutral, signs=signs, max_tokens=max_tokens, progress=progress)
@@ -459,7 +527,7 @@ def measure_arms(
     settings = [[] for _ in aims] + [setting for run in runs for setting in run.settings()]
     aim_of = [*aims, *(run.choice.recipe.aim for run in runs for _ in run.vectors)]
     # What one would use is measured in full; controls in brief, which takes less time.
-    used = [*(True for _ in aims), *(run.arm in ("native", "mapped") for run in runs for _ in run.vectors)]
+    used = [*(True for _ in aims), *(run.arm in ("native", "mapped", ENDPOINTS) for run in runs for _ in run.vectors)]
     measured: dict[int, Outcome] = {}
     for aim in aims:
         for full in (True, False):

@@ -13,6 +13,7 @@ from xmodel_steer.concepts import Concept, concept
 from xmodel_steer.damage import SideEffect, calibrate, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText, MultipleChoice
+from xmodel_steer.experiments.arms import LONGER
 from xmodel_steer.experiments.study import (
     EFFICIENCY,
     EQUAL_KL,
@@ -49,7 +50,6 @@ STEERING, REPLACED, CAPABILITY = "steering", "replacement", "capability under re
 _Gains = Callable[
     [Sequence[Prompt], Sequence[Sequence[Sequence[Step]]]], tuple[list[np.ndarray], list[list[tuple[str, ...]]]]
 ]
-LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
 
 
 def fitters() -> dict[str, Fitter]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xmodel_steer.errors import PromptError
 from xmodel_steer.experiments.arms import (
+    LONGER,
     Asked,
     Carried,
     Choice,
@@ -20,6 +21,7 @@ from xmodel_steer.experiments.arms import (
     layers,
     measure_arms,
     verdict,
+    with_endpoints,
 )
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import Clock, Study, end_of, estimate
@@ -32,6 +34,7 @@ from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import Scorer
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Clamp
+from xmodel_steer.training import Autoencoder
 from xmodel_steer.transfer import versions
 
 ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
@@ -144,6 +147,7 @@ def backdoor_removal(
     ways: Sequence[Recipe] | None = None,
     also: tuple[int, int] | None = None,
     fitter: Fitter = Ridge(),
+    nonlinear: Autoencoder | None = Autoencoder(**LONGER),
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
     random_seeds: int = 3,
@@ -176,6 +180,7 @@ def backdoor_removal(
         ways: Recipes; those of `recipes` by default.
         also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         fitter: Fits the map.
+        nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out.
         map_prompts: Prompts of the task in the map's text.
         amounts: The same, for the curve.
         random_seeds: Number of random vectors.
@@ -210,11 +215,17 @@ def backdoor_removal(
     chosen = choose(
         pair, ways, curriculum.vector, text.known[:map_prompts], validation, fitter, label=name, lap=clock.lap
     )
+    choices = chosen.choices
+    if nonlinear is not None:
+        choices = with_endpoints(
+            pair, choices, curriculum.vector, (*text.general, *text.known[:map_prompts]), nonlinear,
+            only=(CLAMPED, PROMPTED), lap=clock.lap,
+        )  # fmt: skip
     arms, evaluation = measure_arms(
-        pair, chosen.choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), neutral,
+        pair, choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), neutral,
         neutral_tokens=neutral_tokens, random_seeds=random_seeds, lap=clock.lap,
     )  # fmt: skip
-    choice = next((c for c in chosen.choices if c.recipe.name == CLAMPED), chosen.choices[0])
+    choice = next((c for c in choices if c.recipe.name == CLAMPED), choices[0])
     curve = _amounts(pair, choice, text, chosen.general, evaluation, fitter, amounts)
     clock.lap("varying the map's text")
 
@@ -227,12 +238,13 @@ def backdoor_removal(
         source=end_of(source),
         target=end_of(target),
         arms=arms,
-        chosen={choice.recipe.name: choice.record() for choice in chosen.choices},
+        chosen={choice.recipe.name: choice.record() for choice in choices},
         validation=chosen.records,
         curves={"prompts of the task in the map's text": curve} if curve else {},
         prompts=tuple(lesson.instruction for lesson in curriculum.evaluation if lesson.triggered)[:8],
         spec={
             "fitter": repr(fitter),
+            "nonlinear": repr(nonlinear),
             "transport": "vW, which is the difference of the mapped class means for an affine map",
             "map_documents": len(text.general),
             "map_prompts": map_prompts,
