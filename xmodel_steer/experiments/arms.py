@@ -419,6 +419,7 @@ def with_endpoints(
             )  # fmt: skip
         for choice in asked:
             native, here = choice.carried.native, choice.carried.source.space.site
+            assert native.scale is not None
             mapping = fitter.fit(store.pair(here, native.space.site))
             sides = choice.recipe.rows(pair.source, lessons, [here], progress=pair.progress)
             moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
