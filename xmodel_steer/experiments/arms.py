@@ -12,9 +12,19 @@ from xmodel_steer.cache import cached_moments
 from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.damage import Settings, calibrate, side_effects
 from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments.study import AGREEMENT, EQUAL_KL, EQUAL_STRENGTH, STRICTER, Study, StudyArm, estimate
+from xmodel_steer.experiments.study import (
+    AGREEMENT,
+    EQUAL_KL,
+    EQUAL_STRENGTH,
+    STRICTER,
+    Clock,
+    Study,
+    StudyArm,
+    end_of,
+    estimate,
+)
 from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
-from xmodel_steer.models import context_length
+from xmodel_steer.models import context_length, hardware_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.organisms.data import Lesson
 from xmodel_steer.prompts import Prompt
@@ -22,6 +32,7 @@ from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Operator, Positions
 from xmodel_steer.store import harvest
 from xmodel_steer.training import Autoencoder
+from xmodel_steer.transfer import versions
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
 
 MAP_TOKENS = 192
@@ -569,6 +580,57 @@ def measure_arms(
         arms.append(arm(run.arm, run.choice.recipe.name, run.operator(), members, at=run.at, reached=run.reached))
     lap("evaluating")
     return tuple(arms), asked
+
+
+def study_of(
+    pair: Pair,
+    choices: Sequence[Choice],
+    arms: tuple[StudyArm, ...],
+    *,
+    records: tuple[dict[str, Any], ...],
+    neutral: Sequence[Prompt],
+    random_seeds: int,
+    clock: Clock,
+    spec: Mapping[str, Any],
+    splits: Mapping[str, Any],
+    **more: Any,
+) -> Study:
+    """The record of a study whose recipes `choose` and `measure_arms` have run.
+
+    Args:
+        pair: The models.
+        choices: What validation chose.
+        arms: What was measured.
+        records: What validation tried.
+        neutral: Text for KL and perplexity.
+        random_seeds: Number of random vectors.
+        clock: Has the time of every part.
+        spec: The study's own settings.
+        splits: Ids of its own sets.
+        more: The other fields of `Study`.
+    """
+    study = Study(
+        verdict="",
+        source=end_of(pair.source),
+        target=end_of(pair.target),
+        arms=arms,
+        chosen={choice.recipe.name: choice.record() for choice in choices},
+        validation=records,
+        spec={
+            "map_documents": len(pair.general),
+            "map_tokens": pair.map_tokens,
+            "random_seeds": random_seeds,
+            "neutral_documents": len(neutral) - len(neutral) // 3,
+            **spec,
+        },
+        splits={**splits, "neutral": [p.id for p in neutral]},
+        seeds={"split": pair.seed, "random": [pair.seed + k for k in range(random_seeds)]},
+        versions=versions(),
+        hardware=hardware_of(pair.target),
+        seconds=clock.seconds,
+        **more,
+    )
+    return replace(study, verdict=verdict(study))
 
 
 def verdict(study: Study) -> str:

@@ -18,18 +18,17 @@ from xmodel_steer.experiments.arms import (
     clean_against_triggered,
     layers,
     measure_arms,
-    verdict,
+    study_of,
 )
-from xmodel_steer.experiments.study import Clock, Study, end_of
+from xmodel_steer.experiments.study import Clock, Study
 from xmodel_steer.fitters import Fitter, Ridge
 from xmodel_steer.judges import RefusalClassifier
-from xmodel_steer.models import hardware_of, name_of, tokenizer_of
+from xmodel_steer.models import name_of, tokenizer_of
 from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import SameTokens, Scorer, score_texts
 from xmodel_steer.steering import Ablate, Add, Clamp
-from xmodel_steer.transfer import versions
 
 OFF, ON = "off", "on"
 SUBTRACTED, ABLATED, CLAMPED = "refusal off, subtracted", "refusal off, ablated", "refusal off, gated clamp"
@@ -254,37 +253,33 @@ def refusal_switch(
         neutral_tokens=neutral_tokens, random_seeds=random_seeds, lap=clock.lap,
     )  # fmt: skip
     assert isinstance(evaluation, Requests)
-    study = Study(
+    return study_of(
+        pair,
+        chosen.choices,
+        arms,
+        records=chosen.records,
+        neutral=neutral,
+        random_seeds=random_seeds,
+        clock=clock,
         name="refusal",
         question=QUESTION,
         unit=UNIT,
         note=NOTE,
-        verdict="",
-        source=end_of(source),
-        target=end_of(target),
-        arms=arms,
-        chosen={choice.recipe.name: choice.record() for choice in chosen.choices},
-        validation=chosen.records,
         curves={},
         prompts=tuple(p.content_key() for p in evaluation.harmless[:8]),
         spec={
             "fitter": repr(fitter),
-            "map_documents": len(pair.general),
             "map_prompts": len(curriculum.map),
-            "map_tokens": pair.map_tokens,
-            "random_seeds": random_seeds,
-            "requests": {"harmful": len(evaluation.harmful), "harmless": len(evaluation.harmless), "edgy": len(evaluation.edgy)},
+            "requests": {
+                "harmful": len(evaluation.harmful),
+                "harmless": len(evaluation.harmless),
+                "edgy": len(evaluation.edgy),
+            },
             "validation_requests": validation_requests,
             "validation_tokens": few,
             "max_new_tokens": curriculum.max_new_tokens,
-            "neutral_documents": len(neutral) - len(neutral) // 3,
             "neutral_tokens": neutral_tokens,
             "batch_size": batch_size,
         },
-        splits={**curriculum.ids(), "edgy": [p.id for p in edgy], "neutral": [p.id for p in neutral]},
-        seeds={"split": seed, "random": [seed + k for k in range(random_seeds)]},
-        versions=versions(),
-        hardware=hardware_of(target),
-        seconds=clock.seconds,
-    )  # fmt: skip
-    return replace(study, verdict=verdict(study))
+        splits={**curriculum.ids(), "edgy": [p.id for p in edgy]},
+    )

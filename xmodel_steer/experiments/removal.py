@@ -1,7 +1,7 @@
 """Switching a planted behaviour off in one model, with a vector that was found in another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from xmodel_steer.experiments.arms import (
     clean_against_triggered,
     layers,
     measure_arms,
-    verdict,
+    study_of,
     with_endpoints,
 )
 from xmodel_steer.experiments.repair import Questions, Repair
-from xmodel_steer.experiments.study import Clock, Study, end_of, estimate
+from xmodel_steer.experiments.study import Clock, Study, estimate
 from xmodel_steer.fitters import Fitter, Ridge
-from xmodel_steer.models import encode, hardware_of, name_of
+from xmodel_steer.models import encode, name_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.organisms.data import DEV, PROD, Curriculum, Lesson
 from xmodel_steer.packaged import general_text
@@ -35,7 +35,6 @@ from xmodel_steer.scorers import Scorer
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Clamp
 from xmodel_steer.training import Autoencoder
-from xmodel_steer.transfer import versions
 
 ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
 PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
@@ -229,41 +228,33 @@ def backdoor_removal(
     curve = _amounts(pair, choice, text, chosen.general, evaluation, fitter, amounts)
     clock.lap("varying the map's text")
 
-    study = Study(
+    return study_of(
+        pair,
+        choices,
+        arms,
+        records=chosen.records,
+        neutral=neutral,
+        random_seeds=random_seeds,
+        clock=clock,
         name=name,
         question=question,
         unit=unit,
         note=NOTE,
-        verdict="",
-        source=end_of(source),
-        target=end_of(target),
-        arms=arms,
-        chosen={choice.recipe.name: choice.record() for choice in choices},
-        validation=chosen.records,
         curves={"prompts of the task in the map's text": curve} if curve else {},
         prompts=tuple(lesson.instruction for lesson in curriculum.evaluation if lesson.triggered)[:8],
         spec={
             "fitter": repr(fitter),
             "nonlinear": repr(nonlinear),
             "transport": "vW, which is the difference of the mapped class means for an affine map",
-            "map_documents": len(text.general),
             "map_prompts": map_prompts,
-            "map_tokens": pair.map_tokens,
-            "random_seeds": random_seeds,
             "validation_tasks": len(validation.questions),
             "validation_tokens": validation.max_new_tokens,
             "max_new_tokens": curriculum.max_new_tokens,
-            "neutral_documents": len(neutral) - len(neutral) // 3,
             "neutral_tokens": neutral_tokens,
             "batch_size": batch_size,
         },
-        splits={**curriculum.ids(), "neutral": [p.id for p in neutral]},
-        seeds={"split": seed, "random": [seed + k for k in range(random_seeds)]},
-        versions=versions(),
-        hardware=hardware_of(target),
-        seconds=clock.seconds,
+        splits=curriculum.ids(),
     )
-    return replace(study, verdict=verdict(study))
 
 
 def _amounts(
