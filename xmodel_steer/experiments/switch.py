@@ -280,11 +280,18 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
     """One batch, every second request switched: how many of the others have the text that they have alone."""
     prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
-    plain = generate(model, prompts, max_new_tokens=tokens, batch_size=len(prompts), progress=False)
+
+    def texts() -> list[str]:
+        """Of one length, so that the batch has one shape: in bfloat16 another shape rounds otherwise."""
+        return generate(
+            model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
+        )
+
+    plain = texts()
     chosen = frozenset(range(0, len(prompts), 2))
     with under(model, [replace(step, prompts=chosen) for step in switch]):
-        mixed = generate(model, prompts, max_new_tokens=tokens, batch_size=len(prompts), progress=False)
-    after = generate(model, prompts, max_new_tokens=tokens, batch_size=len(prompts), progress=False)
+        mixed = texts()
+    after = texts()
     others = [i for i in range(len(prompts)) if i not in chosen]
     return {
         "of": len(others),
