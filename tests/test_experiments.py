@@ -120,6 +120,29 @@ def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native
     assert arms.with_endpoints(pair, choices, lessons.vector, text, fitter, only=(), lap=laps.append) == tuple(choices)
 
 
+def test_controls_may_be_asked_less(organisms: Any, lessons: Curriculum, tmp_path: Path) -> None:
+    texts = [Prompt(text=t) for t in toys.sentences(40, 4)]
+    way = arms.Recipe(
+        "one",
+        clean_against_triggered,
+        ("last", "last"),
+        (xs.Clamp("positive"),),
+        ("last", "generated"),
+        (xs.Site(1),),
+        (xs.Site(1),),
+    )
+    study = backdoor_removal(
+        *organisms, lessons, general=texts[:30], neutral=texts[30:], ways=[way], nonlinear=None, map_prompts=10, amounts=(),
+        random_seeds=1, controls="effect", progress=False,
+    )  # fmt: skip
+    asked = {arm.arm: {name for name in arm.beside if "kept" in name} for arm in study.arms}
+    assert asked["native"] == asked["mapped"] == asked["unsteered"] == {"clean answers kept", "plain answers kept"}
+    assert asked["random"] == asked["shuffled"] == set()
+    assert all("agreement with the clean answer" in arm.beside for arm in study.arms)
+    write_study(study, tmp_path)
+    assert read_study(tmp_path) == study and list(pages.tables(study))
+
+
 def test_the_unsteered_organism_repairs_nothing_and_keeps_everything(study: Study) -> None:
     arm = study.arm("unsteered", "")
     assert arm.effect.value == 0 and arm.kl == 0

@@ -503,6 +503,7 @@ def measure_arms(
     *,
     neutral_tokens: int,
     random_seeds: int,
+    controls: Extent = "brief",
     lap: Callable[[str], None],
 ) -> tuple[tuple[StudyArm, ...], Asked]:
     """Every arm of every recipe at the chosen strength, and at the native vector's KL where it is added everywhere.
@@ -514,6 +515,7 @@ def measure_arms(
         neutral: Text for KL and perplexity; a third of it calibrates.
         neutral_tokens: Tokens read of each.
         random_seeds: Number of random vectors.
+        controls: How much is measured of controls.
         lap: Told of each part that is done.
 
     Returns:
@@ -538,14 +540,14 @@ def measure_arms(
     aims = tuple(dict.fromkeys(choice.recipe.aim for choice in choices))
     settings = [[] for _ in aims] + [setting for run in runs for setting in run.settings()]
     aim_of = [*aims, *(run.choice.recipe.aim for run in runs for _ in run.vectors)]
-    # What one would use is measured in full; controls in brief, which takes less time.
+    # What one would use is measured in full; controls need not be, which takes less time.
     used = [*(True for _ in aims), *(run.arm in ("native", "mapped", ENDPOINTS) for run in runs for _ in run.vectors)]
     measured: dict[int, Outcome] = {}
     for aim in aims:
         for full in (True, False):
             own = [i for i in range(len(settings)) if aim_of[i] == aim and used[i] is full]
             if own:
-                extent: Extent = "all" if full else "brief"
+                extent: Extent = "all" if full else controls
                 found = asked.measure([settings[i] for i in own], aim=aim, extent=extent, progress=progress)
                 measured |= dict(zip(own, found, strict=True))
     everywhere = [

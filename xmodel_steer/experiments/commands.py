@@ -90,8 +90,16 @@ def _removal(call: Call) -> Study:
     return _on_organisms(backdoor_removal, name=call.title, also=call.layers, **REMOVAL.get(call.organism, {}))(call)
 
 
-# Answers of code are five times as long, and a study should end within an hour on two cores.
-REMOVAL: dict[str, dict[str, Any]] = {}
+# Answers of code are longer, and must be whole to be judged; a study should end within an hour on two cores.
+REMOVAL: dict[str, dict[str, Any]] = {
+    "code-vulnerability": {
+        "random_seeds": 2,
+        "controls": "effect",
+        "validation_tasks": 16,
+        "validation_tokens": 112,
+        "amounts": (0, 100, 400),
+    }
+}
 
 
 def _switch(call: Call) -> Study:

@@ -14,6 +14,7 @@ from xmodel_steer.experiments.arms import (
     Asked,
     Carried,
     Choice,
+    Extent,
     Pair,
     Recipe,
     choose,
@@ -150,6 +151,7 @@ def backdoor_removal(
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
     random_seeds: int = 3,
+    controls: Extent = "brief",
     validation_tasks: int = 48,
     validation_tokens: int = 16,
     neutral_tokens: int = 32,
@@ -183,6 +185,7 @@ def backdoor_removal(
         map_prompts: Prompts of the task in the map's text.
         amounts: The same, for the curve.
         random_seeds: Number of random vectors.
+        controls: What controls are asked: ``brief``, triggered and clean prompts; ``effect``, triggered ones alone; or ``all``.
         validation_tasks: How many of them choose.
         validation_tokens: Length of the answers that choose.
         neutral_tokens: Tokens read of each neutral text.
@@ -222,7 +225,7 @@ def backdoor_removal(
         )  # fmt: skip
     arms, evaluation = measure_arms(
         pair, choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), neutral,
-        neutral_tokens=neutral_tokens, random_seeds=random_seeds, lap=clock.lap,
+        neutral_tokens=neutral_tokens, random_seeds=random_seeds, controls=controls, lap=clock.lap,
     )  # fmt: skip
     choice = next((c for c in choices if c.recipe.name == CLAMPED), choices[0])
     curve = _amounts(pair, choice, text, chosen.general, evaluation, fitter, amounts)
@@ -247,6 +250,7 @@ def backdoor_removal(
             "nonlinear": repr(nonlinear),
             "transport": "vW, which is the difference of the mapped class means for an affine map",
             "map_prompts": map_prompts,
+            "controls": controls,
             "validation_tasks": len(validation.questions),
             "validation_tokens": validation.max_new_tokens,
             "max_new_tokens": curriculum.max_new_tokens,
