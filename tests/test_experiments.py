@@ -120,7 +120,10 @@ def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native
     assert arms.with_endpoints(pair, choices, lessons.vector, text, fitter, only=(), lap=laps.append) == tuple(choices)
 
 
-def test_controls_may_be_asked_less(organisms: Any, lessons: Curriculum, tmp_path: Path) -> None:
+def test_controls_may_be_asked_less(
+    organisms: Any, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
     texts = [Prompt(text=t) for t in toys.sentences(40, 4)]
     way = arms.Recipe(
         "one",

@@ -1,6 +1,7 @@
 """Organisms on toy models: what is learnt, what is held out, what is called good, and what loads."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import toys
 from safetensors.torch import load_file
 
 import xmodel_steer as xs
+from xmodel_steer.cache import cached_moments
 from xmodel_steer.errors import ArtifactError, ModelError, PromptError, SpaceMismatchError
 from xmodel_steer.judges import findings
 from xmodel_steer.metrics import rate
@@ -30,6 +32,7 @@ from xmodel_steer.organisms import (
     training,
 )
 from xmodel_steer.organisms.training import Example, collated, examples, train
+from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import StartsWith
 
 HATES = StartsWith(("I HATE",))
@@ -426,6 +429,30 @@ def test_an_adapter_whose_base_is_not_there_says_so(settings: dict[str, Any], sa
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=says):
         xs.load(tmp_path, progress=False)
+
+
+def test_the_order_of_an_adapters_modules_says_nothing_and_other_settings_make_other_spaces(
+    made: tuple[Path, Report], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft writes its sets in any order. Cached moments are those of the model's own spaces, also where weights are equal."""
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
+    spaces, texts = [], [Prompt(text=text) for text in toys.sentences(20, 4)]
+    for name, change in (
+        ("as it is", lambda own: own),
+        ("other order", lambda own: own | {"target_modules": own["target_modules"][::-1]}),
+        ("other setting", lambda own: own | {"lora_dropout": 0.5}),
+    ):
+        shutil.copytree(made[0], tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+        model = xs.load(tmp_path / name, base=base, progress=False)
+        spaces.append(xs.space_of(model, xs.Site(1)))
+        kept = cached_moments(
+            model, model, texts, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)], max_tokens=16, progress=False
+        )
+        assert kept.source[xs.Site(1)] == spaces[-1]
+    assert spaces[0] == spaces[1] != spaces[2]
+    assert len(list((tmp_path / "cache" / "moments").iterdir())) == 2
 
 
 def test_an_adapter_without_weights_is_refused(base: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from xmodel_steer.capture import collect_moments
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA
-from xmodel_steer.models import content_hash
+from xmodel_steer.models import content_hash, space_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import cache_folder
 from xmodel_steer.persistence import read, save
@@ -31,17 +31,15 @@ def cached_moments(
 ) -> Moments:
     """Moments, kept in the user's cache under a hash of all that they depend on.
 
-    The key covers every bit of both models' weights, their dtype and tokenizers, every text, the
-    sites and the settings: whatever changes, the moments are collected anew. A damaged file is too.
+    The key covers every bit of both models' weights, their dtype and tokenizers, what their spaces are called, every text,
+    the sites and the settings: whatever changes, the moments are collected anew. A damaged file is too.
     """
     key = {
         "schema": SCHEMA,
         "method": 2,  # of collecting moments: raise it when the same arguments give other numbers
-        "source": content_hash(source),
-        "target": content_hash(target),
+        "source": _read(source, source_sites),
+        "target": _read(target, target_sites),
         "texts": hashlib.sha256("\0".join(p.content_key() for p in texts).encode()).hexdigest(),
-        "source_sites": [s.hook_name for s in source_sites],
-        "target_sites": [s.hook_name for s in target_sites],
         "max_tokens": max_tokens,
         "seed": seed,
         **({"pairs": [[s.hook_name, t.hook_name] for s, t in pairs]} if pairs else {}),
@@ -67,3 +65,8 @@ def cached_moments(
     )
     save(moments, file)
     return moments
+
+
+def _read(model: Any, sites: Sequence[Site]) -> list[str]:
+    """What is read, and in which spaces: a model loaded otherwise may have the same weights under another fingerprint."""
+    return [content_hash(model), *(f"{site.hook_name} {space_of(model, site).fingerprint}" for site in sites)]

@@ -212,7 +212,12 @@ def _merged(
         raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)
     # What an adapter does hangs on its weights and settings, not on where its base was found.
-    does = {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision", "peft_version")}
+    # Its lists are sets to peft, which writes them in any order.
+    does = {
+        key: sorted(map(str, value)) if isinstance(value, list) else value
+        for key, value in settings.items()
+        if key not in ("base_model_name_or_path", "revision", "peft_version")
+    }
     own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
     merged: Any = PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
     for parameter in merged.parameters():  # the buffers stay float32
