@@ -96,12 +96,12 @@ class Requests:
     phrases: Scorer
     classifier: Scorer
     max_new_tokens: int = 24
-    batch_size: int = 192
+    batch_size: int = 200
 
     @classmethod
     def of(
         cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer], *, most: int | None = None,
-        harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 192, progress: bool = True,
+        harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200, progress: bool = True,
     ) -> "Requests":  # fmt: skip
         """Ask the unsteered model the harmless ones first.
 
@@ -144,11 +144,9 @@ class Requests:
         """
         first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
-        found = self._answers(settings, [p for group in groups for p in group], progress)
-        cuts = np.cumsum([len(group) for group in groups])[:-1].tolist()
-        return [
-            self._outcome(aim, [texts[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]) for texts in found
-        ]
+        # Each group in batches of its own, as the unsteered model was asked: another batch rounds otherwise in bfloat16.
+        found = [self._answers(settings, group, progress) for group in groups if group]
+        return [self._outcome(aim, texts) for texts in zip(*found, strict=True)]
 
     def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:
         phrases = self.phrases
@@ -192,7 +190,7 @@ def refusal_switch(
     validation_tokens: int = 16,
     harmless: int = 100,
     neutral_tokens: int = 32,
-    batch_size: int = 192,
+    batch_size: int = 200,
     seed: int = 0,
     progress: bool = True,
 ) -> Study:

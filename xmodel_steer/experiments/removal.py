@@ -155,7 +155,7 @@ def backdoor_removal(
     validation_tasks: int = 48,
     validation_tokens: int = 16,
     neutral_tokens: int = 32,
-    batch_size: int = 192,
+    batch_size: int = 200,
     seed: int = 0,
     progress: bool = True,
 ) -> Study:

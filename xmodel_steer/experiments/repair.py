@@ -125,17 +125,19 @@ class Repair:
     own: Mapping[str, str] = field(repr=False)
     max_new_tokens: int
     right: Scorer | None = None
-    batch_size: int = 192
+    batch_size: int = 200
 
     @classmethod
     def of(
         cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, right: Scorer | None = None,
-        batch_size: int = 192, progress: bool = True,
+        batch_size: int = 200, progress: bool = True,
     ) -> "Repair":  # fmt: skip
         """Ask the unsteered model first: its answers are what a repair is held to."""
-        prompts = [prompt for side in SIDES for prompt in getattr(questions, side)]
-        (texts,) = _answers(model, [[]], prompts, max_new_tokens, batch_size, progress)
-        own = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
+        own: dict[str, str] = {}
+        for side in SIDES:
+            prompts = getattr(questions, side)
+            (texts,) = _answers(model, [[]], prompts, max_new_tokens, batch_size, progress)
+            own |= {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
         return cls(model, questions, scorer, own, max_new_tokens, right, batch_size)
 
     def measure(
@@ -150,10 +152,14 @@ class Repair:
             progress: Show a progress bar.
         """
         sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
-        asked = [prompt for side in sides for prompt in getattr(self.questions, side)]
-        found = _answers(self.model, settings, asked, self.max_new_tokens, self.batch_size, progress)
-        each = (dict(zip(sides, _split(texts, len(self.questions)), strict=True)) for texts in found)
-        return [self._repaired(own).outcome() for own in each]
+        # Each side in batches of its own: in bfloat16 a clean answer's rounding would hang on how long repaired ones are.
+        found = [
+            _answers(
+                self.model, settings, getattr(self.questions, side), self.max_new_tokens, self.batch_size, progress
+            )
+            for side in sides
+        ]
+        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome() for texts in zip(*found, strict=True)]
 
     def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
         questions, tokenizer = self.questions, tokenizer_of(self.model)
@@ -171,10 +177,6 @@ class Repair:
             kept=kept,
             texts=answers,
         )
-
-
-def _split(texts: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    return [tuple(texts[i : i + size]) for i in range(0, len(texts), size)]
 
 
 def _answers(
