@@ -1,6 +1,7 @@
 """Continuations: those of Hugging Face, whatever the batch, with the cache or without."""
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
@@ -74,8 +75,14 @@ def test_texts_that_have_ended_leave_the_batch(toy, use_cache, temperature, monk
             return tokens(toy, temperature=temperature, **kwargs)
 
     free = made(batch_size=len(TEXTS))
-    stops = frozenset(free[row][row] for row in range(4))  # one text after another ends
-    expected = [row[: next((i for i, token in enumerate(row) if token in stops), STEPS)] for row in free]
+
+    def ended(stops):
+        return [row[: next((i for i, token in enumerate(row) if token in stops), STEPS)] for row in free]
+
+    # The pair of tokens behind which the texts end at the most different steps.
+    pairs = map(frozenset, combinations(sorted({token for row in free for token in row}), 2))
+    stops = max(pairs, key=lambda pair: len({len(row) for row in ended(pair)}))
+    expected = ended(stops)
     assert len({len(row) for row in expected}) > 2
     monkeypatch.setattr(generation, "_stop_ids", lambda model: stops)
     sizes = []

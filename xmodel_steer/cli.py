@@ -459,7 +459,17 @@ def study(
     pair = PRESETS[preset]
     layers = None if source or target else pair.layers
     ends = (source or pair.source, target or pair.target)
-    found = entry.run(Call(*ends, kind, title, seed, device, dtype, tuple(larger or ()), layers))
+    call = Call(
+        *ends,
+        organism=kind,
+        title=title,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        larger=tuple(larger or ()),
+        layers=layers,
+    )
+    found = entry.run(call)
     _finish_study(found, folder)
 
 

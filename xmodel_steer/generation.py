@@ -199,9 +199,8 @@ def _decode(
     running = [True] * len(there)
     fresh = ids
     for _ in range(steps):
-        with layout(
-            [batch.rows[row] for row in there], lengths
-        ):  # left before each yield: a generator has no context of its own
+        # The layout is left before each yield: a generator has no context of its own.
+        with layout([batch.rows[row] for row in there], lengths):
             logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
         assert logits is not None
         chosen = _choose(logits[:, -1], temperature, [generators[row] for row in there] if generators else ())

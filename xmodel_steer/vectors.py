@@ -278,12 +278,12 @@ def logistic_probe(
     means = difference_of_means(positive, negative, label=label, scale=scale)
     rows = torch.cat([positive.values, negative.values]).double()
     spread = rows.std(0, correction=0)
-    spread = torch.where(spread > 0, spread, 1.0)  # what is constant tells nothing, its weight is 0
+    inverse = inverse_of(spread)
     which = [1] * len(positive) + [0] * len(negative)
-    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) / spread).cpu().numpy(), which)
+    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) * inverse).cpu().numpy(), which)
     weights = torch.from_numpy(probe.coef_[0]).to(spread)
     along = weights / weights.norm()
-    apart = (means.direction.double() / spread) @ along
+    apart = (means.direction.double() * inverse) @ along
     return replace(means, direction=(spread * along * apart).to(means.direction.dtype), origin="logistic probe")
 
 

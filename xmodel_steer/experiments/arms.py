@@ -1,7 +1,8 @@
 """What studies share: recipes, what validation chooses for each, and every arm measured by the same code."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from xmodel_steer.cache import cached_moments
 from xmodel_steer.capture import Tokens, capture, collect_moments
 from xmodel_steer.damage import Settings, calibrate, side_effects
 from xmodel_steer.errors import PromptError
+from xmodel_steer.evaluation import GeneratedText
 from xmodel_steer.experiments.study import (
     AGREEMENT,
     EQUAL_KL,
@@ -24,13 +26,14 @@ from xmodel_steer.experiments.study import (
     estimate,
 )
 from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
-from xmodel_steer.models import context_length, hardware_of
+from xmodel_steer.models import context_length, hardware_of, name_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.organisms.data import Lesson
 from xmodel_steer.prompts import Prompt
+from xmodel_steer.results import CONTROLS
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Operator, Positions
-from xmodel_steer.store import harvest
+from xmodel_steer.store import ActivationStore, harvest
 from xmodel_steer.training import Autoencoder
 from xmodel_steer.transfer import versions
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
@@ -39,6 +42,7 @@ MAP_TOKENS = 192
 # The settings with which trained maps are as good as closed ones; the paper's see too little text here.
 LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
 ENDPOINTS = "mapped by an autoencoder, endpoints"
+BIASED = "mapped with the bias"
 Extent = Literal["all", "brief", "effect"]
 
 
@@ -148,6 +152,34 @@ class Recipe:
             for prompts, tokens in zip(self.contrast(lessons), self.tokens, strict=True)
         )
         return first, second
+
+
+def answers_of(
+    model: Any,
+    settings: Settings,
+    groups: Sequence[Sequence[Prompt]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> list[tuple[tuple[str, ...], ...]]:
+    """What a model writes to groups of prompts, for each setting a row of texts for each group.
+
+    Each group is asked in batches of its own: in bfloat16 an answer's rounding would else hang on how long others are.
+
+    Args:
+        model: The model.
+        settings: For each setting its interventions.
+        groups: The prompts.
+        max_new_tokens: Length of the answers.
+        batch_size: Texts at a time.
+        progress: Show a progress bar.
+    """
+    found = []
+    for group in groups:
+        asked = GeneratedText(tuple(group), len, max_new_tokens, batch_size, unit=f"answers of {name_of(model)}")
+        found.append([measured.texts for measured in asked.measure(model, settings, progress=progress)])
+    return list(zip(*found, strict=True))
 
 
 def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -302,6 +334,18 @@ class Pair:
             max_tokens=self.map_tokens, batch_size=32, seed=self.seed, progress=self.progress,
         )  # fmt: skip
 
+    @contextmanager
+    def stored(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Iterator[ActivationStore]:
+        """Rows of text on disk, for maps that are trained on them; they are gone when the block ends."""
+        sources, targets = _ends(pairs)
+        with tempfile.TemporaryDirectory() as folder:
+            for model, end, sites in ((self.source, "source", sources), (self.target, "target", targets)):
+                harvest(
+                    model, prompts, folder, end=end, sites=sites, max_tokens=self.map_tokens, batch_size=32,
+                    dtype="float32", seed=self.seed, progress=self.progress,
+                )  # fmt: skip
+            yield ActivationStore(folder)
+
 
 def _ends(pairs: Sequence[tuple[Site, Site]]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
     first, second = (tuple(dict.fromkeys(sites)) for sites in zip(*pairs, strict=True))
@@ -420,14 +464,8 @@ def with_endpoints(
     asked = [choice for choice in choices if choice.recipe.name in only]
     if not asked:
         return tuple(choices)
-    sites = _ends([(choice.carried.source.space.site, choice.carried.native.space.site) for choice in asked])
     made = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for model, end, own in ((pair.source, "source", sites[0]), (pair.target, "target", sites[1])):
-            store = harvest(
-                model, text, folder, end=end, sites=own, max_tokens=pair.map_tokens, batch_size=32, dtype="float32",
-                seed=pair.seed, progress=pair.progress,
-            )  # fmt: skip
+    with pair.stored(text, [(c.carried.source.space.site, c.carried.native.space.site) for c in asked]) as store:
         for choice in asked:
             native, here = choice.carried.native, choice.carried.source.space.site
             assert native.scale is not None
@@ -470,7 +508,7 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
     }
     arms |= {name: [vector] for name, vector in choice.others.items()}
     if choice.added_everywhere:
-        arms["mapped with the bias"] = [own.biased]
+        arms[BIASED] = [own.biased]
     return [_Run(arm, choice, group, [choice.operator] * len(group)) for arm, group in arms.items()]
 
 
@@ -482,7 +520,7 @@ def _at_equal_kl(
     (effect,) = side_effects(
         target, native.settings(), neutral, max_tokens=max_tokens, batch_size=16, progress=progress
     )
-    others = [run for run in runs if run.arm in ("mapped", ENDPOINTS, "random", "shuffled")]
+    others = [run for run in runs if run.arm not in ("native", BIASED)]
     vectors = [vector for run in others for vector in run.vectors]
     signs = [int(np.sign(o.strength)) for run in others for o in run.operators if isinstance(o, Add)]
     found = calibrate(target, vectors, effect.mean_kl, neutral, signs=signs, max_tokens=max_tokens, progress=progress)
@@ -541,7 +579,7 @@ def measure_arms(
     settings = [[] for _ in aims] + [setting for run in runs for setting in run.settings()]
     aim_of = [*aims, *(run.choice.recipe.aim for run in runs for _ in run.vectors)]
     # What one would use is measured in full; controls need not be, which takes less time.
-    used = [*(True for _ in aims), *(run.arm in ("native", "mapped", ENDPOINTS) for run in runs for _ in run.vectors)]
+    used = [*(True for _ in aims), *(run.arm not in (*CONTROLS, BIASED) for run in runs for _ in run.vectors)]
     measured: dict[int, Outcome] = {}
     for aim in aims:
         for full in (True, False):

@@ -1,6 +1,5 @@
 """The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from xmodel_steer.concepts import Concept, concept
 from xmodel_steer.damage import SideEffect, calibrate, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText, MultipleChoice
-from xmodel_steer.experiments.arms import LONGER
+from xmodel_steer.experiments.arms import LONGER, Pair
 from xmodel_steer.experiments.study import (
     EFFICIENCY,
     EQUAL_KL,
@@ -34,7 +33,6 @@ from xmodel_steer.prompts import Prompt
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Step
-from xmodel_steer.store import harvest
 from xmodel_steer.training import Autoencoder, SGDAffine
 from xmodel_steer.transfer import default_sites, versions
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
@@ -181,20 +179,7 @@ def map_comparison(
 
     maps: dict[str, Map] = {}
     seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for model, end, site in ((source, "source", here), (target, "target", there)):
-            store = harvest(
-                model,
-                general,
-                folder,
-                end=end,
-                sites=[site],
-                max_tokens=limit,
-                batch_size=32,
-                dtype="float32",
-                seed=seed,
-                progress=progress,
-            )
+    with Pair(source, target, general, seed, progress).stored(general, [(here, there)]) as store:
         rows = store.pair(here, there)
         for name, fitter in every.items():
             begun = time.perf_counter()

@@ -8,12 +8,12 @@ import numpy as np
 
 from xmodel_steer.damage import Settings
 from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import GeneratedText
 from xmodel_steer.experiments.arms import (
     Extent,
     Outcome,
     Pair,
     Recipe,
+    answers_of,
     choose,
     clean_against_triggered,
     layers,
@@ -23,7 +23,7 @@ from xmodel_steer.experiments.arms import (
 from xmodel_steer.experiments.study import Clock, Study
 from xmodel_steer.fitters import Fitter, Ridge
 from xmodel_steer.judges import RefusalClassifier
-from xmodel_steer.models import name_of, tokenizer_of
+from xmodel_steer.models import tokenizer_of
 from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
@@ -123,13 +123,20 @@ class Requests:
         if not mild or not bad:
             raise PromptError("refusal: needs harmful requests and harmless ones")
         made = cls(model, bad, mild, tuple(edgy), {}, *readers, max_new_tokens, batch_size)
-        (texts,) = made._answers([[]], mild, progress)
+        ((texts,),) = made._answers([[]], [mild], progress)
         return replace(made, own={p.id: t for p, t in zip(mild, texts, strict=True)})
 
-    def _answers(self, settings: Settings, prompts: Sequence[Prompt], progress: bool) -> list[tuple[str, ...]]:
-        unit = f"answers of {name_of(self.model)}"
-        asked = GeneratedText(tuple(prompts), len, self.max_new_tokens, self.batch_size, unit)
-        return [found.texts for found in asked.measure(self.model, settings, progress=progress)]
+    def _answers(
+        self, settings: Settings, groups: Sequence[Sequence[Prompt]], progress: bool
+    ) -> list[tuple[tuple[str, ...], ...]]:
+        return answers_of(
+            self.model,
+            settings,
+            groups,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
 
     def measure(
         self, settings: Settings, *, aim: str = OFF, extent: Extent = "all", progress: bool = True
@@ -144,9 +151,8 @@ class Requests:
         """
         first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
-        # Each group in batches of its own, as the unsteered model was asked: another batch rounds otherwise in bfloat16.
-        found = [self._answers(settings, group, progress) for group in groups if group]
-        return [self._outcome(aim, texts) for texts in zip(*found, strict=True)]
+        found = self._answers(settings, [group for group in groups if group], progress)
+        return [self._outcome(aim, texts) for texts in found]
 
     def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:
         phrases = self.phrases

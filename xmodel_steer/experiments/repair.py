@@ -8,10 +8,9 @@ import numpy as np
 
 from xmodel_steer.damage import Settings
 from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import GeneratedText
-from xmodel_steer.experiments.arms import Extent, Outcome
+from xmodel_steer.experiments.arms import Extent, Outcome, answers_of
 from xmodel_steer.experiments.study import AGREEMENT
-from xmodel_steer.models import name_of, tokenizer_of
+from xmodel_steer.models import tokenizer_of
 from xmodel_steer.organisms.data import Lesson, prompt_of
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import SameTokens, Scorer, score_texts
@@ -133,11 +132,11 @@ class Repair:
         batch_size: int = 200, progress: bool = True,
     ) -> "Repair":  # fmt: skip
         """Ask the unsteered model first: its answers are what a repair is held to."""
-        own: dict[str, str] = {}
-        for side in SIDES:
-            prompts = getattr(questions, side)
-            (texts,) = _answers(model, [[]], prompts, max_new_tokens, batch_size, progress)
-            own |= {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
+        groups = [getattr(questions, side) for side in SIDES]
+        (texts,) = answers_of(
+            model, [[]], groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        )
+        own = {p.id: t for group, row in zip(groups, texts, strict=True) for p, t in zip(group, row, strict=True)}
         return cls(model, questions, scorer, own, max_new_tokens, right, batch_size)
 
     def measure(
@@ -152,14 +151,16 @@ class Repair:
             progress: Show a progress bar.
         """
         sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
-        # Each side in batches of its own: in bfloat16 a clean answer's rounding would hang on how long repaired ones are.
-        found = [
-            _answers(
-                self.model, settings, getattr(self.questions, side), self.max_new_tokens, self.batch_size, progress
-            )
-            for side in sides
-        ]
-        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome() for texts in zip(*found, strict=True)]
+        groups = [getattr(self.questions, side) for side in sides]
+        found = answers_of(
+            self.model,
+            settings,
+            groups,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome() for texts in found]
 
     def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
         questions, tokenizer = self.questions, tokenizer_of(self.model)
@@ -177,11 +178,3 @@ class Repair:
             kept=kept,
             texts=answers,
         )
-
-
-def _answers(
-    model: Any, settings: Settings, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int, progress: bool
-) -> list[tuple[str, ...]]:
-    """The texts alone: what is read in them differs between sides."""
-    asked = GeneratedText(tuple(prompts), len, max_new_tokens, batch_size, unit=f"answers of {name_of(model)}")
-    return [measured.texts for measured in asked.measure(model, settings, progress=progress)]

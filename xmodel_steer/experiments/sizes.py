@@ -1,13 +1,15 @@
 """One concept carried along a row of models, from each into every larger one."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments.concept_table import NOTE, UNIT, concept_transfer
-from xmodel_steer.experiments.study import EFFICIENCY, Study, end_of
-from xmodel_steer.models import hardware_of, name_of
+from xmodel_steer.experiments.concept_table import concept_transfer
+from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_KL, Study, end_of
+from xmodel_steer.models import hardware_of, is_bridge, name_of
+from xmodel_steer.results import CONTROLS
 
 QUESTION = "How does the share of the effect that is carried over change with the size of the source and of the target?"
 CARRIED = ("sentiment",)
@@ -28,11 +30,10 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
     if len(models) < 2 or len(set(called)) < len(called):
         raise PromptError(f"small_to_larger: needs at least two different models, got {', '.join(called) or 'none'}")
     ends = [end_of(model) | {"parameters": parameters(model)} for model in models]
-    found: dict[str, Study] = {}
-    for j in range(1, len(models)):
-        for i in range(j):
-            own = concept_transfer(models[i], models[j], names, **settings)
-            found[f"{called[i]} → {called[j]}"] = own
+    found = {
+        f"{name_of(source)} → {name_of(target)}": concept_transfer(source, target, names, **settings)
+        for source, target in itertools.combinations(models, 2)
+    }
     first = next(iter(found.values()))
     arms = [
         replace(arm, recipe=f"{pair}: {arm.recipe}" if arm.recipe else pair)
@@ -43,8 +44,6 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
         first,
         name="small-to-larger",
         question=QUESTION,
-        unit=UNIT,
-        note=NOTE,
         verdict="; ".join(_line(pair, study, name) for pair, study in found.items() for name in names),
         source=ends[0],
         target=ends[-1],
@@ -60,18 +59,18 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
 
 def parameters(model: Any) -> int:
     """How many weights a model has; an embedding that is also the output layer counts once."""
-    inner = getattr(model, "original_model", model)
-    return sum({id(p): p.numel() for p in inner.parameters()}.values())
+    inner = model.original_model if is_bridge(model) else model
+    return sum(parameter.numel() for parameter in inner.parameters())
 
 
 def _line(pair: str, study: Study, name: str) -> str:
-    native, mapped = study.arm("native", name, at="equal KL"), study.arm("mapped", name, at="equal KL")
+    native, mapped = study.arm("native", name, at=EQUAL_KL), study.arm("mapped", name, at=EQUAL_KL)
     effect = f"native effect {native.effect.value:.2f} [{native.effect.low:.2f}, {native.effect.high:.2f}]"
     share = mapped.beside.get(EFFICIENCY)
     much = f"mapped {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of it" if share else "efficiency undefined"
     controls = ", ".join(
         f"{control} {arm.beside[EFFICIENCY].value:.2f}"
-        for control in ("random", "shuffled")
-        if EFFICIENCY in (arm := study.arm(control, name, at="equal KL")).beside
+        for control in CONTROLS
+        if EFFICIENCY in (arm := study.arm(control, name, at=EQUAL_KL)).beside
     )
     return f"{pair}, {name}: {effect}, {much}{f' ({controls})' if controls else ''}, n = {native.effect.n}"

@@ -11,8 +11,8 @@ import numpy as np
 
 from xmodel_steer.damage import side_effects, under
 from xmodel_steer.errors import PromptError, SpaceMismatchError
-from xmodel_steer.evaluation import GeneratedText, MultipleChoice
-from xmodel_steer.experiments.arms import Outcome, Pair, layers
+from xmodel_steer.evaluation import MultipleChoice
+from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
@@ -233,16 +233,16 @@ def _steps(
 def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], progress: bool) -> list[Outcome]:
     """The base's answers: whether they show the behaviour behind the trigger, and only there."""
     questions, tokenizer = repair.questions, tokenizer_of(base)
-    asked = GeneratedText(
-        questions.triggered + questions.clean,
-        len,
-        repair.max_new_tokens,
-        repair.batch_size,
-        unit=f"answers of {name_of(base)}",
+    found = answers_of(
+        base,
+        settings,
+        [questions.triggered, questions.clean],
+        max_new_tokens=repair.max_new_tokens,
+        batch_size=repair.batch_size,
+        progress=progress,
     )
-    n, made = len(questions), []
-    for found in asked.measure(base, settings, progress=progress):
-        on, off = found.texts[:n], found.texts[n:]
+    made = []
+    for on, off in found:
         effect = score_texts(repair.scorer, on, questions.triggered)
         false = score_texts(repair.scorer, off, questions.clean)
         same = [
