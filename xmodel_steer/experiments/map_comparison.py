@@ -1,7 +1,8 @@
 """The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,6 @@ NOTE = (
     "and ROUGE-L against its own text. Capability: right answers to questions that no map was fitted on, under the same replacement."
 )
 STEERING, REPLACED, CAPABILITY = "steering", "replacement", "capability under replacement"
-_Gains = Callable[
-    [Sequence[Prompt], Sequence[Sequence[Sequence[Step]]]], tuple[list[np.ndarray], list[list[tuple[str, ...]]]]
-]
 
 
 def fitters() -> dict[str, Fitter]:
@@ -127,27 +125,7 @@ def map_comparison(
         for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
 
-    def sides(model: Any, sites: Sequence[Site]) -> tuple[dict[Site, Activations], dict[Site, Activations]]:
-        """Rows with the behaviour, and without."""
-        return tuple(
-            capture(model, side, sites, tokens=own.tokens, batch_size=32, progress=progress)
-            for side in (own.contrast.positive, own.contrast.negative)
-        )  # type: ignore[return-value]
-
-    def vectors(found: tuple[dict[Site, Activations], dict[Site, Activations]]) -> dict[Site, SteeringVector]:
-        return {site: difference_of_means(found[0][site], found[1][site], label=own.name) for site in found[0]}
-
-    scorer = own.scorer
-
-    def gains(
-        asked: Sequence[Prompt], both: Sequence[Sequence[Sequence[Step]]]
-    ) -> tuple[list[np.ndarray], list[list[tuple[str, ...]]]]:
-        """Half of what lies between two settings, for each pair of them, and their texts."""
-        behaviour = GeneratedText(tuple(asked), scorer, max_new_tokens, unit=own.unit)
-        found = behaviour.measure(target, [setting for pair in both for setting in pair], progress=progress)
-        pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
-        return [(up.scores - down.scores) / 2 for up, down in pairs], [[m.texts for m in pair] for pair in pairs]
-
+    task = _Task(target, own, max_new_tokens, progress)
     moments = collect_moments(
         source, target, general, source_sites=ours, target_sites=theirs, max_tokens=limit, batch_size=32, seed=seed,
         progress=progress,
@@ -156,18 +134,18 @@ def map_comparison(
     records: list[dict[str, Any]] = []
 
     def best(varied: str, candidates: Mapping[Site, SteeringVector]) -> Site:
-        found, _ = gains(chooses, [_both(vector) for vector in candidates.values()])
+        found, _ = task.gains(chooses, [_both(vector) for vector in candidates.values()])
         scores = [float(gain.mean()) for gain in found]
         for site, score in zip(candidates, scores, strict=True):
             records.append({"recipe": STEERING, "varied": varied, "layer": site.layer, "score": score})
         return list(candidates)[int(np.argmax(scores))]
 
-    natives = {s: v.with_scale(moments.scale(s)) for s, v in vectors(sides(target, theirs)).items()}
+    natives = {s: v.with_scale(moments.scale(s)) for s, v in _vectors(task.sides(target, theirs), own.name).items()}
     there = best("target layer", natives)
     native = natives[there]
     norm = native.norm(standardised=True)
-    rows_of = sides(source, ours)
-    found = vectors(rows_of)
+    rows_of = task.sides(source, ours)
+    found = _vectors(rows_of, own.name)
     here = best(
         "source layer",
         {
@@ -188,31 +166,24 @@ def map_comparison(
         reference = rows.moments(seed=seed)
     clock.lap("fitting")
 
-    carried: dict[str, SteeringVector] = {}
-    chosen: dict[str, Any] = {}
-    for name, mapping in maps.items():
-        if isinstance(mapping, AutoencoderMap):
-            moved = mapping.transport(found[here], at=(rows_of[0][here], rows_of[1][here]))
-        else:
-            moved = mapping.transport(found[here])
-        moved = moved.with_scale(moments.scale(there))
-        carried[name] = moved.with_norm(norm)
-        score = mapping.score_test
-        chosen[name] = {
+    ends = (rows_of[0][here], rows_of[1][here])
+    moved = {name: _moved(mapping, found[here], ends, native) for name, mapping in maps.items()}
+    carried = {name: vector.with_norm(norm) for name, vector in moved.items()}
+    chosen = {
+        name: {
             "source_layer": here.layer,
             "target_layer": there.layer,
             "settings": repr(every[name])[:300],
             "seconds": round(seconds[name], 2),
-            "cosine": native.cosine(moved),
-            "norm_ratio": moved.norm(standardised=True) / norm,
-            "map_r2": score.mean_r2 if score else None,
-            "map_cosine": score.cosine if score else None,
-            "loss": dict(mapping.info.get("loss", {})),
-            "epochs": mapping.info.get("epochs"),
+            "cosine": native.cosine(moved[name]),
+            "norm_ratio": moved[name].norm(standardised=True) / norm,
+            **_fit_of(mapping),
         }
+        for name, mapping in maps.items()
+    }
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
     groups["random"] = [random_like(native, seed=seed + k) for k in range(random_seeds)]
-    arms = _steered(target, groups, native, gains, reports, calibration, held, neutral_tokens, progress)
+    arms = _steered(task, groups, native, reports, calibration, held, neutral_tokens, progress)
     clock.lap("steering")
     steps: dict[str, list[Step]] = {"unsteered": []}
     steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
@@ -269,11 +240,67 @@ def map_comparison(
     )
 
 
+_Sides = tuple[dict[Site, Activations], dict[Site, Activations]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A concept, and the model that is to show it."""
+
+    target: Any
+    concept: Concept
+    max_new_tokens: int
+    progress: bool
+
+    def sides(self, model: Any, sites: Sequence[Site]) -> _Sides:
+        """Rows of the contrast with the concept, and of that without."""
+        contrast, tokens = self.concept.contrast, self.concept.tokens
+        return tuple(
+            capture(model, side, sites, tokens=tokens, batch_size=32, progress=self.progress)
+            for side in (contrast.positive, contrast.negative)
+        )  # type: ignore[return-value]
+
+    def gains(
+        self, asked: Sequence[Prompt], both: Sequence[Sequence[Sequence[Step]]]
+    ) -> tuple[list[np.ndarray], list[list[tuple[str, ...]]]]:
+        """Half of what lies between two settings, for each pair of them, and their texts."""
+        assert self.concept.scorer is not None
+        behaviour = GeneratedText(tuple(asked), self.concept.scorer, self.max_new_tokens, unit=self.concept.unit)
+        found = behaviour.measure(self.target, [setting for pair in both for setting in pair], progress=self.progress)
+        pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
+        return [(up.scores - down.scores) / 2 for up, down in pairs], [[m.texts for m in pair] for pair in pairs]
+
+
+def _vectors(sides: _Sides, label: str) -> dict[Site, SteeringVector]:
+    return {site: difference_of_means(sides[0][site], sides[1][site], label=label) for site in sides[0]}
+
+
+def _moved(
+    mapping: Map, vector: SteeringVector, ends: tuple[Activations, Activations], native: SteeringVector
+) -> SteeringVector:
+    """What a map makes of a vector, in the native one's scale: of its endpoints where the map is not affine."""
+    moved = mapping.transport(vector, at=ends) if isinstance(mapping, AutoencoderMap) else mapping.transport(vector)
+    assert native.scale is not None
+    return moved.with_scale(native.scale)
+
+
+def _fit_of(mapping: Map) -> dict[str, Any]:
+    """How well a map was fitted."""
+    score = mapping.score_test
+    return {
+        "map_r2": score.mean_r2 if score else None,
+        "map_cosine": score.cosine if score else None,
+        "loss": dict(mapping.info.get("loss", {})),
+        "epochs": mapping.info.get("epochs"),
+    }
+
+
 def _steered(
-    target: Any, groups: Mapping[str, Sequence[SteeringVector]], native: SteeringVector, gains: _Gains, asked: Sequence[Prompt],
+    task: _Task, groups: Mapping[str, Sequence[SteeringVector]], native: SteeringVector, asked: Sequence[Prompt],
     calibration: Sequence[Prompt], held: Sequence[Prompt], neutral_tokens: int, progress: bool,
 ) -> list[StudyArm]:  # fmt: skip
     """Every arm at the KL of the native vector at strength 1, in both directions."""
+    target = task.target
 
     def damage(settings: Sequence[Sequence[Step]], texts: Sequence[Prompt]) -> list[SideEffect]:
         return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=16, progress=progress)
@@ -291,7 +318,7 @@ def _steered(
     )
     doses = [found[i : i + 2] for i in range(0, len(found), 2)]
     both = [_both(vector, up.strength, down.strength) for (_, vector), (up, down) in zip(flat, doses, strict=True)]
-    scores, texts = gains(asked, both)
+    scores, texts = task.gains(asked, both)
     effects = damage([[], *(setting for pair in both for setting in pair)], held)
     base = scores[[name for name, _ in flat].index("native")]
     still = bootstrap_mean(np.zeros(len(asked)))

@@ -103,12 +103,10 @@ def safety_switch(
     task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
     text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
     models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
-    fitted: dict[str, dict[Site, tuple[Map, SplitMoments]]] = {}
-    for way, (source, target) in models.items():
-        pair = Pair(source, target, general, seed, progress)
-        same = [(site, site) for site in sites]
-        moments = pair.of_general(same) + pair.of(text, same)
-        fitted[way] = {site: (fitter.fit(moments.pair(site, site)), moments.pair(site, site)) for site in sites}
+    fitted = {
+        way: _fitted(Pair(source, target, general, seed, progress), text, sites, fitter)
+        for way, (source, target) in models.items()
+    }
     clock.lap("fitting")
 
     few = min(validation_tokens, curriculum.max_new_tokens)
@@ -140,30 +138,8 @@ def safety_switch(
     for way, (source, target) in models.items():
         mapping, moments = fitted[way][chosen[way]]
         steps = _steps(source, target, mapping, moments, fitter, seed)
-        settings = list(steps.values())
-        outcomes = reporting[way](settings)
-        costs = side_effects(target, settings, neutral, max_tokens=neutral_tokens, batch_size=16, progress=progress)
-        kept = ["unsteered", "mapped", "mean ablation"]
-        right = dict(
-            zip(kept, questions.measure(target, [steps[name] for name in kept], progress=progress), strict=True)
-        )
-        for (name, _), own, cost in zip(steps.items(), outcomes, costs, strict=True):
-            beside = {key: estimate([scores]) for key, scores in own.beside.items()}
-            if name in right:
-                beside["right answers"] = estimate([right[name].scores])
-            arms.append(
-                StudyArm(
-                    name,
-                    way,
-                    "",
-                    EQUAL_STRENGTH,
-                    estimate([own.effect]),
-                    beside,
-                    cost.mean_kl,
-                    cost.perplexity,
-                    texts=own.texts[:8],
-                )
-            )
+        outcomes = dict(zip(steps, reporting[way](list(steps.values())), strict=True))
+        arms += _arms(way, target, steps, outcomes, neutral, neutral_tokens, questions, progress)
         score = mapping.score_test
         speeds = _speeds(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
         record[way] = {
@@ -212,6 +188,40 @@ def safety_switch(
 
 
 _Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
+
+
+def _fitted(
+    pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
+) -> dict[Site, tuple[Map, SplitMoments]]:
+    """For each site the map to the same site of the other model, and the moments that it was fitted on."""
+    same = [(site, site) for site in sites]
+    moments = pair.of_general(same) + pair.of(text, same)
+    own = {site: moments.pair(site, site) for site in sites}
+    return {site: (fitter.fit(found), found) for site, found in own.items()}
+
+
+def _arms(
+    way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Mapping[str, Outcome], neutral: Sequence[Prompt],
+    neutral_tokens: int, questions: MultipleChoice, progress: bool,
+) -> list[StudyArm]:  # fmt: skip
+    """Every arm of one direction, with what it costs; questions are asked where their answer says something."""
+    costs = side_effects(
+        target, list(steps.values()), neutral, max_tokens=neutral_tokens, batch_size=16, progress=progress
+    )
+    asked = ["unsteered", "mapped", "mean ablation"]
+    found = questions.measure(target, [steps[name] for name in asked], progress=progress)
+    right = {name: {"right answers": estimate([own.scores])} for name, own in zip(asked, found, strict=True)}
+    arms = []
+    for name, cost in zip(steps, costs, strict=True):
+        own = outcomes[name]
+        beside = {key: estimate([scores]) for key, scores in own.beside.items()} | right.get(name, {})
+        arms.append(
+            StudyArm(
+                name, way, "", EQUAL_STRENGTH, estimate([own.effect]), beside, cost.mean_kl, cost.perplexity,
+                texts=own.texts[:8],
+            )
+        )  # fmt: skip
+    return arms
 
 
 def _steps(
