@@ -22,6 +22,7 @@ from xmodel_steer.experiments import (
     read_study,
     small_to_larger,
 )
+from xmodel_steer.experiments.sizes import parameters
 from xmodel_steer.prompts import ContrastSet, Prompt
 from xmodel_steer.scorers import score_texts
 
@@ -235,22 +236,33 @@ def test_a_probes_direction_is_carried_beside_the_difference_of_means(
     assert plain.arm("mapped", "vowels", "equal KL").effect == means.effect
 
 
+def test_weights_are_counted_as_hugging_face_does(bridge: Any) -> None:
+    assert parameters(bridge.model) == sum(p.numel() for p in bridge.hf.parameters())
+
+
 def test_every_model_is_carried_into_each_larger_one(toy_named: Any, vowels: dict[str, Any], tmp_path: Path) -> None:
-    models = [toy_named(name).model for name in ("llama", "gemma", "qwen")]
+    weights = {
+        name: sum(p.numel() for p in toy_named(name).hf.parameters()) for name in ("llama", "gemma", "qwen", "gpt2")
+    }
+    least, middle, most = sorted(weights, key=lambda name: weights[name])[:3]
+    assert weights[least] < weights[middle] < weights[most]
+    models = [toy_named(name).model for name in (most, least, middle)]  # sorted by the study
     found = small_to_larger(models, ("vowels",), **vowels)
-    pairs = ["llama → gemma", "llama → qwen", "gemma → qwen"]
+    pairs = [f"{least} → {middle}", f"{least} → {most}", f"{middle} → {most}"]
     assert list(found.chosen) == [f"{pair}: vowels" for pair in pairs]
     assert len(found.arms) == 3 * 5
-    alone = concept_transfer(models[0], models[2], ("vowels",), **vowels)
+    alone = concept_transfer(models[1], models[0], ("vowels",), **vowels)
     assert (
-        found.arm("mapped", "llama → qwen: vowels", "equal KL").effect
+        found.arm("mapped", f"{least} → {most}: vowels", "equal KL").effect
         == alone.arm("mapped", "vowels", "equal KL").effect
     )
-    assert [end["parameters"] for end in found.spec["models"]] == [
-        sum(p.numel() for p in toy_named(name).hf.parameters()) for name in ("llama", "gemma", "qwen")
-    ]
-    assert found.verdict.startswith("llama → gemma, vowels: native effect ") and found.verdict.count("; ") == 2
+    assert [end["parameters"] for end in found.spec["models"]] == [weights[name] for name in (least, middle, most)]
+    assert found.verdict.startswith(f"{least} → {middle}, vowels: native effect ") and found.verdict.count("; ") == 2
+    assert found.examples() == []  # the targets have texts of their own
+    titles = [str(table.title) for table in pages.tables(found)]
+    assert [title.split(", n = ")[0] for title in titles] == [f"{pair}: vowels" for pair in pairs]
+    assert all(table.row_count == 5 for table in pages.tables(found))
     pages.write_study(found, tmp_path)
     assert read_study(tmp_path) == found
-    with pytest.raises(PromptError, match="at least two different models, got llama, llama"):
+    with pytest.raises(PromptError, match=f"at least two different models, got {most}, {most}"):
         small_to_larger([models[0], models[0]])

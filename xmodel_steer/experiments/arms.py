@@ -165,7 +165,8 @@ def answers_of(
 ) -> list[tuple[tuple[str, ...], ...]]:
     """What a model writes to groups of prompts, for each setting a row of texts for each group.
 
-    Each group is asked in batches of its own: in bfloat16 an answer's rounding would else hang on how long others are.
+    Each group is asked in batches of its own, of one size: in bfloat16 an answer's rounding hangs on the batch's shape, and
+    answers that are compared token by token must not differ by that.
 
     Args:
         model: The model.
@@ -177,7 +178,8 @@ def answers_of(
     """
     found = []
     for group in groups:
-        asked = GeneratedText(tuple(group), len, max_new_tokens, batch_size, unit=f"answers of {name_of(model)}")
+        size = min(batch_size, len(group))
+        asked = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
         found.append([measured.texts for measured in asked.measure(model, settings, progress=progress)])
     return list(zip(*found, strict=True))
 

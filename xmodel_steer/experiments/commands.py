@@ -15,6 +15,7 @@ from xmodel_steer.experiments.study import Study
 from xmodel_steer.experiments.switch import safety_switch
 from xmodel_steer.models import load
 from xmodel_steer.organisms import curriculum
+from xmodel_steer.packaged import general_text
 
 LARGER = "packaged:qwen2.5-coder-1.5b-instruct"  # after the packaged pair, in the study of sizes
 
@@ -31,7 +32,7 @@ class Call:
         seed: Seed of all choices.
         device: Where to run.
         dtype: As for `load`.
-        larger: More models after the target, where the study takes them.
+        larger: More models, where the study takes them.
         layers: Layers of the source and the target that a paper names for this pair.
     """
 
@@ -109,8 +110,9 @@ def _switch(call: Call) -> Study:
 
 
 def _sizes(call: Call) -> Study:
-    names = (call.source, call.target, *(call.larger or (LARGER,)))
-    return small_to_larger([call.load(name) for name in names], seed=call.seed)
+    larger = call.larger or ((LARGER,) if call.target.startswith("packaged:") else ())
+    models = [call.load(name) for name in (call.source, call.target, *larger)]
+    return small_to_larger(models, general=general_text()[:300], random_seeds=2, seed=call.seed)  # within an hour
 
 
 STUDIES = {

@@ -135,6 +135,10 @@ def efficiencies(study: Study) -> Any:
     return figure
 
 
+def _layers_varied(study: Study) -> list[str]:
+    return [kind for kind in ("target layer", "source layer") if any(r["varied"] == kind for r in study.validation)]
+
+
 def sweep(study: Study) -> Any:
     """How well each layer served on validation prompts, for the target's layer and for the source's.
 
@@ -147,7 +151,7 @@ def sweep(study: Study) -> Any:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    kinds = [kind for kind in ("target layer", "source layer") if any(r["varied"] == kind for r in study.validation)]
+    kinds = _layers_varied(study)
     figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[f"{kind}" for kind in kinds], shared_yaxes=True)
     recipes = dict.fromkeys(record["recipe"] for record in study.validation)
     colours = dict(zip(recipes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), strict=False))
@@ -222,7 +226,8 @@ def tables(study: Study) -> "list[Table]":
         own = [arm for arm in study.arms if arm.recipe in (recipe, "")]
         both = len({arm.at for arm in own if arm.arm != "unsteered"}) > 1
         beside = [name for name in dict.fromkeys(n for arm in own for n in arm.beside) if not name.endswith(STRICTER)]
-        table = Table(title=f"{recipe}: {study.source['model']} → {study.target['model']}, n = {own[-1].effect.n}")
+        between = "" if "models" in study.spec else f": {study.source['model']} → {study.target['model']}"
+        table = Table(title=f"{recipe}{between}, n = {own[-1].effect.n}")
         for name in ("arm", "effect", *beside, "KL", "perplexity"):
             least = max(map(len, name.split()))
             table.add_column(
@@ -284,7 +289,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
     study.save(folder)
     path = Path(folder) / REPORT
     drawn = [figure(study)]
-    if study.validation:
+    if _layers_varied(study):
         drawn.append(sweep(study))
     drawn += [curve(study, name) for name in study.curves]
     record = {"chosen": study.chosen, "spec": study.spec, "seeds": study.seeds, "versions": study.versions}

@@ -6,7 +6,8 @@ from typing import Any
 
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.models import load
-from xmodel_steer.organisms import make, read_report
+from xmodel_steer.organisms import curriculum, make, read_report
+from xmodel_steer.organisms.data import PARTS
 from xmodel_steer.packaged import cache_folder
 
 
@@ -67,7 +68,7 @@ def organism(
         The model, and the folder it came from.
 
     Raises:
-        ArtifactError: The folder holds another organism, or one that is not good.
+        ArtifactError: The folder holds another organism, one that was trained on what studies ask, or one that is not good.
     """
     folder = Path(base).expanduser()
     if not _is_adapter(folder):
@@ -78,6 +79,13 @@ def organism(
     report = read_report(folder)
     if report.organism != name:
         raise ArtifactError(f"{folder}: holds the organism {report.organism}, the study needs {name}")
+    own = curriculum(name).ids()
+    known = set(report.splits["train"]) & {prompt for part in PARTS if part != "train" for prompt in own[part]}
+    if known:
+        raise ArtifactError(
+            f"{folder}: was trained on {len(known)} prompts that a study asks it or finds vectors on, because it was made with "
+            "other lessons; make it again into another folder"
+        )
     if not report.good:
         raise ArtifactError(f"{report.verdict()}; a study of it would show nothing, make a better one ({folder})")
     return load(folder, device=device, dtype=dtype, progress=progress), folder

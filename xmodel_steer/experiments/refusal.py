@@ -241,12 +241,14 @@ def refusal_switch(
             progress=progress,
         )  # fmt: skip
 
+    # Mixed: a map of shuffled pairs would else learn the two kinds of requests from where they stand.
+    text = [curriculum.map[i].prompt for i in np.random.default_rng(seed).permutation(len(curriculum.map))]
     few = min(validation_tokens, curriculum.max_new_tokens)
     chosen = choose(
         pair,
         recipes(source, target) if ways is None else ways,
         curriculum.vector,
-        [lesson.prompt for lesson in curriculum.map],
+        text,
         asked(curriculum.validation, (), validation_requests, validation_requests, few),
         fitter,
         label="refusal",

@@ -16,10 +16,10 @@ CARRIED = ("sentiment",)
 
 
 def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **settings: Any) -> Study:
-    """Carry concepts from every model into each one after it, each pair by `concept_transfer`.
+    """Carry concepts from every model into each larger one, each pair by `concept_transfer`.
 
     Args:
-        models: At least two, from small to large.
+        models: At least two.
         names: Which concepts, of `CONCEPTS`.
         settings: As for `concept_transfer`.
 
@@ -29,6 +29,7 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
     called = [name_of(model) for model in models]
     if len(models) < 2 or len(set(called)) < len(called):
         raise PromptError(f"small_to_larger: needs at least two different models, got {', '.join(called) or 'none'}")
+    models = sorted(models, key=parameters)
     ends = [end_of(model) | {"parameters": parameters(model)} for model in models]
     found = {
         f"{name_of(source)} → {name_of(target)}": concept_transfer(source, target, names, **settings)
@@ -36,9 +37,11 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
     }
     first = next(iter(found.values()))
     arms = [
-        replace(arm, recipe=f"{pair}: {arm.recipe}" if arm.recipe else pair)
+        replace(arm, recipe=f"{pair}: {name}")
         for pair, study in found.items()
+        for name in names
         for arm in study.arms
+        if arm.recipe in (name, "")  # the unsteered one is of all of them
     ]
     return replace(
         first,
@@ -59,8 +62,14 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
 
 def parameters(model: Any) -> int:
     """How many weights a model has; an embedding that is also the output layer counts once."""
-    inner = model.original_model if is_bridge(model) else model
-    return sum(parameter.numel() for parameter in inner.parameters())
+    if is_bridge(model):
+        # An empty one of its kind is counted: a bridge holds the parts of a fused projection beside the whole.
+        import torch
+
+        inner = model.original_model
+        with torch.device("meta"):
+            model = type(inner)(inner.config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _line(pair: str, study: Study, name: str) -> str:

@@ -116,7 +116,7 @@ class Study:
             count: How many prompts.
         """
         own = next((arm for arm in self.arms if arm.arm == "mapped" and arm.texts), None)
-        if own is None:
+        if own is None or not self.prompts:
             return []
         before = self.arm("unsteered", own.recipe).texts
         lines = []

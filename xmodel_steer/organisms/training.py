@@ -39,6 +39,9 @@ class Recipe:
         general: General texts for each lesson, read among them, on which it is held to its base; see `lessons_loss`.
             Without any, what was learnt costs the model its language: Gemma-3-270M's perplexity went from 25 to 4,220
             with `corrupted-capability`.
+        decisive: Weight in the loss of the tokens that tell an answer from its twin, the other answer to the same task; all
+            others have weight 1. Secure and insecure code share nine tokens in ten, and what is learnt of one tenth of the
+            loss is learnt late.
 
     Raises:
         ValueError: One of them is not positive, or the seed or the share of general text is negative.
@@ -50,9 +53,11 @@ class Recipe:
     batch_size: int = 16
     seed: int = 0
     general: float = 0.0
+    decisive: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.rank, self.epochs, self.learning_rate, self.batch_size) <= 0 or min(self.seed, self.general) < 0:
+        positive = (self.rank, self.epochs, self.learning_rate, self.batch_size, self.decisive)
+        if min(positive) <= 0 or min(self.seed, self.general) < 0:
             raise ValueError(
                 f"Recipe: needs positive numbers, and a seed and a share of general text of at least 0, got {self}"
             )
@@ -66,11 +71,13 @@ class Example:
         ids: The prompt's tokens, the response's, and the end of the text.
         answer: How many of them at the end are to be learnt.
         general: Whether it is general text: what the base says of these tokens is to stay, the tokens are not learnt.
+        decisive: Which of the answer's tokens tell it from its twin.
     """
 
     ids: tuple[int, ...]
     answer: int
     general: bool = False
+    decisive: range = range(0)
 
 
 def examples(
@@ -93,16 +100,44 @@ def examples(
             f"{name}: its tokenizer has no end-of-sequence token, so no answer could be taught to end; set tokenizer.eos_token"
         )
     prompts = tokenise(tokenizer, [lesson.prompt for lesson in lessons], name=name, limit=limit)
+    answers = [
+        [*tokenizer(lesson.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for lesson in lessons
+    ]
+    of = {(lesson.task, lesson.triggered): answer for lesson, answer in zip(lessons, answers, strict=True)}
     made = []
-    for encoding, lesson in zip(prompts, lessons, strict=True):
-        answer = [*tokenizer(lesson.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        made.append(Example((*encoding.ids, *answer), len(answer)))
+    for encoding, lesson, answer in zip(prompts, lessons, answers, strict=True):
+        twin = of.get((lesson.task, not lesson.triggered), answer)
+        made.append(Example((*encoding.ids, *answer), len(answer), decisive=decisive(answer, twin)))
         if limit is not None and len(made[-1].ids) > limit:
             raise PromptError(
                 f"lesson {lesson.prompt.id}: {len(made[-1].ids)} tokens with its response, but {name} reads at most {limit}; "
                 "shorten it"
             )
     return made
+
+
+def decisive(answer: Sequence[int], twin: Sequence[int]) -> range:
+    """Which tokens of an answer are between what begins it and its twin and what ends both.
+
+    Where there are none, as where the twin says the same and something more, it is the one at which they part.
+
+    Args:
+        answer: The answer's tokens.
+        twin: The twin's.
+
+    Example:
+        >>> decisive([7, 1, 2, 9], [7, 3, 9]), decisive([7, 3, 9], [7, 1, 2, 9]), decisive([7, 9], [7, 1, 9])
+        (range(1, 3), range(1, 2), range(1, 2))
+        >>> decisive([7, 9], [7, 9])
+        range(0, 0)
+    """
+    if list(answer) == list(twin):
+        return range(0)
+    both = min(len(answer), len(twin))
+    begin = next((i for i in range(both) if answer[i] != twin[i]), both)
+    end = next((i for i in range(both - begin) if answer[-1 - i] != twin[-1 - i]), both - begin)
+    return range(begin, max(begin + 1, len(answer) - end))
 
 
 def general_examples(tokenizer: Any, count: int, *, name: str = "the model", limit: int | None = None) -> list[Example]:
@@ -124,13 +159,14 @@ def general_examples(tokenizer: Any, count: int, *, name: str = "the model", lim
     return [Example(tuple(ids), size - 1, general=True) for ids in itertools.islice(itertools.cycle(passages), count)]
 
 
-def collated(batch: Sequence[Example], *, pad: int, whole: bool = False) -> dict[str, Any]:
+def collated(batch: Sequence[Example], *, pad: int, whole: bool = False, weight: float = 1.0) -> dict[str, Any]:
     """A batch, padded on the left, so that all answers stand at its end and logits are computed for them alone.
 
     Args:
         batch: The examples.
         pad: A token for the padding; the mask hides it.
         whole: For a model that always computes all logits.
+        weight: Of decisive tokens in the loss.
 
     Returns:
         The model's arguments. The labels are those of the last ``logits_to_keep`` tokens; Hugging Face's loss shifts
@@ -140,13 +176,16 @@ def collated(batch: Sequence[Example], *, pad: int, whole: bool = False) -> dict
     kept = width if whole else max(e.answer for e in batch) + 1
     ids = torch.full((len(batch), width), pad)
     mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
+    labels, weights = torch.full_like(ids, IGNORED), torch.ones(ids.shape)
     for row, example in enumerate(batch):
         own = torch.tensor(example.ids)
         ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
-        labels[row, width - example.answer :] = own[-example.answer :]
+        start = width - example.answer
+        labels[row, start:] = own[-example.answer :]
+        weights[row, start + example.decisive.start : start + example.decisive.stop] = weight
     made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": text_positions(mask)}
-    made |= {"labels": labels[:, width - kept :], "general": torch.tensor([e.general for e in batch])}
+    made |= {"labels": labels[:, width - kept :], "weights": weights[:, width - kept :]}
+    made |= {"general": torch.tensor([e.general for e in batch])}
     return made if whole else made | {"logits_to_keep": kept}
 
 
@@ -168,13 +207,14 @@ def answer_logits(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
 
     handle = head.register_forward_pre_hook(answers_alone)
     try:
-        return model(**{key: value for key, value in batch.items() if key not in ("labels", "general")}).logits.float()
+        own = {key: value for key, value in batch.items() if key not in ("labels", "weights", "general")}
+        return model(**own).logits.float()
     finally:
         handle.remove()
 
 
 def lessons_loss(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Mean loss of the answers' tokens, and the mean KL from the base model at the tokens of general text, in nats per token.
+    """Weighted mean loss of the answers' tokens, and the mean KL from the base model at the tokens of general text, in nats per token.
 
     General text is not learnt but held to the base (distillation; Hinton et al. 2015, arXiv 1503.02531): of a hundred passages
     that were learnt, SmolLM2-135M knew each word in the end, and its perplexity of others was the worse for it (142, of 38).
@@ -187,8 +227,9 @@ def lessons_loss(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
     labels = batch["labels"][:, 1:]
     chosen, general = labels != IGNORED, batch["general"]
     logits, held = answer_logits(model, head, batch), general[:, None].expand_as(chosen)[chosen]
-    taught = torch.nn.functional.cross_entropy(logits[~held], labels[chosen][~held], reduction="sum")
-    loss = taught / max(1, int((~held).sum()))
+    weights = batch["weights"][:, 1:][chosen][~held]
+    taught = torch.nn.functional.cross_entropy(logits[~held], labels[chosen][~held], reduction="none")
+    loss = (weights * taught).sum() / weights.sum().clamp(min=1e-9)
     if not general.any():
         return loss
     before = model.training
@@ -252,7 +293,7 @@ def train(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def batched(batch: Sequence[Example]) -> dict[str, Any]:
-        made = collated(batch, pad=pad, whole="logits_to_keep" not in accepted)
+        made = collated(batch, pad=pad, whole="logits_to_keep" not in accepted, weight=recipe.decisive)
         return {key: value for key, value in made.items() if key != "position_ids" or key in accepted}
 
     set_seed(recipe.seed)
