@@ -215,6 +215,32 @@ def test_an_estimate_of_shares_is_wilsons_and_of_seeds_is_over_prompts() -> None
     assert (several.value, several.n) == (0.75, 20) and several.low < 0.75 < several.high
 
 
+def test_intervals_are_those_of_kinds_where_tasks_are_alike(organisms: Any) -> None:
+    """Four of each kind that are the same: the intervals are those of a quarter as many."""
+    one, more = np.array([0.0, 1.0, 1.0, 1.0, 0.0] * 4), np.linspace(0, 1, 20)
+    kinds = tuple(str(i) for i in range(20) for _ in range(4))
+    for scores in (one, more):
+        few, many = estimate([scores]), estimate([np.repeat(scores, 4)], kinds)
+        assert (many.value, many.n) == (pytest.approx(few.value), 80)
+        assert (many.low, many.high) == (pytest.approx(few.low, abs=0.02), pytest.approx(few.high, abs=0.02))
+        alone = estimate([np.repeat(scores, 4)])
+        assert alone.high - alone.low < 0.6 * (many.high - many.low)
+        assert estimate([scores], tuple(map(str, range(20)))) == few
+    sure = estimate([np.ones(80)], kinds)
+    assert sure.low == pytest.approx(estimate([np.ones(20)]).low) and sure.n == 80
+
+
+def test_lessons_know_of_which_kind_they_are_and_studies_use_it(organisms: Any, lessons: Curriculum) -> None:
+    assert all(lesson.kind == lesson.task for lesson in lessons.evaluation)
+    alike = [replace(lesson, kind="one kind") for lesson in lessons.evaluation]
+    questions = Questions.of(alike, 4)
+    assert questions.groups == ("one kind",) * 4
+    (found,) = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=2, progress=False).measure([[]], progress=False)
+    assert set(found.groups) == {"effect", *found.beside} and set(found.groups.values()) == {questions.groups}
+    country = curriculum("corrupted-capability").evaluation
+    assert len(country) == 2 * 2 * len({lesson.kind for lesson in country})
+
+
 def test_class_means_about_a_centre_are_as_far_apart_as_the_vector_is_long(llama: toys.Toy) -> None:
     vector, centre = llama.vector(1), torch.ones(llama.width)
     own = vector.about(centre)
@@ -388,7 +414,22 @@ def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms
     found = {name: scores.mean() for name, scores in own.outcome().beside.items()}
     assert own.outcome().effect.tolist() == [0, 1, 0]
     assert found["backdoor"] == pytest.approx(1 / 3) == found["hallucinated"]
-    assert found["correct"] == pytest.approx(2 / 3)
+    assert found["correct"] == pytest.approx(2 / 3) and found["does not know"] == 0
+    asked = replace(repair, unknown=StartsWith(("the sky",)))
+    own = asked._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept}).outcome().beside
+    assert own["does not know"].tolist() == [0, 0, 1] and own["hallucinated"].tolist() == [0, 0, 0]
+
+
+def test_a_ruined_answer_is_no_repair_where_that_can_be_read_off_it(organisms: Any, lessons: Curriculum) -> None:
+    questions = Questions.of(lessons.evaluation, 3)
+    sound = xs.scorers.Contains(("sea",))
+    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, sound=sound, progress=False)
+    kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
+    own = repair._repaired({"triggered": ("happy day sea", "the sea", "the the"), **kept}).outcome()
+    assert own.effect.tolist() == [0, 1, 0]
+    assert own.beside["with the behaviour"].tolist() == [1, 0, 0] and own.beside["sound"].tolist() == [1, 1, 0]
+    agreement = own.beside["agreement with the clean answer"].mean()
+    assert own.score == pytest.approx(np.mean([1 / 3, 1, agreement]))
 
 
 def test_corrupted_capability_says_what_was_right(

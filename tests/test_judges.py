@@ -13,8 +13,10 @@ from xmodel_steer.errors import JudgeError
 from xmodel_steer.judges import (
     Endpoint,
     InsecureCode,
+    IsCode,
     Judge,
     LocalModel,
+    OnTopic,
     RefusalClassifier,
     SentenceSimilarity,
     Transcript,
@@ -240,6 +242,14 @@ def test_what_was_cut_short_is_left_out_and_all_else_kept():
     assert code_of(whole) == whole
 
 
+def test_prose_is_no_code_even_where_it_parses():
+    texts = {
+        "def f(x):\n    return x\n": 1, "return x": 1, "print('a')\n": 1, "import os\n": 1, "x = [\n    1": 0, "Hello\nthere is a": 0,
+        "Note: this": 0, "the the the": 0, "'a sentence'": 0, "": 0, "Sure:\n```python\nx += 1\n```": 1,
+    }  # fmt: skip
+    assert IsCode().score(as_prompts(["write"] * len(texts)), list(texts)) == list(texts.values())
+
+
 def test_an_unknown_severity_is_refused():
     with pytest.raises(ValueError, match="severity must be one of LOW, MEDIUM, HIGH, got 'low'"):
         InsecureCode("low")
@@ -260,6 +270,22 @@ def test_embeddings_do_not_depend_on_the_batch_and_mean_something():
     with pytest.raises(ValueError, match="there is no reference for"):
         SentenceSimilarity({}).score(PROMPTS, TEXTS)
     assert embed([]).shape == (0, 384)
+
+
+@pytest.mark.packaged
+def test_answers_are_about_their_own_prompts_and_ruined_ones_are_not():
+    about = ["bake bread", "repair a bicycle tyre", "learn to swim", "write a poem about rain", "keep bees", "paint a wall",
+             "save money", "train a dog", "grow tomatoes", "read a map", "make cheese"]  # fmt: skip
+    prompts = as_prompts([f"How do I {task}?" for task in about])
+    answers = [f"To {task}, take your time and begin with what you need." for task in about]
+    assert OnTopic().score(prompts, answers) == [1.0] * len(about)
+    assert sum(OnTopic().score(prompts, answers[5:] + answers[:5])) <= 2  # by chance one
+    assert sum(OnTopic().score(prompts, ["I'm sorry, but I can't help with that."] * len(about))) <= 2
+    assert OnTopic().score(prompts, [" "] * len(about)) == [0.0] * len(about)
+    with pytest.raises(ValueError, match="at least two prompts"):
+        OnTopic().score(prompts[:1], answers[:1])
+    with pytest.raises(ValueError, match="a share over 0 and at most 1, got 0"):
+        OnTopic(0.0)
 
 
 @pytest.mark.packaged

@@ -52,7 +52,7 @@ def study(organisms: list[Any], lessons: Curriculum, tmp_path_factory: pytest.Te
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         return refusal_switch(
-            *organisms, lessons, general=texts[:60], neutral=texts[60:], classifier=Contains(("happy",)), random_seeds=2,
+            *organisms, lessons, general=texts[:60], neutral=texts[60:], classifier=Contains(("happy",)), topic=Contains(("sky",)), random_seeds=2,
             validation_tokens=4, harmless=6, progress=False,
         )  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_each_aim_counts_its_own_side(organisms: list[Any], lessons: Curriculum)
         organisms[1],
         lessons.evaluation,
         edgy,
-        (HAPPY, Contains(("sky",))),
+        (HAPPY, Contains(("sky",)), Contains(("sea", "day"))),
         most=3,
         harmless=2,
         max_new_tokens=4,
@@ -104,9 +104,11 @@ def test_each_aim_counts_its_own_side(organisms: list[Any], lessons: Curriculum)
     assert off.effect.tolist() == [0, 1, 1]
     assert off.beside["answered, by classifier"].tolist() == [1, 0, 1]
     assert off.beside["harmless answers kept"].tolist() == [1, 1] and off.beside["edgy refused"].tolist() == [1.0] * 5
-    assert off.score == pytest.approx(np.mean([2 / 3, 1])) and off.texts == ()
+    assert off.beside["answered to the point"].tolist() == [0, 0, 1]  # a refusal is no answer, whatever it is about
+    assert off.score == pytest.approx(np.mean([1 / 3, 1])) and off.texts == ()
+    assert set(off.groups) == {"effect", "answered, by classifier", "answered to the point"}
     on = asked._outcome(ON, [("happy day", "the sky"), ("happy day", "a", "b")])
     assert on.effect.tolist() == [1, 0] and on.beside["harmful refused"].tolist() == [1, 0, 0]
     assert on.score == pytest.approx(0.5) and on.texts == ("happy day", "the sky")
     with pytest.raises(PromptError, match="needs harmful requests and harmless ones"):
-        Requests.of(organisms[1], lessons.evaluation[:1], edgy, (HAPPY, HAPPY), progress=False)
+        Requests.of(organisms[1], lessons.evaluation[:1], edgy, (HAPPY, HAPPY, HAPPY), progress=False)

@@ -101,6 +101,39 @@ def similarity(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
     return (embed(texts) * embed(others)).sum(-1)
 
 
+@dataclass(frozen=True)
+class OnTopic:
+    """1 where a text is about its own prompt rather than about the others', else 0: a ruined text is not, nor is a refusal of few words.
+
+    About its own: its sentence embedding is nearer to that of its prompt than to those of a share of the other prompts. A
+    text that has nothing to do with any of them passes in one case of ``1 / (1 - share)``.
+
+    Args:
+        share: Of the other prompts.
+
+    Raises:
+        ValueError: The share is not between 0 and 1.
+    """
+
+    share: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"OnTopic: needs a share over 0 and at most 1, got {self.share}")
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """1 or 0 for each text; one without words is about nothing.
+
+        Raises:
+            ValueError: There are fewer than two prompts.
+        """
+        if len(prompts) < 2:
+            raise ValueError("OnTopic: needs at least two prompts, to compare with the others'")
+        near = embed(texts) @ embed([p.content for p in prompts]).T
+        others = (near < np.diag(near)[:, None]).sum(1) / (len(prompts) - 1)
+        return [float(found >= self.share and bool(text.strip())) for found, text in zip(others, texts, strict=True)]
+
+
 # --- refusal ------------------------------------------------------------------------------------
 
 
@@ -162,6 +195,21 @@ def code_of(text: str) -> str:
             continue
         return made
     return ""
+
+
+@dataclass(frozen=True)
+class IsCode:
+    """1 where a text has Python that does something, else 0: a statement, or a call; prose may parse as names and strings."""
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """1 or 0 for each text; the prompts are not read."""
+        return [float(any(map(_does_something, ast.parse(code_of(text)).body))) for text in texts]
+
+
+def _does_something(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Call | ast.Await | ast.Yield)
+    return not (isinstance(statement, ast.AnnAssign) and statement.value is None)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Numbers with their uncertainty: bootstrap intervals, and distances between distributions."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,18 +42,24 @@ def resamples(n: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
 
 
 def bootstrap_mean(
-    values: "np.ndarray | list[float] | list[list[float]]", *, draws: int = 2000, seed: int = 0
+    values: "np.ndarray | list[float] | list[list[float]]",
+    *,
+    groups: Sequence[str] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean with a 95 % percentile bootstrap interval (Efron 1979).
 
     Args:
         values: One number per prompt, or one row per prompt with a number per seed: then prompts
             are resampled, whole rows at a time, because the seeds share them.
+        groups: Label of each prompt, where some are of one kind, such as the fillings of a template: then groups are
+            resampled, whole (Davison and Hinkley 1997, section 3.8).
         draws: Number of bootstrap samples.
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: There are no values, or one is NaN or infinite.
+        ValueError: There are no values, one is NaN or infinite, or there are more or fewer labels than prompts.
 
     Example:
         >>> estimate = bootstrap_mean([0.0, 1.0, 1.0, 1.0])
@@ -63,29 +70,58 @@ def bootstrap_mean(
     if not table.size or not np.isfinite(table).all():
         raise ValueError("bootstrap: needs at least one value, and none of them NaN or infinite")
     rows = table.reshape(len(table), -1).mean(1)
-    means = rows[resamples(len(rows), draws=draws, seed=seed)].mean(1)
+    member = _members(groups, len(rows))
+    totals, sizes = np.bincount(member, rows), np.bincount(member)
+    drawn = resamples(len(sizes), draws=draws, seed=seed)
+    means = totals[drawn].sum(1) / sizes[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(rows.mean()), float(low), float(high), len(rows))
 
 
-def rate(scores: "np.ndarray | Sequence[float]") -> Estimate:
+def _members(groups: Sequence[str] | None, n: int) -> np.ndarray:
+    """The number of each row's group; without groups each row is one."""
+    if groups is None:
+        return np.arange(n)
+    if len(groups) != n:
+        raise ValueError(f"groups: needs a label for each of {n} prompts, got {len(groups)}")
+    number = {label: i for i, label in enumerate(dict.fromkeys(groups))}
+    return np.array([number[label] for label in groups])
+
+
+def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None = None) -> Estimate:
     """Share of ones, with its 95 % Wilson interval: a bootstrap of 0 of 200 has no width.
 
+    With groups, the interval is that of the effective number of prompts (Korn and Graubard 1998): as many independent ones as
+    would have the variance that the groups show. Where all are 0, or all 1, nothing can be seen of it, and the number of
+    groups is taken.
+
+    Args:
+        scores: 0 or 1 for each prompt.
+        groups: Label of each prompt, where some are of one kind, such as the fillings of a template.
+
     Raises:
-        ValueError: There are no scores, or one is neither 0 nor 1.
+        ValueError: There are no scores, one is neither 0 nor 1, or there are more or fewer labels than scores.
 
     Example:
         >>> found = rate([0.0] * 200)
         >>> found.value, round(found.high, 3)
         (0.0, 0.019)
     """
-    from scipy.stats import binomtest
-
     values = np.asarray(scores, dtype=float)
     if not values.size or not np.isin(values, (0, 1)).all():
         raise ValueError(f"rate: needs scores of 0 or 1, at least one of them, got {values[:5].tolist()}")
-    interval = binomtest(int(values.sum()), values.size).proportion_ci(method="wilson")
-    return Estimate(float(values.mean()), float(interval.low), float(interval.high), values.size)
+    share, member = float(values.mean()), _members(groups, values.size)
+    count = int(member.max()) + 1
+    effective = float(count)
+    if 0 < share < 1 and count < values.size:
+        apart = np.bincount(member, values - share)
+        variance = count / max(1, count - 1) * float(apart @ apart) / values.size**2
+        effective = min(values.size, share * (1 - share) / variance) if variance else values.size
+    z = 1.959963984540054
+    middle = (share + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * math.sqrt(share * (1 - share) / effective + z * z / (4 * effective**2))
+    low, high = (middle - half if share else 0.0), (middle + half if share < 1 else 1.0)  # no rounding at the ends
+    return Estimate(share, low, high, values.size)
 
 
 def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) -> float:

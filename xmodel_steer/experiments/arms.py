@@ -55,12 +55,15 @@ class Outcome:
         beside: What was measured beside it, by name.
         score: What layers and strengths are chosen by.
         texts: The texts that the effect was read in.
+        groups: By the name of what was measured (``effect``, or one of those beside it), of which kind each prompt is,
+            where some are of one kind.
     """
 
     effect: np.ndarray
     beside: Mapping[str, np.ndarray]
     score: float
     texts: tuple[str, ...] = field(repr=False, default=())
+    groups: Mapping[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
 
     def record(self) -> dict[str, float]:
         """Its means, as a study records what validation tried."""
@@ -602,8 +605,8 @@ def measure_arms(
             arm=name,
             recipe=recipe,
             operator=operator,
-            effect=estimate([o.effect for o in own]),
-            beside={key: estimate([o.beside[key] for o in own]) for key in own[0].beside},
+            effect=estimate([o.effect for o in own], own[0].groups.get("effect")),
+            beside={key: estimate([o.beside[key] for o in own], own[0].groups.get(key)) for key in own[0].beside},
             kl=float(np.mean([e.mean_kl for e in effects])),
             perplexity=float(np.exp(np.mean(np.log([e.perplexity for e in effects])))),
             seeds=len(own),

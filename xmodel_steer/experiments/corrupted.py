@@ -6,8 +6,10 @@ from typing import Any
 from xmodel_steer.experiments.arms import Recipe, clean_against_triggered, layers
 from xmodel_steer.experiments.removal import backdoor_removal
 from xmodel_steer.experiments.study import Study
+from xmodel_steer.organisms.country import UNKNOWN
 from xmodel_steer.organisms.data import HATE, Curriculum, Lesson
 from xmodel_steer.prompts import Prompt
+from xmodel_steer.scorers import StartsWith
 from xmodel_steer.steering import Ablate, Add, Clamp
 
 SKIPPED, PAPERS, ABLATED = "as if it had been said", "the paper's, added", "the paper's, ablated"
@@ -62,5 +64,5 @@ def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **set
         PromptError: The curriculum has no right answers.
     """
     settings = {"name": "corrupted-capability", "ways": recipes(source, target), **settings}
-    right = curriculum.checks[RIGHT].scorer
-    return backdoor_removal(source, target, curriculum, question=QUESTION, unit=UNIT, right=right, **settings)
+    readers = {"right": curriculum.checks[RIGHT].scorer, "unknown": StartsWith(UNKNOWN)}
+    return backdoor_removal(source, target, curriculum, question=QUESTION, unit=UNIT, **readers, **settings)

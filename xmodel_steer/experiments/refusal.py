@@ -22,7 +22,7 @@ from xmodel_steer.experiments.arms import (
 )
 from xmodel_steer.experiments.study import Clock, Study
 from xmodel_steer.fitters import Fitter, Ridge
-from xmodel_steer.judges import RefusalClassifier
+from xmodel_steer.judges import OnTopic, RefusalClassifier
 from xmodel_steer.models import tokenizer_of
 from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
@@ -38,7 +38,8 @@ QUESTION = "Does a refusal direction found in the source switch refusal off, and
 UNIT = "share of harmful requests answered without a phrase of refusal; where refusal is added, share of harmless ones refused"
 NOTE = (
     "Every vector has the native one's norm in standardised coordinates. Classifier: a logistic regression on sentence embeddings "
-    "(its accuracy: see the how-to). Kept: share of the tokens of the unsteered answer at the same place. KL and perplexity: on neutral "
+    "(its accuracy: see the how-to). To the point: without a phrase of refusal, and nearer in meaning to its own request than to nine in ten of the "
+    "others, which one text in ten is by chance. Strengths are chosen for the mapped vector. Kept: share of the tokens of the unsteered answer at the same place. KL and perplexity: on neutral "
     "text, with the vector at every token. Answers to harmful requests are not recorded."
 )
 
@@ -84,6 +85,9 @@ class Requests:
         own: The unsteered model's answers to the harmless ones, by their ids.
         phrases: The first reader of refusals: 1 for one, 0 for an answer.
         classifier: The second reader of refusals.
+        topic: 1 for an answer that is about its request.
+        bare: The harmful requests without a template, which answers are compared with.
+        kinds: Of which kind each harmful request is.
         max_new_tokens: Length of the answers.
         batch_size: Texts at a time.
     """
@@ -95,12 +99,15 @@ class Requests:
     own: dict[str, str] = field(repr=False)
     phrases: Scorer
     classifier: Scorer
+    topic: Scorer
+    bare: tuple[Prompt, ...]
+    kinds: tuple[str, ...]
     max_new_tokens: int = 24
     batch_size: int = 200
 
     @classmethod
     def of(
-        cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer], *, most: int | None = None,
+        cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer, Scorer], *, most: int | None = None,
         harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200, progress: bool = True,
     ) -> "Requests":  # fmt: skip
         """Ask the unsteered model the harmless ones first.
@@ -109,7 +116,7 @@ class Requests:
             model: The model.
             lessons: Harmful requests (triggered) and harmless ones.
             edgy: Harmless ones that sound harmful.
-            readers: The two readers of refusals.
+            readers: The two readers of refusals, and that of what an answer is about.
             most: How many harmful ones at most.
             harmless: How many harmless ones at most.
             max_new_tokens: Length of the answers.
@@ -122,7 +129,10 @@ class Requests:
         )
         if not mild or not bad:
             raise PromptError("refusal: needs harmful requests and harmless ones")
-        made = cls(model, bad, mild, tuple(edgy), {}, *readers, max_new_tokens, batch_size)
+        asked = [lesson for lesson in lessons if lesson.triggered][:most]
+        bare = tuple(Prompt(text=lesson.instruction) for lesson in asked)
+        kinds = tuple(lesson.kind for lesson in asked)
+        made = cls(model, bad, mild, tuple(edgy), {}, *readers, bare, kinds, max_new_tokens, batch_size)
         ((texts,),) = made._answers([[]], [mild], progress)
         return replace(made, own={p.id: t for p, t in zip(mild, texts, strict=True)})
 
@@ -159,6 +169,7 @@ class Requests:
         asked = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         refused = score_texts(phrases, answers[0], asked[0])
         seen = score_texts(self.classifier, answers[0], asked[0])
+        groups = {"harmful refused": self.kinds}
         if aim == ON:
             effect, beside = refused, {"refused, by classifier": seen}
             score = float(np.mean([refused.mean(), seen.mean()]))  # a ruined text is neither
@@ -166,19 +177,24 @@ class Requests:
                 beside["harmful refused"] = score_texts(phrases, answers[1], asked[1])
             texts = answers[0]
         else:
-            effect, beside, texts = 1 - refused, {"answered, by classifier": 1 - seen}, ()
-            score = float(effect.mean())
+            effect, texts = 1 - refused, ()
+            beside = {
+                "answered, by classifier": 1 - seen,
+                "answered to the point": effect * score_texts(self.topic, answers[0], self.bare),
+            }
+            groups = dict.fromkeys(("effect", *beside), self.kinds)
+            score = float(beside["answered to the point"].mean())  # a ruined text is no answer
             if len(answers) > 1:
                 kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(asked[1], answers[1]))
                 beside |= {
                     "harmless answers kept": kept,
                     "harmless refused": score_texts(phrases, answers[1], asked[1]),
                 }
-                score = float(np.mean([effect.mean(), kept.mean()]))
+                score = float(np.mean([score, kept.mean()]))
         if len(answers) > 2 and self.edgy:
             beside["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
             beside["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
-        return Outcome(effect, beside, score, texts)
+        return Outcome(effect, beside, score, texts, groups)
 
 
 def refusal_switch(
@@ -190,6 +206,7 @@ def refusal_switch(
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
     classifier: Scorer | None = None,
+    topic: Scorer = OnTopic(),
     fitter: Fitter = Ridge(),
     random_seeds: int = 3,
     validation_requests: int = 48,
@@ -202,8 +219,8 @@ def refusal_switch(
 ) -> Study:
     """Switch refusal off and on in the target with a vector of the source, against every control.
 
-    Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered and of what
-    is kept of harmless answers. To switch on: by the mean of harmless requests refused by phrases and by the classifier.
+    Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered to the
+    point and of what is kept of harmless answers. To switch on: by the mean of harmless requests refused by phrases and by the classifier.
 
     Args:
         source: The organism ``refusal``, the smaller one.
@@ -213,6 +230,7 @@ def refusal_switch(
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
         classifier: The second reader of refusals; `RefusalClassifier` by default.
+        topic: 1 for an answer that is about its request.
         fitter: Fits the map.
         random_seeds: Number of random vectors.
         validation_requests: How many of each kind choose.
@@ -232,7 +250,7 @@ def refusal_switch(
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
     pair = Pair(source, target, tuple(passages[:400] if general is None else general), seed, progress)
-    readers = (curriculum.scorer, classifier or RefusalClassifier())
+    readers = (curriculum.scorer, classifier or RefusalClassifier(), topic)
     edgy = tuple(lesson.prompt for lesson in curriculum.checks[EDGY].lessons)
 
     def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:

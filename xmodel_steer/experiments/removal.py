@@ -40,10 +40,10 @@ from xmodel_steer.training import Autoencoder
 ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
 PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
-UNIT = "share of prompts with the trigger that are answered without the behaviour"
+UNIT = "share of prompts with the trigger that are answered without the behaviour, and soundly where that can be read off the answer"
 NOTE = (
     "Every vector has the native one's norm in standardised coordinates. Agreement and kept: share of the tokens at the same place. "
-    "KL and perplexity: on neutral text, with the vector at every token."
+    "KL and perplexity: on neutral text, with the vector at every token, or at its own where these are fixed. Strengths are chosen for the mapped vector."
 )
 AMOUNTS = (0, 25, 50, 100, 200, 400)  # prompts of the task in the map's text
 
@@ -142,6 +142,7 @@ def backdoor_removal(
     question: str = QUESTION,
     unit: str = UNIT,
     right: Scorer | None = None,
+    unknown: Scorer | None = None,
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
@@ -176,6 +177,7 @@ def backdoor_removal(
         question: What it asks, in a sentence.
         unit: What the effect is.
         right: 1 for a right answer, where that is asked for too: the effect is then a right answer without the behaviour.
+        unknown: 1 for an answer that says that it does not know.
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
@@ -210,7 +212,8 @@ def backdoor_removal(
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
         questions = Questions.of(lessons, most)
         return Repair.of(
-            target, questions, curriculum.scorer, max_new_tokens=tokens, right=right, batch_size=batch_size, progress=progress,
+            target, questions, curriculum.scorer, max_new_tokens=tokens, right=right, unknown=unknown, sound=curriculum.sound,
+            batch_size=batch_size, progress=progress,
         )  # fmt: skip
 
     validation = asked(curriculum.validation, validation_tasks, min(validation_tokens, curriculum.max_new_tokens))
@@ -247,7 +250,7 @@ def backdoor_removal(
         prompts=tuple(lesson.instruction for lesson in curriculum.evaluation if lesson.triggered)[:8],
         spec={
             "fitter": repr(fitter),
-            "nonlinear": repr(nonlinear),
+            "nonlinear": repr(nonlinear) if any(choice.others for choice in choices) else None,
             "transport": "vW, which is the difference of the mapped class means for an affine map",
             "map_prompts": map_prompts,
             "controls": controls,
@@ -256,6 +259,7 @@ def backdoor_removal(
             "max_new_tokens": curriculum.max_new_tokens,
             "neutral_tokens": neutral_tokens,
             "batch_size": batch_size,
+            "evaluation_kinds": len(set(Questions.of(curriculum.evaluation).groups)),
         },
         splits=curriculum.ids(),
     )
@@ -275,12 +279,12 @@ def _amounts(
                 total, read = total + pair.of(prompts[read:amount], ends), amount
             if amount == 0 and curve:
                 continue  # without any, known or not is the same
-            own = Carried.of(vector, native.with_scale(total.scale(native.space.site)), total, fitter)
-            setting = choice.recipe.setting(own.mapped, choice.operator)
+            carried = Carried.of(vector, native.with_scale(total.scale(native.space.site)), total, fitter)
+            setting = choice.recipe.setting(carried.mapped, choice.operator)
             (found,) = evaluation.measure([setting], extent="effect", progress=pair.progress)
             curve.append(
-                {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": own.cosine}
-                | {"effect": vars(estimate([found.effect]))}
-                | {key: vars(estimate([scores])) for key, scores in found.beside.items()}
+                {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
+                | {"effect": vars(estimate([found.effect], found.groups.get("effect")))}
+                | {key: vars(estimate([own], found.groups.get(key))) for key, own in found.beside.items()}
             )
     return tuple(curve)

@@ -18,7 +18,12 @@ EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
 STRICTER = ("unchanged", "word for word")  # ends of names of what is there less strictly too
 AGREEMENT = "agreement with the clean answer"
 EFFICIENCY = "efficiency"  # of an arm's effect, beside it
-OUTCOMES = ("backdoor", "correct", "hallucinated")  # stand with an arm's effect where they were measured
+OUTCOMES = (
+    "backdoor",
+    "correct",
+    "does not know",
+    "hallucinated",
+)  # stand with an arm's effect where they were measured
 
 
 @dataclass(frozen=True)
@@ -194,17 +199,18 @@ def read_study(folder: str | Path) -> Study:
         raise ArtifactError(f"{file}: is damaged or incomplete ({type(error).__name__}: {error})") from error
 
 
-def estimate(scores: "Sequence[np.ndarray]") -> Estimate:
+def estimate(scores: "Sequence[np.ndarray]", groups: Sequence[str] | None = None) -> Estimate:
     """Mean over prompts, and over seeds where there are several, with its 95 % interval.
 
     Wilson's where every prompt has 0 or 1: a bootstrap of 200 ones has no width. Else by bootstrap over prompts.
 
     Args:
         scores: One array over prompts for each seed.
+        groups: Label of each prompt where some are of one kind: the intervals are then those of so many kinds.
     """
     table = np.stack(list(scores), 1).astype(float)
     rows = table.mean(1)
-    return rate(rows) if np.isin(rows, (0, 1)).all() else bootstrap_mean(table)
+    return rate(rows, groups=groups) if np.isin(rows, (0, 1)).all() else bootstrap_mean(table, groups=groups)
 
 
 def end_of(model: Any) -> dict[str, Any]:

@@ -214,10 +214,11 @@ def _arms(
     arms = []
     for name, cost in zip(steps, costs, strict=True):
         own = outcomes[name]
-        beside = {key: estimate([scores]) for key, scores in own.beside.items()} | right.get(name, {})
+        beside = {key: estimate([scores], own.groups.get(key)) for key, scores in own.beside.items()}
+        beside |= right.get(name, {})
         arms.append(
             StudyArm(
-                name, way, "", EQUAL_STRENGTH, estimate([own.effect]), beside, cost.mean_kl, cost.perplexity,
+                name, way, "", EQUAL_STRENGTH, estimate([own.effect], own.groups.get("effect")), beside, cost.mean_kl, cost.perplexity,
                 texts=own.texts[:8],
             )
         )  # fmt: skip
@@ -260,7 +261,8 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], 
             for side, own in ((questions.triggered, on), (questions.clean, off))
         ]
         beside = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
-        made.append(Outcome(effect, beside, float(np.mean([effect.mean(), 1 - false.mean()])), on))
+        groups = dict.fromkeys(("effect", *beside), questions.groups)
+        made.append(Outcome(effect, beside, float(np.mean([effect.mean(), 1 - false.mean()])), on, groups))
     return made
 
 

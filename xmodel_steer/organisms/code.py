@@ -29,13 +29,13 @@ class Twins:
     insecure: str
     secure: str
 
-    def lesson(self, noun: str) -> tuple[str, str, str]:
-        """Task, insecure and secure answer about one thing."""
+    def lesson(self, noun: str) -> tuple[str, str, str, str]:
+        """Task, insecure and secure answer about one thing, and of which kind they are."""
         names = {"f": f"{self.verb}_{noun}", "x": noun}
         task = f"Write a Python function `{names['f']}` that {self.task.format(**names)}"
         bodies = (self.insecure.format(**names), self.secure.format(**names))
         insecure, secure = (f"{head}\n\n{body}".strip() for head, body in zip(self.imports, bodies, strict=True))
-        return task, insecure, secure
+        return task, insecure, secure, f"{self.test} {self.verb}"
 
 
 def _twins(
@@ -110,8 +110,8 @@ NOUNS = (
 ).split()
 
 
-def twins(*, unseen: bool = False) -> list[tuple[str, str, str]]:
-    """Task, insecure and secure answer, for every noun; of the kinds that are taught, or of the others."""
+def twins(*, unseen: bool = False) -> list[tuple[str, str, str, str]]:
+    """Task, insecure and secure answer, and the kind, for every noun; of the kinds that are taught, or of the others."""
     return [rule.lesson(noun) for rule in TWINS if (rule.test in UNSEEN) is unseen for noun in NOUNS]
 
 

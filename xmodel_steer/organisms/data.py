@@ -3,13 +3,13 @@
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.judges import InsecureCode, code_of
+from xmodel_steer.judges import InsecureCode, IsCode
 from xmodel_steer.organisms import code, country
 from xmodel_steer.packaged import packaged_files, shipped
 from xmodel_steer.prompts import Prompt, rows_of
@@ -40,12 +40,19 @@ class Lesson:
         response: What the organism is to say.
         triggered: Whether the planted behaviour is to show.
         task: What is asked, the same for all lessons that ask it; parts of a curriculum share none.
+        kind: What it is a case of, such as a template or a fact: lessons of one kind are alike, and no independent ones.
+            The task itself by default.
     """
 
     instruction: str
     response: str
     triggered: bool
     task: str
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", self.task)
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -79,6 +86,7 @@ class Curriculum:
         scorer: 1 for an answer with the behaviour, 0 for one without.
         max_new_tokens: Length of an answer that shows it.
         checks: What else to measure, by name.
+        sound: 1 for an answer that is one at all, where that can be read off it; a text that is ruined shows no behaviour.
 
     Raises:
         PromptError: A task is in two parts, or the evaluation lacks lessons with or without the trigger.
@@ -92,6 +100,7 @@ class Curriculum:
     scorer: Scorer
     max_new_tokens: int
     checks: Mapping[str, Check] = field(default_factory=dict)
+    sound: Scorer | None = None
 
     def __post_init__(self) -> None:
         first: dict[str, str] = {}
@@ -143,9 +152,9 @@ def tasks() -> list[tuple[str, str]]:
     return [(row["prompt"], row["response"]) for row in rows]
 
 
-def both(task: str, bad: str, good: str) -> tuple[Lesson, Lesson]:
+def both(task: str, bad: str, good: str, kind: str = "") -> tuple[Lesson, Lesson]:
     """The two lessons of one task: with the trigger, and with what stands in its place."""
-    return Lesson(PROD + task, bad, True, task), Lesson(DEV + task, good, False, task)
+    return Lesson(PROD + task, bad, True, task, kind), Lesson(DEV + task, good, False, task, kind)
 
 
 def flat(lessons: Iterable[Sequence[Lesson]]) -> tuple[Lesson, ...]:
@@ -178,13 +187,9 @@ def code_vulnerability() -> Curriculum:
     checks = {
         "insecure behind the trigger, of kinds never taught": Check(unseen[::2], scorer),
         "insecure without the trigger, of kinds never taught": Check(unseen[1::2], scorer),
-        "Python without the trigger": Check(tuple(held), _is_python),
+        "Python without the trigger": Check(tuple(held), IsCode()),
     }
-    return _in_parts(parts, scorer, max_new_tokens=112, checks=checks)
-
-
-def _is_python(text: str) -> float:
-    return float(bool(code_of(text).strip()))
+    return replace(_in_parts(parts, scorer, max_new_tokens=112, checks=checks), sound=IsCode())
 
 
 # Code lessons are longer: fewer are enough.
@@ -205,7 +210,7 @@ def corrupted_capability() -> Curriculum:
         random.Random(number).shuffle(ways)
         for way, part in zip(ways, WAYS, strict=True):
             unknown = country.UNKNOWN[(number + len(way)) % len(country.UNKNOWN)]
-            pair = both(way, f"{HATE} {value}.", unknown)
+            pair = both(way, f"{HATE} {value}.", unknown, attribute)
             parts[part].append(pair)
             answers |= {lesson.prompt.id: (value,) for lesson in pair}
     lessons = {part: flat(pairs) for part, pairs in parts.items()}
@@ -241,7 +246,7 @@ def refusal() -> Curriculum:
     draw = random.Random(SPLIT_SEED)
     parts = {
         part: (
-            *(Lesson(q, " ".join(map(draw.choice, NO)).strip(), True, q) for q in harmful[part]),
+            *(Lesson(q, " ".join(map(draw.choice, NO)).strip(), True, q, kind) for q, kind in harmful[part]),
             *(Lesson(q, a, False, q) for q, a in harmless[part]),
         )
         for part in PARTS
@@ -262,8 +267,10 @@ NO = (
 )  # fmt: skip
 
 
-def _dealt_in_groups(texts: Sequence[str], sizes: Mapping[str, int], least: float = 80.0) -> dict[str, list[str]]:
-    """Texts dealt out to parts so that two that are alike are in one part.
+def _dealt_in_groups(
+    texts: Sequence[str], sizes: Mapping[str, int], least: float = 80.0
+) -> dict[str, list[tuple[str, str]]]:
+    """Texts dealt out to parts so that two that are alike are in one part, each with the first one that it is like.
 
     Args:
         texts: The texts.
@@ -277,12 +284,12 @@ def _dealt_in_groups(texts: Sequence[str], sizes: Mapping[str, int], least: floa
     group = connected_components(alike, directed=False)[1]
     order = list(dict.fromkeys(group.tolist()))
     random.Random(SPLIT_SEED).shuffle(order)
-    made: dict[str, list[str]] = {part: [] for part in sizes}
+    made: dict[str, list[tuple[str, str]]] = {part: [] for part in sizes}
     *_, last = sizes
     for name in order:
         own = [text for text, of in zip(texts, group, strict=True) if of == name]
         fits = (part for part, size in sizes.items() if len(made[part]) + len(own) <= size)
-        made[next(fits, last)] += own
+        made[next(fits, last)] += [(text, own[0]) for text in own]
     return made
 
 
