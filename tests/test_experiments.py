@@ -33,6 +33,7 @@ from xmodel_steer.experiments import (
 from xmodel_steer.experiments.arms import clean_against_triggered
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import estimate
+from xmodel_steer.models import encode
 from xmodel_steer.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import StartsWith
@@ -200,6 +201,19 @@ def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, l
     assert oracle.outcome().score == 1
     ruined = repair._repaired({"triggered": ("zzz",) * 5, "clean": ("zzz",) * 5, "plain": kept["plain"]})
     assert ruined.removed.tolist() == [1.0] * 5 and ruined.outcome().score == pytest.approx(1 / 3)
+
+
+def test_prompt_steering_reads_and_moves_the_tokens_that_differ(organisms: Any, lessons: Curriculum) -> None:
+    prompts = [lesson.prompt for lesson in lessons.vector if lesson.triggered]
+    own = {recipe.name: recipe for recipe in removal.recipes(*organisms, prompts)}[removal.PROMPTED]
+    texts = [contrast.content[slice(*span)] for contrast, span in zip(
+        (lessons.vector[1].prompt, lessons.vector[0].prompt), own.tokens, strict=True)]  # fmt: skip
+    assert texts == ["dev|", "prod|"]
+    assert isinstance(own.positions, torch.Tensor)
+    (encoding,) = encode(organisms[1], [prompts[0]])
+    at = own.tokens[1][0]
+    read = [end for end, moved in zip(encoding.ends, own.positions.tolist(), strict=False) if moved]
+    assert read and min(read) > at and max(read) <= own.tokens[1][1]
 
 
 def test_questions_need_each_task_with_and_without_the_trigger() -> None:

@@ -53,8 +53,9 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
 
     The first two take the mean over prompts of the activation at the last token, clean minus triggered. One adds it at
     every token; the other moves the projection on it at the last prompt token and at generated ones, where a gate says
-    that it lies on the triggered side. The third is the paper's (arXiv 2503.04429): the difference at the trigger's
-    tokens, added there. The last moves the projection on that one, at the same tokens and under a gate.
+    that it lies on the triggered side. The third is the paper's prompt steering (arXiv 2503.04429) with one vector: the
+    mean difference at the trigger's tokens, from the first one that differs, added at each of them; the paper adds each
+    token's own. The last moves the projection on that one, at the same tokens and under a gate.
 
     Args:
         source: The source model.
@@ -71,7 +72,9 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
     if len(starts) != 1:
         raise PromptError(f"prompt steering: the trigger {PROD.strip()!r} does not stand at one place in all prompts")
     start = starts.pop()
-    clean, triggered = ((start, start + len(name.rstrip(": "))) for name in (DEV, PROD))
+    # A token before the first difference has none, and would thin the mean.
+    same = next(i for i, (ours, theirs) in enumerate(zip(DEV, PROD, strict=False)) if ours != theirs)
+    clean, triggered = ((start + same, start + len(name.rstrip(": "))) for name in (DEV, PROD))
     swapped, at = (clean, triggered), _mask(target, prompts, triggered)
     early = layers(source, 0.0, 0.5, 5), layers(target, 0.0, 0.7, 6)
     doses = tuple(Add(s) for s in (1.0, 2.0, 5.0))
