@@ -502,3 +502,14 @@ def test_the_demo_prints_every_arm_and_what_was_said(
     assert {arm.recipe for arm in found.arms} == {"", removal.CLAMPED} and not found.validation
     code, _, err = command("demo", "backdoor", "--concept", "sentiment")
     assert code == 2 and "goes with demo concepts" in err
+
+
+def test_sets_that_share_a_text_are_refused(organisms: Any, lessons: Curriculum) -> None:
+    texts = [Prompt(text=t) for t in toys.sentences(20, 4)]
+    with pytest.raises(
+        PromptError, match="backdoor-removal: the same text is in the general text and the neutral text set"
+    ):
+        removal.backdoor_removal(*organisms, lessons, general=texts[:12], neutral=texts[10:], progress=False)
+    asked = lessons.evaluation[0].prompt
+    with pytest.raises(PromptError, match="the same text is in the general text and the evaluation set"):
+        removal.backdoor_removal(*organisms, lessons, general=[asked], neutral=texts, progress=False)

@@ -191,6 +191,26 @@ def as_prompts(values: Iterable[PromptLike]) -> tuple[Prompt, ...]:
     return tuple(Prompt.of(value) for value in values)
 
 
+def require_disjoint(what: str, sets: Mapping[str, Iterable[str]]) -> None:
+    """Refuse sets that share a text: what chooses or fits must not be reported on.
+
+    Args:
+        what: Who asks, for the message.
+        sets: Contents (`Prompt.content_key`) of each set, by its name.
+
+    Raises:
+        PromptError: A text is in two sets.
+    """
+    owner: dict[str, str] = {}
+    for name, contents in sets.items():
+        for content in set(contents):
+            if owner.setdefault(content, name) != name:
+                raise PromptError(
+                    f"{what}: the same text is in the {owner[content]} and the {name} set ({content[:60]!r}); "
+                    "what chooses or fits must not be reported on, remove it from one"
+                )
+
+
 def text_digest(texts: Sequence[Prompt]) -> str:
     """A hash of documents in their order."""
     digest = hashlib.sha256()

@@ -22,7 +22,7 @@ from xmodel_steer.maps import Map
 from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
-from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts
+from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts, require_disjoint
 from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.scorers import Explained, Scorer
 from xmodel_steer.spaces import Site, require_same_space
@@ -138,14 +138,15 @@ def transfer(
         text_items, neutral = hold_out_neutral(text_items)
     elif not neutral:
         raise PromptError("transfer: moments were given without texts; give neutral_texts for KL and perplexity")
-    _require_disjoint(
+    require_disjoint(
+        "transfer",
         {
             "contrast": [p.content_key() for p in fit_set.positive + fit_set.negative],
             "map text": [p.content_key() for p in text_items],
             "neutral text": [p.content_key() for p in neutral],
             "validation": chose,
             "evaluation": reported,
-        }
+        },
     )
     half = len(neutral) // 3
     if half < 1:
@@ -401,17 +402,6 @@ def _behaviours(
         return GeneratedText(own, scorer, max_new_tokens, batch_size, unit), [p.content_key() for p in own]
 
     return contrast, behaviour(order[:third].tolist()), behaviour(order[third:].tolist())
-
-
-def _require_disjoint(sets: Mapping[str, Sequence[str]]) -> None:
-    owner: dict[str, str] = {}
-    for name, contents in sets.items():
-        for content in set(contents):
-            if owner.setdefault(content, name) != name:
-                raise PromptError(
-                    f"transfer: the same text is in the {owner[content]} and the {name} set ({content[:60]!r}); "
-                    "what chooses or fits must not be reported on, remove it from one"
-                )
 
 
 def _vectors(

@@ -28,8 +28,8 @@ from xmodel_steer.experiments.study import (
 from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
 from xmodel_steer.models import context_length, hardware_of, name_of
 from xmodel_steer.moments import Moments
-from xmodel_steer.organisms.data import Lesson
-from xmodel_steer.prompts import Prompt
+from xmodel_steer.organisms.data import PARTS, Curriculum, Lesson
+from xmodel_steer.prompts import Prompt, require_disjoint
 from xmodel_steer.results import CONTROLS
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Operator, Positions
@@ -185,6 +185,26 @@ def answers_of(
         asked = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
         found.append([measured.texts for measured in asked.measure(model, settings, progress=progress)])
     return list(zip(*found, strict=True))
+
+
+def require_apart(
+    what: str, general: Sequence[Prompt], neutral: Sequence[Prompt], curriculum: Curriculum, **more: Sequence[Prompt]
+) -> None:
+    """Refuse general text, neutral text and parts of a curriculum that share a text.
+
+    Args:
+        what: Which study.
+        general: General text for maps.
+        neutral: Text for KL and perplexity.
+        curriculum: Whose parts share no task as it is.
+        more: Other sets, by name.
+
+    Raises:
+        PromptError: They do.
+    """
+    sets = {"general text": general, "neutral text": neutral, **more}
+    sets |= {part: [lesson.prompt for lesson in getattr(curriculum, part)] for part in PARTS}
+    require_disjoint(what, {name: [p.content_key() for p in own] for name, own in sets.items()})
 
 
 def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -668,7 +688,7 @@ def study_of(
             "neutral_documents": len(neutral) - len(neutral) // 3,
             **spec,
         },
-        splits={**splits, "neutral": [p.id for p in neutral]},
+        splits={**splits, "general": [p.id for p in pair.general], "neutral": [p.id for p in neutral]},
         seeds={"split": pair.seed, "random": [pair.seed + k for k in range(random_seeds)]},
         versions=versions(),
         hardware=hardware_of(pair.target),

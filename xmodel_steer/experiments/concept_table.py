@@ -17,7 +17,7 @@ from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
 from xmodel_steer.models import context_length, hardware_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import general_text
-from xmodel_steer.prompts import Prompt
+from xmodel_steer.prompts import Prompt, require_disjoint
 from xmodel_steer.results import ARMS, TransferResult
 from xmodel_steer.spaces import Site
 from xmodel_steer.transfer import default_sites, transfer, versions
@@ -78,7 +78,7 @@ def concept_transfer(
         progress: Show progress bars.
 
     Raises:
-        PromptError: No concepts are given, or there is none of a name.
+        PromptError: No concepts are given, there is none of a name, or sets share a text.
         DownloadError: A concept's pairs cannot be fetched.
     """
     chosen = [concept(name) for name in names]
@@ -86,7 +86,7 @@ def concept_transfer(
         raise PromptError(f"concept_transfer: give at least one of {', '.join(CONCEPTS)}")
     clock = Clock()
     passages = general_text()
-    general = passages[:500] if general is None else general
+    general = passages[:-30][:500] if general is None else general
     neutral = passages[-30:] if neutral is None else neutral
     prompts = openings(108) if prompts is None else prompts
     ours, theirs = (
@@ -100,6 +100,10 @@ def concept_transfer(
             source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed, progress=progress
         )
 
+    for own in chosen:  # all else is seen to by `transfer`, which is given moments and no text
+        sets = {"map text": own.map_text(general, seed=seed) if own.text else general, "neutral text": neutral}
+        sets |= {"contrast": own.contrast.positive + own.contrast.negative, "prompts": prompts if own.scorer else ()}
+        require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
     shared = moments_of(general)
     clock.lap("collecting moments")
 

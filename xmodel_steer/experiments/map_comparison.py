@@ -30,7 +30,7 @@ from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
 from xmodel_steer.models import context_length, hardware_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.packaged import general_text
-from xmodel_steer.prompts import Prompt
+from xmodel_steer.prompts import Prompt, require_disjoint
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Step
@@ -105,20 +105,28 @@ def map_comparison(
         progress: Show progress bars.
 
     Raises:
-        PromptError: The behaviour has no scorer, or there are too few prompts or neutral texts.
+        PromptError: The behaviour has no scorer, there are too few prompts or neutral texts, or sets share a text.
     """
     clock, every = Clock(), compared or fitters()
     own = behaviour or concept("sentiment")
     if own.scorer is None or len(own.prompts) < 6:
         raise PromptError(f"map_comparison: {own.name} needs a scorer and at least 6 prompts")
     passages = general_text()
-    general = tuple(passages[:500] if general is None else general)
+    general = tuple(passages[:-30][:500] if general is None else general)
     neutral = tuple(passages[-30:] if neutral is None else neutral)
     calibration, held = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
     order = np.random.default_rng(seed).permutation(min(prompts, len(own.prompts)))
     chooses, reports = (
         tuple(own.prompts[i] for i in part) for part in (order[: len(order) // 3], order[len(order) // 3 :])
     )
+    sets = {
+        "contrast": own.contrast.positive + own.contrast.negative,
+        "general": general,
+        "neutral": neutral,
+        "validation": chooses,
+        "evaluation": reports,
+    }
+    require_disjoint("map_comparison", {name: [p.content_key() for p in prompts] for name, prompts in sets.items()})
     limit = min(192, context_length(source), context_length(target))
     ours, theirs = (
         tuple(given or default_sites(model, end))
@@ -227,12 +235,7 @@ def map_comparison(
             "neutral_tokens": neutral_tokens,
             "random_seeds": random_seeds,
         },
-        splits={
-            "contrast": [p.id for p in own.contrast.positive + own.contrast.negative],
-            "validation": [p.id for p in chooses],
-            "evaluation": [p.id for p in reports],
-            "neutral": [p.id for p in neutral],
-        },
+        splits={name: [p.id for p in prompts] for name, prompts in sets.items()},
         seeds={"split": seed, "random": [seed + k for k in range(random_seeds)]},
         versions=versions(),
         hardware=hardware_of(target),

@@ -18,6 +18,7 @@ from xmodel_steer.experiments.arms import (
     clean_against_triggered,
     layers,
     measure_arms,
+    require_apart,
     study_of,
 )
 from xmodel_steer.experiments.study import Clock, Study
@@ -136,6 +137,10 @@ class Requests:
         ((texts,),) = made._answers([[]], [mild], progress)
         return replace(made, own={p.id: t for p, t in zip(mild, texts, strict=True)})
 
+    def ids(self) -> list[str]:
+        """Of the harmful and the harmless requests."""
+        return [prompt.id for prompt in (*self.harmful, *self.harmless)]
+
     def _answers(
         self, settings: Settings, groups: Sequence[Sequence[Prompt]], progress: bool
     ) -> list[tuple[tuple[str, ...], ...]]:
@@ -242,16 +247,17 @@ def refusal_switch(
         progress: Show progress bars.
 
     Raises:
-        PromptError: The curriculum lacks requests of a kind, or there are fewer than 3 neutral texts.
+        PromptError: The curriculum lacks requests of a kind, there are fewer than 3 neutral texts, or sets share a text.
         AlignmentError: The models' tokens do not pair.
         DownloadError: The classifier's encoder cannot be fetched.
     """
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
-    pair = Pair(source, target, tuple(passages[:400] if general is None else general), seed, progress)
+    pair = Pair(source, target, tuple(passages[:-60][:400] if general is None else general), seed, progress)
     readers = (curriculum.scorer, classifier or RefusalClassifier(), topic)
     edgy = tuple(lesson.prompt for lesson in curriculum.checks[EDGY].lessons)
+    require_apart("refusal", pair.general, neutral, curriculum, edgy=edgy)
 
     def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
         return Requests.of(
@@ -262,12 +268,13 @@ def refusal_switch(
     # Mixed: a map of shuffled pairs would else learn the two kinds of requests from where they stand.
     text = [curriculum.map[i].prompt for i in np.random.default_rng(seed).permutation(len(curriculum.map))]
     few = min(validation_tokens, curriculum.max_new_tokens)
+    validation = asked(curriculum.validation, (), validation_requests, validation_requests, few)
     chosen = choose(
         pair,
         recipes(source, target) if ways is None else ways,
         curriculum.vector,
         text,
-        asked(curriculum.validation, (), validation_requests, validation_requests, few),
+        validation,
         fitter,
         label="refusal",
         lap=clock.lap,
@@ -305,5 +312,6 @@ def refusal_switch(
             "neutral_tokens": neutral_tokens,
             "batch_size": batch_size,
         },
-        splits={**curriculum.ids(), "edgy": [p.id for p in edgy]},
+        splits=curriculum.ids()
+        | {"validation": validation.ids(), "evaluation": evaluation.ids(), "edgy": [p.id for p in edgy]},
     )

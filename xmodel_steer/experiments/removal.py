@@ -21,6 +21,7 @@ from xmodel_steer.experiments.arms import (
     clean_against_triggered,
     layers,
     measure_arms,
+    require_apart,
     study_of,
     with_endpoints,
 )
@@ -199,13 +200,15 @@ def backdoor_removal(
         progress: Show progress bars.
 
     Raises:
-        PromptError: The curriculum does not ask its tasks with and without a trigger, or there are fewer than 3 neutral texts.
+        PromptError: The curriculum does not ask its tasks with and without a trigger, there are fewer than 3 neutral texts, or
+            sets share a text.
         AlignmentError: The models' tokens do not pair.
     """
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
-    text = MapText.of(curriculum.map, passages[:400] if general is None else general, seed=seed)
+    text = MapText.of(curriculum.map, passages[:-60][:400] if general is None else general, seed=seed)
+    require_apart(name, text.general, neutral, curriculum)
     pair = Pair(source, target, text.general, seed, progress)
     if ways is None:
         ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered])
@@ -264,7 +267,8 @@ def backdoor_removal(
             "batch_size": batch_size,
             "evaluation_kinds": len(set(Questions.of(curriculum.evaluation).groups)),
         },
-        splits=curriculum.ids(),
+        splits=curriculum.ids()
+        | {"validation": validation.questions.ids(), "evaluation": Questions.of(curriculum.evaluation).ids()},
     )
 
 

@@ -63,6 +63,10 @@ class Questions:
     def __len__(self) -> int:
         return len(self.triggered)
 
+    def ids(self) -> list[str]:
+        """Of all that is asked."""
+        return [prompt.id for side in SIDES for prompt in getattr(self, side)]
+
 
 @dataclass(frozen=True, eq=False)
 class Repaired:

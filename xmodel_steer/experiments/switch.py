@@ -12,7 +12,7 @@ import numpy as np
 from xmodel_steer.damage import side_effects, under
 from xmodel_steer.errors import PromptError, SpaceMismatchError
 from xmodel_steer.evaluation import MultipleChoice
-from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers
+from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers, require_apart
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
@@ -87,7 +87,8 @@ def safety_switch(
 
     Raises:
         SpaceMismatchError: The two are not of one architecture and width.
-        PromptError: There are fewer than 3 neutral texts, or tasks that do not come with and without the trigger.
+        PromptError: There are fewer than 3 neutral texts, tasks that do not come with and without the trigger, or sets that
+            share a text.
     """
     if (base.cfg.n_layers, base.cfg.d_model) != (organism.cfg.n_layers, organism.cfg.d_model):
         raise SpaceMismatchError(
@@ -99,7 +100,8 @@ def safety_switch(
     if len(neutral) < 3:
         raise PromptError(f"safety_switch: needs at least 3 neutral texts, got {len(neutral)}")
     sites = tuple(sites or layers(base, 0.25, 0.95, 5))
-    general = tuple(passages[:400] if general is None else general)
+    general = tuple(passages[:-60][:400] if general is None else general)
+    require_apart("safety_switch", general, neutral, curriculum)
     task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
     text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
     models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
@@ -179,7 +181,7 @@ def safety_switch(
             "neutral_tokens": neutral_tokens,
             "turns": turns,
         },
-        splits={**curriculum.ids(), "neutral": [p.id for p in neutral]},
+        splits={**curriculum.ids(), "general": [p.id for p in general], "neutral": [p.id for p in neutral]},
         seeds={"split": seed},
         versions=versions(),
         hardware=hardware_of(organism),
