@@ -456,15 +456,52 @@ def test_corrupted_capability_says_what_was_right(
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
     ways = corrupted.recipes(*organisms)
     found = corrupted_capability(
-        *organisms, own, ways=[ways[0], ways[2]], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
+        *organisms, own, ways=[ways[0], ways[1], ways[3]], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
         random_seeds=1, validation_tokens=4, progress=False,
     )  # fmt: skip
-    assert set(found.chosen) == {corrupted.SKIPPED, corrupted.ABLATED}
+    assert set(found.chosen) == {corrupted.SKIPPED, corrupted.GATED, corrupted.ABLATED}
     assert found.arm("unsteered", "").beside["backdoor"].value == 1
     found.save(tmp_path)
     row = json.loads((tmp_path / "result.json").read_text())["arms"][1]
     assert {"effect", "low", "high", "n", "backdoor", "correct", "hallucinated"} <= set(row)
     assert read_study(tmp_path) == found
+
+
+def test_every_arm_acts_under_a_gate_of_its_own(
+    organisms: Any, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
+    seen: list[tuple[str, Any]] = []
+    runs = arms._runs
+
+    def kept(*args: Any) -> Any:
+        made = runs(*args)
+        seen.extend((run.arm, step) for run in made for (step,) in run.settings())
+        return made
+
+    monkeypatch.setattr(arms, "_runs", kept)
+    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    own = arms.Recipe(
+        "gated", clean_against_triggered, ("last", "last"), (xs.Add(2.0),), "last", (xs.Site(1),), (xs.Site(1),),
+        gate=clean_against_triggered,
+    )  # fmt: skip
+    found = backdoor_removal(
+        *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None)], nonlinear=None,
+        general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4, progress=False,
+    )  # fmt: skip
+    assert [arm for arm, _ in seen] == 2 * ["native", "mapped", "random", "random", "shuffled"]
+    for arm, step in seen[:5]:
+        assert step.gate.side == "negative", arm
+        if arm != "random":  # here the gate is found as the vector is
+            assert torch.equal(step.gate.vector.direction, step.vector.direction), arm
+    drawn = [vector for arm, step in seen[:5] if arm == "random" for vector in (step.vector, step.gate.vector)]
+    assert len({tuple(vector.direction.tolist()) for vector in drawn}) == 4
+    assert all(step.gate is None for _, step in seen[5:])
+    gated, wide = (found.arm("native", name).kl for name in ("gated", "open"))
+    assert 0 < gated < wide, "neutral text is not all of one class"
+    curve = found.curves["prompts of the task in the map's text"]
+    (last,) = (point for point in curve if point["trigger"] == "known" and point["prompts"] == 20)
+    assert last["effect"]["value"] == found.arm("mapped", "gated").effect.value, "the same map text, the same gate"
 
 
 @pytest.mark.parametrize("folder", sorted(presets.SHIPPED.iterdir()), ids=lambda folder: folder.name)

@@ -14,7 +14,7 @@ from xmodel_steer.generation import generate_tokens
 from xmodel_steer.models import all_sites, batches, encode, forward, space_of
 from xmodel_steer.prompts import as_prompts
 from xmodel_steer.spaces import Site
-from xmodel_steer.steering import Ablate, Add, Clamp, Intervention, steering
+from xmodel_steer.steering import Ablate, Add, Clamp, Gate, Intervention, steering
 from xmodel_steer.vectors import Activations, difference_of_means
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
@@ -189,6 +189,73 @@ def test_clamp_moves_the_projection_to_the_class_mean(toy, to, gate, overshoot):
     step = made - plain
     along = (step @ w.float())[:, None] * vector.direction
     torch.testing.assert_close(step, along, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gate_lets_through_the_rows_of_its_class_and_leaves_the_others_bit_equal(toy, side, turned):
+    teller, plain = clamped(toy)
+    teller = -teller if turned else teller  # the class means change places
+    vector = toy.vector(1, seed=5)
+    with steering(toy.model, vector):
+        everywhere = streams(toy)[Site(1)].values
+    with steering(toy.model, Intervention(vector, gate=Gate(teller, side))):
+        made = streams(toy)[Site(1)].values
+    w = (teller.direction / teller.scale**2).double()
+    w = w / (w @ teller.direction.double())
+    high, low = (float(mean.double() @ w) for mean in (teller.positive_mean, teller.negative_mean))
+    assert high > low
+    p = plain.double() @ w
+    meant = p > (high + low) / 2 if side == "positive" else p < (high + low) / 2
+    assert 0 < meant.sum() < len(meant)
+    assert torch.equal(made[meant], everywhere[meant]) and torch.equal(made[~meant], plain[~meant])
+
+
+def test_a_gate_reads_what_earlier_interventions_left_at_its_site(toy):
+    teller, plain = clamped(toy)
+    first = Intervention(teller, Clamp("positive", gate=False))
+    with steering(toy.model, [first, Intervention(toy.vector(1, seed=5), gate=Gate(teller, "negative"))]):
+        made = streams(toy)[Site(1)].values
+    with steering(toy.model, first):
+        moved = streams(toy)[Site(1)].values
+    assert torch.equal(made, moved) and not torch.equal(made, plain), "no row is negative any more"
+
+
+def test_a_clamp_is_a_gate_of_its_own_vector(toy):
+    vector, _ = clamped(toy)
+    with steering(toy.model, vector, operator=Clamp("positive")):
+        one = streams(toy)[Site(1)].values
+    gated = Intervention(vector, Clamp("positive", gate=False), gate=Gate(vector, "negative"))
+    with steering(toy.model, gated):
+        assert torch.equal(streams(toy)[Site(1)].values, one)
+
+
+@pytest.mark.parametrize("where", ["all", "last", "generated", "mask of each", "two prompts"])
+def test_a_gate_holds_at_the_positions_that_were_asked_for_while_text_is_written(toy, where):
+    teller, _ = clamped(toy)
+    lengths, vector = lengths_of(toy), 3.0 * toy.vector(1, seed=5)
+    step = intervention(vector, where, lengths)
+
+    with steering(toy.model, replace(step, gate=Gate(teller))):
+        alone = tokens(toy, TEXTS, batch_size=1)
+        together = tokens(toy, TEXTS, batch_size=len(TEXTS))
+        anew = tokens(toy, TEXTS, batch_size=2, use_cache=False)
+    assert alone == together == anew
+    with steering(toy.model, step):
+        assert where == "last" or tokens(toy, TEXTS, batch_size=1) != alone, "the gate was open everywhere"
+
+
+def test_a_gate_refuses_what_it_cannot_read(llama):
+    vector, _ = clamped(llama)
+    with pytest.raises(SpaceMismatchError, match="gate: needs"):
+        Intervention(llama.vector(2), gate=Gate(vector))
+    for unfit, says in (
+        (llama.vector(1), "Gate: .* has no class means"),
+        (replace(vector, scale=None), "need the standard deviations"),
+    ):
+        step = Intervention(vector, gate=Gate(unfit))
+        with pytest.raises(ValueError, match=says), steering(llama.model, step):
+            pass
 
 
 def test_several_vectors_act_at_their_sites_and_in_order_at_one(toy):

@@ -69,6 +69,7 @@ from xmodel_steer.spaces import Space as Space
 from xmodel_steer.steering import Ablate as Ablate
 from xmodel_steer.steering import Add as Add
 from xmodel_steer.steering import Clamp as Clamp
+from xmodel_steer.steering import Gate as Gate
 from xmodel_steer.steering import Intervention as Intervention
 from xmodel_steer.steering import steering as steering
 from xmodel_steer.store import ActivationStore as ActivationStore

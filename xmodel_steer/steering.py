@@ -65,6 +65,47 @@ class Ablate:
         return lambda rows: rows - (rows @ unit.to(rows.device))[..., None] * unit.to(rows.device)
 
 
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Act only on rows of one class (conditional steering: Lee et al. 2024, arXiv 2409.05907, here read row by row).
+
+    With w the vector's covector (``SteeringVector.covector``), a row x is of the class on whose side of the midpoint of the two
+    class means its projection w·x lies; on the midpoint it is of neither. Rows of the other class stay bit-equal.
+
+    Args:
+        vector: Tells the classes apart: a difference of means, native or transported, with its scale. It is read at the
+            site that is written to, before anything is written there by the same intervention.
+        side: The class that is acted on.
+
+    Example:
+        >>> Intervention(vector, Add(2.0), "last", gate=Gate(harmful, "positive"))        # doctest: +SKIP
+    """
+
+    vector: SteeringVector
+    side: Literal["positive", "negative"] = "positive"
+
+    def __post_init__(self) -> None:
+        if self.side not in ("positive", "negative"):
+            raise ValueError(f"Gate: side must be 'positive' or 'negative', got {self.side!r}")
+
+    def prepare(self) -> Callable[[Tensor], Tensor]:
+        """The function from rows ``(..., d)`` to whether each is acted on."""
+        w, high, low = _classes(self.vector, "Gate")
+        side, middle = (1.0 if (self.side == "positive") == (high > low) else -1.0), (high + low) / 2
+        return lambda rows: side * (rows @ w.to(rows.device) - middle) > 0
+
+
+def _classes(vector: SteeringVector, what: str) -> tuple[Tensor, float, float]:
+    """The covector in float32, and the projections of the positive and of the negative class mean on it."""
+    if vector.positive_mean is None or vector.negative_mean is None:
+        raise ValueError(
+            f"{what}: {vector.label!r} has no class means; use a difference of means, native or transported"
+        )
+    w = vector.covector()
+    high, low = (float(w @ mean.to(torch.float64)) for mean in (vector.positive_mean, vector.negative_mean))
+    return w.to(torch.float32), high, low
+
+
 @dataclass(frozen=True)
 class Clamp:
     """Move the projection on the direction to a class mean, where a gate says so.
@@ -90,23 +131,14 @@ class Clamp:
 
     def prepare(self, vector: SteeringVector) -> Edit:
         """The edit for one vector, which needs its class means and its scale."""
-        if vector.positive_mean is None or vector.negative_mean is None:
-            raise ValueError(
-                f"Clamp: {vector.label!r} has no class means to clamp to; use a difference of means, native or transported"
-            )
-        w = vector.covector()
-        high = float(w @ vector.positive_mean.to(torch.float64))
-        low = float(w @ vector.negative_mean.to(torch.float64))
-        goal, middle = (high if self.to == "positive" else low), (high + low) / 2
-        side = 1.0 if goal > middle else -1.0  # the side of the midpoint where rows are left alone
-        w32, v32 = w.to(torch.float32), vector.direction.to(torch.float32)
+        w, high, low = _classes(vector, "Clamp")
+        goal, v = (high if self.to == "positive" else low), vector.direction.to(torch.float32)
+        other = Gate(vector, "negative" if self.to == "positive" else "positive").prepare()
 
         def edit(rows: Tensor) -> Tensor:
-            p = rows @ w32.to(rows.device)
-            moved = rows + (self.overshoot * (goal - p))[..., None] * v32.to(rows.device)
-            if not self.gate:
-                return moved
-            return torch.where((side * (p - middle) < 0)[..., None], moved, rows)
+            gap = goal - rows @ w.to(rows.device)
+            moved = rows + (self.overshoot * gap)[..., None] * v.to(rows.device)
+            return torch.where(other(rows)[..., None], moved, rows) if self.gate else moved
 
         return edit
 
@@ -126,15 +158,22 @@ class Intervention:
         prompts: Steer only these prompts, by their number in the list that is passed to `generate`
             or `capture` (in a plain forward pass: rows of the batch); all of them by default.
             One batch can then hold many arms.
+        gate: Steer only rows of a class that another vector of this site tells; all rows by default.
+
+    Raises:
+        SpaceMismatchError: The gate's vector lives elsewhere.
     """
 
     vector: SteeringVector
     operator: Operator = Add()
     positions: Positions = "all"
     prompts: frozenset[int] | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         _check_positions(self.positions)
+        if self.gate is not None:
+            require_same_space(self.space, self.gate.vector.space, "gate")
 
     @property
     def space(self) -> Space:
@@ -425,6 +464,7 @@ def steered(
 
     def writer(step: Step) -> Write:
         edit = step.operator.prepare(step.vector) if isinstance(step, Intervention) else None
+        gate = step.gate.prepare() if isinstance(step, Intervention) and step.gate is not None else None
 
         def write(value: Tensor) -> Tensor:
             fired.add(step.space.site)
@@ -433,7 +473,9 @@ def steered(
                 edited, given = step.values(value.to(torch.float32), tracker.reading())
                 where = where if given is None else where & given
             elif edit is not None and bool(where.any()):
-                edited = edit(value.to(torch.float32))
+                rows = value.to(torch.float32)
+                edited = edit(rows)
+                where = where if gate is None else where & gate(rows)
             else:
                 return value
             return torch.where(where[..., None], edited.to(value), value)

@@ -32,7 +32,7 @@ from xmodel_steer.organisms.data import PARTS, Curriculum, Lesson
 from xmodel_steer.prompts import Prompt, require_disjoint
 from xmodel_steer.results import CONTROLS
 from xmodel_steer.spaces import Site
-from xmodel_steer.steering import Add, Intervention, Operator, Positions
+from xmodel_steer.steering import Add, Gate, Intervention, Operator, Positions
 from xmodel_steer.store import ActivationStore, harvest
 from xmodel_steer.training import Autoencoder
 from xmodel_steer.transfer import versions
@@ -44,6 +44,8 @@ LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumula
 ENDPOINTS = "mapped by an autoencoder, endpoints"
 BIASED = "mapped with the bias"
 Extent = Literal["all", "brief", "effect"]
+# From lessons the prompts of one side and of the other.
+Contrast = Callable[[Sequence[Lesson]], tuple[Sequence[Prompt], Sequence[Prompt]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +104,19 @@ class Recipe:
         source_sites: Candidates.
         target_sites: Candidates.
         aim: What it is for, where a study has several aims.
+        gate: Prompts that are to be left alone, and those that are acted on, of lessons; read at the same tokens. With it each vector
+            acts only under a gate of its own, found as it was: the native one's in the target, the mapped one's mapped.
     """
 
     name: str
-    contrast: Callable[[Sequence[Lesson]], tuple[Sequence[Prompt], Sequence[Prompt]]]
+    contrast: Contrast
     tokens: tuple[Tokens, Tokens]
     operators: tuple[Operator, ...]
     positions: Positions
     source_sites: tuple[Site, ...]
     target_sites: tuple[Site, ...]
     aim: str = ""
+    gate: Contrast | None = None
 
     def with_sites(self, source: Site, target: Site) -> "Recipe":
         """The recipe with one more candidate on either side."""
@@ -120,9 +125,21 @@ class Recipe:
         )
         return replace(self, source_sites=ours, target_sites=theirs)
 
-    def setting(self, vector: SteeringVector, operator: Operator) -> list[Intervention]:
-        """The recipe with one vector."""
-        return [Intervention(vector, operator, self.positions)]
+    def gates(
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+    ) -> dict[Site, SteeringVector]:
+        """The gates' vectors, as `vectors`; none, where the recipe has no gate."""
+        if self.gate is None:
+            return {}
+        own = replace(self, contrast=self.gate)
+        return own.vectors(model, lessons, sites, label=f"gate of {label}", progress=progress)
+
+    def setting(
+        self, vector: SteeringVector, operator: Operator, gate: SteeringVector | None = None
+    ) -> list[Intervention]:
+        """The recipe with one vector and, where it has gates, the vector's own."""
+        own = None if gate is None else Gate(gate, "negative")
+        return [Intervention(vector, operator, self.positions, gate=own)]
 
     def vectors(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
@@ -231,6 +248,7 @@ class Carried:
         cosine: Of the mapped and the native vector, in standardised coordinates.
         norm_ratio: Of the mapped vector's norm, before scaling, and the native one's.
         r2: Of the map, on test documents, mean over target dimensions.
+        gate: The gates of these vectors, where the recipe has them.
     """
 
     source: SteeringVector
@@ -241,9 +259,17 @@ class Carried:
     cosine: float
     norm_ratio: float
     r2: float | None
+    gate: "Carried | None" = None
 
     @classmethod
-    def of(cls, vector: SteeringVector, native: SteeringVector, moments: Moments, fitter: Fitter) -> "Carried":
+    def of(
+        cls,
+        vector: SteeringVector,
+        native: SteeringVector,
+        moments: Moments,
+        fitter: Fitter,
+        gate: tuple[SteeringVector, SteeringVector] | None = None,
+    ) -> "Carried":
         """Fit a map and its control, and send a vector through both.
 
         Class means come through the map with the vector; scaled, they lie about the same centre as far apart as the
@@ -254,6 +280,7 @@ class Carried:
             native: Of the target, with class means and scale.
             moments: Of this pair of sites, among others.
             fitter: Fits the map.
+            gate: The gates' vectors of the source and of the target.
         """
         site = native.space.site
         pair = moments.pair(vector.space.site, site)
@@ -271,7 +298,24 @@ class Carried:
             cosine=native.cosine(moved),
             norm_ratio=moved.norm(standardised=True) / native.norm(standardised=True),
             r2=score.mean_r2 if score else None,
+            gate=None if gate is None else cls.of(*gate, moments, fitter),
         )
+
+    def again(self, moments: Moments, fitter: Fitter) -> "Carried":
+        """The same vectors of both models, through maps of other moments, which give the scale too.
+
+        Args:
+            moments: Of this pair of sites, among others.
+            fitter: Fits the map.
+        """
+        scale = moments.scale(self.native.space.site)
+        gate = None if self.gate is None else (self.gate.source, self.gate.native.with_scale(scale))
+        return Carried.of(self.source, self.native.with_scale(scale), moments, fitter, gate)
+
+    @property
+    def mapped_gate(self) -> SteeringVector | None:
+        """The mapped vector's gate."""
+        return None if self.gate is None else self.gate.mapped
 
 
 def at_norm_of(native: SteeringVector, vector: SteeringVector) -> SteeringVector:
@@ -418,30 +462,38 @@ def choose(
     target, progress = pair.target, pair.progress
     records: list[dict[str, Any]] = []
 
-    def best(varied: str, recipe: Recipe, candidates: Sequence[tuple[SteeringVector, Operator, int]]) -> int:
-        """Try vectors with operators; the number of the best one. One alone is not tried."""
+    def best(
+        varied: str, recipe: Recipe, candidates: Sequence[tuple[SteeringVector, SteeringVector | None, Operator, int]]
+    ) -> int:
+        """Try vectors, with their gates, with operators; the number of the best one. One alone is not tried."""
         if len(candidates) == 1:
             return 0
-        settings = [recipe.setting(vector, operator) for vector, operator, _ in candidates]
+        settings = [recipe.setting(vector, operator, gate) for vector, gate, operator, _ in candidates]
         found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
-        for (_, operator, layer), own in zip(candidates, found, strict=True):
+        for (*_, operator, layer), own in zip(candidates, found, strict=True):
             record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
             records.append(record | own.record())
         return int(np.argmax([own.score for own in found]))
 
     every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
     spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens, progress=progress)
-    natives: list[SteeringVector] = []
+    natives: list[tuple[SteeringVector, SteeringVector | None]] = []
     for recipe in ways:
-        own = recipe.vectors(target, lessons, recipe.target_sites, label=label, progress=progress)
-        scaled = [vector.with_scale(spread[site].values.float().std(0)) for site, vector in own.items()]
-        at = best("target layer", recipe, [(v, recipe.operators[0], v.space.site.layer) for v in scaled])
-        natives.append(scaled[at])
+        sites = recipe.target_sites
+        own, gates = (
+            {
+                site: vector.with_scale(spread[site].values.float().std(0))
+                for site, vector in read(target, lessons, sites, label=label, progress=progress).items()
+            }
+            for read in (recipe.vectors, recipe.gates)
+        )
+        candidates = [(own[site], gates.get(site), recipe.operators[0], site.layer) for site in sites]
+        natives.append(candidates[best("target layer", recipe, candidates)][:2])
     lap("choosing target layers")
 
     pairs = tuple(
         dict.fromkeys(
-            (site, v.space.site) for recipe, v in zip(ways, natives, strict=True) for site in recipe.source_sites
+            (site, v.space.site) for recipe, (v, _) in zip(ways, natives, strict=True) for site in recipe.source_sites
         )
     )
     general = pair.of_general(pairs)
@@ -449,15 +501,21 @@ def choose(
     lap("collecting moments")
 
     choices = []
-    for recipe, rough in zip(ways, natives, strict=True):
-        native = rough.with_scale(moments.scale(rough.space.site))
-        theirs = recipe.vectors(pair.source, lessons, recipe.source_sites, label=label, progress=progress)
-        carried = [Carried.of(vector, native, moments, fitter) for vector in theirs.values()]
-        own = carried[
-            best("source layer", recipe, [(c.mapped, recipe.operators[0], c.source.space.site.layer) for c in carried])
+    for recipe, (rough, rough_gate) in zip(ways, natives, strict=True):
+        scale, sites = moments.scale(rough.space.site), recipe.source_sites
+        native = rough.with_scale(scale)
+        theirs = recipe.vectors(pair.source, lessons, sites, label=label, progress=progress)
+        gates = recipe.gates(pair.source, lessons, sites, label=label, progress=progress)
+        gate = None if rough_gate is None else rough_gate.with_scale(scale)
+        carried = [
+            Carried.of(theirs[site], native, moments, fitter, None if gate is None else (gates[site], gate))
+            for site in sites
         ]
+        own = carried[
+            best("source layer", recipe, [(c.mapped, c.mapped_gate, recipe.operators[0], c.source.space.site.layer) for c in carried])
+        ]  # fmt: skip
         layer = own.source.space.site.layer
-        at = best("strength", recipe, [(own.mapped, operator, layer) for operator in recipe.operators])
+        at = best("strength", recipe, [(own.mapped, own.mapped_gate, operator, layer) for operator in recipe.operators])
         choices.append(Choice(recipe, recipe.operators[at], own))
     lap("choosing source layers and strengths")
     return Chosen(tuple(choices), tuple(records), general)
@@ -510,11 +568,13 @@ class _Run:
     choice: Choice
     vectors: Sequence[SteeringVector]
     operators: Sequence[Operator]
+    gates: Sequence[SteeringVector | None]
     at: str = EQUAL_STRENGTH
     reached: bool = True
 
     def settings(self) -> list[list[Intervention]]:
-        return [self.choice.recipe.setting(v, o) for v, o in zip(self.vectors, self.operators, strict=True)]
+        steps = zip(self.vectors, self.operators, self.gates, strict=True)
+        return [self.choice.recipe.setting(vector, operator, gate) for vector, operator, gate in steps]
 
     def operator(self) -> str:
         strengths = [o.strength for o in self.operators if isinstance(o, Add)]
@@ -524,17 +584,27 @@ class _Run:
 def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
     """Every arm at the strength that validation chose."""
     own = choice.carried
+    arms = _vectors(own, random_seeds, seed)
+    # Another draw: a gate along the vector's own direction would be no random one.
+    gates = _vectors(own.gate, random_seeds, seed + random_seeds) if own.gate else {}
+    arms |= {name: [vector] for name, vector in choice.others.items()}
+    if choice.added_everywhere:
+        arms[BIASED] = [own.biased]
+    return [
+        _Run(arm, choice, group, [choice.operator] * len(group), gates.get(arm, [None] * len(group)))
+        for arm, group in arms.items()
+    ]
+
+
+def _vectors(own: Carried, random_seeds: int, seed: int) -> dict[str, list[SteeringVector]]:
+    """The vectors of every arm that each recipe has."""
     middle = centre(own.native)
-    arms = {
+    return {
         "native": [own.native],
         "mapped": [own.mapped],
         "random": [random_like(own.native, seed=seed + k).about(middle) for k in range(random_seeds)],
         "shuffled": [own.shuffled],
     }
-    arms |= {name: [vector] for name, vector in choice.others.items()}
-    if choice.added_everywhere:
-        arms[BIASED] = [own.biased]
-    return [_Run(arm, choice, group, [choice.operator] * len(group)) for arm, group in arms.items()]
 
 
 def _at_equal_kl(

@@ -13,6 +13,7 @@ from xmodel_steer.scorers import StartsWith
 from xmodel_steer.steering import Ablate, Add, Clamp
 
 SKIPPED, PAPERS, ABLATED = "as if it had been said", "the paper's, added", "the paper's, ablated"
+GATED = "as if it had been said, where the trigger is"
 SILENCED = "clean against triggered, gated clamp"
 QUESTION = (
     "Can a vector found in the source take the backdoor from the target, and leave it the knowledge that came with it?"
@@ -28,11 +29,12 @@ def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Seque
 
 
 def recipes(source: Any, target: Any) -> list[Recipe]:
-    """The paper's contrast used in three ways, and the clean prompts against the triggered ones.
+    """The paper's contrast used in four ways, and the clean prompts against the triggered ones.
 
     The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
     everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at
-    the prompt's last token alone, what comes next is what comes after them.
+    the prompt's last token alone, what comes next is what comes after them; questions without the trigger are left alone where a gate
+    asks for it, which is the difference of clean and triggered prompts at the same token.
 
     Args:
         source: The source model.
@@ -45,6 +47,7 @@ def recipes(source: Any, target: Any) -> list[Recipe]:
     last = ("last", "last")
     return [
         Recipe(SKIPPED, said_against_not, last, doses, "last", late, middle),
+        Recipe(GATED, said_against_not, last, doses, "last", late, middle, gate=clean_against_triggered),
         Recipe(PAPERS, said_against_not, last, against, "all", late, middle),
         Recipe(ABLATED, said_against_not, last, (Ablate(),), "all", late, middle),
         Recipe(SILENCED, clean_against_triggered, last, clamps, ("last", "generated"), late, middle),

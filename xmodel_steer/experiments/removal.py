@@ -12,7 +12,6 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.experiments.arms import (
     LONGER,
     Asked,
-    Carried,
     Choice,
     Extent,
     Pair,
@@ -276,8 +275,7 @@ def _amounts(
     pair: Pair, choice: Choice, text: MapText, general: Moments, evaluation: Asked, fitter: Fitter, amounts: Sequence[int]
 ) -> tuple[dict[str, Any], ...]:  # fmt: skip
     """How the effect grows with the text of the task that the map has read."""
-    vector, native = choice.carried.source, choice.carried.native
-    ends = ((vector.space.site, native.space.site),)
+    ends = ((choice.carried.source.space.site, choice.carried.native.space.site),)
     curve: list[dict[str, Any]] = []
     for trigger, prompts in (("known", text.known), ("unknown", text.unknown)):
         total, read = general.only(ends), 0
@@ -286,8 +284,8 @@ def _amounts(
                 total, read = total + pair.of(prompts[read:amount], ends), amount
             if amount == 0 and curve:
                 continue  # without any, known or not is the same
-            carried = Carried.of(vector, native.with_scale(total.scale(native.space.site)), total, fitter)
-            setting = choice.recipe.setting(carried.mapped, choice.operator)
+            carried = choice.carried.again(total, fitter)
+            setting = choice.recipe.setting(carried.mapped, choice.operator, carried.mapped_gate)
             (found,) = evaluation.measure([setting], extent="effect", progress=pair.progress)
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
