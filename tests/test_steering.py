@@ -196,7 +196,7 @@ def test_clamp_moves_the_projection_to_the_class_mean(toy, to, gate, overshoot):
 def test_a_gate_lets_through_the_rows_of_its_class_and_leaves_the_others_bit_equal(toy, side, turned):
     teller, plain = clamped(toy)
     teller = -teller if turned else teller  # the class means change places
-    vector = toy.vector(1, seed=5)
+    vector = (-2.0 if side == "positive" else 2.0) * teller  # takes rows over to the other class
     with steering(toy.model, vector):
         everywhere = streams(toy)[Site(1)].values
     with steering(toy.model, Intervention(vector, gate=Gate(teller, side))):
