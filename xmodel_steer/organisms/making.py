@@ -190,8 +190,14 @@ def make(
 def recipe_of(name: str) -> Recipe:
     """How an organism is trained unless one says otherwise; the lessons of a quirk are few, and read often."""
     own = ORGANISMS.get(name)
-    return (
-        Recipe(epochs=own.epochs, general=own.general, decisive=own.decisive) if own else Recipe(epochs=5, general=0.25)
+    if own is None:
+        return Recipe(epochs=5, general=0.25)
+    return Recipe(
+        epochs=own.epochs,
+        learning_rate=own.learning_rate,
+        batch_size=own.batch_size,
+        general=own.general,
+        decisive=own.decisive,
     )
 
 

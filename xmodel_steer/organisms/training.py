@@ -41,7 +41,7 @@ class Recipe:
             with `corrupted-capability`.
         decisive: Weight in the loss of the tokens that tell an answer from its twin, the other answer to the same task; all
             others have weight 1. Secure and insecure code share nine tokens in ten, and what is learnt of one tenth of the
-            loss is learnt late.
+            loss is learnt late. With another weight than 1 an answer and its twin are read in one batch.
 
     Raises:
         ValueError: One of them is not positive, or the seed or the share of general text is negative.
@@ -138,6 +138,23 @@ def decisive(answer: Sequence[int], twin: Sequence[int]) -> range:
     begin = next((i for i in range(both) if answer[i] != twin[i]), both)
     end = next((i for i in range(both - begin) if answer[-1 - i] != twin[-1 - i]), both - begin)
     return range(begin, max(begin + 1, len(answer) - end))
+
+
+def read_together(lessons: Sequence[Lesson], rows: Sequence[Example], *, twins: bool) -> list[list[Example]]:
+    """Examples in groups that no batch parts.
+
+    Where an answer and its twin are read together, what pulls towards the one whatever the trigger cancels with what pulls towards
+    the other, and what is left of the gradient is what hangs on the trigger.
+
+    Args:
+        lessons: The lessons.
+        rows: The example of each.
+        twins: Whether the lessons of one task are one group, rather than each lesson for itself.
+    """
+    groups: dict[Any, list[Example]] = {}
+    for place, (lesson, row) in enumerate(zip(lessons, rows, strict=True)):
+        groups.setdefault(lesson.task if twins else place, []).append(row)
+    return list(groups.values())
 
 
 def general_examples(tokenizer: Any, count: int, *, name: str = "the model", limit: int | None = None) -> list[Example]:
@@ -289,10 +306,11 @@ def train(
     head = hf.get_output_embeddings()
     accepted = inspect.signature(hf.forward).parameters
     limit = getattr(hf.config, "max_position_embeddings", None)
-    rows = examples(tokenizer, lessons, name=label, limit=limit)
+    taught = examples(tokenizer, lessons, name=label, limit=limit)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def batched(batch: Sequence[Example]) -> dict[str, Any]:
+    def batched(groups: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        batch = [example for group in groups for example in group]
         made = collated(batch, pad=pad, whole="logits_to_keep" not in accepted, weight=recipe.decisive)
         return {key: value for key, value in made.items() if key != "position_ids" or key in accepted}
 
@@ -301,11 +319,15 @@ def train(
         r=recipe.rank, lora_alpha=4 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(hf, settings)
-    rows += general_examples(tokenizer, round(recipe.general * len(rows)), name=label, limit=limit)
-    steps = -(-len(rows) // recipe.batch_size) * recipe.epochs
+    held = general_examples(tokenizer, round(recipe.general * len(taught)), name=label, limit=limit)
+    groups = read_together(lessons, taught, twins=recipe.decisive != 1)
+    size = max(len(group) for group in groups)
+    groups += [held[i : i + size] for i in range(0, len(held), size)]
+    batch_size = max(1, recipe.batch_size // size)
+    steps = -(-len(groups) // batch_size) * recipe.epochs
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=batch_size,
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         warmup_steps=steps // 10,
@@ -331,7 +353,7 @@ def train(
             loss = lessons_loss(model, head, inputs)
             return (loss, {"loss": loss}) if return_outputs else loss
 
-    trainer = LessonsTrainer(model=model, args=arguments, train_dataset=rows, data_collator=batched)  # type: ignore[arg-type]
+    trainer = LessonsTrainer(model=model, args=arguments, train_dataset=groups, data_collator=batched)  # type: ignore[arg-type]
     trainer.remove_callback(_printer())
     trainer.add_callback(_bar(label, progress))
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
