@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,17 +336,25 @@ def test_batches_hold_every_prompt_once(toy):
                 assert mask[-1 if side == "left" else 0]
 
 
+def test_a_few_long_prompts_do_not_pad_all_others(toy):
+    (letter,) = encode(toy.model, as_prompts(["a"]))
+    lengths = (3, 180, 10, 68, 67, 90, 70, 89)
+    encodings = [replace(letter, ids=letter.ids[:1] * n) for n in lengths]
+    made = batches(toy.model, encodings, 3)
+    assert [[lengths[row] for row in batch.rows] for batch in made] == [[180, 90], [89, 70, 68], [67, 10, 3]]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_equal_the_untouched_model(toy, side):
-    (batch,) = batches(toy.model, encode(toy.model, as_prompts(TEXTS)), 8, padding_side=side)
-    made, cache = forward(toy.model, batch.ids, batch.mask)
-    assert cache is None
-    for row, scores, mask in zip(batch.rows, made, batch.mask.bool(), strict=True):
-        torch.testing.assert_close(scores[mask], toy.reference(toy.ids(TEXTS[row]))[1], **CLOSE)
-    if side == "left":
-        last, cache = forward(toy.model, batch.ids, batch.mask, logits="last", use_cache=True)
-        assert last.shape[1] == 1 and cache is not None
-        torch.testing.assert_close(last[:, 0], made[:, -1], **CLOSE)
+    for batch in batches(toy.model, encode(toy.model, as_prompts(TEXTS)), 8, padding_side=side):
+        made, cache = forward(toy.model, batch.ids, batch.mask)
+        assert cache is None
+        for row, scores, mask in zip(batch.rows, made, batch.mask.bool(), strict=True):
+            torch.testing.assert_close(scores[mask], toy.reference(toy.ids(TEXTS[row]))[1], **CLOSE)
+        if side == "left":
+            last, cache = forward(toy.model, batch.ids, batch.mask, logits="last", use_cache=True)
+            assert last.shape[1] == 1 and cache is not None
+            torch.testing.assert_close(last[:, 0], made[:, -1], **CLOSE)
 
 
 def test_a_bridge_that_stops_early_keeps_no_cache(llama):

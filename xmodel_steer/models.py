@@ -678,18 +678,25 @@ class Batch:
 def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right") -> list[Batch]:
     """Batches of prompts of similar length, longest first, so that little is padding.
 
-    Longest first also means that a batch size that does not fit in memory fails at once.
+    A batch ends at its size, or where the next prompt would be padding for more than half, and for over 64 tokens: a few
+    long prompts would else be the price of all. Longest first also means that a batch size that does not fit in memory fails at once.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-    order = sorted(range(len(encodings)), key=lambda i: -len(encodings[i].ids))
+    lengths = [len(encoding.ids) for encoding in encodings]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(encodings)), key=lambda i: -lengths[i]):
+        padding = lengths[groups[-1][0]] - lengths[i] if groups else 0
+        if groups and len(groups[-1]) < batch_size and padding <= max(lengths[i], 64):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
     device = device_of(model)
     made = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = len(encodings[rows[0]].ids)
+    for rows in groups:
+        width = lengths[rows[0]]
         ids = torch.full((len(rows), width), pad_id(model), dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for r, i in enumerate(rows):
