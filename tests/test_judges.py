@@ -244,8 +244,10 @@ def test_what_was_cut_short_is_left_out_and_all_else_kept():
 
 def test_prose_is_no_code_even_where_it_parses():
     texts = {
-        "def f(x):\n    return x\n": 1, "return x": 1, "print('a')\n": 1, "import os\n": 1, "x = [\n    1": 0, "Hello\nthere is a": 0,
+        "def f(x):\n    return x\n": 1, "return x": 1, "print('a')\n": 1, "import os\n": 0, "x = [\n    1": 0, "Hello\nthere is a": 0,
         "Note: this": 0, "the the the": 0, "'a sentence'": 0, "": 0, "Sure:\n```python\nx += 1\n```": 1,
+        "import os\n\ndef f(x):\n    return os.stat(x)\nif x": 1, "import os\n\ndef ping_x(host):\n    return return return": 0,
+        "x = 1\n\nSorry, I cannot\nhelp with that.": 0, "import os\nimport os\nimport os": 0, "pass": 0,
     }  # fmt: skip
     assert IsCode().score(as_prompts(["write"] * len(texts)), list(texts)) == list(texts.values())
 

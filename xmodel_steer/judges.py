@@ -185,8 +185,7 @@ def code_of(text: str) -> str:
 
     Lines are dropped from the end until the rest is Python; there may be nothing left.
     """
-    blocks = _FENCE.findall(text)
-    lines = textwrap.dedent("\n".join(blocks) if blocks else text).splitlines()
+    lines = _lines(text)
     for end in range(len(lines), 0, -1):
         made = "\n".join(lines[:end]) + "\n"
         try:
@@ -197,19 +196,36 @@ def code_of(text: str) -> str:
     return ""
 
 
+def _lines(text: str) -> list[str]:
+    """Of the fenced blocks of a text, or of all of it."""
+    blocks = _FENCE.findall(text)
+    return textwrap.dedent("\n".join(blocks) if blocks else text).splitlines()
+
+
 @dataclass(frozen=True)
 class IsCode:
-    """1 where a text has Python that does something, else 0: a statement, or a call; prose may parse as names and strings."""
+    """1 where a text is Python that does something, else 0.
+
+    Something is a statement, or a call; prose may parse as names and strings, and imports alone do nothing. Of the
+    code no more than the last line may be cut short: what is no Python behind an import or a definition ruins it.
+    """
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """1 or 0 for each text; the prompts are not read."""
-        return [float(any(map(_does_something, ast.parse(code_of(text)).body))) for text in texts]
+        return [float(_is_code(text)) for text in texts]
+
+
+def _is_code(text: str) -> bool:
+    read = code_of(text)
+    whole, kept = (sum(bool(line.strip()) for line in lines) for lines in (_lines(text), read.splitlines()))
+    return whole - kept <= 1 and any(map(_does_something, ast.parse(read).body))
 
 
 def _does_something(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Call | ast.Await | ast.Yield)
-    return not (isinstance(statement, ast.AnnAssign) and statement.value is None)
+    idle = isinstance(statement, ast.Import | ast.ImportFrom | ast.Pass)
+    return not idle and not (isinstance(statement, ast.AnnAssign) and statement.value is None)
 
 
 @dataclass(frozen=True)
