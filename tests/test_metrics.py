@@ -33,11 +33,14 @@ def test_the_interval_covers_the_mean_about_95_times_in_100(per_prompt):
     assert 0.90 < covered / 500 < 0.975
 
 
-def test_seeds_of_a_prompt_are_resampled_together():
+def test_prompts_and_seeds_are_resampled_each_whole():
     table = np.random.default_rng(1).normal(size=(30, 5)) + np.arange(30)[:, None]
-    assert bootstrap_mean(table) == bootstrap_mean(table.mean(1))
-    assert bootstrap_mean(table).n == 30
-    assert bootstrap_mean(table).value == pytest.approx(table.mean())
+    made = bootstrap_mean(table)
+    assert (made.value, made.n) == (pytest.approx(table.mean()), 30)
+    same, alone = bootstrap_mean(np.repeat(table[:, :1], 4, 1)), bootstrap_mean(table[:, 0])
+    assert (same.low, same.high) == (pytest.approx(alone.low), pytest.approx(alone.high)), "seeds that do the same"
+    one = bootstrap_mean(np.tile([1.0, 0.0, 0.0], (50, 1)))  # all that varies is the seed
+    assert (one.value, one.low, one.high) == (pytest.approx(1 / 3), 0, 1)
 
 
 def test_it_moves_and_scales_with_its_values():

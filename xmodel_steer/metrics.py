@@ -51,8 +51,8 @@ def bootstrap_mean(
     """Mean with a 95 % percentile bootstrap interval (Efron 1979).
 
     Args:
-        values: One number per prompt, or one row per prompt with a number per seed: then prompts
-            are resampled, whole rows at a time, because the seeds share them.
+        values: One number per prompt, or one row per prompt with a number per seed: then prompts are resampled, and
+            seeds, each whole, because every seed has every prompt (Owen 2007).
         groups: Label of each prompt, where some are of one kind, such as the fillings of a template: then groups are
             resampled, whole (Davison and Hinkley 1997, section 3.8).
         draws: Number of bootstrap samples.
@@ -69,13 +69,15 @@ def bootstrap_mean(
     table = np.asarray(values, dtype=float)
     if not table.size or not np.isfinite(table).all():
         raise ValueError("bootstrap: needs at least one value, and none of them NaN or infinite")
-    rows = table.reshape(len(table), -1).mean(1)
-    member = _members(groups, len(rows))
-    totals, sizes = np.bincount(member, rows), np.bincount(member)
-    drawn = resamples(len(sizes), draws=draws, seed=seed)
-    means = totals[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(rows.mean()), float(low), float(high), len(rows))
+    table = table.reshape(len(table), -1)
+    n, seeds = table.shape
+    member = _members(groups, n)
+    sizes = np.bincount(member)
+    totals = np.stack([np.bincount(member, column) for column in table.T], 1)
+    drawn, columns = resamples(len(sizes), draws=draws, seed=seed), resamples(seeds, draws=draws, seed=seed + 1)
+    sums = np.take_along_axis(totals[drawn].sum(1), columns, 1).mean(1)
+    low, high = np.quantile(sums / sizes[drawn].sum(1), [0.025, 0.975])
+    return Estimate(float(table.mean()), float(low), float(high), n)
 
 
 def _members(groups: Sequence[str] | None, n: int) -> np.ndarray:
@@ -117,11 +119,20 @@ def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None
         apart = np.bincount(member, values - share)
         variance = count / max(1, count - 1) * float(apart @ apart) / values.size**2
         effective = min(values.size, share * (1 - share) / variance) if variance else values.size
+    return Estimate(share, *wilson(share, effective), values.size)
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share of so many independent ones (Wilson 1927).
+
+    Args:
+        share: The share, 0 to 1.
+        n: How many; an effective number need not be whole.
+    """
     z = 1.959963984540054
-    middle = (share + z * z / (2 * effective)) / (1 + z * z / effective)
-    half = z / (1 + z * z / effective) * math.sqrt(share * (1 - share) / effective + z * z / (4 * effective**2))
-    low, high = (middle - half if share else 0.0), (middle + half if share < 1 else 1.0)  # no rounding at the ends
-    return Estimate(share, low, high, values.size)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n**2))
+    return (middle - half if share else 0.0), (middle + half if share < 1 else 1.0)  # no rounding at the ends
 
 
 def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
-from xmodel_steer.metrics import Estimate, bootstrap_mean, rate
+from xmodel_steer.metrics import Estimate, bootstrap_mean, rate, wilson
 from xmodel_steer.models import name_of
 
 RESULT, REPORT = "result.json", "report.html"
@@ -202,15 +202,21 @@ def read_study(folder: str | Path) -> Study:
 def estimate(scores: "Sequence[np.ndarray]", groups: Sequence[str] | None = None) -> Estimate:
     """Mean over prompts, and over seeds where there are several, with its 95 % interval.
 
-    Wilson's where every prompt has 0 or 1: a bootstrap of 200 ones has no width. Else by bootstrap over prompts.
+    Wilson's where every prompt has 0 or 1: a bootstrap of 200 ones has no width. Else by bootstrap over prompts, and over
+    seeds; of zeros and ones it is never within what as many prompts give for one seed.
 
     Args:
         scores: One array over prompts for each seed.
         groups: Label of each prompt where some are of one kind: the intervals are then those of so many kinds.
     """
     table = np.stack(list(scores), 1).astype(float)
-    rows = table.mean(1)
-    return rate(rows, groups=groups) if np.isin(rows, (0, 1)).all() else bootstrap_mean(table, groups=groups)
+    if not np.isin(table, (0, 1)).all():
+        return bootstrap_mean(table, groups=groups)
+    rows, found = table.mean(1), bootstrap_mean(table, groups=groups)
+    if np.isin(rows, (0, 1)).all():
+        return rate(rows, groups=groups)
+    alone = wilson(found.value, len(set(groups)) if groups else len(rows))
+    return replace(found, low=min(found.low, alone[0]), high=max(found.high, alone[1]))
 
 
 def end_of(model: Any) -> dict[str, Any]:
