@@ -86,7 +86,13 @@ def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> N
     found = {(arm.arm, arm.recipe, arm.at) for arm in study.arms}
     for recipe in (removal.ADDED, removal.CLAMPED, removal.PROMPTED, removal.PROMPT_CLAMPED):
         assert {(name, recipe, "equal strength") for name in ("native", "mapped", "random", "shuffled")} <= found
-    assert {(name, removal.ADDED, "equal KL") for name in ("mapped", "random", "shuffled")} <= found
+    for recipe in (removal.ADDED, removal.PROMPTED):  # what is added at tokens of any text
+        assert {(name, recipe, "equal KL") for name in ("mapped", "random", "shuffled")} <= found
+        assert abs(study.arm("random", recipe, at="equal KL").kl / study.arm("native", recipe).kl - 1) < 0.5
+    assert not {(recipe, at) for _, recipe, at in found if at == "equal KL"} & {
+        (removal.CLAMPED, "equal KL"),
+        (removal.PROMPT_CLAMPED, "equal KL"),
+    }
     assert ("unsteered", "", "equal strength") in found
     assert {recipe for arm, recipe, _ in found if arm == arms.ENDPOINTS} == {removal.CLAMPED, removal.PROMPTED}
     for arm in study.arms:
@@ -140,7 +146,8 @@ def test_controls_may_be_asked_less(
         random_seeds=1, controls="effect", progress=False,
     )  # fmt: skip
     asked = {arm.arm: {name for name in arm.beside if "kept" in name} for arm in study.arms}
-    assert asked["native"] == asked["mapped"] == asked["unsteered"] == {"clean answers kept", "plain answers kept"}
+    assert asked["mapped"] == asked["unsteered"] == {"clean answers kept", "plain answers kept"}
+    assert asked["native"] == {"clean answers kept"}
     assert asked["random"] == asked["shuffled"] == set()
     assert all("agreement with the clean answer" in arm.beside for arm in study.arms)
     write_study(study, tmp_path)
@@ -227,6 +234,18 @@ def test_an_estimate_of_shares_is_wilsons_and_of_seeds_is_over_prompts() -> None
     assert sure.value == 1 and sure.low == pytest.approx(0.981, abs=1e-3)
     several = estimate([np.array([0.0, 1.0] * 10), np.array([1.0, 1.0] * 10)])
     assert (several.value, several.n) == (0.75, 20) and several.low < 0.75 < several.high
+
+
+def test_an_interval_of_several_seeds_is_not_within_that_of_one() -> None:
+    none, all_ = np.zeros(200), np.ones(200)
+    one = estimate([all_, none, none])
+    assert (one.value, one.low, one.high) == (pytest.approx(1 / 3), 0, 1), "which seed it is decides"
+    hit = none.copy()
+    hit[0] = 1
+    rare, alone = estimate([hit, none, none]), estimate([none])
+    assert rare.value == pytest.approx(1 / 600) and rare.low >= 0 and rare.high > alone.high > 0.018
+    kinds = estimate([hit, none, none], [str(i // 10) for i in range(200)])
+    assert kinds.high > 0.16, "twenty kinds"
 
 
 def test_intervals_are_those_of_kinds_where_tasks_are_alike(organisms: Any) -> None:
@@ -467,7 +486,60 @@ def test_corrupted_capability_says_what_was_right(
     assert read_study(tmp_path) == found
 
 
-def test_every_arm_acts_under_a_gate_of_its_own(
+class Scripted:
+    """Scores by the layer and the operator of a setting, in place of what a model says."""
+
+    def __init__(self, scores: dict[tuple[int, Any], float], error: float) -> None:
+        self.scores, self.error = scores, error
+
+    def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
+        keys = [(step.space.site.layer, step.operator) for (step,) in settings]
+        return [arms.Outcome(np.zeros(2), {}, self.scores[key], self.error) for key in keys]
+
+
+def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
+    organisms: Any, lessons: Curriculum
+) -> None:
+    text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
+    low, high, other = xs.Add(1.0), xs.Add(2.0), xs.Add(3.0)
+    sites = tuple(map(xs.Site, range(3)))
+    way = arms.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
+    layer = {(0, high): 0.2, (1, high): 0.5, (2, high): 0.5, (1, low): 0.3, (2, low): 0.4}
+
+    def chosen(more: dict[Any, float], error: float = 0.0) -> Any:
+        asked = Scripted(layer | more, error)
+        return arms.choose(
+            arms.Pair(*organisms, text, 0, False), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
+        )
+
+    # The first leaves layers 1 and 2, the second decides for 2.
+    found = chosen({(2, other): 0.45})
+    (choice,) = found.choices
+    assert choice.carried.native.space.site.layer == 2 and choice.operator == high
+    tried = [(r["varied"], r["layer"], r["operator"]) for r in found.records]
+    assert tried[:5] == [("target layer", k, repr(high)) for k in (0, 1, 2)] + [
+        ("target layer", k, repr(low)) for k in (1, 2)
+    ]
+    # Of strengths the least that is within an error of the best; without an error the best.
+    assert chosen({(2, other): 0.45}, error=0.11).choices[0].operator == low
+    assert chosen({(2, other): 0.9}, error=0.11).choices[0].operator == other
+
+
+def test_neutral_text_is_steered_at_its_beginning_where_the_tokens_are_fixed() -> None:
+    mask = torch.tensor([False] * 7 + [True, False, True])
+    assert arms.neutral_positions(mask).tolist() == [False, True, False, True]  # type: ignore[union-attr]
+    assert arms.neutral_positions(torch.tensor([True])).tolist() == [True]  # type: ignore[union-attr]
+    assert arms.neutral_positions(("last", "generated")) == arms.neutral_positions("all") == "all"
+
+
+def test_the_score_of_measures_has_their_error() -> None:
+    one, other = np.array([0.0, 1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0, 1.0])
+    assert arms.scored(one) == (0.5, pytest.approx(0.25))
+    assert arms.scored(one, other) == (0.5, 0), "of the same prompts: what one loses the other wins"
+    assert arms.scored(one, other[:2]) == (0.5, pytest.approx(np.hypot(0.25, 0.5 / np.sqrt(2)) / 2))
+
+
+def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
     organisms: Any, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
@@ -485,18 +557,25 @@ def test_every_arm_acts_under_a_gate_of_its_own(
         "gated", clean_against_triggered, ("last", "last"), (xs.Add(2.0),), "last", (xs.Site(1),), (xs.Site(1),),
         gate=clean_against_triggered,
     )  # fmt: skip
+    clamp = xs.Clamp("positive", overshoot=1.5)
+    shut = replace(own, name="clamped", gate=None, operators=(clamp,))
     found = backdoor_removal(
-        *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None)], nonlinear=None,
+        *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None), shut], nonlinear=None,
         general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4, progress=False,
     )  # fmt: skip
-    assert [arm for arm, _ in seen] == 2 * ["native", "mapped", "random", "random", "shuffled"]
+    assert [arm for arm, _ in seen] == 3 * ["native", "mapped", "random", "random", "shuffled"]
+    steps = [dict(seen[i : i + 5]) for i in (0, 5, 10)]
     for arm, step in seen[:5]:
-        assert step.gate.side == "negative", arm
-        if arm != "random":  # here the gate is found as the vector is
-            assert torch.equal(step.gate.vector.direction, step.vector.direction), arm
-    drawn = [vector for arm, step in seen[:5] if arm == "random" for vector in (step.vector, step.gate.vector)]
-    assert len({tuple(vector.direction.tolist()) for vector in drawn}) == 4
-    assert all(step.gate is None for _, step in seen[5:])
+        assert step.gate.side == "negative" and step.operator == xs.Add(2.0), arm
+        its = steps[0]["native" if arm == "native" else "mapped"].vector  # here the gate is found as the vector is
+        assert torch.equal(step.gate.vector.direction, its.direction), arm
+    assert all(step.gate is None for _, step in seen[5:10])
+    for arm in ("native", "mapped"):
+        assert steps[2][arm].gate is None and steps[2][arm].operator == clamp
+    for arm in ("random", "shuffled"):
+        step, moved = steps[2][arm], steps[2]["mapped"].vector
+        assert step.operator == xs.Add(1.5) and step.gate.side == "negative" and step.gate.vector is moved
+        assert step.vector.norm(standardised=True) == pytest.approx(moved.norm(standardised=True))
     gated, wide = (found.arm("native", name).kl for name in ("gated", "open"))
     assert 0 < gated < wide, "neutral text is not all of one class"
     curve = found.curves["prompts of the task in the map's text"]

@@ -32,7 +32,7 @@ from xmodel_steer.organisms.data import PARTS, Curriculum, Lesson
 from xmodel_steer.prompts import Prompt, require_disjoint
 from xmodel_steer.results import CONTROLS
 from xmodel_steer.spaces import Site
-from xmodel_steer.steering import Add, Gate, Intervention, Operator, Positions
+from xmodel_steer.steering import Add, Clamp, Gate, Intervention, Operator, Positions
 from xmodel_steer.store import ActivationStore, harvest
 from xmodel_steer.training import Autoencoder
 from xmodel_steer.transfer import versions
@@ -56,6 +56,7 @@ class Outcome:
         effect: What the study is about.
         beside: What was measured beside it, by name.
         score: What layers and strengths are chosen by.
+        error: Its standard error.
         texts: The texts that the effect was read in.
         groups: By the name of what was measured (``effect``, or one of those beside it), of which kind each prompt is,
             where some are of one kind.
@@ -64,13 +65,25 @@ class Outcome:
     effect: np.ndarray
     beside: Mapping[str, np.ndarray]
     score: float
+    error: float = 0.0
     texts: tuple[str, ...] = field(repr=False, default=())
     groups: Mapping[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
 
     def record(self) -> dict[str, float]:
         """Its means, as a study records what validation tried."""
         beside = {name: float(scores.mean()) for name, scores in self.beside.items()}
-        return {"effect": float(self.effect.mean()), **beside, "score": self.score}
+        return {"effect": float(self.effect.mean()), **beside, "score": self.score, "error": self.error}
+
+
+def scored(*parts: np.ndarray) -> tuple[float, float]:
+    """The mean of several measures' means, and its standard error.
+
+    Args:
+        parts: One number per prompt each. Where they are as many, they are taken to be of the same prompts.
+    """
+    parts = (np.mean(parts, 0),) if len({len(part) for part in parts}) == 1 else parts
+    errors = [part.std() / np.sqrt(len(part)) for part in parts]
+    return float(np.mean([part.mean() for part in parts])), float(np.linalg.norm(errors)) / len(parts)
 
 
 @runtime_checkable
@@ -99,13 +112,14 @@ class Recipe:
         name: Its name.
         contrast: The prompts with what is wanted, and those without, of lessons.
         tokens: Which tokens of the two the vector is read at; see `capture`.
-        operators: What may be done with it; validation chooses. Layers are chosen with the first one.
+        operators: What may be done with it; validation chooses. Layers are chosen with the first one, and with the next ones
+            where it does not tell them apart.
         positions: Where it is done.
         source_sites: Candidates.
         target_sites: Candidates.
         aim: What it is for, where a study has several aims.
-        gate: Prompts that are to be left alone, and those that are acted on, of lessons; read at the same tokens. With it each vector
-            acts only under a gate of its own, found as it was: the native one's in the target, the mapped one's mapped.
+        gate: Prompts that are to be left alone, and those that are acted on, of lessons; read at the same tokens. With it a vector
+            acts only under a gate that was found as it was: the native one's in the target, the mapped one's mapped.
     """
 
     name: str
@@ -347,9 +361,10 @@ class Choice:
     others: Mapping[str, SteeringVector] = field(default_factory=dict)
 
     @property
-    def added_everywhere(self) -> bool:
+    def has_equal_kl(self) -> bool:
         """Whether it can be compared at equal KL: neutral text is then disturbed as any other."""
-        return isinstance(self.operator, Add) and self.recipe.positions == "all"
+        fixed = self.recipe.positions == "all" or isinstance(self.recipe.positions, Tensor)
+        return isinstance(self.operator, Add) and self.recipe.gate is None and fixed
 
     def record(self) -> dict[str, Any]:
         """As a study records it."""
@@ -449,6 +464,9 @@ def choose(
 ) -> Chosen:
     """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
 
+    Of strengths the least is taken that is within a standard error of the best (Breiman et al. 1984, section 3.4.3): more
+    than is needed costs text, and any direction does it.
+
     Args:
         pair: The models.
         ways: The recipes.
@@ -466,14 +484,23 @@ def choose(
         varied: str, recipe: Recipe, candidates: Sequence[tuple[SteeringVector, SteeringVector | None, Operator, int]]
     ) -> int:
         """Try vectors, with their gates, with operators; the number of the best one. One alone is not tried."""
-        if len(candidates) == 1:
-            return 0
-        settings = [recipe.setting(vector, operator, gate) for vector, gate, operator, _ in candidates]
-        found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
-        for (*_, operator, layer), own in zip(candidates, found, strict=True):
-            record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
-            records.append(record | own.record())
-        return int(np.argmax([own.score for own in found]))
+        best = list(range(len(candidates)))
+        own: list[Outcome] = []
+        for again in (None, *recipe.operators[1:]):  # layers that the first one does not tell apart, with the next
+            if len(best) == 1 or (again is not None and varied == "strength"):
+                break
+            tried = [(*candidates[i][:2], again or candidates[i][2], candidates[i][3]) for i in best]
+            settings = [recipe.setting(vector, operator, gate) for vector, gate, operator, _ in tried]
+            own = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
+            for (*_, operator, layer), found in zip(tried, own, strict=True):
+                record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
+                records.append(record | found.record())
+            top = max(own, key=lambda found: found.score)
+            slack = top.error if varied == "strength" else 0.0
+            best = [i for i, found in zip(best, own, strict=True) if found.score >= top.score - slack]
+        if varied == "strength":
+            return min(best, key=lambda i: strength_of(candidates[i][2]))
+        return best[len(best) // 2]
 
     every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
     spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens, progress=progress)
@@ -519,6 +546,11 @@ def choose(
         choices.append(Choice(recipe, recipe.operators[at], own))
     lap("choosing source layers and strengths")
     return Chosen(tuple(choices), tuple(records), general)
+
+
+def strength_of(operator: Operator) -> float:
+    """How much an operator does, among those of its kind."""
+    return abs(operator.strength) if isinstance(operator, Add) else getattr(operator, "overshoot", 1.0)
 
 
 def with_endpoints(
@@ -582,18 +614,26 @@ class _Run:
 
 
 def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
-    """Every arm at the strength that validation chose."""
-    own = choice.carried
+    """Every arm at the strength that validation chose.
+
+    What acts under a gate has controls that act in the same rows and by the same step, so that nothing but the direction differs:
+    those of a clamp are added, at its overshoot, where the mapped vector's clamp moves. A gate of their own would be shut in half
+    of the prompts, and what does nothing there is no control.
+    """
+    own, operator = choice.carried, choice.operator
     arms = _vectors(own, random_seeds, seed)
-    # Another draw: a gate along the vector's own direction would be no random one.
-    gates = _vectors(own.gate, random_seeds, seed + random_seeds) if own.gate else {}
     arms |= {name: [vector] for name, vector in choice.others.items()}
-    if choice.added_everywhere:
+    if choice.recipe.positions == "all" and choice.has_equal_kl:
         arms[BIASED] = [own.biased]
-    return [
-        _Run(arm, choice, group, [choice.operator] * len(group), gates.get(arm, [None] * len(group)))
-        for arm, group in arms.items()
-    ]
+    gates = {"native": own.gate.native, "mapped": own.gate.mapped} if own.gate else {}
+    control, gate = (
+        (Add(operator.overshoot), own.mapped) if isinstance(operator, Clamp) else (operator, own.mapped_gate)
+    )
+    made = []
+    for arm, group in arms.items():
+        does, under = (control, gate) if arm in ("random", "shuffled") else (operator, gates.get(arm, own.mapped_gate))
+        made.append(_Run(arm, choice, group, [does] * len(group), [under] * len(group)))
+    return made
 
 
 def _vectors(own: Carried, random_seeds: int, seed: int) -> dict[str, list[SteeringVector]]:
@@ -612,13 +652,21 @@ def _at_equal_kl(
 ) -> list[_Run]:
     """Every arm but the native one at the strength that disturbs neutral text as much as the native one does."""
     native = next(run for run in runs if run.arm == "native")
-    (effect,) = side_effects(
-        target, native.settings(), neutral, max_tokens=max_tokens, batch_size=16, progress=progress
-    )
+    settings, positions = on_neutral(native.settings()), neutral_positions(native.choice.recipe.positions)
+    (effect,) = side_effects(target, settings, neutral, max_tokens=max_tokens, batch_size=16, progress=progress)
     others = [run for run in runs if run.arm not in ("native", BIASED)]
     vectors = [vector for run in others for vector in run.vectors]
     signs = [int(np.sign(o.strength)) for run in others for o in run.operators if isinstance(o, Add)]
-    found = calibrate(target, vectors, effect.mean_kl, neutral, signs=signs, max_tokens=max_tokens, progress=progress)
+    found = calibrate(
+        target,
+        vectors,
+        effect.mean_kl,
+        neutral,
+        signs=signs,
+        positions=positions,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
     doses = iter(found)
     made = []
     for run in others:
@@ -626,6 +674,27 @@ def _at_equal_kl(
         operators = [Add(dose.strength) for dose in own]
         made.append(replace(run, operators=operators, at=EQUAL_KL, reached=all(dose.reached for dose in own)))
     return made
+
+
+def _extent(run: _Run, controls: Extent) -> Extent:
+    if run.arm in (*CONTROLS, BIASED) or run.at != EQUAL_STRENGTH:
+        return controls
+    return "all" if run.arm == "mapped" or controls != "effect" else "brief"
+
+
+def neutral_positions(positions: Positions) -> Positions:
+    """Where neutral text is steered for its KL and perplexity: at every token, or at as many as a mask of one text has.
+
+    These are moved to the beginning of the text, from its second token on: behind it is then nearly all that is predicted.
+    """
+    if not isinstance(positions, Tensor):
+        return "all"
+    return positions[max(0, int(positions.nonzero()[0]) - 1) :]
+
+
+def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
+    """Settings with the positions of `neutral_positions`."""
+    return [[replace(step, positions=neutral_positions(step.positions)) for step in setting] for setting in settings]
 
 
 def measure_arms(
@@ -648,7 +717,7 @@ def measure_arms(
         neutral: Text for KL and perplexity; a third of it calibrates.
         neutral_tokens: Tokens read of each.
         random_seeds: Number of random vectors.
-        controls: How much is measured of controls.
+        controls: How much is measured of controls, and of all arms at equal KL; where it is ``effect``, the native one is asked in brief.
         lap: Told of each part that is done.
 
     Returns:
@@ -665,7 +734,7 @@ def measure_arms(
     for choice in choices:
         own = _runs(choice, random_seeds, pair.seed)
         runs += own
-        if choice.added_everywhere:
+        if choice.has_equal_kl:
             runs += _at_equal_kl(target, own, calibration, neutral_tokens, progress)
     lap("calibrating to equal KL")
 
@@ -673,21 +742,19 @@ def measure_arms(
     aims = tuple(dict.fromkeys(choice.recipe.aim for choice in choices))
     settings = [[] for _ in aims] + [setting for run in runs for setting in run.settings()]
     aim_of = [*aims, *(run.choice.recipe.aim for run in runs for _ in run.vectors)]
-    # What one would use is measured in full; controls need not be, which takes less time.
-    used = [*(True for _ in aims), *(run.arm not in (*CONTROLS, BIASED) for run in runs for _ in run.vectors)]
+    # What one would use is measured in full; the others need not be, which takes less time.
+    every: tuple[Extent, ...] = ("all", "brief", "effect")
+    extents = [*(every[0] for _ in aims), *(_extent(run, controls) for run in runs for _ in run.vectors)]
     measured: dict[int, Outcome] = {}
     for aim in aims:
-        for full in (True, False):
-            own = [i for i in range(len(settings)) if aim_of[i] == aim and used[i] is full]
+        for extent in every:
+            own = [i for i in range(len(settings)) if aim_of[i] == aim and extents[i] == extent]
             if own:
-                extent: Extent = "all" if full else controls
                 found = asked.measure([settings[i] for i in own], aim=aim, extent=extent, progress=progress)
                 measured |= dict(zip(own, found, strict=True))
-    everywhere = [
-        [replace(step, positions=step.positions if isinstance(step.positions, Tensor) else "all") for step in setting]
-        for setting in settings
-    ]
-    damage = side_effects(target, everywhere, held, max_tokens=neutral_tokens, batch_size=16, progress=progress)
+    damage = side_effects(
+        target, on_neutral(settings), held, max_tokens=neutral_tokens, batch_size=16, progress=progress
+    )
 
     def arm(name: str, recipe: str, operator: str, members: range, **more: Any) -> StudyArm:
         own, effects = [measured[i] for i in members], [damage[i] for i in members]

@@ -94,6 +94,7 @@ def _removal(call: Call) -> Study:
 # Answers of code are longer, and must be whole to be judged; a study should end within an hour on two cores.
 REMOVAL: dict[str, dict[str, Any]] = {
     "code-vulnerability": {
+        "sites": (4, 5),
         "random_seeds": 2,
         "controls": "effect",
         "validation_tasks": 16,

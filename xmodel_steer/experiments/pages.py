@@ -321,7 +321,9 @@ def _table(records: Iterable[Mapping[str, str]]) -> str:
 
 
 def _texts(study: Study) -> str:
-    base = next(arm for arm in study.arms if arm.arm == "unsteered" and (arm.texts or not study.prompts))
+    base = next((arm for arm in study.arms if arm.arm == "unsteered" and arm.texts), None)
+    if base is None:
+        return ""
     fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
     made = ""
     for i, prompt in enumerate(study.prompts):

@@ -19,6 +19,7 @@ from xmodel_steer.experiments.arms import (
     layers,
     measure_arms,
     require_apart,
+    scored,
     study_of,
 )
 from xmodel_steer.experiments.study import Clock, Study
@@ -177,7 +178,7 @@ class Requests:
         groups = {"harmful refused": self.kinds}
         if aim == ON:
             effect, beside = refused, {"refused, by classifier": seen}
-            score = float(np.mean([refused.mean(), seen.mean()]))  # a ruined text is neither
+            parts = [refused, seen]  # a ruined text is neither
             if len(answers) > 1:
                 beside["harmful refused"] = score_texts(phrases, answers[1], asked[1])
             texts = answers[0]
@@ -188,18 +189,18 @@ class Requests:
                 "answered to the point": effect * score_texts(self.topic, answers[0], self.bare),
             }
             groups = dict.fromkeys(("effect", *beside), self.kinds)
-            score = float(beside["answered to the point"].mean())  # a ruined text is no answer
+            parts = [beside["answered to the point"]]  # a ruined text is no answer
             if len(answers) > 1:
                 kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(asked[1], answers[1]))
                 beside |= {
                     "harmless answers kept": kept,
                     "harmless refused": score_texts(phrases, answers[1], asked[1]),
                 }
-                score = float(np.mean([score, kept.mean()]))
+                parts.append(kept)
         if len(answers) > 2 and self.edgy:
             beside["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
             beside["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
-        return Outcome(effect, beside, score, texts, groups)
+        return Outcome(effect, beside, *scored(*parts), texts=texts, groups=groups)
 
 
 def refusal_switch(

@@ -42,13 +42,14 @@ PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
 UNIT = "share of prompts with the trigger that are answered without the behaviour, and soundly where that can be read off the answer"
 NOTE = (
-    "Every vector has the native one's norm in standardised coordinates. Agreement and kept: share of the tokens at the same place. "
-    "KL and perplexity: on neutral text, with the vector at every token, or at its own where these are fixed. Strengths are chosen for the mapped vector."
+    "Every vector has the native one's norm in standardised coordinates; under a gate, and for a clamp, random and shuffled ones are added in the rows "
+    "that the mapped vector's gate opens. Agreement and kept: share of the tokens at the same place. KL and perplexity: on neutral text, with the "
+    "vector at every token, or at as many at the beginning where the recipe's are fixed. Strengths are chosen for the mapped vector."
 )
 AMOUNTS = (0, 25, 50, 100, 200, 400)  # prompts of the task in the map's text
 
 
-def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
+def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple[int, int] = (8, 10)) -> list[Recipe]:
     """The four ways that are compared.
 
     The first two take the mean over prompts of the activation at the last token, clean minus triggered. One adds it at
@@ -61,11 +62,12 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
         source: The source model.
         target: The target model.
         prompts: Prompts with the trigger, to find its tokens in.
+        sites: How many layers of the source and of the target are tried; of the earlier ones two thirds as many.
 
     Raises:
         PromptError: The trigger does not stand at the same tokens in all of them.
     """
-    late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
+    late, middle = layers(source, 0.45, 0.97, sites[0]), layers(target, 0.35, 0.95, sites[1])
     adds = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
     starts = {_found(prompt) for prompt in prompts}
@@ -76,7 +78,8 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
     same = next(i for i, (ours, theirs) in enumerate(zip(DEV, PROD, strict=False)) if ours != theirs)
     clean, triggered = ((start + same, start + len(name.rstrip(": "))) for name in (DEV, PROD))
     swapped, at = (clean, triggered), _mask(target, prompts, triggered)
-    early = layers(source, 0.0, 0.5, 5), layers(target, 0.0, 0.7, 6)
+    fewer = [round(most * 2 / 3) for most in sites]
+    early = layers(source, 0.0, 0.5, fewer[0]), layers(target, 0.0, 0.7, fewer[1])
     doses = tuple(Add(s) for s in (1.0, 2.0, 5.0))
     moves = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 2.0, 3.0))
     return [
@@ -149,6 +152,7 @@ def backdoor_removal(
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
+    sites: tuple[int, int] = (8, 10),
     also: tuple[int, int] | None = None,
     fitter: Fitter = Ridge(),
     nonlinear: Autoencoder | None = Autoencoder(**LONGER),
@@ -159,7 +163,7 @@ def backdoor_removal(
     validation_tasks: int = 48,
     validation_tokens: int = 16,
     neutral_tokens: int = 32,
-    batch_size: int = 200,
+    batch_size: int = 100,
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
@@ -170,7 +174,7 @@ def backdoor_removal(
     evaluation share no task.
 
     Every vector is scaled to the native one's norm in standardised coordinates. KL and perplexity are measured on neutral text
-    with the vector at every token, whatever the recipe's positions; with prompt steering's at its own.
+    with the vector at every token, whatever the recipe's positions; with prompt steering's at as many at the text's beginning.
 
     Args:
         source: An organism, the smaller one.
@@ -184,13 +188,15 @@ def backdoor_removal(
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
+        sites: For these, as there.
         also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         fitter: Fits the map.
         nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out.
         map_prompts: Prompts of the task in the map's text.
         amounts: The same, for the curve.
         random_seeds: Number of random vectors.
-        controls: What controls are asked: ``brief``, triggered and clean prompts; ``effect``, triggered ones alone; or ``all``.
+        controls: What controls and arms at equal KL are asked: ``brief``, triggered and clean prompts; ``effect``, triggered ones
+            alone; or ``all``.
         validation_tasks: How many of them choose.
         validation_tokens: Length of the answers that choose.
         neutral_tokens: Tokens read of each neutral text.
@@ -210,7 +216,7 @@ def backdoor_removal(
     require_apart(name, text.general, neutral, curriculum)
     pair = Pair(source, target, text.general, seed, progress)
     if ways is None:
-        ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered])
+        ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered], sites=sites)
     if also is not None:
         ways = [recipe.with_sites(*map(Site, also)) for recipe in ways]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from xmodel_steer.damage import Settings
 from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments.arms import Extent, Outcome, answers_of
+from xmodel_steer.experiments.arms import Extent, Outcome, answers_of, scored
 from xmodel_steer.experiments.study import AGREEMENT
 from xmodel_steer.models import tokenizer_of
 from xmodel_steer.organisms.data import Lesson, prompt_of
@@ -124,7 +124,7 @@ class Repaired:
         parts = [effect, self.kept["clean"]] if "clean" in self.kept else [effect]
         parts += [self.agreement] if self.correct is None else []
         groups = dict.fromkeys(("effect", *beside), self.groups)
-        return Outcome(effect, beside, float(np.mean([part.mean() for part in parts])), self.texts, groups)
+        return Outcome(effect, beside, *scored(*parts), texts=self.texts, groups=groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +151,12 @@ class Repair:
     right: Scorer | None = None
     unknown: Scorer | None = None
     sound: Scorer | None = None
-    batch_size: int = 200
+    batch_size: int = 100
 
     @classmethod
     def of(
         cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, right: Scorer | None = None,
-        unknown: Scorer | None = None, sound: Scorer | None = None, batch_size: int = 200, progress: bool = True,
+        unknown: Scorer | None = None, sound: Scorer | None = None, batch_size: int = 100, progress: bool = True,
     ) -> "Repair":  # fmt: skip
         """Ask the unsteered model first: its answers are what a repair is held to."""
         groups = [getattr(questions, side) for side in SIDES]

@@ -12,7 +12,7 @@ import numpy as np
 from xmodel_steer.damage import side_effects, under
 from xmodel_steer.errors import PromptError, SpaceMismatchError
 from xmodel_steer.evaluation import MultipleChoice
-from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers, require_apart
+from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers, require_apart, scored
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
@@ -116,7 +116,13 @@ def safety_switch(
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, _Asked]:
         questions = Questions.of(lessons, most)
         repair = Repair.of(
-            organism, questions, curriculum.scorer, max_new_tokens=tokens, batch_size=batch_size, progress=progress
+            organism,
+            questions,
+            curriculum.scorer,
+            max_new_tokens=tokens,
+            sound=curriculum.sound,
+            batch_size=batch_size,
+            progress=progress,
         )
         return {
             OFF: lambda settings: repair.measure(settings, progress=progress),
@@ -264,7 +270,7 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], 
         ]
         beside = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
         groups = dict.fromkeys(("effect", *beside), questions.groups)
-        made.append(Outcome(effect, beside, float(np.mean([effect.mean(), 1 - false.mean()])), on, groups))
+        made.append(Outcome(effect, beside, *scored(effect, 1 - false), texts=on, groups=groups))
     return made
 
 
