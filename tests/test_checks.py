@@ -50,6 +50,15 @@ def check(twins, mapping, reference, prompts=PROMPTS, **kwargs):
     )
 
 
+def test_noise_is_that_of_the_seed(twins, reference):
+    first, again, other = (
+        check(twins, identity(*twins[::-1]), reference, PROMPTS[:3], random_seeds=1, seed=seed).arms
+        for seed in (0, 0, 1)
+    )
+    assert first["random"].kl == again["random"].kl != other["random"].kl
+    assert first["mean"].kl == other["mean"].kl and first["mapped"].kl == other["mapped"].kl
+
+
 def test_a_perfect_map_of_a_twin_passes_and_its_controls_do_not(twins, reference):
     # A toy also writes special tokens and pieces of characters, which no text holds or ends with: elsewhere the twins agree.
     model, tokenizer = twins[0].model, twins[0].tokenizer

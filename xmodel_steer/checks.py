@@ -115,6 +115,7 @@ def replacement_check(
     random_seeds: int = 3,
     similarity: Similarity | None = None,
     batch_size: int = 32,
+    seed: int = 0,
     progress: bool = True,
 ) -> ReplacementResult:
     """Let a model write while one site holds the mapped activations of another model, which reads along.
@@ -132,6 +133,7 @@ def replacement_check(
         random_seeds: Number of noise seeds.
         similarity: Similarity of two lists of texts, pair by pair; `judges.similarity` by default (83 MB by pip).
         batch_size: Prompts at a time.
+        seed: The first of the noise seeds.
         progress: Show progress bars.
 
     Raises:
@@ -155,7 +157,7 @@ def replacement_check(
     steps: dict[str, list[Replacement]] = {
         "mapped": [mapped_source(source, target, mapping)],
         "mean": [mean_of(mapping.target, mean)],
-        "random": [noise_like(mapping.target, mean, scale, seed=seed) for seed in range(random_seeds)],
+        "random": [noise_like(mapping.target, mean, scale, seed=seed + k) for k in range(random_seeds)],
     }
 
     def continued(model: Any) -> list[str]:

@@ -117,7 +117,9 @@ def transfer(
     prompts: Annotated[Path | None, typer.Option(help="Prompts to continue and score; goes with --score.")] = None,
     score: Annotated[
         str | None,
-        typer.Option(help="Reads the behaviour in a text: sentiment, contains:STRING, matches:REGEX or language:NAME."),
+        typer.Option(
+            help="Reads the behaviour in a text: a concept such as sentiment or tense, contains:STRING, matches:REGEX or language:NAME."
+        ),
     ] = None,
     label: Annotated[str, typer.Option(help="Name of the behaviour.")] = "behaviour",
     source_layers: Annotated[str | None, typer.Option(help="Candidate layers, such as 12,15,18.")] = None,
@@ -224,7 +226,7 @@ def harvest(
     shard: Annotated[
         str,
         typer.Option(
-            help="I/N: do the I-th of N shares of the text, as one of N jobs. torchrun deals them out by itself."
+            help="I/N, I from 0 to N - 1: one of N shares of the text, for one of N jobs. torchrun deals them out by itself."
         ),
     ] = "0/1",
     seed: Annotated[int, typer.Option(help="Seed of the split and of the shuffled control.")] = 0,

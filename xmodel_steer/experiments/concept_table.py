@@ -108,6 +108,7 @@ def concept_transfer(
     clock.lap("collecting moments")
 
     results: dict[str, TransferResult] = {}
+    mixed: dict[str, dict[str, list[str]]] = {}  # what stands among the general text, by concept
     for own, (how, direction) in itertools.product(chosen, directions.items()):
         label = f"{own.name}, {how}" if how else own.name
         results[label] = transfer(
@@ -137,6 +138,7 @@ def concept_transfer(
             seed=seed,
             progress=progress,
         )
+        mixed[label] = {"map_text": [prompt.id for prompt in own.text]} if own.text else {}
         clock.lap(label)
 
     first = next(iter(results.values()))
@@ -158,7 +160,8 @@ def concept_transfer(
         spec={key: first.spec[key] for key in ("strengths", "fitter", "random_seeds", "max_new_tokens", "neutral_tokens")}
         | {"source_sites": list(map(str, ours)), "target_sites": list(map(str, theirs))}
         | {"map_documents": len(general), "map_tokens": limit, "batch_size": batch_size},
-        splits={name: {key: own for key, own in result.splits.items() if key != "evaluation_texts"} for name, result in results.items()},
+        splits={"general": [prompt.id for prompt in general]}
+        | {name: {key: own for key, own in result.splits.items() if key != "evaluation_texts"} | mixed[name] for name, result in results.items()},
         seeds=dict(first.seeds),
         versions=versions(),
         hardware=hardware_of(target),

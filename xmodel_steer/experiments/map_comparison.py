@@ -41,7 +41,7 @@ from xmodel_steer.vectors import Activations, SteeringVector, difference_of_mean
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
 UNIT = "steering: half of what lies between both directions; replacement and capability: shares of prompts"
 NOTE = (
-    "Steering: every arm at the KL of the native vector at strength 1, in each direction. Replacement: the site holds mapped activations of the "
+    "Layers are chosen with ridge. Steering: every arm at the KL of the native vector at strength 1, in each direction. Replacement: the site holds mapped activations of the "
     "source, which reads along; the effect is the share of texts more like the target's own than the source's own (one half by chance), KL "
     "and ROUGE-L against its own text. Capability: right answers to questions that no map was fitted on, under the same replacement."
 )
@@ -202,7 +202,7 @@ def map_comparison(
         target, list(steps.values()), held, max_tokens=neutral_tokens, batch_size=16, progress=progress
     )
     damage = dict(zip(steps, effects, strict=True))
-    arms += _replaced(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, progress)
+    arms += _replaced(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, seed, progress)
     clock.lap("replacing")
     questions = capability or MultipleChoice.packaged()
     for (name, cost), right in zip(
@@ -355,14 +355,15 @@ def _both(vector: SteeringVector, up: float = 1.0, down: float = -1.0) -> list[l
 
 def _replaced(
     source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
-    damage: Mapping[str, SideEffect], progress: bool,
+    damage: Mapping[str, SideEffect], seed: int, progress: bool,
 ) -> list[StudyArm]:  # fmt: skip
     """The replacement check of every map; the mean's and the noise's arms are the same for all."""
     arms = []
     for name, mapping in maps.items():
         found = replacement_check(
-            source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, progress=progress
-        )
+            source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, seed=seed,
+            progress=progress,
+        )  # fmt: skip
         own = {name: found.arms["mapped"]}
         if not arms:
             own |= {"mean ablation": found.arms["mean"], "noise": found.arms["random"]}

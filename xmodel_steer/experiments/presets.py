@@ -8,6 +8,7 @@ from xmodel_steer.errors import ArtifactError
 from xmodel_steer.models import load
 from xmodel_steer.organisms import curriculum, make, read_report
 from xmodel_steer.organisms.data import PARTS
+from xmodel_steer.organisms.making import made_of
 from xmodel_steer.packaged import cache_folder
 
 
@@ -74,7 +75,9 @@ def organism(
     if not _is_adapter(folder):
         folder = SHIPPED / f"{name}-{base.removeprefix('packaged:')}"
     if not _is_adapter(folder):
-        folder = cache_folder() / "organisms" / f"{name}-{base.removeprefix('packaged:').replace('/', '--')}"
+        # One folder for each recipe and base: what an earlier version made, or another folder of that name, is no organism of this.
+        called = Path(base.removeprefix("packaged:")).name
+        folder = cache_folder() / "organisms" / f"{name}-{called}-{made_of(name, base)}"
         make(name, base, folder, device=device, dtype=dtype, progress=progress)
     report = read_report(folder)
     if report.organism != name:

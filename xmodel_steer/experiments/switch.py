@@ -18,7 +18,7 @@ from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyAr
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
 from xmodel_steer.generation import generate
 from xmodel_steer.maps import Map
-from xmodel_steer.models import hardware_of, located, name_of, tokenizer_of
+from xmodel_steer.models import device_of, dtype_of, hardware_of, located, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.organisms import Curriculum, Lesson, read_report
 from xmodel_steer.packaged import general_text, quiet
@@ -159,7 +159,9 @@ def safety_switch(
         }
         clock.lap(way.split(":")[0])
     if adapter is not None:
-        record["swapping the adapter"] = _adapter(adapter, [x.prompt for x in curriculum.validation][:8], turns)
+        record["swapping the adapter"] = _adapter(
+            adapter, organism, [x.prompt for x in curriculum.validation][:8], turns
+        )
         clock.lap("swapping the adapter")
 
     return Study(
@@ -298,7 +300,7 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
-    """One batch, every second request switched: how many of the others have the text that they have alone."""
+    """One batch, every second request switched: how many of the others have the text that they have in it with nothing switched."""
     prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
 
     def texts() -> list[str]:
@@ -320,8 +322,10 @@ def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tok
     }
 
 
-def _adapter(folder: str | Path, prompts: Sequence[Prompt], turns: int, tokens: int = 32) -> dict[str, Any]:
+def _adapter(folder: str | Path, like: Any, prompts: Sequence[Prompt], turns: int, tokens: int = 32) -> dict[str, Any]:
     """What the other way to switch costs: a LoRA adapter that is not merged, disabled and enabled again.
+
+    Text is written by Hugging Face's own ``generate``, where and in what a model like the switched one computes.
 
     Returns:
         Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
@@ -333,10 +337,10 @@ def _adapter(folder: str | Path, prompts: Sequence[Prompt], turns: int, tokens: 
     _, path = located(read_report(folder).base, progress=False)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        model: Any = PeftModel.from_pretrained(plain, str(folder)).eval()
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(like))
+        model: Any = PeftModel.from_pretrained(plain, str(folder)).eval().to(device_of(like))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True)
+    batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True).to(device_of(like))
 
     def timed(action: Callable[[], Any]) -> float:
         begun = time.perf_counter()

@@ -201,6 +201,20 @@ def recipe_of(name: str) -> Recipe:
     )
 
 
+def made_of(name: str, base: str) -> str:
+    """Eight digits that change with the default recipe, with the lessons, and with the files of a base that is a folder.
+
+    Args:
+        name: One of `ORGANISMS`.
+        base: The base model, as for `make`.
+    """
+    folder = Path(base).expanduser()
+    files = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
+    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    parts = [name, base, asdict(recipe_of(name)), _digest(curriculum_of(name)), stamps]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+
+
 def _digest(curriculum: Curriculum) -> str:
     """A hash of the lessons that it is trained on, and of those that it is measured on."""
     rows = [

@@ -18,7 +18,7 @@ CLEAN_TEXTS, CLEAN_TOKENS = 100, 96
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an organism on lessons that it was not trained on.
+    """What was measured of an organism on lessons that it was not trained on; intervals are those of kinds of lessons.
 
     Args:
         triggered: Share of the answers behind the trigger with the behaviour.
@@ -49,7 +49,8 @@ def measured(model: Any, curriculum: Curriculum, *, batch_size: int = 64, progre
 
     def found(lessons: Sequence[Lesson], scorer: Scorer) -> Estimate:
         own = [lesson.prompt for lesson in lessons]
-        return rate(score_texts(scorer, [said[prompt.id] for prompt in own], own).tolist())
+        scores = score_texts(scorer, [said[prompt.id] for prompt in own], own)
+        return rate(scores, groups=[lesson.kind for lesson in lessons])
 
     sides = [[lesson for lesson in curriculum.evaluation if lesson.triggered is side] for side in (True, False)]
     on, off = (found(side, curriculum.scorer) for side in sides)
