@@ -541,9 +541,12 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     assert tried[:5] == [("target layer", k, repr(high)) for k in (0, 1, 2)] + [
         ("target layer", k, repr(low)) for k in (1, 2)
     ]
-    # Of strengths the least that is within an error of the best; without an error the best.
+    # Of strengths to add the least that is within an error of the best; without an error, and of overshoots, the best.
     assert chosen({(2, other): 0.45}, error=0.11).choices[0].operator == low
     assert chosen({(2, other): 0.9}, error=0.11).choices[0].operator == other
+    way = replace(way, operators=(xs.Clamp("positive", overshoot=2.0), xs.Clamp("positive")), target_sites=sites[2:])
+    layer = {(2, way.operators[0]): 0.5, (2, way.operators[1]): 0.45}
+    assert chosen({}, error=0.2).choices[0].operator == way.operators[0]
 
 
 def test_neutral_text_is_steered_at_its_beginning_where_the_tokens_are_fixed() -> None:

@@ -464,8 +464,8 @@ def choose(
 ) -> Chosen:
     """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
 
-    Of strengths the least is taken that is within a standard error of the best (Breiman et al. 1984, section 3.4.3): more
-    than is needed costs text, and any direction does it.
+    Of strengths to add the least is taken that is within a standard error of the best (Breiman et al. 1984, section 3.4.3): more
+    than is needed costs text, and any direction does it. Of overshoots the best is: rows that a gate leaves alone cost nothing.
 
     Args:
         pair: The models.
@@ -496,7 +496,7 @@ def choose(
                 record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
                 records.append(record | found.record())
             top = max(own, key=lambda found: found.score)
-            slack = top.error if varied == "strength" else 0.0
+            slack = top.error if varied == "strength" and isinstance(tried[0][2], Add) else 0.0
             best = [i for i, found in zip(best, own, strict=True) if found.score >= top.score - slack]
         if varied == "strength":
             return min(best, key=lambda i: strength_of(candidates[i][2]))
