@@ -451,6 +451,9 @@ class Chosen:
     general: Moments
 
 
+_Gated = tuple[SteeringVector, SteeringVector | None, int]  # a vector, its gate, and the layer that is tried
+
+
 def choose(
     pair: Pair,
     ways: Sequence[Recipe],
@@ -480,27 +483,32 @@ def choose(
     target, progress = pair.target, pair.progress
     records: list[dict[str, Any]] = []
 
-    def best(
-        varied: str, recipe: Recipe, candidates: Sequence[tuple[SteeringVector, SteeringVector | None, Operator, int]]
-    ) -> int:
-        """Try vectors, with their gates, with operators; the number of the best one. One alone is not tried."""
-        best = list(range(len(candidates)))
-        own: list[Outcome] = []
-        for again in (None, *recipe.operators[1:]):  # layers that the first one does not tell apart, with the next
-            if len(best) == 1 or (again is not None and varied == "strength"):
+    def tried(varied: str, recipe: Recipe, candidates: Sequence[tuple[_Gated, Operator]]) -> list[Outcome]:
+        settings = [recipe.setting(vector, operator, gate) for (vector, gate, _), operator in candidates]
+        found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
+        for ((*_, layer), operator), own in zip(candidates, found, strict=True):
+            record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
+            records.append(record | own.record())
+        return found
+
+    def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Gated]) -> int:
+        """The number of the best one; those that an operator does not tell apart are tried with the next."""
+        left = list(range(len(candidates)))
+        for operator in recipe.operators:
+            if len(left) == 1:
                 break
-            tried = [(*candidates[i][:2], again or candidates[i][2], candidates[i][3]) for i in best]
-            settings = [recipe.setting(vector, operator, gate) for vector, gate, operator, _ in tried]
-            own = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
-            for (*_, operator, layer), found in zip(tried, own, strict=True):
-                record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
-                records.append(record | found.record())
-            top = max(own, key=lambda found: found.score)
-            slack = top.error if varied == "strength" and isinstance(tried[0][2], Add) else 0.0
-            best = [i for i, found in zip(best, own, strict=True) if found.score >= top.score - slack]
-        if varied == "strength":
-            return min(best, key=lambda i: strength_of(candidates[i][2]))
-        return best[len(best) // 2]
+            scores = [own.score for own in tried(varied, recipe, [(candidates[i], operator) for i in left])]
+            left = [i for i, score in zip(left, scores, strict=True) if score == max(scores)]
+        return left[len(left) // 2]
+
+    def best_operator(recipe: Recipe, candidate: _Gated) -> Operator:
+        if len(recipe.operators) == 1:
+            return recipe.operators[0]
+        found = tried("strength", recipe, [(candidate, operator) for operator in recipe.operators])
+        top = max(found, key=lambda own: own.score)
+        slack = top.error if isinstance(recipe.operators[0], Add) else 0.0
+        good = [o for o, own in zip(recipe.operators, found, strict=True) if own.score >= top.score - slack]
+        return min(good, key=strength_of)
 
     every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
     spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens, progress=progress)
@@ -514,8 +522,8 @@ def choose(
             }
             for read in (recipe.vectors, recipe.gates)
         )
-        candidates = [(own[site], gates.get(site), recipe.operators[0], site.layer) for site in sites]
-        natives.append(candidates[best("target layer", recipe, candidates)][:2])
+        candidates = [(own[site], gates.get(site), site.layer) for site in sites]
+        natives.append(candidates[best_layer("target layer", recipe, candidates)][:2])
     lap("choosing target layers")
 
     pairs = tuple(
@@ -538,12 +546,9 @@ def choose(
             Carried.of(theirs[site], native, moments, fitter, None if gate is None else (gates[site], gate))
             for site in sites
         ]
-        own = carried[
-            best("source layer", recipe, [(c.mapped, c.mapped_gate, recipe.operators[0], c.source.space.site.layer) for c in carried])
-        ]  # fmt: skip
-        layer = own.source.space.site.layer
-        at = best("strength", recipe, [(own.mapped, own.mapped_gate, operator, layer) for operator in recipe.operators])
-        choices.append(Choice(recipe, recipe.operators[at], own))
+        candidates = [(c.mapped, c.mapped_gate, c.source.space.site.layer) for c in carried]
+        at = best_layer("source layer", recipe, candidates)
+        choices.append(Choice(recipe, best_operator(recipe, candidates[at]), carried[at]))
     lap("choosing source layers and strengths")
     return Chosen(tuple(choices), tuple(records), general)
 
@@ -625,13 +630,14 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
     arms |= {name: [vector] for name, vector in choice.others.items()}
     if choice.recipe.positions == "all" and choice.has_equal_kl:
         arms[BIASED] = [own.biased]
-    gates = {"native": own.gate.native, "mapped": own.gate.mapped} if own.gate else {}
     control, gate = (
         (Add(operator.overshoot), own.mapped) if isinstance(operator, Clamp) else (operator, own.mapped_gate)
     )
     made = []
     for arm, group in arms.items():
-        does, under = (control, gate) if arm in ("random", "shuffled") else (operator, gates.get(arm, own.mapped_gate))
+        does, under = (control, gate) if arm in CONTROLS else (operator, own.mapped_gate)
+        if arm == "native" and own.gate:
+            under = own.gate.native
         made.append(_Run(arm, choice, group, [does] * len(group), [under] * len(group)))
     return made
 
