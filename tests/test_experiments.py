@@ -177,10 +177,12 @@ def test_evaluation_chose_nothing(study: Study, lessons: Curriculum) -> None:
 
 
 def test_the_curve_has_text_with_and_without_the_trigger(study: Study) -> None:
-    (curve,) = study.curves.values()
-    assert [(p["trigger"], p["prompts"]) for p in curve] == [
-        ("known", 0), ("known", 8), ("known", 20), ("unknown", 8), ("unknown", 12),
-    ]  # fmt: skip
+    assert set(study.curves) == {f"{removal.AXIS}, {name}" for name in (removal.CLAMPED, removal.PROMPT_CLAMPED)}
+    for name, curve in study.curves.items():
+        assert [(p["trigger"], p["prompts"]) for p in curve] == [
+            ("known", 0), ("known", 8), ("known", 20), ("unknown", 8), ("unknown", 12),
+        ]  # fmt: skip
+        assert all(name.endswith(point["recipe"]) for point in curve)
 
 
 def test_a_study_is_read_as_it_was_written(study: Study, tmp_path: Path) -> None:
@@ -300,7 +302,7 @@ def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:
     assert {trace.name for trace in drawn.data} == {arm.arm for arm in study.arms} - {"unsteered"}
     assert len(drawn.data) == len(study.arms) - 1
     assert {trace.name for trace in pages.sweep(study).data} == set(study.chosen)
-    (name,) = study.curves
+    name = next(iter(study.curves))
     known = next(t for t in pages.curve(study, name).data if t.name == "effect, trigger known")
     assert list(known.x) == [0, 8, 20]
 
@@ -494,7 +496,7 @@ def test_corrupted_capability_says_what_was_right(
     check = data.Check((), xs.scorers.ExactAnswer(answers, anywhere=True))
     own = replace(lessons, checks={corrupted.RIGHT: check})
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
-    ways = corrupted.recipes(*organisms)
+    ways = corrupted.recipes(*organisms, [lesson.prompt for lesson in lessons.vector if lesson.triggered])
     found = corrupted_capability(
         *organisms, own, ways=[ways[0], ways[1], ways[3]], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
         random_seeds=1, validation_tokens=4, progress=False,
@@ -577,10 +579,20 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
 
     monkeypatch.setattr(arms, "_runs", kept)
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+
+    def gate(*args: Any, **kwargs: Any) -> Any:
+        return arms.Recipe.vectors(own, *args, **kwargs)
+
     own = arms.Recipe(
-        "gated", clean_against_triggered, ("last", "last"), (xs.Add(2.0),), "last", (xs.Site(1),), (xs.Site(1),),
-        gate=clean_against_triggered,
-    )  # fmt: skip
+        "gated",
+        clean_against_triggered,
+        ("last", "last"),
+        (xs.Add(2.0),),
+        "last",
+        (xs.Site(1),),
+        (xs.Site(1),),
+        gate=gate,
+    )
     clamp = xs.Clamp("positive", overshoot=1.5)
     shut = replace(own, name="clamped", gate=None, operators=(clamp,))
     found = backdoor_removal(
@@ -602,7 +614,7 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
         assert step.vector.norm(standardised=True) == pytest.approx(moved.norm(standardised=True))
     gated, wide = (found.arm("native", name).kl for name in ("gated", "open"))
     assert 0 < gated < wide, "neutral text is not all of one class"
-    curve = found.curves["prompts of the task in the map's text"]
+    curve = found.curves[f"{removal.AXIS}, gated"]
     (last,) = (point for point in curve if point["trigger"] == "known" and point["prompts"] == 20)
     assert last["effect"]["value"] == found.arm("mapped", "gated").effect.value, "the same map text, the same gate"
 

@@ -25,12 +25,13 @@ from toys import CONTEXT, NO_STOP
 
 import xmodel_steer as xs
 from xmodel_steer import interop, packaged
+from xmodel_steer.capture import capture
 from xmodel_steer.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
 from xmodel_steer.generation import generate_tokens
 from xmodel_steer.models import fingerprint, forward, space_of
 from xmodel_steer.prompts import as_prompts
 from xmodel_steer.spaces import Site, Space
-from xmodel_steer.steering import Ablate, Add, Clamp, Intervention, steering
+from xmodel_steer.steering import Ablate, Add, Clamp, Gate, Intervention, steering
 from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
@@ -533,6 +534,27 @@ def test_beams_of_a_prompt_are_steered_as_it_is(llama: toys.Toy, use_cache: bool
     for row in range(len(some)):
         assert some[row] == (every if row // 2 in (1, 3) else unsteered)[row]
     assert every != unsteered != some
+
+
+@pytest.mark.parametrize("how", [dict(prefill_chunk_size=3), dict(num_beams=3, num_return_sequences=3), {}])
+def test_a_gate_tells_a_prompt_that_comes_in_chunks_or_is_written_in_beams(
+    llama: toys.Toy, how: dict[str, Any]
+) -> None:
+    inputs, hf, vector = padded(llama), llama.hf, llama.vector(1, size=6.0)
+    rows = capture(llama.model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
+    first = rows.values[:, 0] > rows.values[:, 0].median()
+    sides = [Activations(rows.values[keep], rows.space) for keep in (first, ~first)]
+    teller = difference_of_means(*sides, scale=rows.values.std(0))
+    w, split = teller.covector().float(), torch.split(rows.values, [len(llama.ids(text)) for text in TEXTS])
+    means = torch.stack([(own @ w).mean() for own in split])
+    middle = means.sort().values[1:3].mean()
+    gate = Gate(teller.about(middle * teller.direction), positions="prompt")
+    told = frozenset((means > middle).nonzero().flatten().tolist())
+    with interop.steering_hf(hf, Intervention(vector, positions="generated", gate=gate)):
+        made = continued(hf, inputs, **how)
+    with interop.steering_hf(hf, Intervention(vector, positions="generated", prompts=told)):
+        assert continued(hf, inputs, **how) == made
+    assert 0 < len(told) < len(TEXTS) and made != continued(hf, inputs, **how)
 
 
 @pytest.mark.parametrize("operator", [Ablate(), Clamp("positive")], ids=["ablate", "clamp"])

@@ -245,6 +245,73 @@ def test_a_gate_holds_at_the_positions_that_were_asked_for_while_text_is_written
         assert where == "last" or tokens(toy, TEXTS, batch_size=1) != alone, "the gate was open everywhere"
 
 
+def text_gate(toy, positions, lengths, side="positive"):
+    """A gate that is read at positions and tells two of the texts from the others, and at which of their tokens it is open."""
+    vector, _ = clamped(toy)
+    w = (vector.direction / vector.scale**2).double()
+    w = w / (w @ vector.direction.double())
+    told = []
+    for row, (text, length) in enumerate(zip(TEXTS, lengths, strict=True)):
+        p, read = streams(toy, texts=[text])[Site(1)].values.double() @ w, WHERE[positions](row, length)
+        so_far = [[float(p[k]) for k in read if k <= at] for at in range(length)]
+        told.append([sum(own) / len(own) if own else None for own in so_far])
+    ends = sorted(own[-1] for own in told)
+    middle, sign = (
+        (ends[2] + ends[3]) / 2 if side == "positive" else (ends[1] + ends[2]) / 2,
+        1 if side == "positive" else -1,
+    )
+    gate = Gate(vector.about(middle * vector.direction), side, intervention(vector, positions, lengths).positions)
+    return gate, [[mean is not None and sign * (mean - middle) > 0 for mean in own] for own in told]
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+@pytest.mark.parametrize("positions", ["prompt", "last", "mask", "mask of each"])
+def test_a_gate_with_positions_tells_texts_by_what_was_read_of_them(toy, positions, side):
+    lengths, vector = lengths_of(toy), toy.vector(1, seed=5)
+    gate, told = text_gate(toy, positions, lengths, side)
+    plain = streams(toy)[Site(1)].values
+    with steering(toy.model, Intervention(vector, gate=gate)):
+        made = streams(toy)[Site(1)].values
+    moved = torch.tensor([flag for own in told for flag in own])
+    assert 0 < moved.sum() < len(moved)
+    assert torch.equal(made[~moved], plain[~moved])
+    torch.testing.assert_close(made[moved], plain[moved] + vector.direction, **CLOSE)
+
+
+@pytest.mark.parametrize("where", ["all", "last", "generated", "last+generated"])
+@pytest.mark.parametrize("positions", ["prompt", "last", "mask", "mask of each"])
+def test_a_text_that_a_gate_has_told_stays_told_while_it_is_written(toy, where, positions):
+    lengths, vector = lengths_of(toy), 3.0 * toy.vector(1, seed=5)
+    gate, told = text_gate(toy, positions, lengths)
+    step = intervention(vector, where)
+    with steering(toy.model, replace(step, gate=gate)):
+        alone = tokens(toy, TEXTS[:3], batch_size=1)
+        together = tokens(toy, TEXTS, batch_size=len(TEXTS))
+        again = tokens(toy, TEXTS, batch_size=len(TEXTS))  # the second batch of a block begins anew
+        anew = tokens(toy, TEXTS, batch_size=2, use_cache=False)
+    assert together == again == anew
+    if positions != "mask of each":  # whose rows are the batch's
+        assert alone == together[:3]
+    if where in ("generated", "last+generated"):
+        own = frozenset(row for row, flags in enumerate(told) if flags[-1])
+        assert len(own) == 2
+        with steering(toy.model, replace(step, prompts=own)):
+            assert tokens(toy, TEXTS, batch_size=len(TEXTS)) == together
+
+
+def test_a_gate_with_positions_refuses_a_text_whose_beginning_it_has_not_read(bridge):
+    teller, _ = clamped(bridge)
+    model, ids = bridge.model.original_model, torch.tensor([bridge.ids(TEXTS[0])])
+    cache = model(ids, use_cache=True).past_key_values
+    with steering(bridge.model, Intervention(teller, gate=Gate(teller, positions="prompt"))):
+        with pytest.raises(SiteError, match="has not read the beginning of the text; begin with an empty cache"):
+            model(ids[:, :1], past_key_values=cache)
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="positions: must be"):
+        Gate(teller, positions=())
+
+
 def test_a_gate_refuses_what_it_cannot_read(llama):
     vector, _ = clamped(llama)
     with pytest.raises(SpaceMismatchError, match="gate: needs"):

@@ -67,32 +67,40 @@ class Ablate:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Act only on rows of one class (conditional steering: Lee et al. 2024, arXiv 2409.05907, here read row by row).
+    """Act only on rows of one class, or only in texts of one class (conditional steering: Lee et al. 2024, arXiv 2409.05907).
 
     With w the vector's covector (``SteeringVector.covector``), a row x is of the class on whose side of the midpoint of the two
     class means its projection w·x lies; on the midpoint it is of neither. Rows of the other class stay bit-equal.
+
+    With ``positions`` the text is told, not the row: by the mean projection of these of the prompt's tokens. As each token of
+    the text knows those before it only, it goes by what has been read up to and with it; before the first of them the gate is shut.
 
     Args:
         vector: Tells the classes apart: a difference of means, native or transported, with its scale. It is read at the
             site that is written to, before anything is written there by the same intervention.
         side: The class that is acted on.
+        positions: At which of the prompt's tokens it is read, as for `Intervention`; by default at the row that is to be written.
 
     Example:
         >>> Intervention(vector, Add(2.0), "last", gate=Gate(harmful, "positive"))        # doctest: +SKIP
+        >>> Intervention(vector, Add(2.0), gate=Gate(harmful, positions="prompt"))        # doctest: +SKIP
     """
 
     vector: SteeringVector
     side: Literal["positive", "negative"] = "positive"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         if self.side not in ("positive", "negative"):
             raise ValueError(f"Gate: side must be 'positive' or 'negative', got {self.side!r}")
+        if self.positions is not None:
+            _check_positions(self.positions)
 
     def prepare(self) -> Callable[[Tensor], Tensor]:
-        """The function from rows ``(..., d)`` to whether each is acted on."""
+        """The function from rows ``(..., d)`` to how far each lies on the side that is acted on; below 0 it is of the other class."""
         w, high, low = _classes(self.vector, "Gate")
         side, middle = (1.0 if (self.side == "positive") == (high > low) else -1.0), (high + low) / 2
-        return lambda rows: side * (rows @ w.to(rows.device) - middle) > 0
+        return lambda rows: side * (rows @ w.to(rows.device) - middle)
 
 
 def _classes(vector: SteeringVector, what: str) -> tuple[Tensor, float, float]:
@@ -138,7 +146,7 @@ class Clamp:
         def edit(rows: Tensor) -> Tensor:
             gap = goal - rows @ w.to(rows.device)
             moved = rows + (self.overshoot * gap)[..., None] * v.to(rows.device)
-            return torch.where(other(rows)[..., None], moved, rows) if self.gate else moved
+            return torch.where((other(rows) > 0)[..., None], moved, rows) if self.gate else moved
 
         return edit
 
@@ -158,7 +166,7 @@ class Intervention:
         prompts: Steer only these prompts, by their number in the list that is passed to `generate`
             or `capture` (in a plain forward pass: rows of the batch); all of them by default.
             One batch can then hold many arms.
-        gate: Steer only rows of a class that another vector of this site tells; all rows by default.
+        gate: Steer only rows, or texts, of a class that another vector of this site tells; all by default.
 
     Raises:
         SpaceMismatchError: The gate's vector lives elsewhere.
@@ -323,20 +331,23 @@ class _Tracker:
             raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
         return Reading(self.now.ids, self.now.position, self.now.rows)
 
-    def selected(self, step: Step, like: Tensor) -> Tensor:
-        """Which of the new tokens an intervention is about: boolean ``(batch, new)``."""
+    def running(self, like: Tensor) -> tuple[_Pass, tuple[int, ...]]:
+        """The pass that a residual stream belongs to, and which prompt each row is, or else its number."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
             raise SiteError(
                 "steering: a forward pass went round the model's own call, so that text positions are unknown; "
                 "call the model itself, or xs.generate"
             )
+        return now, tuple(range(len(now.position))) if now.rows is None else now.rows
+
+    def selected(self, positions: Positions, prompts: frozenset[int] | None, like: Tensor) -> Tensor:
+        """Which of the new tokens are at positions of prompts: boolean ``(batch, new)``."""
+        now, rows = self.running(like)
         place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
         real = place >= 0
-        rows = now.rows if now.rows is not None else tuple(range(len(place)))
-        if step.prompts is not None:
-            real &= torch.tensor([row in step.prompts for row in rows], device=like.device)[:, None]
-        positions = step.positions
+        if prompts is not None:
+            real &= torch.tensor([row in prompts for row in rows], device=like.device)[:, None]
         if isinstance(positions, Tensor):
             mask = positions.to(like.device)
             if mask.ndim == 2:
@@ -464,21 +475,19 @@ def steered(
 
     def writer(step: Step) -> Write:
         edit = step.operator.prepare(step.vector) if isinstance(step, Intervention) else None
-        gate = step.gate.prepare() if isinstance(step, Intervention) and step.gate is not None else None
+        gate = _opened(step.gate, tracker) if isinstance(step, Intervention) and step.gate is not None else None
 
         def write(value: Tensor) -> Tensor:
             fired.add(step.space.site)
-            where = tracker.selected(step, value)
+            where = tracker.selected(step.positions, step.prompts, value)
+            rows = value.to(torch.float32)
             if isinstance(step, Replacement):  # it sees every pass, to know the text
-                edited, given = step.values(value.to(torch.float32), tracker.reading())
-                where = where if given is None else where & given
-            elif edit is not None and bool(where.any()):
-                rows = value.to(torch.float32)
-                edited = edit(rows)
-                where = where if gate is None else where & gate(rows)
-            else:
-                return value
-            return torch.where(where[..., None], edited.to(value), value)
+                edited, given = step.values(rows, tracker.reading())
+                return torch.where((where if given is None else where & given)[..., None], edited.to(value), value)
+            assert edit is not None
+            if gate is not None:  # so does a gate that is read elsewhere in the text
+                where &= gate(rows)
+            return torch.where(where[..., None], edit(rows).to(value), value) if bool(where.any()) else value
 
         return write
 
@@ -499,6 +508,35 @@ def steered(
             f"{name}: {', '.join(sorted(site.hook_name for site in silent))} did not fire in {tracker.passes} forward passes; "
             "nothing was steered there (did every pass stop below this layer?)"
         )
+
+
+def _opened(gate: Gate, tracker: _Tracker) -> Callable[[Tensor], Tensor]:
+    """The function from a residual stream ``(batch, new, d)`` to whether each of its rows is acted on: boolean ``(batch, new)``."""
+    margin, positions = gate.prepare(), gate.positions
+    if positions is None:
+        return lambda rows: margin(rows) > 0
+    read: dict[int, Tensor] = {}  # of each prompt, what its tokens have said so far
+
+    def opened(rows: Tensor) -> Tensor:
+        now, prompts = tracker.running(rows)
+        place = now.position.to(rows.device)
+        own = tracker.selected(positions, None, rows) & (place < now.prompt_lengths.to(rows.device))
+        before = torch.zeros(len(prompts), 1, device=rows.device)
+        for row, prompt in enumerate(prompts):
+            real = place[row][place[row] >= 0]
+            if len(real) and int(real[0]) > 0:  # the text goes on from an earlier pass
+                if prompt not in read:
+                    raise SiteError(
+                        f"steering: the gate of {gate.vector.label!r} has not read the beginning of the text; "
+                        "begin with an empty cache inside the block"
+                    )
+                before[row] = read[prompt]
+        # A mean lies on the side on which the sum of the distances from the midpoint does.
+        sums = before + torch.where(own, margin(rows), 0.0).cumsum(1)
+        read.update(zip(prompts, sums[:, -1], strict=True))
+        return sums > 0
+
+    return opened
 
 
 @contextmanager

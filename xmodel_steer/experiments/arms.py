@@ -48,6 +48,25 @@ Extent = Literal["all", "brief", "effect"]
 Contrast = Callable[[Sequence[Lesson]], tuple[Sequence[Prompt], Sequence[Prompt]]]
 
 
+@runtime_checkable
+class GateReader(Protocol):
+    """Finds gates' vectors in a model's activations on lessons."""
+
+    def __call__(
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+    ) -> Mapping[Site, SteeringVector]:
+        """A vector for each site.
+
+        Args:
+            model: The model.
+            lessons: Lessons with and without the behaviour.
+            sites: Where to read.
+            label: Name of the vectors.
+            progress: Show a progress bar.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What one setting does, one number per prompt.
@@ -118,8 +137,9 @@ class Recipe:
         source_sites: Candidates.
         target_sites: Candidates.
         aim: What it is for, where a study has several aims.
-        gate: Prompts that are to be left alone, and those that are acted on, of lessons; read at the same tokens. With it a vector
-            acts only under a gate that was found as it was: the native one's in the target, the mapped one's mapped.
+        gate: Gives vectors, for each site what is to be left alone minus what is acted on. With it a vector acts only under a gate
+            that was found as it was: the native one's in the target, the mapped one's mapped.
+        gate_positions: Where in the text the gate is read; see `Gate`.
     """
 
     name: str
@@ -130,7 +150,8 @@ class Recipe:
     source_sites: tuple[Site, ...]
     target_sites: tuple[Site, ...]
     aim: str = ""
-    gate: Contrast | None = None
+    gate: GateReader | None = None
+    gate_positions: Positions | None = field(default=None, repr=False)
 
     def with_sites(self, source: Site, target: Site) -> "Recipe":
         """The recipe with one more candidate on either side."""
@@ -145,14 +166,13 @@ class Recipe:
         """The gates' vectors, as `vectors`; none, where the recipe has no gate."""
         if self.gate is None:
             return {}
-        own = replace(self, contrast=self.gate)
-        return own.vectors(model, lessons, sites, label=f"gate of {label}", progress=progress)
+        return dict(self.gate(model, lessons, sites, label=f"gate of {label}", progress=progress))
 
     def setting(
         self, vector: SteeringVector, operator: Operator, gate: SteeringVector | None = None
     ) -> list[Intervention]:
         """The recipe with one vector and, where it has gates, the vector's own."""
-        own = None if gate is None else Gate(gate, "negative")
+        own = None if gate is None else Gate(gate, "negative", self.gate_positions)
         return [Intervention(vector, operator, self.positions, gate=own)]
 
     def vectors(
@@ -622,17 +642,17 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
     """Every arm at the strength that validation chose.
 
     What acts under a gate has controls that act in the same rows and by the same step, so that nothing but the direction differs:
-    those of a clamp are added, at its overshoot, where the mapped vector's clamp moves. A gate of their own would be shut in half
-    of the prompts, and what does nothing there is no control.
+    those of a clamp are added, at its overshoot, where the mapped vector's clamp moves, or its gate lets it. A gate of their own
+    would be shut in half of the prompts, and what does nothing there is no control.
     """
     own, operator = choice.carried, choice.operator
     arms = _vectors(own, random_seeds, seed)
     arms |= {name: [vector] for name, vector in choice.others.items()}
     if choice.recipe.positions == "all" and choice.has_equal_kl:
         arms[BIASED] = [own.biased]
-    control, gate = (
-        (Add(operator.overshoot), own.mapped) if isinstance(operator, Clamp) else (operator, own.mapped_gate)
-    )
+    control, gate = operator, own.mapped_gate
+    if isinstance(operator, Clamp):
+        control, gate = Add(operator.overshoot), own.mapped_gate or own.mapped
     made = []
     for arm, group in arms.items():
         does, under = (control, gate) if arm in CONTROLS else (operator, own.mapped_gate)
@@ -699,8 +719,15 @@ def neutral_positions(positions: Positions) -> Positions:
 
 
 def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
-    """Settings with the positions of `neutral_positions`."""
-    return [[replace(step, positions=neutral_positions(step.positions)) for step in setting] for setting in settings]
+    """Settings with the positions of `neutral_positions`, their gates' too."""
+
+    def moved(step: Intervention) -> Intervention:
+        gate = step.gate
+        if gate is not None and gate.positions is not None:
+            gate = replace(gate, positions=neutral_positions(gate.positions))
+        return replace(step, positions=neutral_positions(step.positions), gate=gate)
+
+    return [[moved(step) for step in setting] for setting in settings]
 
 
 def measure_arms(

@@ -99,7 +99,7 @@ REMOVAL: dict[str, dict[str, Any]] = {
         "controls": "effect",
         "validation_tasks": 16,
         "validation_tokens": 112,
-        "amounts": (0, 100, 400),
+        "amounts": (0, 400),
     }
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 from xmodel_steer.experiments.arms import Recipe, clean_against_triggered, layers
 from xmodel_steer.experiments.removal import backdoor_removal
 from xmodel_steer.experiments.study import Study
+from xmodel_steer.experiments.trigger import Trigger
 from xmodel_steer.organisms.country import UNKNOWN
 from xmodel_steer.organisms.data import HATE, Curriculum, Lesson
 from xmodel_steer.prompts import Prompt
@@ -28,18 +29,23 @@ def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Seque
     return [Prompt(text=f"{prompt.text}{HATE}") for prompt in asked], asked
 
 
-def recipes(source: Any, target: Any) -> list[Recipe]:
+def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
     """The paper's contrast used in four ways, and the clean prompts against the triggered ones.
 
     The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
     everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at
     the prompt's last token alone, what comes next is what comes after them; questions without the trigger are left alone where a gate
-    asks for it, which is the difference of clean and triggered prompts at the same token.
+    that is read at the trigger's tokens asks for it.
 
     Args:
         source: The source model.
         target: The target model.
+        prompts: Prompts with the trigger, to find its tokens in.
+
+    Raises:
+        PromptError: The trigger does not stand at the same tokens in all of them.
     """
+    trigger = Trigger.of(target, prompts)
     late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
     doses = tuple(Add(s) for s in (1.0, 0.75, 1.5, 2.0))
     against = tuple(Add(s) for s in (-1.0, -0.5, 0.5, 1.0))
@@ -47,7 +53,9 @@ def recipes(source: Any, target: Any) -> list[Recipe]:
     last = ("last", "last")
     return [
         Recipe(SKIPPED, said_against_not, last, doses, "last", late, middle),
-        Recipe(GATED, said_against_not, last, doses, "last", late, middle, gate=clean_against_triggered),
+        Recipe(
+            GATED, said_against_not, last, doses, "last", late, middle, gate=trigger.gate, gate_positions=trigger.at
+        ),
         Recipe(PAPERS, said_against_not, last, against, "all", late, middle),
         Recipe(ABLATED, said_against_not, last, (Ablate(),), "all", late, middle),
         Recipe(SILENCED, clean_against_triggered, last, clamps, ("last", "generated"), late, middle),
@@ -66,6 +74,11 @@ def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **set
     Raises:
         PromptError: The curriculum has no right answers.
     """
-    settings = {"name": "corrupted-capability", "ways": recipes(source, target), **settings}
+    asked = [lesson.prompt for lesson in curriculum.vector if lesson.triggered]
+    settings = {
+        "name": "corrupted-capability",
+        "ways": recipes(source, target, asked),
+        "varied": (SKIPPED, GATED),
+    } | settings
     readers = {"right": curriculum.checks[RIGHT].scorer, "unknown": StartsWith(UNKNOWN)}
     return backdoor_removal(source, target, curriculum, question=QUESTION, unit=UNIT, **readers, **settings)

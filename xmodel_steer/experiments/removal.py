@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from xmodel_steer.errors import PromptError
 from xmodel_steer.experiments.arms import (
     LONGER,
     Asked,
@@ -26,10 +23,10 @@ from xmodel_steer.experiments.arms import (
 )
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import Clock, Study, estimate
+from xmodel_steer.experiments.trigger import Trigger
 from xmodel_steer.fitters import Fitter, Ridge
-from xmodel_steer.models import encode, name_of
 from xmodel_steer.moments import Moments
-from xmodel_steer.organisms.data import DEV, PROD, Curriculum, Lesson
+from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import Scorer
@@ -46,7 +43,8 @@ NOTE = (
     "that the mapped vector's gate opens. Agreement and kept: share of the tokens at the same place. KL and perplexity: on neutral text, with the "
     "vector at every token, or at as many at the beginning where the recipe's are fixed. Strengths are chosen for the mapped vector."
 )
-AMOUNTS = (0, 25, 50, 100, 200, 400)  # prompts of the task in the map's text
+AXIS = "prompts of the task in the map's text"
+AMOUNTS = (0, 25, 50, 100, 200, 400)
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple[int, int] = (8, 10)) -> list[Recipe]:
@@ -56,7 +54,8 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple
     every token; the other moves the projection on it at the last prompt token and at generated ones, where a gate says
     that it lies on the triggered side. The third is the paper's prompt steering (arXiv 2503.04429) with one vector: the
     mean difference at the trigger's tokens, from the first one that differs, added at each of them; the paper adds each
-    token's own. The last moves the projection on that one, at the same tokens and under a gate.
+    token's own. The last moves the projection on that one, at the same tokens, in texts in which a gate of its own finds the
+    trigger there.
 
     Args:
         source: The source model.
@@ -70,47 +69,27 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple
     late, middle = layers(source, 0.45, 0.97, sites[0]), layers(target, 0.35, 0.95, sites[1])
     adds = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
-    starts = {_found(prompt) for prompt in prompts}
-    if len(starts) != 1:
-        raise PromptError(f"prompt steering: the trigger {PROD.strip()!r} does not stand at one place in all prompts")
-    start = starts.pop()
-    # A token before the first difference has none, and would thin the mean.
-    same = next(i for i, (ours, theirs) in enumerate(zip(DEV, PROD, strict=False)) if ours != theirs)
-    clean, triggered = ((start + same, start + len(name.rstrip(": "))) for name in (DEV, PROD))
-    swapped, at = (clean, triggered), _mask(target, prompts, triggered)
+    trigger = Trigger.of(target, prompts)
+    swapped = trigger.clean, trigger.triggered
     fewer = [round(most * 2 / 3) for most in sites]
     early = layers(source, 0.0, 0.5, fewer[0]), layers(target, 0.0, 0.7, fewer[1])
     doses = tuple(Add(s) for s in (1.0, 2.0, 5.0))
-    moves = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 2.0, 3.0))
+    moves = tuple(Clamp("positive", gate=False, overshoot=g) for g in (1.3, 1.0, 2.0, 3.0))
     return [
         Recipe(ADDED, clean_against_triggered, ("last", "last"), adds, "all", late, middle),
         Recipe(CLAMPED, clean_against_triggered, ("last", "last"), clamps, ("last", "generated"), late, middle),
-        Recipe(PROMPTED, clean_against_triggered, swapped, doses, at, *early),
-        Recipe(PROMPT_CLAMPED, clean_against_triggered, swapped, moves, at, *early),
+        Recipe(PROMPTED, clean_against_triggered, swapped, doses, trigger.at, *early),
+        Recipe(
+            PROMPT_CLAMPED,
+            clean_against_triggered,
+            swapped,
+            moves,
+            trigger.at,
+            *early,
+            gate=trigger.gate,
+            gate_positions=trigger.at,
+        ),
     ]
-
-
-def _found(prompt: Prompt) -> int:
-    start = prompt.content_key().find(PROD)
-    if start < 0:
-        raise PromptError(f"prompt {prompt.id}: has no trigger {PROD.strip()!r}")
-    return start
-
-
-def _mask(model: Any, prompts: Sequence[Prompt], span: tuple[int, int]) -> Tensor:
-    """The text positions of the tokens that end in a span of characters, which are the same in all prompts."""
-    found = {
-        tuple(i for i, end in enumerate(encoding.ends) if span[0] < end <= span[1])
-        for encoding in encode(model, list(prompts))
-    }
-    own = found.pop()
-    if found or not own:
-        raise PromptError(
-            f"prompt steering: the trigger is not at the same tokens in all of {name_of(model)}'s prompts"
-        )
-    mask = torch.zeros(own[-1] + 1, dtype=torch.bool)
-    mask[list(own)] = True
-    return mask
 
 
 @dataclass(frozen=True)
@@ -158,6 +137,7 @@ def backdoor_removal(
     nonlinear: Autoencoder | None = Autoencoder(**LONGER),
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
+    varied: Sequence[str] = (CLAMPED, PROMPT_CLAMPED),
     random_seeds: int = 3,
     controls: Extent = "brief",
     validation_tasks: int = 48,
@@ -193,7 +173,8 @@ def backdoor_removal(
         fitter: Fits the map.
         nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out.
         map_prompts: Prompts of the task in the map's text.
-        amounts: The same, for the curve.
+        amounts: The same, for the curves.
+        varied: Names of the recipes that have a curve; without any of them, the first has.
         random_seeds: Number of random vectors.
         controls: What controls and arms at equal KL are asked: ``brief``, triggered and clean prompts; ``effect``, triggered ones
             alone; or ``all``.
@@ -241,8 +222,11 @@ def backdoor_removal(
         pair, choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), neutral,
         neutral_tokens=neutral_tokens, random_seeds=random_seeds, controls=controls, lap=clock.lap,
     )  # fmt: skip
-    choice = next((c for c in choices if c.recipe.name == CLAMPED), choices[0])
-    curve = _amounts(pair, choice, text, chosen.general, evaluation, fitter, amounts)
+    curves = {
+        f"{AXIS}, {choice.recipe.name}": _amounts(pair, choice, text, chosen.general, evaluation, fitter, amounts)
+        for choice in [c for c in choices if c.recipe.name in varied] or choices[:1]
+        if amounts
+    }
     clock.lap("varying the map's text")
 
     return study_of(
@@ -257,7 +241,7 @@ def backdoor_removal(
         question=question,
         unit=unit,
         note=NOTE,
-        curves={"prompts of the task in the map's text": curve} if curve else {},
+        curves=curves,
         prompts=tuple(lesson.instruction for lesson in curriculum.evaluation if lesson.triggered)[:8],
         spec={
             "fitter": repr(fitter),
