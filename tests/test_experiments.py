@@ -33,6 +33,7 @@ from xmodel_steer.experiments import (
 from xmodel_steer.experiments.arms import clean_against_triggered
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import estimate
+from xmodel_steer.experiments.trigger import Trigger
 from xmodel_steer.models import encode
 from xmodel_steer.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
 from xmodel_steer.prompts import Prompt
@@ -223,6 +224,39 @@ def test_prompt_steering_reads_and_moves_the_tokens_that_differ(organisms: Any, 
     at = own.tokens[1][0]
     read = [end for end, moved in zip(encoding.ends, own.positions.tolist(), strict=False) if moved]
     assert read and min(read) > at and max(read) <= own.tokens[1][1]
+
+
+def test_the_triggers_gate_is_read_at_its_tokens_and_shuts_halfway_to_the_clean_prompts(
+    organisms: Any, lessons: Curriculum
+) -> None:
+    model, site = organisms[1], xs.Site(1)
+    triggered = [lesson.prompt for lesson in lessons.vector if lesson.triggered]
+    clean = [lesson.prompt for lesson in lessons.vector if not lesson.triggered]
+    found = Trigger.of(model, triggered)
+    assert [
+        prompt.text[slice(*span)] for prompt, span in ((clean[0], found.clean), (triggered[0], found.triggered))
+    ] == [
+        "dev|",
+        "prod|",
+    ]
+    bare = [data.prompt_of(lesson.task) for lesson in lessons.vector if lesson.triggered]
+    here = (found.clean[0], found.clean[0] + 12)
+    assert all(len(prompt.text) > here[1] and "prod" not in prompt.text for prompt in bare)
+    a, b, c = (
+        xs.capture(model, prompts, [site], tokens=span, progress=False)[site].values.double().mean(0)
+        for prompts, span in ((clean, found.clean), (triggered, found.triggered), (bare, here))
+    )
+    (gate,) = found.gate(model, lessons.vector, [site], progress=False).values()
+    assert gate.positive_mean is not None and gate.negative_mean is not None
+    torch.testing.assert_close(gate.direction.double(), (a + c) / 2 - b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gate.positive_mean - gate.negative_mean, gate.direction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((gate.positive_mean + gate.negative_mean).double(), a + b, rtol=1e-4, atol=1e-5)
+    way = {recipe.name: recipe for recipe in removal.recipes(*organisms, triggered)}[removal.PROMPT_CLAMPED]
+    assert way.gate_positions is way.positions and torch.equal(found.at, way.positions)
+    with pytest.raises(PromptError, match="does not stand at one place"):
+        Trigger.of(model, [*triggered, Prompt(text=f"So: {data.PROD}why?")])
+    with pytest.raises(PromptError, match="has no trigger"):
+        Trigger.of(model, clean)
 
 
 def test_questions_need_each_task_with_and_without_the_trigger() -> None:
@@ -551,11 +585,21 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     assert chosen({}, error=0.2).choices[0].operator == way.operators[0]
 
 
-def test_neutral_text_is_steered_at_its_beginning_where_the_tokens_are_fixed() -> None:
+def test_neutral_text_is_steered_at_its_beginning_where_the_tokens_are_fixed(llama: toys.Toy) -> None:
     mask = torch.tensor([False] * 7 + [True, False, True])
     assert arms.neutral_positions(mask).tolist() == [False, True, False, True]  # type: ignore[union-attr]
     assert arms.neutral_positions(torch.tensor([True])).tolist() == [True]  # type: ignore[union-attr]
     assert arms.neutral_positions(("last", "generated")) == arms.neutral_positions("all") == "all"
+    vector = llama.vector(1)
+    steps = [xs.Intervention(vector, positions=where, gate=xs.Gate(vector, positions=mask)) for where in ("last", mask)]
+    moved = [
+        (step.positions, step.gate.positions) for (step,) in arms.on_neutral([[step] for step in steps]) if step.gate
+    ]
+    assert moved[0][0] == "all" and len(moved) == 2
+    for own in (moved[0][1], *moved[1]):
+        assert isinstance(own, torch.Tensor) and own.tolist() == [False, True, False, True]
+    (step,) = arms.on_neutral([[replace(steps[1], gate=xs.Gate(vector))]])[0]
+    assert step.gate is not None and step.gate.positions is None
 
 
 def test_the_score_of_measures_has_their_error() -> None:
@@ -595,12 +639,13 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
     )
     clamp = xs.Clamp("positive", overshoot=1.5)
     shut = replace(own, name="clamped", gate=None, operators=(clamp,))
+    both = replace(own, name="both", operators=(clamp,), gate_positions="prompt")
     found = backdoor_removal(
-        *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None), shut], nonlinear=None,
+        *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None), shut, both], nonlinear=None,
         general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4, progress=False,
     )  # fmt: skip
-    assert [arm for arm, _ in seen] == 3 * ["native", "mapped", "random", "random", "shuffled"]
-    steps = [dict(seen[i : i + 5]) for i in (0, 5, 10)]
+    assert [arm for arm, _ in seen] == 4 * ["native", "mapped", "random", "random", "shuffled"]
+    steps = [dict(seen[i : i + 5]) for i in (0, 5, 10, 15)]
     for arm, step in seen[:5]:
         assert step.gate.side == "negative" and step.operator == xs.Add(2.0), arm
         its = steps[0]["native" if arm == "native" else "mapped"].vector  # here the gate is found as the vector is
@@ -612,6 +657,12 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
         step, moved = steps[2][arm], steps[2]["mapped"].vector
         assert step.operator == xs.Add(1.5) and step.gate.side == "negative" and step.gate.vector is moved
         assert step.vector.norm(standardised=True) == pytest.approx(moved.norm(standardised=True))
+    assert steps[3]["mapped"].operator == clamp and steps[3]["random"].operator == xs.Add(1.5)
+    for arm in ("native", "mapped", "random", "shuffled"):
+        step = steps[3][arm]
+        assert step.gate.positions == "prompt" and step.gate.side == "negative"
+        assert (step.gate.vector is steps[3]["mapped"].gate.vector) == (arm != "native")
+        assert step.gate.vector is not steps[3]["mapped"].vector
     gated, wide = (found.arm("native", name).kl for name in ("gated", "open"))
     assert 0 < gated < wide, "neutral text is not all of one class"
     curve = found.curves[f"{removal.AXIS}, gated"]
