@@ -639,7 +639,10 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
     )
     clamp = xs.Clamp("positive", overshoot=1.5)
     shut = replace(own, name="clamped", gate=None, operators=(clamp,))
-    both = replace(own, name="both", operators=(clamp,), gate_positions="prompt")
+    whole = xs.Clamp("positive", gate=False, overshoot=1.5)
+    both = replace(own, name="both", operators=(whole,), gate_positions="prompt")
+    with pytest.raises(ValueError, match=r"under a gate a clamp moves every row"):
+        replace(both, operators=(clamp,))
     found = backdoor_removal(
         *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None), shut, both], nonlinear=None,
         general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4, progress=False,
@@ -657,7 +660,7 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
         step, moved = steps[2][arm], steps[2]["mapped"].vector
         assert step.operator == xs.Add(1.5) and step.gate.side == "negative" and step.gate.vector is moved
         assert step.vector.norm(standardised=True) == pytest.approx(moved.norm(standardised=True))
-    assert steps[3]["mapped"].operator == clamp and steps[3]["random"].operator == xs.Add(1.5)
+    assert steps[3]["mapped"].operator == whole and steps[3]["random"].operator == xs.Add(1.5)
     for arm in ("native", "mapped", "random", "shuffled"):
         step = steps[3][arm]
         assert step.gate.positions == "prompt" and step.gate.side == "negative"

@@ -253,6 +253,7 @@ def text_gate(toy, positions, lengths, side="positive"):
     told = []
     for row, (text, length) in enumerate(zip(TEXTS, lengths, strict=True)):
         p, read = streams(toy, texts=[text])[Site(1)].values.double() @ w, WHERE[positions](row, length)
+        read = [k for k in read if k or positions.startswith("mask")]  # position 0 is an attention sink
         so_far = [[float(p[k]) for k in read if k <= at] for at in range(length)]
         told.append([sum(own) / len(own) if own else None for own in so_far])
     ends = sorted(own[-1] for own in told)
@@ -299,15 +300,72 @@ def test_a_text_that_a_gate_has_told_stays_told_while_it_is_written(toy, where, 
             assert tokens(toy, TEXTS, batch_size=len(TEXTS)) == together
 
 
-def test_a_gate_with_positions_refuses_a_text_whose_beginning_it_has_not_read(bridge):
+@pytest.mark.parametrize("batch_size", [1, len(TEXTS)])
+def test_a_gate_knows_its_texts_when_others_of_the_batch_have_ended(bridge, batch_size, monkeypatch):
+    gate, told = text_gate(bridge, "prompt", lengths_of(bridge))
+    own = frozenset(row for row, flags in enumerate(told) if flags[-1])
+    known, gated = (
+        Intervention(3.0 * bridge.vector(1, seed=5), positions="generated", **how)
+        for how in (dict(prompts=own), dict(gate=gate))
+    )
+
+    def made(step, **settings):
+        with steering(bridge.model, step):
+            return generate_tokens(bridge.model, TEXTS, max_new_tokens=8, progress=False, **settings)[0]
+
+    free = made(known, stop_at_eos=False)
+    # A token that ends a text early, and not the last one that the gate is open for.
+    end = next(t for t in free[0] if t not in free[max(own)][:6])
+    monkeypatch.setattr(bridge.model.original_model.generation_config, "eos_token_id", [end])
+    expected = made(known, batch_size=len(TEXTS))
+    assert len(expected[0]) < len(expected[max(own)]) and max(own) > 0
+    assert made(gated, batch_size=batch_size) == expected
+
+
+def test_a_gate_reads_a_batch_that_comes_in_chunks_padded_on_the_right(bridge):
+    lengths = lengths_of(bridge)
+    gate, told = text_gate(bridge, "mask", lengths)
+    model, vector = bridge.model.original_model, bridge.vector(1, seed=5)
+    (batch,) = batches(bridge.model, encode(bridge.model, as_prompts(TEXTS)), len(TEXTS), padding_side="right")
+    cut, new = sorted(lengths)[2], torch.full((len(TEXTS), 1), 7)
+    assert min(lengths) < cut < max(lengths) and cut > 3, "the second chunk is padding alone in some rows"
+
+    def last(step):
+        with steering(bridge.model, step):
+            cache = model(batch.ids[:, :cut], attention_mask=batch.mask[:, :cut], use_cache=True).past_key_values
+            model(batch.ids[:, cut:], attention_mask=batch.mask, past_key_values=cache)
+            mask = torch.cat([batch.mask, torch.ones_like(new)], 1)
+            return model(new, attention_mask=mask, past_key_values=cache).logits
+
+    own = frozenset(batch.rows.index(row) for row, flags in enumerate(told) if flags[-1])
+    mask = torch.zeros(len(TEXTS), CONTEXT, dtype=torch.bool)
+    for row, i in enumerate(batch.rows):
+        mask[row, lengths[i]] = True
+    gated = last(Intervention(vector, positions=mask, gate=gate))
+    assert torch.equal(gated, last(Intervention(vector, positions=mask, prompts=own)))
+    assert not torch.equal(gated, last(Intervention(vector, positions=mask)))
+
+
+def test_a_gate_with_positions_refuses_a_text_that_it_has_not_read(bridge):
     teller, _ = clamped(bridge)
-    model, ids = bridge.model.original_model, torch.tensor([bridge.ids(TEXTS[0])])
-    cache = model(ids, use_cache=True).past_key_values
+    model = bridge.model.original_model
+    one, other = (torch.tensor([bridge.ids(text)]) for text in TEXTS[:2])
+    assert one.shape != other.shape
+    outside = model(one, use_cache=True).past_key_values
+    two = torch.cat([one, one])
+    says = "has not read the text so far; inside the block, begin with an empty cache and read a batch to its end"
     with steering(bridge.model, Intervention(teller, gate=Gate(teller, positions="prompt"))):
-        with pytest.raises(SiteError, match="has not read the beginning of the text; begin with an empty cache"):
-            model(ids[:, :1], past_key_values=cache)
-        cache = model(ids, use_cache=True).past_key_values
-        model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(SiteError, match=says):
+            model(one[:, :1], past_key_values=outside)
+        cache = model(one, use_cache=True).past_key_values
+        model(one[:, :1], past_key_values=cache)
+        model(other, use_cache=True)
+        with pytest.raises(SiteError, match=says):  # the other text's gate is not this one's
+            model(one[:, :1], past_key_values=cache)
+        cache = model(two, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([1]))
+        with pytest.raises(SiteError, match=says):  # which row is left is not known
+            model(one[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="positions: must be"):
         Gate(teller, positions=())
 

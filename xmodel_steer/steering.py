@@ -80,6 +80,7 @@ class Gate:
             site that is written to, before anything is written there by the same intervention.
         side: The class that is acted on.
         positions: At which of the prompt's tokens it is read, as for `Intervention`; by default at the row that is to be written.
+            Text position 0, an attention sink, is read only where a mask names it; tokens of a chat template are read.
 
     Example:
         >>> Intervention(vector, Add(2.0), "last", gate=Gate(harmful, "positive"))        # doctest: +SKIP
@@ -515,28 +516,57 @@ def _opened(gate: Gate, tracker: _Tracker) -> Callable[[Tensor], Tensor]:
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
         return lambda rows: margin(rows) > 0
-    read: dict[int, Tensor] = {}  # of each prompt, what its tokens have said so far
+    told = _Told({}, torch.zeros(0), torch.zeros(0, dtype=torch.long))
 
     def opened(rows: Tensor) -> Tensor:
+        nonlocal told
         now, prompts = tracker.running(rows)
-        place = now.position.to(rows.device)
-        own = tracker.selected(positions, None, rows) & (place < now.prompt_lengths.to(rows.device))
-        before = torch.zeros(len(prompts), 1, device=rows.device)
-        for row, prompt in enumerate(prompts):
-            real = place[row][place[row] >= 0]
-            if len(real) and int(real[0]) > 0:  # the text goes on from an earlier pass
-                if prompt not in read:
-                    raise SiteError(
-                        f"steering: the gate of {gate.vector.label!r} has not read the beginning of the text; "
-                        "begin with an empty cache inside the block"
-                    )
-                before[row] = read[prompt]
+        place, length = now.position.to(rows.device), now.prompt_lengths.to(rows.device)
+        own = tracker.selected(positions, None, rows) & (place < length)
+        if not isinstance(
+            positions, Tensor
+        ):  # text position 0 is an attention sink, which capture leaves out of means too
+            own &= (place > 0) | (length == 1)
+        total, reached = told.of(prompts, rows.device)
+        real = place >= 0
+        begins, goes_on = (place == 0).any(1), real.any(1) & (place != 0).all(1)
+        first = torch.where(real, place, torch.iinfo(place.dtype).max).amin(1)
+        alone = now.rows is None and len(prompts) != len(told.number)  # rows without names, some gone
+        if bool((goes_on & ((first != reached + 1) | alone)).any()):
+            raise SiteError(
+                f"steering: the gate of {gate.vector.label!r} has not read the text so far; inside the block, begin with an "
+                "empty cache and read a batch to its end before the next"
+            )
         # A mean lies on the side on which the sum of the distances from the midpoint does.
-        sums = before + torch.where(own, margin(rows), 0.0).cumsum(1)
-        read.update(zip(prompts, sums[:, -1], strict=True))
+        sums = torch.where(begins, 0.0, total)[:, None] + torch.where(own, margin(rows), 0.0).cumsum(1)
+        number = {prompt: row for row, prompt in enumerate(prompts)}
+        told = _Told(number, sums[:, -1].detach(), torch.where(real.any(1), place.amax(1), reached))
         return sums > 0
 
     return opened
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What a gate has read of the texts of a batch.
+
+    Args:
+        number: Of each prompt its row in the last pass; beams of a prompt have read the same.
+        total: Of each row the sum of what its tokens have said, ``(batch,)``.
+        reached: The last text position that was seen, ``(batch,)``.
+    """
+
+    number: dict[int, int]
+    total: Tensor
+    reached: Tensor
+
+    def of(self, prompts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """``total`` and ``reached`` of prompts; 0 and -1 of those that are new."""
+        known = torch.tensor([prompt in self.number for prompt in prompts], device=device)
+        if not len(self.total):
+            return torch.zeros(len(prompts), device=device), torch.full((len(prompts),), -1, device=device)
+        rows = torch.tensor([self.number.get(prompt, 0) for prompt in prompts], device=device)
+        return torch.where(known, self.total[rows], 0.0), torch.where(known, self.reached[rows], -1)
 
 
 @contextmanager

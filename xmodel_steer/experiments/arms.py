@@ -153,6 +153,10 @@ class Recipe:
     gate: GateReader | None = None
     gate_positions: Positions | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.gate is not None and any(isinstance(o, Clamp) and o.gate for o in self.operators):
+            raise ValueError(f"recipe {self.name!r}: under a gate a clamp moves every row, give Clamp(..., gate=False)")
+
     def with_sites(self, source: Site, target: Site) -> "Recipe":
         """The recipe with one more candidate on either side."""
         ours, theirs = (
@@ -641,9 +645,9 @@ class _Run:
 def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
     """Every arm at the strength that validation chose.
 
-    What acts under a gate has controls that act in the same rows and by the same step, so that nothing but the direction differs:
-    those of a clamp are added, at its overshoot, where the mapped vector's clamp moves, or its gate lets it. A gate of their own
-    would be shut in half of the prompts, and what does nothing there is no control.
+    What acts under a gate has controls that act in the same rows: those of a clamp are added, at its overshoot, where the mapped
+    vector's clamp moves, or its gate lets it; that is the step of a row at its class's mean. A gate of their own would be shut
+    in half of the prompts, and what does nothing there is no control.
     """
     own, operator = choice.carried, choice.operator
     arms = _vectors(own, random_seeds, seed)
