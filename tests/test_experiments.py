@@ -544,14 +544,19 @@ def test_corrupted_capability_says_what_was_right(
 
 
 class Scripted:
-    """Scores by the layer and the operator of a setting, in place of what a model says."""
+    """Scores by the layer and the operator of a setting, in place of what a model says; 0 for a control that has none."""
 
-    def __init__(self, scores: dict[tuple[int, Any], float], error: float) -> None:
-        self.scores, self.error = scores, error
+    def __init__(self, scores: dict[tuple[int, Any], float], error: float, controls: dict[int, float]) -> None:
+        self.scores, self.error, self.controls = scores, error, controls
 
     def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
-        keys = [(step.space.site.layer, step.operator) for (step,) in settings]
-        return [arms.Outcome(np.zeros(2), {}, self.scores[key], self.error) for key in keys]
+        return [arms.Outcome(np.zeros(2), {}, self.score(*setting), self.error) for setting in settings]
+
+    def score(self, step: Any) -> float:
+        layer = step.space.site.layer
+        if step.vector.label.startswith("random"):
+            return self.controls.get(layer, 0.0)
+        return self.scores[layer, step.operator]
 
 
 def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
@@ -563,8 +568,8 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     way = arms.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
     layer = {(0, high): 0.2, (1, high): 0.5, (2, high): 0.5, (1, low): 0.3, (2, low): 0.4}
 
-    def chosen(more: dict[Any, float], error: float = 0.0) -> Any:
-        asked = Scripted(layer | more, error)
+    def chosen(more: dict[Any, float], error: float = 0.0, controls: dict[int, float] | None = None) -> Any:
+        asked = Scripted(layer | more, error, controls or {})
         return arms.choose(
             arms.Pair(*organisms, text, 0, False), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
         )
@@ -574,9 +579,20 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     (choice,) = found.choices
     assert choice.carried.native.space.site.layer == 2 and choice.operator == high
     tried = [(r["varied"], r["layer"], r["operator"]) for r in found.records]
-    assert tried[:5] == [("target layer", k, repr(high)) for k in (0, 1, 2)] + [
-        ("target layer", k, repr(low)) for k in (1, 2)
-    ]
+    assert tried[:7] == (
+        [("target layer", k, repr(high)) for k in (0, 1, 2)]
+        + [("target layer, its control", k, repr(high)) for k in (1, 2)]
+        + [("target layer", k, repr(low)) for k in (1, 2)]
+    )
+    # Of those within an error of the best that is taken at which any direction does least.
+    of_one = {(1, low): 0.3, (1, other): 0.3, (2, low): 0.3, (2, other): 0.3}
+    for controls, best in (({2: 0.1}, 1), ({1: 0.1}, 2), ({1: 0.05, 2: 0.2}, 1), ({0: -9.0, 1: 0.1}, 2)):
+        choice = chosen(of_one, controls=controls).choices[0]
+        assert choice.carried.native.space.site.layer == best
+    near = of_one | {(0, high): 0.45, (0, low): 0.3, (0, other): 0.3}
+    for error, best in ((0.06, 0), (0.04, 1)):
+        choice = chosen(near, error=error, controls={1: 0.1, 2: 0.2}).choices[0]
+        assert choice.carried.native.space.site.layer == best
     # Of strengths to add the least that is within an error of the best; without an error, and of overshoots, the best.
     assert chosen({(2, other): 0.45}, error=0.11).choices[0].operator == low
     assert chosen({(2, other): 0.9}, error=0.11).choices[0].operator == other

@@ -475,7 +475,39 @@ class Chosen:
     general: Moments
 
 
-_Gated = tuple[SteeringVector, SteeringVector | None, int]  # a vector, its gate, and the layer that is tried
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A vector to choose among others.
+
+    Args:
+        vector: The vector.
+        gate: Its gate's, where the recipe has gates.
+        control: Does as much along another direction.
+        layer: That is chosen with it.
+    """
+
+    vector: SteeringVector
+    gate: SteeringVector | None
+    control: SteeringVector
+    layer: int
+
+    def setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
+        """Of the vector."""
+        return recipe.setting(self.vector, operator, self.gate)
+
+    def control_setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
+        """Of its control, in the rows that the vector is for."""
+        return recipe.setting(self.control, *_as_control(operator, self.vector, self.gate))
+
+
+def _as_control(
+    operator: Operator, vector: SteeringVector, gate: SteeringVector | None
+) -> tuple[Operator, SteeringVector | None]:
+    """What a control of a vector does, and under which gate: a clamp's is added, where the vector's clamp moves or its gate lets it."""
+    return (Add(operator.overshoot), gate or vector) if isinstance(operator, Clamp) else (operator, gate)
+
+
+_ASIDE = 1000  # beyond the seeds of random vectors that are reported
 
 
 def choose(
@@ -491,6 +523,8 @@ def choose(
 ) -> Chosen:
     """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
 
+    Of layers within a standard error of the best that is taken at which a control does least beside: a random vector for the
+    target's layer, a map of shuffled pairs for the source's. Where any direction does it, the vector shows nothing.
     Of strengths to add the least is taken that is within a standard error of the best (Breiman et al. 1984, section 3.4.3): more
     than is needed costs text, and any direction does it. Of overshoots the best is: rows that a gate leaves alone cost nothing.
 
@@ -507,25 +541,32 @@ def choose(
     target, progress = pair.target, pair.progress
     records: list[dict[str, Any]] = []
 
-    def tried(varied: str, recipe: Recipe, candidates: Sequence[tuple[_Gated, Operator]]) -> list[Outcome]:
-        settings = [recipe.setting(vector, operator, gate) for (vector, gate, _), operator in candidates]
+    def tried(
+        varied: str, recipe: Recipe, candidates: Sequence[tuple[_Candidate, Operator]], *, controls: bool = False
+    ) -> list[Outcome]:
+        settings = [(c.control_setting if controls else c.setting)(recipe, operator) for c, operator in candidates]
         found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
-        for ((*_, layer), operator), own in zip(candidates, found, strict=True):
-            record = {"recipe": recipe.name, "varied": varied, "layer": layer, "operator": repr(operator)}
-            records.append(record | own.record())
+        for (candidate, operator), own in zip(candidates, found, strict=True):
+            record = {"recipe": recipe.name, "varied": f"{varied}, its control" if controls else varied}
+            records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | own.record())
         return found
 
-    def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Gated]) -> int:
+    def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> int:
         """The number of the best one; those that an operator does not tell apart are tried with the next."""
         left = list(range(len(candidates)))
         for operator in recipe.operators:
             if len(left) == 1:
                 break
-            scores = [own.score for own in tried(varied, recipe, [(candidates[i], operator) for i in left])]
-            left = [i for i, score in zip(left, scores, strict=True) if score == max(scores)]
+            found = dict(zip(left, tried(varied, recipe, [(candidates[i], operator) for i in left]), strict=True))
+            top = max(found.values(), key=lambda own: own.score)
+            left = [i for i in left if found[i].score >= top.score - top.error]
+            if len(left) > 1:
+                beside = tried(varied, recipe, [(candidates[i], operator) for i in left], controls=True)
+                gains = {i: found[i].score - own.score for i, own in zip(left, beside, strict=True)}
+                left = [i for i in left if gains[i] == max(gains.values())]
         return left[len(left) // 2]
 
-    def best_operator(recipe: Recipe, candidate: _Gated) -> Operator:
+    def best_operator(recipe: Recipe, candidate: _Candidate) -> Operator:
         if len(recipe.operators) == 1:
             return recipe.operators[0]
         found = tried("strength", recipe, [(candidate, operator) for operator in recipe.operators])
@@ -546,8 +587,12 @@ def choose(
             }
             for read in (recipe.vectors, recipe.gates)
         )
-        candidates = [(own[site], gates.get(site), site.layer) for site in sites]
-        natives.append(candidates[best_layer("target layer", recipe, candidates)][:2])
+        candidates = [
+            _Candidate(own[site], gates.get(site), random_like(own[site], seed=pair.seed + _ASIDE), site.layer)
+            for site in sites
+        ]
+        best = candidates[best_layer("target layer", recipe, candidates)]
+        natives.append((best.vector, best.gate))
     lap("choosing target layers")
 
     pairs = tuple(
@@ -570,7 +615,7 @@ def choose(
             Carried.of(theirs[site], native, moments, fitter, None if gate is None else (gates[site], gate))
             for site in sites
         ]
-        candidates = [(c.mapped, c.mapped_gate, c.source.space.site.layer) for c in carried]
+        candidates = [_Candidate(c.mapped, c.mapped_gate, c.shuffled, c.source.space.site.layer) for c in carried]
         at = best_layer("source layer", recipe, candidates)
         choices.append(Choice(recipe, best_operator(recipe, candidates[at]), carried[at]))
     lap("choosing source layers and strengths")
@@ -654,9 +699,7 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
     arms |= {name: [vector] for name, vector in choice.others.items()}
     if choice.recipe.positions == "all" and choice.has_equal_kl:
         arms[BIASED] = [own.biased]
-    control, gate = operator, own.mapped_gate
-    if isinstance(operator, Clamp):
-        control, gate = Add(operator.overshoot), own.mapped_gate or own.mapped
+    control, gate = _as_control(operator, own.mapped, own.mapped_gate)
     made = []
     for arm, group in arms.items():
         does, under = (control, gate) if arm in CONTROLS else (operator, own.mapped_gate)
