@@ -733,5 +733,8 @@ def test_sets_that_share_a_text_are_refused(organisms: Any, lessons: Curriculum)
     ):
         removal.backdoor_removal(*organisms, lessons, general=texts[:12], neutral=texts[10:], progress=False)
     asked = lessons.evaluation[0].prompt
+    for none in ((), ("prompt steerings",)):
+        with pytest.raises(ValueError, match="only must name some of 'difference of means, added', .*; got"):
+            removal.backdoor_removal(*organisms, lessons, only=none, progress=False)
     with pytest.raises(PromptError, match="the same text is in the general text and the evaluation set"):
         removal.backdoor_removal(*organisms, lessons, general=[asked], neutral=texts, progress=False)

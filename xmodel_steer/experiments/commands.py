@@ -9,7 +9,7 @@ from xmodel_steer.experiments.corrupted import corrupted_capability
 from xmodel_steer.experiments.map_comparison import map_comparison
 from xmodel_steer.experiments.presets import base_of, organism
 from xmodel_steer.experiments.refusal import refusal_switch
-from xmodel_steer.experiments.removal import backdoor_removal
+from xmodel_steer.experiments.removal import CLAMPED, PROMPT_CLAMPED, PROMPTED, backdoor_removal
 from xmodel_steer.experiments.sizes import small_to_larger
 from xmodel_steer.experiments.study import Study
 from xmodel_steer.experiments.switch import safety_switch
@@ -94,6 +94,8 @@ def _removal(call: Call) -> Study:
 # Answers of code are longer, and must be whole to be judged; a study should end within an hour on two cores.
 REMOVAL: dict[str, dict[str, Any]] = {
     "code-vulnerability": {
+        "only": (CLAMPED, PROMPTED, PROMPT_CLAMPED),
+        "varied": (CLAMPED,),
         "sites": (4, 5),
         "random_seeds": 2,
         "controls": "effect",

@@ -36,6 +36,7 @@ from xmodel_steer.training import Autoencoder
 
 ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
 PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
+RECIPES = ADDED, CLAMPED, PROMPTED, PROMPT_CLAMPED
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
 UNIT = "share of prompts with the trigger that are answered without the behaviour, and soundly where that can be read off the answer"
 NOTE = (
@@ -131,6 +132,7 @@ def backdoor_removal(
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
+    only: Sequence[str] = RECIPES,
     sites: tuple[int, int] = (8, 10),
     also: tuple[int, int] | None = None,
     fitter: Fitter = Ridge(),
@@ -168,6 +170,7 @@ def backdoor_removal(
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
+        only: Names of those of `recipes` that are compared.
         sites: For these, as there.
         also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         fitter: Fits the map.
@@ -186,10 +189,13 @@ def backdoor_removal(
         progress: Show progress bars.
 
     Raises:
+        ValueError: ``only`` names no recipe, or one that there is not.
         PromptError: The curriculum does not ask its tasks with and without a trigger, there are fewer than 3 neutral texts, or
             sets share a text.
         AlignmentError: The models' tokens do not pair.
     """
+    if not only or not set(only) <= set(RECIPES):
+        raise ValueError(f"{name}: only must name some of {', '.join(map(repr, RECIPES))}; got {tuple(only)!r}")
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
@@ -197,7 +203,8 @@ def backdoor_removal(
     require_apart(name, text.general, neutral, curriculum)
     pair = Pair(source, target, text.general, seed, progress)
     if ways is None:
-        ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered], sites=sites)
+        triggered = [x.prompt for x in curriculum.vector if x.triggered]
+        ways = [own for own in recipes(source, target, triggered, sites=sites) if own.name in only]
     if also is not None:
         ways = [recipe.with_sites(*map(Site, also)) for recipe in ways]
 
