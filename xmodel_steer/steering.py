@@ -477,16 +477,20 @@ def steered(
     def writer(step: Step) -> Write:
         edit = step.operator.prepare(step.vector) if isinstance(step, Intervention) else None
         gate = _opened(step.gate, tracker) if isinstance(step, Intervention) and step.gate is not None else None
+        # To know the text, a replacement sees every pass; so does a gate that is read elsewhere in it.
+        sees_all = isinstance(step, Replacement) or (step.gate is not None and step.gate.positions is not None)
 
         def write(value: Tensor) -> Tensor:
             fired.add(step.space.site)
             where = tracker.selected(step.positions, step.prompts, value)
+            if not sees_all and not bool(where.any()):
+                return value
             rows = value.to(torch.float32)
-            if isinstance(step, Replacement):  # it sees every pass, to know the text
+            if isinstance(step, Replacement):
                 edited, given = step.values(rows, tracker.reading())
                 return torch.where((where if given is None else where & given)[..., None], edited.to(value), value)
             assert edit is not None
-            if gate is not None:  # so does a gate that is read elsewhere in the text
+            if gate is not None:
                 where &= gate(rows)
             return torch.where(where[..., None], edit(rows).to(value), value) if bool(where.any()) else value
 
@@ -511,21 +515,46 @@ def steered(
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What a gate has read of the texts of a batch.
+
+    Args:
+        number: Of each prompt its row in the last pass; beams of a prompt have read the same.
+        total: Of each row the sum of what its tokens have said, and behind them 0, of a new prompt: ``(batch + 1,)``.
+        reached: The last text position that was seen, and behind them -1, ``(batch + 1,)``.
+    """
+
+    number: dict[int, int]
+    total: Tensor
+    reached: Tensor
+
+    @classmethod
+    def by(cls, prompts: Sequence[int], total: Tensor, reached: Tensor) -> "_Told":
+        """What the rows of a pass, ``(batch,)``, leave."""
+        number = {prompt: row for row, prompt in enumerate(prompts)}
+        return cls(number, torch.cat([total, total.new_zeros(1)]), torch.cat([reached, reached.new_full((1,), -1)]))
+
+    def of(self, prompts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """``total`` and ``reached`` of prompts, ``(batch,)``."""
+        rows = torch.tensor([self.number.get(prompt, -1) for prompt in prompts], device=device)
+        return self.total.to(device)[rows], self.reached.to(device)[rows]
+
+
 def _opened(gate: Gate, tracker: _Tracker) -> Callable[[Tensor], Tensor]:
     """The function from a residual stream ``(batch, new, d)`` to whether each of its rows is acted on: boolean ``(batch, new)``."""
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
         return lambda rows: margin(rows) > 0
-    told = _Told({}, torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    told = _Told.by((), torch.zeros(0), torch.zeros(0, dtype=torch.long))
 
     def opened(rows: Tensor) -> Tensor:
         nonlocal told
         now, prompts = tracker.running(rows)
         place, length = now.position.to(rows.device), now.prompt_lengths.to(rows.device)
         own = tracker.selected(positions, None, rows) & (place < length)
-        if not isinstance(
-            positions, Tensor
-        ):  # text position 0 is an attention sink, which capture leaves out of means too
+        if not isinstance(positions, Tensor):
+            # Text position 0 is an attention sink, which capture leaves out of means too.
             own &= (place > 0) | (length == 1)
         total, reached = told.of(prompts, rows.device)
         real = place >= 0
@@ -539,34 +568,10 @@ def _opened(gate: Gate, tracker: _Tracker) -> Callable[[Tensor], Tensor]:
             )
         # A mean lies on the side on which the sum of the distances from the midpoint does.
         sums = torch.where(begins, 0.0, total)[:, None] + torch.where(own, margin(rows), 0.0).cumsum(1)
-        number = {prompt: row for row, prompt in enumerate(prompts)}
-        told = _Told(number, sums[:, -1].detach(), torch.where(real.any(1), place.amax(1), reached))
+        told = _Told.by(prompts, sums[:, -1].detach(), torch.where(real.any(1), place.amax(1), reached))
         return sums > 0
 
     return opened
-
-
-@dataclass(frozen=True, eq=False)
-class _Told:
-    """What a gate has read of the texts of a batch.
-
-    Args:
-        number: Of each prompt its row in the last pass; beams of a prompt have read the same.
-        total: Of each row the sum of what its tokens have said, ``(batch,)``.
-        reached: The last text position that was seen, ``(batch,)``.
-    """
-
-    number: dict[int, int]
-    total: Tensor
-    reached: Tensor
-
-    def of(self, prompts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """``total`` and ``reached`` of prompts; 0 and -1 of those that are new."""
-        known = torch.tensor([prompt in self.number for prompt in prompts], device=device)
-        if not len(self.total):
-            return torch.zeros(len(prompts), device=device), torch.full((len(prompts),), -1, device=device)
-        rows = torch.tensor([self.number.get(prompt, 0) for prompt in prompts], device=device)
-        return torch.where(known, self.total[rows], 0.0), torch.where(known, self.reached[rows], -1)
 
 
 @contextmanager
