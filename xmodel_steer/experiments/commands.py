@@ -95,13 +95,12 @@ def _removal(call: Call) -> Study:
 REMOVAL: dict[str, dict[str, Any]] = {
     "code-vulnerability": {
         "only": (CLAMPED, PROMPTED, PROMPT_CLAMPED),
-        "varied": (CLAMPED,),
+        "varied": (PROMPT_CLAMPED,),
         "sites": (4, 5),
         "random_seeds": 2,
         "controls": "effect",
         "validation_tasks": 16,
         "validation_tokens": 112,
-        "amounts": (0, 400),
     }
 }
 
