@@ -1,0 +1,77 @@
+"""README and documentation say of the recorded studies what the records say."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}
+NUMBER = r"−?\d*\.?\d+"
+INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
+# Pages with the heading under which records are spoken of.
+PAGES = {"README.md": "## The paper's experiments", "docs/paper.md": ""}
+
+
+def estimates(record: Any) -> Iterator[tuple[float, float, float]]:
+    """Every value with its interval, at any depth of a record."""
+    if isinstance(record, dict):
+        for name in ("value", "effect"):
+            if {name, "low", "high"} <= set(record) and isinstance(record[name], float):
+                yield record[name], record["low"], record["high"]
+    if isinstance(record, dict | list):
+        for own in record.values() if isinstance(record, dict) else record:
+            yield from estimates(own)
+
+
+def number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
+def near(said: str, meant: float) -> bool:
+    """Whether a number is another one, rounded to its last place."""
+    places = len(said.partition(".")[2])
+    return abs(number(said) - meant) <= (0.51 * 10.0 ** -min(places, 2))
+
+
+def blocks(page: str) -> list[tuple[str, set[str]]]:
+    """Table rows and paragraphs with intervals, each with the records that it may speak of.
+
+    Those are the ones that it names; in a table, "the same" are the ones above; else those that its section has named so far.
+    """
+    text = (ROOT / page).read_text()
+    if PAGES[page]:
+        text = re.split(r"^## ", text.partition(PAGES[page])[2], maxsplit=1, flags=re.MULTILINE)[0]
+    found: list[tuple[str, set[str]]] = []
+    for section in re.split(r"^## ", text, flags=re.MULTILINE):
+        known, last = set[str](), set[str]()
+        for block in re.split(r"\n\n|\n(?=[|-])", section):
+            own = {name for name in RECORDS if re.search(rf"`[^`]*\b{name}\b[^`]*`", block)}
+            own = own or (last if "| the same |" in block else set())
+            known, last = known | own, own
+            if INTERVAL.search(block):
+                found.append((block, own or set(known)))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_interval_is_one_of_a_record(page: str) -> None:
+    wrong = []
+    for block, names in blocks(page):
+        kept = [own for name in names for own in estimates(RECORDS[name])]
+        for said in INTERVAL.findall(block):
+            if not any(all(near(a, b) for a, b in zip(said, own, strict=True)) for own in kept):
+                wrong.append((said, sorted(names), block[:80]))
+    assert not wrong
+    assert len(blocks(page)) > 5
+
+
+def test_what_no_record_holds_is_noticed() -> None:
+    assert list(estimates({"arms": [{"effect": 0.5, "low": 0.25, "high": 1.0, "n": 3, "beside": {}}]})) == [
+        (0.5, 0.25, 1.0)
+    ]
+    assert near(".98", 0.9799) and near("−.05", -0.0549) and near("17", 17.4) and near("1.00", 0.9951)
+    assert not near(".98", 0.97) and not near("−.05", 0.05) and not near("17", 18.0)
