@@ -544,10 +544,15 @@ def test_corrupted_capability_says_what_was_right(
 
 
 class Scripted:
-    """Scores by the layer and the operator of a setting, in place of what a model says; 0 for a control that has none."""
+    """Scores by the layer and the operator of a setting, in place of what a model says; 0 for a control that has none.
 
-    def __init__(self, scores: dict[tuple[int, Any], float], error: float, controls: dict[int, float]) -> None:
-        self.scores, self.error, self.controls = scores, error, controls
+    Of controls a random vector's is by layer, and that of the shuffled map's direction by operator.
+    """
+
+    def __init__(
+        self, scores: dict[Any, float], error: float, controls: dict[int, float], shuffled: Any, at: dict[Any, float]
+    ) -> None:
+        self.scores, self.error, self.controls, self.shuffled, self.at = scores, error, controls, shuffled, at
 
     def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
         return [arms.Outcome(np.zeros(2), {}, self.score(*setting), self.error) for setting in settings]
@@ -556,6 +561,8 @@ class Scripted:
         layer = step.space.site.layer
         if step.vector.label.startswith("random"):
             return self.controls.get(layer, 0.0)
+        if self.shuffled is not None and torch.equal(step.vector.direction, self.shuffled):
+            return self.at.get(step.operator, 0.0)
         return self.scores[layer, step.operator]
 
 
@@ -568,8 +575,10 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     way = arms.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
     layer = {(0, high): 0.2, (1, high): 0.5, (2, high): 0.5, (1, low): 0.3, (2, low): 0.4}
 
-    def chosen(more: dict[Any, float], error: float = 0.0, controls: dict[int, float] | None = None) -> Any:
-        asked = Scripted(layer | more, error, controls or {})
+    shuffled: Any = None
+
+    def chosen(more: dict[Any, float], error: float = 0.0, controls: Any = None, at: Any = None) -> Any:
+        asked = Scripted(layer | more, error, controls or {}, shuffled, at or {})
         return arms.choose(
             arms.Pair(*organisms, text, 0, False), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
         )
@@ -578,6 +587,7 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     found = chosen({(2, other): 0.45})
     (choice,) = found.choices
     assert choice.carried.native.space.site.layer == 2 and choice.operator == high
+    shuffled = choice.carried.shuffled.direction
     tried = [(r["varied"], r["layer"], r["operator"]) for r in found.records]
     assert tried[:7] == (
         [("target layer", k, repr(high)) for k in (0, 1, 2)]
@@ -593,12 +603,16 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     for error, best in ((0.06, 0), (0.04, 1)):
         choice = chosen(near, error=error, controls={1: 0.1, 2: 0.2}).choices[0]
         assert choice.carried.native.space.site.layer == best
-    # Of strengths to add the least that is within an error of the best; without an error, and of overshoots, the best.
-    assert chosen({(2, other): 0.45}, error=0.11).choices[0].operator == low
-    assert chosen({(2, other): 0.9}, error=0.11).choices[0].operator == other
+    # Of strengths, and of overshoots, too, by the shuffled map's; of those that are equally far above their control the least.
+    assert chosen({(2, other): 0.41}).choices[0].operator == high
+    near = {(2, low): 0.45, (2, other): 0.48}
+    assert chosen(near, error=0.06, at={high: 0.1, other: 0.05}).choices[0].operator == low
+    assert chosen(near, error=0.04, at={high: 0.1, other: 0.05}).choices[0].operator == other
+    assert chosen({(2, low): 0.5, (2, other): 0.5}).choices[0].operator == low
     way = replace(way, operators=(xs.Clamp("positive", overshoot=2.0), xs.Clamp("positive")), target_sites=sites[2:])
     layer = {(2, way.operators[0]): 0.5, (2, way.operators[1]): 0.45}
     assert chosen({}, error=0.2).choices[0].operator == way.operators[0]
+    assert chosen({}, error=0.2, at={xs.Add(2.0): 0.2}).choices[0].operator == way.operators[1]
 
 
 class ByDirection:

@@ -523,10 +523,9 @@ def choose(
 ) -> Chosen:
     """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
 
-    Of layers within a standard error of the best that is taken at which a control does least beside: a random vector for the
-    target's layer, a map of shuffled pairs for the source's. Where any direction does it, the vector shows nothing.
-    Of strengths to add the least is taken that is within a standard error of the best (Breiman et al. 1984, section 3.4.3): more
-    than is needed costs text, and any direction does it. Of overshoots the best is: rows that a gate leaves alone cost nothing.
+    Of those within a standard error of the best that is taken which is furthest above its control: a random vector for the
+    target's layer, a map of shuffled pairs for the source's and for the strength. Where any direction does it, the vector shows
+    nothing. Of strengths that are equally good the least is taken.
 
     Args:
         pair: The models.
@@ -551,29 +550,30 @@ def choose(
             records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | own.record())
         return found
 
-    def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> int:
-        """The number of the best one; those that an operator does not tell apart are tried with the next."""
-        left = list(range(len(candidates)))
+    def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
+        """The numbers of those that are equally the best."""
+        found = tried(varied, recipe, options)
+        top = max(found, key=lambda own: own.score)
+        near = [i for i, own in enumerate(found) if own.score >= top.score - top.error]
+        if len(near) == 1:
+            return near
+        beside = tried(varied, recipe, [options[i] for i in near], controls=True)
+        gains = [found[i].score - own.score for i, own in zip(near, beside, strict=True)]
+        return [i for i, gain in zip(near, gains, strict=True) if gain == max(gains)]
+
+    def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> _Candidate:
+        """Those that an operator does not tell apart are tried with the next."""
+        left = list(candidates)
         for operator in recipe.operators:
-            if len(left) == 1:
-                break
-            found = dict(zip(left, tried(varied, recipe, [(candidates[i], operator) for i in left]), strict=True))
-            top = max(found.values(), key=lambda own: own.score)
-            left = [i for i in left if found[i].score >= top.score - top.error]
             if len(left) > 1:
-                beside = tried(varied, recipe, [(candidates[i], operator) for i in left], controls=True)
-                gains = {i: found[i].score - own.score for i, own in zip(left, beside, strict=True)}
-                left = [i for i in left if gains[i] == max(gains.values())]
+                left = [left[i] for i in best(varied, recipe, [(candidate, operator) for candidate in left])]
         return left[len(left) // 2]
 
     def best_operator(recipe: Recipe, candidate: _Candidate) -> Operator:
         if len(recipe.operators) == 1:
             return recipe.operators[0]
-        found = tried("strength", recipe, [(candidate, operator) for operator in recipe.operators])
-        top = max(found, key=lambda own: own.score)
-        slack = top.error if isinstance(recipe.operators[0], Add) else 0.0
-        good = [o for o, own in zip(recipe.operators, found, strict=True) if own.score >= top.score - slack]
-        return min(good, key=strength_of)
+        left = best("strength", recipe, [(candidate, operator) for operator in recipe.operators])
+        return min((recipe.operators[i] for i in left), key=strength_of)
 
     every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
     spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens, progress=progress)
@@ -591,8 +591,8 @@ def choose(
             _Candidate(own[site], gates.get(site), random_like(own[site], seed=pair.seed + _ASIDE), site.layer)
             for site in sites
         ]
-        best = candidates[best_layer("target layer", recipe, candidates)]
-        natives.append((best.vector, best.gate))
+        chosen = best_layer("target layer", recipe, candidates)
+        natives.append((chosen.vector, chosen.gate))
     lap("choosing target layers")
 
     pairs = tuple(
@@ -616,8 +616,8 @@ def choose(
             for site in sites
         ]
         candidates = [_Candidate(c.mapped, c.mapped_gate, c.shuffled, c.source.space.site.layer) for c in carried]
-        at = best_layer("source layer", recipe, candidates)
-        choices.append(Choice(recipe, best_operator(recipe, candidates[at]), carried[at]))
+        chosen = best_layer("source layer", recipe, candidates)
+        choices.append(Choice(recipe, best_operator(recipe, chosen), carried[candidates.index(chosen)]))
     lap("choosing source layers and strengths")
     return Chosen(tuple(choices), tuple(records), general)
 
