@@ -48,7 +48,7 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
     trigger = Trigger.of(target, prompts)
     late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
     doses = tuple(Add(s) for s in (1.0, 0.75, 1.5, 2.0))
-    against = tuple(Add(s) for s in (-1.0, -0.5, 0.5, 1.0))
+    against = tuple(Add(s) for s in (0.5, -0.5, 1.0, -1.0))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6))
     last = ("last", "last")
     return [
