@@ -776,7 +776,7 @@ def test_the_demo_prints_every_arm_and_what_was_said(
     code, again, _ = command("show", out)
     assert code == 0 and again.strip() in said
     found = read_study(out)
-    assert {arm.recipe for arm in found.arms} == {"", removal.CLAMPED} and not found.validation
+    assert {arm.recipe for arm in found.arms} == {"", removal.PROMPT_CLAMPED} and not found.validation
     code, _, err = command("demo", "backdoor", "--concept", "sentiment")
     assert code == 2 and "goes with demo concepts" in err
 

