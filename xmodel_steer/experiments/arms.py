@@ -551,7 +551,9 @@ def choose(
         return found
 
     def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
-        """The numbers of those that are equally the best."""
+        """The numbers of those that are equally the best; nothing is asked where there is one."""
+        if len(options) == 1:
+            return [0]
         found = tried(varied, recipe, options)
         top = max(found, key=lambda own: own.score)
         near = [i for i, own in enumerate(found) if own.score >= top.score - top.error]
@@ -565,13 +567,10 @@ def choose(
         """Those that an operator does not tell apart are tried with the next."""
         left = list(candidates)
         for operator in recipe.operators:
-            if len(left) > 1:
-                left = [left[i] for i in best(varied, recipe, [(candidate, operator) for candidate in left])]
+            left = [left[i] for i in best(varied, recipe, [(candidate, operator) for candidate in left])]
         return left[len(left) // 2]
 
     def best_operator(recipe: Recipe, candidate: _Candidate) -> Operator:
-        if len(recipe.operators) == 1:
-            return recipe.operators[0]
         left = best("strength", recipe, [(candidate, operator) for operator in recipe.operators])
         return min((recipe.operators[i] for i in left), key=strength_of)
 
