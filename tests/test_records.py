@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from xmodel_steer import demo
+from xmodel_steer.experiments import removal
+
 ROOT = Path(__file__).parents[1]
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}
 NUMBER = r"−?\d*\.?\d+"
@@ -75,3 +78,10 @@ def test_what_no_record_holds_is_noticed() -> None:
     ]
     assert near(".98", 0.9799) and near("−.05", -0.0549) and near("17", 17.4) and near("1.00", 0.9951)
     assert not near(".98", 0.97) and not near("−.05", 0.05) and not near("17", 18.0)
+
+
+def test_the_demo_takes_what_the_recorded_validation_chose() -> None:
+    chosen = RECORDS[f"backdoor-removal-{demo.ORGANISM}"]["chosen"][removal.PROMPT_CLAMPED]
+    (source,), (target,) = demo.BACKDOOR_SITES
+    assert (source.layer, target.layer) == (chosen["source_layer"], chosen["target_layer"])
+    assert repr(demo.BACKDOOR_OPERATOR) == chosen["operator"]
