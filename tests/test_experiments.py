@@ -411,9 +411,8 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
     monkeypatch.undo()
     taken: list[Any] = []
 
-    def sizes(models: list[Any], seed: int, **settings: Any) -> Study:
+    def sizes(models: list[Any], seed: int) -> Study:
         taken.extend(models)
-        assert settings["random_seeds"] == 2 and len(settings["general"]) == 300
         raise PromptError("seen")
 
     monkeypatch.setattr(commands, "small_to_larger", sizes)

@@ -15,7 +15,6 @@ from xmodel_steer.experiments.study import Study
 from xmodel_steer.experiments.switch import safety_switch
 from xmodel_steer.models import load
 from xmodel_steer.organisms import curriculum
-from xmodel_steer.packaged import general_text
 
 LARGER = "packaged:qwen2.5-coder-1.5b-instruct"  # after the packaged pair, in the study of sizes
 
@@ -114,7 +113,7 @@ def _switch(call: Call) -> Study:
 def _sizes(call: Call) -> Study:
     larger = call.larger or ((LARGER,) if call.target.startswith("packaged:") else ())
     models = [call.load(name) for name in (call.source, call.target, *larger)]
-    return small_to_larger(models, general=general_text()[:300], random_seeds=2, seed=call.seed)  # within an hour
+    return small_to_larger(models, seed=call.seed)
 
 
 STUDIES = {

@@ -12,7 +12,7 @@ from xmodel_steer.models import hardware_of, is_bridge, name_of
 from xmodel_steer.results import CONTROLS
 
 QUESTION = "How does the share of the effect that is carried over change with the size of the source and of the target?"
-CARRIED = ("sentiment",)
+CARRIED = ("sentiment", "tense")
 
 
 def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **settings: Any) -> Study:
