@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from xmodel_steer import demo
-from xmodel_steer.experiments import removal
+from xmodel_steer.experiments import read_study, removal, write_study
+from xmodel_steer.experiments.study import REPORT
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}
@@ -85,3 +86,13 @@ def test_the_demo_takes_what_the_recorded_validation_chose() -> None:
     (source,), (target,) = demo.BACKDOOR_SITES
     assert (source.layer, target.layer) == (chosen["source_layer"], chosen["target_layer"])
     assert repr(demo.BACKDOOR_OPERATOR) == chosen["operator"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_has_its_report_beside_it(name: str, tmp_path: Path) -> None:
+    """All but the figures, whose script changes with plotly's version."""
+    folder = ROOT / "studies" / name
+    kept, now = (folder / REPORT).read_text(), write_study(read_study(folder), tmp_path).read_text()
+    for begins, ends in (("<title>", "<div id="), ("<h2>Every arm</h2>", "</html>")):
+        assert kept.partition(begins)[2].partition(ends)[0] == now.partition(begins)[2].partition(ends)[0]
+    assert len(kept.encode()) < 1_000_000

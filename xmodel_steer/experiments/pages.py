@@ -1,6 +1,7 @@
 """A study for people: figures, a table, and one HTML file that needs no network."""
 
 import html
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from xmodel_steer.report import figures_html, marked
 if TYPE_CHECKING:
     from rich.table import Table
 
-OTHER = "#E69F00"  # of arms that only one study has
+OTHERS = "#E69F00", "#56B4E9", "#882255"  # of arms that only some studies have
 
 
 def figure(study: Study) -> Any:
@@ -75,6 +76,7 @@ def measures(study: Study) -> Any:
     from plotly.subplots import make_subplots
 
     steered = [arm for arm in study.arms if arm.arm != "unsteered"]
+    colours = _colours(study)
     panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in steered))
     titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
     figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
@@ -91,7 +93,7 @@ def measures(study: Study) -> Any:
                     legendgroup=arm.arm,
                     showlegend=arm.arm not in shown,
                     mode="markers",
-                    marker={"size": 11, "color": COLOURS.get(arm.arm, OTHER), "opacity": 0.85},
+                    marker={"size": 11, "color": colours[arm.arm], "opacity": 0.85},
                     hovertemplate=f"{arm.arm}<br>%{{x}}<br>%{{y:.3f}}<extra></extra>",
                 ),
                 row=row,
@@ -207,6 +209,11 @@ def curve(study: Study, name: str) -> Any:
 
 def _bars(values: Sequence[Estimate]) -> dict[str, Any]:
     return {"array": [v.high - v.value for v in values], "arrayminus": [v.value - v.low for v in values]}
+
+
+def _colours(study: Study) -> dict[str, str]:
+    others = dict.fromkeys(arm.arm for arm in study.arms if arm.arm not in COLOURS)
+    return COLOURS | dict(zip(others, itertools.cycle(OTHERS), strict=False))
 
 
 def _measured(arm: StudyArm) -> list[tuple[str, Estimate]]:
@@ -325,11 +332,12 @@ def _texts(study: Study) -> str:
     if base is None:
         return ""
     fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
+    colours = _colours(study)
     made = ""
     for i, prompt in enumerate(study.prompts):
         lines = [("unsteered", html.escape(base.texts[i]), COLOURS["unsteered"])]
         lines += [
-            (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), COLOURS.get(arm.arm, OTHER))
+            (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), colours[arm.arm])
             for arm in study.arms
             if arm.arm != "unsteered" and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed) and i < len(arm.texts)
         ]
