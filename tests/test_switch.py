@@ -1,5 +1,6 @@
 """A model and its fine-tune, each living on the other's activations, on toys."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def test_its_record_is_read_back_and_its_page_shows_both_ways(study: Study, tmp_
     assert len(pages.tables(study)) == len({arm.recipe for arm in study.arms})
     assert all(len(trace.x) for trace in pages.sweep(study).data)
     assert read_study(tmp_path) == study and OFF.replace("'", "&#x27;") in page
+    for way in (OFF, ON):  # each beside the text of the model that writes
+        plain, mapped = (study.arm(name, way).texts[0] for name in ("unsteered", "mapped"))
+        assert f"<td>{html.escape(plain)}</td>" in page and f"<td>{pages.marked(mapped, plain)}</td>" in page
     assert study.verdict.startswith(f"{OFF}, layer ") and f"; {ON}, layer " in study.verdict
 
 

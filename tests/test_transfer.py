@@ -126,10 +126,11 @@ def test_evaluation_prompts_choose_nothing(result: TransferResult, toy_named: Ca
 
 
 def test_the_sets_do_not_overlap(result: TransferResult) -> None:
-    names = ("contrast", "validation", "evaluation", "neutral_validation", "neutral_evaluation")
+    names = ("contrast", "map_text", "validation", "evaluation", "neutral_validation", "neutral_evaluation")
     ids = [i for name in names for i in result.splits[name]]
     assert len(ids) == len(set(ids))
     assert sum(result.splits["map_documents"].values()) == 54  # 60 less the neutral tenth
+    assert result.splits["map_text"] == [xs.Prompt.of(t).id for t in sentences(60, 4)[:54]]
 
 
 def test_without_prompts_the_preference_for_held_out_pairs_is_measured(toy_named: Callable[[str], toys.Toy]) -> None:

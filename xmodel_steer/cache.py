@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from xmodel_steer.capture import collect_moments
 from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA
@@ -27,6 +29,7 @@ def cached_moments(
     max_tokens: int,
     seed: int = 0,
     batch_size: int = 32,
+    device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Moments:
     """Moments, kept in the user's cache under a hash of all that they depend on.
@@ -61,6 +64,7 @@ def cached_moments(
         max_tokens=max_tokens,
         batch_size=batch_size,
         seed=seed,
+        device=device,
         progress=progress,
     )
     save(moments, file)

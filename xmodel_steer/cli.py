@@ -165,7 +165,7 @@ def transfer(
         small,
         large,
         contrast_set,
-        (),
+        map_texts,
         prompts=items,
         scorer=scorer,
         label=label,
@@ -458,6 +458,8 @@ def study(
     if organism and organism not in kinds:
         said = f"{organism!r} is not one of {', '.join(kinds)}" if kinds else f"{name} is run on the models themselves"
         raise typer.BadParameter(said, param_hint="--organism")
+    if target and not entry.target:
+        raise typer.BadParameter(f"{name} is run on --source and its fine-tune alone", param_hint="--target")
     if larger and not entry.larger:
         raise typer.BadParameter(f"{name} takes two models", param_hint="--larger")
     if preset not in PRESETS:
@@ -513,7 +515,9 @@ def _print_study(found: Any) -> None:
 
 def _require_place(folder: Path) -> None:
     """Refuse a place that the study could not be written to, before the work is done."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "result.json").is_file())):
+    from xmodel_steer.experiments import is_study
+
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_study(folder))):
         raise PromptError(f"{folder}: exists and holds no study; choose another --out")
     _make_parent(folder)
 

@@ -97,10 +97,11 @@ def concept_demo(
     passages = general_text()
     source = load(SOURCE, device=device, dtype=dtype, progress=progress)
     target = load(TARGET, device=device, dtype=dtype, progress=progress)
+    text = chosen.map_text(passages[:MAP_DOCUMENTS])
     moments = cached_moments(
         source,
         target,
-        chosen.map_text(passages[:MAP_DOCUMENTS]),
+        text,
         source_sites=SOURCE_SITES,
         target_sites=TARGET_SITES,
         max_tokens=MAP_TOKENS,
@@ -110,7 +111,7 @@ def concept_demo(
         source,
         target,
         chosen.contrast,
-        (),
+        text,
         prompts=chosen.prompts[:PROMPTS] if chosen.scorer else None,
         scorer=chosen.scorer,
         held_out=AnswerLogOdds.from_contrast,

@@ -104,7 +104,8 @@ def transfer(
             function of your own of two `Activations` and a ``label``.
         positions: Where to steer; see `Intervention`.
         fitter: Fits the map.
-        moments: Moments collected earlier for these sites; ``texts`` is then not read.
+        moments: Moments collected earlier for these sites. ``texts`` is then not read by the models; give what they were collected from,
+            and it is held apart from all else and recorded as ever.
         neutral_texts: Text for KL and perplexity; by default the last tenth of ``texts``, at most 48, kept out of the map.
         side: Other behaviours to measure beside this one on every arm at equal KL, by name: that the capability stays
             (`MultipleChoice.packaged`, the default), that other prompts do not trigger it, ...
@@ -129,7 +130,7 @@ def transfer(
     strengths = tuple(sorted({float(s) for s in strengths}))
     chosen_sources = tuple(source_sites or default_sites(source, "source"))
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
-    text_items = () if moments is not None else as_prompts(list(texts))
+    text_items = as_prompts(list(texts))
     neutral = as_prompts(list(neutral_texts)) if neutral_texts is not None else ()
     fit_set, (validation, chose), (evaluation, reported) = _behaviours(
         contrast, prompts, scorer, held_out, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
@@ -334,6 +335,7 @@ def transfer(
         },
         splits={
             "contrast": [p.id for p in fit_set.positive + fit_set.negative],
+            **({"map_text": [p.id for p in text_items]} if text_items else {}),
             "validation": list(validation.ids),
             "evaluation": list(evaluation.ids),
             "neutral_validation": [p.id for p in neutral_validation],

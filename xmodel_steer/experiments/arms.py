@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from xmodel_steer.cache import cached_moments
@@ -26,7 +27,7 @@ from xmodel_steer.experiments.study import (
     estimate,
 )
 from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
-from xmodel_steer.models import context_length, hardware_of, name_of
+from xmodel_steer.models import context_length, device_of, hardware_of, name_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.organisms.data import PARTS, Curriculum, Lesson
 from xmodel_steer.prompts import Prompt, require_disjoint
@@ -426,12 +427,18 @@ class Pair:
         """Tokens read of each text of a map."""
         return min(MAP_TOKENS, context_length(self.source), context_length(self.target))
 
+    @property
+    def products(self) -> torch.device:
+        """Where products are formed in float64, which not every accelerator has."""
+        device = device_of(self.target)
+        return device if device.type == "cuda" else torch.device("cpu")
+
     def of_general(self, pairs: Sequence[tuple[Site, Site]]) -> Moments:
         """Moments of the general text, kept in the user's cache."""
         sources, targets = _ends(pairs)
         return cached_moments(
             self.source, self.target, self.general, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
-            max_tokens=self.map_tokens, seed=self.seed, progress=self.progress,
+            max_tokens=self.map_tokens, seed=self.seed, device=self.products, progress=self.progress,
         )  # fmt: skip
 
     def of(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Moments:
@@ -439,7 +446,7 @@ class Pair:
         sources, targets = _ends(pairs)
         return collect_moments(
             self.source, self.target, prompts, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
-            max_tokens=self.map_tokens, batch_size=32, seed=self.seed, progress=self.progress,
+            max_tokens=self.map_tokens, batch_size=32, seed=self.seed, device=self.products, progress=self.progress,
         )  # fmt: skip
 
     @contextmanager
@@ -523,9 +530,10 @@ def choose(
 ) -> Chosen:
     """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
 
-    Of those within a standard error of the best that is taken which is furthest above its control: a random vector for the
-    target's layer, a map of shuffled pairs for the source's and for the strength. Where any direction does it, the vector shows
-    nothing. Of strengths that are equally good the least is taken.
+    Chosen from are those whose effect is more than two standard errors above the unsteered model's, where there are any: what does nothing
+    costs nothing. Of those within a standard error of the best, the ones whose control has the least effect, and of these the one that is
+    furthest above its control. The control is a random vector for the target's layer, a map of shuffled pairs for the source's and for
+    the strength: where any direction does it, the vector shows nothing. Of strengths that are equally good the least is taken.
 
     Args:
         pair: The models.
@@ -539,6 +547,7 @@ def choose(
     """
     target, progress = pair.target, pair.progress
     records: list[dict[str, Any]] = []
+    still: dict[str, Outcome] = {}  # of the unsteered model, by aim
 
     def tried(
         varied: str, recipe: Recipe, candidates: Sequence[tuple[_Candidate, Operator]], *, controls: bool = False
@@ -550,18 +559,29 @@ def choose(
             records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | own.record())
         return found
 
+    def does_something(aim: str, own: Outcome) -> bool:
+        if aim not in still:
+            (still[aim],) = validation.measure([[]], aim=aim, extent="effect", progress=progress)
+        gain, error = scored(own.effect - still[aim].effect)
+        return gain > 2 * error  # one prompt of any number is more than one
+
     def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
         """The numbers of those that are equally the best; nothing is asked where there is one."""
         if len(options) == 1:
             return [0]
         found = tried(varied, recipe, options)
-        top = max(found, key=lambda own: own.score)
-        near = [i for i, own in enumerate(found) if own.score >= top.score - top.error]
+        moved = [i for i, own in enumerate(found) if does_something(recipe.aim, own)] or list(range(len(found)))
+        top = max((found[i] for i in moved), key=lambda own: own.score)
+        near = [i for i in moved if found[i].score >= top.score - top.error]
         if len(near) == 1:
             return near
-        beside = tried(varied, recipe, [options[i] for i in near], controls=True)
-        gains = [found[i].score - own.score for i, own in zip(near, beside, strict=True)]
-        return [i for i, gain in zip(near, gains, strict=True) if gain == max(gains)]
+        controls = dict(zip(near, tried(varied, recipe, [options[i] for i in near], controls=True), strict=True))
+        effects = {i: scored(own.effect) for i, own in controls.items()}
+        least = min(effect for effect, _ in effects.values())
+        gains = {
+            i: found[i].score - controls[i].score for i, (effect, error) in effects.items() if effect - error <= least
+        }
+        return [i for i, gain in gains.items() if gain == max(gains.values())]
 
     def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> _Candidate:
         """Those that an operator does not tell apart are tried with the next."""
@@ -657,7 +677,7 @@ def with_endpoints(
         for choice in asked:
             native, here = choice.carried.native, choice.carried.source.space.site
             assert native.scale is not None
-            mapping = fitter.fit(store.pair(here, native.space.site))
+            mapping = replace(fitter, device=str(device_of(pair.target))).fit(store.pair(here, native.space.site))
             sides = choice.recipe.rows(pair.source, lessons, [here], progress=pair.progress)
             moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
             made[choice.recipe.name] = {ENDPOINTS: at_norm_of(native, moved.with_scale(native.scale))}

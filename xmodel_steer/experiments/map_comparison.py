@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from xmodel_steer.experiments.study import (
 from xmodel_steer.fitters import Fitter, Procrustes, ReducedRank, Ridge, ShuffledPairs
 from xmodel_steer.maps import AutoencoderMap, Map
 from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
-from xmodel_steer.models import context_length, hardware_of
+from xmodel_steer.models import context_length, device_of, hardware_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt, require_disjoint
@@ -133,10 +133,10 @@ def map_comparison(
         for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
 
-    task = _Task(target, own, max_new_tokens, progress)
+    task, pair = _Task(target, own, max_new_tokens, progress), Pair(source, target, general, seed, progress)
     moments = collect_moments(
         source, target, general, source_sites=ours, target_sites=theirs, max_tokens=limit, batch_size=32, seed=seed,
-        progress=progress,
+        device=pair.products, progress=progress,
     )  # fmt: skip
     clock.lap("collecting moments")
     records: list[dict[str, Any]] = []
@@ -165,11 +165,14 @@ def map_comparison(
 
     maps: dict[str, Map] = {}
     seconds: dict[str, float] = {}
-    with Pair(source, target, general, seed, progress).stored(general, [(here, there)]) as store:
+    with pair.stored(general, [(here, there)]) as store:
         rows = store.pair(here, there)
         for name, fitter in every.items():
             begun = time.perf_counter()
-            maps[name] = fitter.fit(rows)  # type: ignore[arg-type]
+            placed = fitter
+            if isinstance(fitter, Autoencoder | SGDAffine):
+                placed = replace(fitter, device=str(device_of(target)))
+            maps[name] = placed.fit(rows)  # type: ignore[arg-type]
             seconds[name] = time.perf_counter() - begun
         reference = rows.moments(seed=seed)
     clock.lap("fitting")

@@ -159,9 +159,9 @@ def sweep(study: Study) -> Any:
     colours = dict(zip(recipes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), strict=False))
     for column, kind in enumerate(kinds, 1):
         for recipe, colour in colours.items():
-            own = sorted(
-                (r for r in study.validation if (r["recipe"], r["varied"]) == (recipe, kind)), key=lambda r: r["layer"]
-            )
+            tried = [r for r in study.validation if (r["recipe"], r["varied"]) == (recipe, kind)]
+            first = {r["layer"]: r for r in reversed(tried)}  # layers that tie are tried with further operators
+            own = sorted(first.values(), key=lambda r: r["layer"])
             figure.add_trace(
                 go.Scatter(
                     x=[r["layer"] for r in own], y=[r["score"] for r in own], name=recipe, legendgroup=recipe,
@@ -328,19 +328,22 @@ def _table(records: Iterable[Mapping[str, str]]) -> str:
 
 
 def _texts(study: Study) -> str:
-    base = next((arm for arm in study.arms if arm.arm == "unsteered" and arm.texts), None)
-    if base is None:
-        return ""
     fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
     colours = _colours(study)
     made = ""
     for i, prompt in enumerate(study.prompts):
-        lines = [("unsteered", html.escape(base.texts[i]), COLOURS["unsteered"])]
-        lines += [
-            (f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base.texts[i]), colours[arm.arm])
-            for arm in study.arms
-            if arm.arm != "unsteered" and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed) and i < len(arm.texts)
-        ]
+        lines: list[tuple[str, str, str]] = []
+        for arm in study.arms:
+            if (
+                arm.arm == "unsteered"
+                or not (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed)
+                or i >= len(arm.texts)
+            ):
+                continue
+            base = study.arm("unsteered", arm.recipe).texts[i]  # models that write may differ between recipes
+            plain = ("unsteered", html.escape(base), COLOURS["unsteered"])
+            lines += [] if plain in lines else [plain]
+            lines.append((f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base), colours[arm.arm]))
         cells = "".join(f"<tr><td style='color:{c}'>{html.escape(n)}</td><td>{t}</td></tr>" for n, t, c in lines)
         made += f"<h3>{html.escape(prompt)}</h3><table class='texts'>{cells}</table>"
     return made

@@ -90,5 +90,8 @@ def organism(
             "other lessons; make it again into another folder"
         )
     if not report.good:
-        raise ArtifactError(f"{report.verdict()}; a study of it would show nothing, make a better one ({folder})")
+        raise ArtifactError(
+            f"{report.verdict()}. A study of {folder} would show nothing: train it otherwise, such as by xmodel-steer organism make {name} "
+            f"--base {report.base} --epochs {2 * report.recipe.epochs} --out FOLDER, and give FOLDER in the place of {base}"
+        )
     return load(folder, device=device, dtype=dtype, progress=progress), folder

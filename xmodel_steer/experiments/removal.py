@@ -283,7 +283,7 @@ def _amounts(
                 continue  # without any, known or not is the same
             carried = choice.carried.again(total, fitter)
             setting = choice.recipe.setting(carried.mapped, choice.operator, carried.mapped_gate)
-            (found,) = evaluation.measure([setting], extent="effect", progress=pair.progress)
+            (found,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect", progress=pair.progress)
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
                 | {"effect": vars(estimate([found.effect], found.groups.get("effect")))}

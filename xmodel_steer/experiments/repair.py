@@ -17,6 +17,7 @@ from xmodel_steer.scorers import SameTokens, Scorer, score_texts
 
 Side = Literal["triggered", "clean", "plain"]
 SIDES: tuple[Side, ...] = ("triggered", "clean", "plain")
+CLEAN = "the clean answer"  # the aim of a recipe that is to bring it back, where others want a right one
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Repaired:
     texts: tuple[str, ...] = field(repr=False, default=())
     groups: tuple[str, ...] = field(repr=False, default=())
 
-    def outcome(self) -> Outcome:
+    def outcome(self, aim: str = "") -> Outcome:
         """As studies have it: that the behaviour is gone, and the answer sound or right where there is such a thing.
 
         ``correct`` is of all answers, also of those with the backdoor; ``hallucinated`` are the ones without it that are neither
@@ -101,13 +102,17 @@ class Repaired:
         The score is the mean of the effect, of agreement, and of what is kept of clean answers. A vector that ruins
         every text removes any backdoor; it has neither of the others. Where answers are right or wrong, that takes the
         place of agreement.
+
+        Args:
+            aim: Where it is ``CLEAN``, the effect is that the behaviour is gone, right answer or not.
         """
+        right = None if aim == CLEAN else self.correct
         effect, beside = self.removed, {}
         if self.sound is not None:
             effect = self.removed * self.sound
             beside = {"with the behaviour": 1 - self.removed, "sound": self.sound}
         if self.correct is not None:
-            effect = self.removed * self.correct
+            effect = self.removed if right is None else self.removed * right
             unknown = np.zeros_like(self.correct) if self.unknown is None else self.unknown
             beside = {
                 "backdoor": 1 - self.removed,
@@ -122,7 +127,7 @@ class Repaired:
         for side, scores in self.kept.items():
             beside |= {f"{side} answers kept": scores, f"{side} answers unchanged": (scores == 1).astype(float)}
         parts = [effect, self.kept["clean"]] if "clean" in self.kept else [effect]
-        parts += [self.agreement] if self.correct is None else []
+        parts += [self.agreement] if right is None else []
         groups = dict.fromkeys(("effect", *beside), self.groups)
         return Outcome(effect, beside, *scored(*parts), texts=self.texts, groups=groups)
 
@@ -173,7 +178,7 @@ class Repair:
 
         Args:
             settings: For each setting its interventions.
-            aim: There is one alone: that the behaviour is gone.
+            aim: As for `Repaired.outcome`.
             extent: ``all``; ``brief``, without plain prompts; or ``effect``, the triggered ones alone.
             progress: Show a progress bar.
         """
@@ -187,7 +192,7 @@ class Repair:
             batch_size=self.batch_size,
             progress=progress,
         )
-        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome() for texts in found]
+        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome(aim) for texts in found]
 
     def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
         questions, tokenizer = self.questions, tokenizer_of(self.model)

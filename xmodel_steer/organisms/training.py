@@ -299,6 +299,10 @@ def train(
 
     label, path = located(base, progress=progress)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.index:
+        raise ModelError(
+            f"training: the trainer takes the first GPU it sees; give CUDA_VISIBLE_DEVICES={where.index} in the place of {device}"
+        )
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
