@@ -83,7 +83,8 @@ def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **set
     # A few of the validation's tasks choose, and these stand in the order of their topics.
     tasks = list(dict.fromkeys(lesson.task for lesson in curriculum.validation))
     random.Random(settings.get("seed", 0)).shuffle(tasks)
-    curriculum = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: tasks.index(x.task))))
+    place = {task: k for k, task in enumerate(tasks)}
+    curriculum = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: place[x.task])))
     settings = {
         "name": "corrupted-capability",
         "ways": recipes(source, target, asked),

@@ -1,5 +1,6 @@
 """The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.capture import capture, collect_moments
+from xmodel_steer.capture import capture
 from xmodel_steer.checks import replacement_check
 from xmodel_steer.concepts import Concept, concept
 from xmodel_steer.damage import SideEffect, calibrate, side_effects
@@ -27,7 +28,7 @@ from xmodel_steer.experiments.study import (
 from xmodel_steer.fitters import Fitter, Procrustes, ReducedRank, Ridge, ShuffledPairs
 from xmodel_steer.maps import AutoencoderMap, Map
 from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
-from xmodel_steer.models import context_length, device_of, hardware_of
+from xmodel_steer.models import device_of, hardware_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt, require_disjoint
@@ -127,17 +128,13 @@ def map_comparison(
         "evaluation": reports,
     }
     require_disjoint("map_comparison", {name: [p.content_key() for p in prompts] for name, prompts in sets.items()})
-    limit = min(192, context_length(source), context_length(target))
     ours, theirs = (
         tuple(given or default_sites(model, end))
         for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
 
     task, pair = _Task(target, own, max_new_tokens, progress), Pair(source, target, general, seed, progress)
-    moments = collect_moments(
-        source, target, general, source_sites=ours, target_sites=theirs, max_tokens=limit, batch_size=32, seed=seed,
-        device=pair.products, progress=progress,
-    )  # fmt: skip
+    moments = pair.of(general, list(itertools.product(ours, theirs)))
     clock.lap("collecting moments")
     records: list[dict[str, Any]] = []
 
@@ -233,7 +230,7 @@ def map_comparison(
             "behaviour": own.name,
             "unit": own.unit,
             "map_documents": len(general),
-            "map_tokens": limit,
+            "map_tokens": pair.map_tokens,
             "max_new_tokens": max_new_tokens,
             "neutral_tokens": neutral_tokens,
             "random_seeds": random_seeds,

@@ -329,17 +329,15 @@ def _table(records: Iterable[Mapping[str, str]]) -> str:
 
 def _texts(study: Study) -> str:
     fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
+    steered = [arm for arm in study.arms if arm.arm != "unsteered"]
+    shown = [arm for arm in steered if arm.texts and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed)]
+    if not shown:
+        return ""
     colours = _colours(study)
     made = ""
     for i, prompt in enumerate(study.prompts):
         lines: list[tuple[str, str, str]] = []
-        for arm in study.arms:
-            if (
-                arm.arm == "unsteered"
-                or not (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed)
-                or i >= len(arm.texts)
-            ):
-                continue
+        for arm in (arm for arm in shown if i < len(arm.texts)):
             base = study.arm("unsteered", arm.recipe).texts[i]  # models that write may differ between recipes
             plain = ("unsteered", html.escape(base), COLOURS["unsteered"])
             lines += [] if plain in lines else [plain]

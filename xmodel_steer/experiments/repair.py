@@ -111,8 +111,9 @@ class Repaired:
         if self.sound is not None:
             effect = self.removed * self.sound
             beside = {"with the behaviour": 1 - self.removed, "sound": self.sound}
+        if right is not None:
+            effect = self.removed * right
         if self.correct is not None:
-            effect = self.removed if right is None else self.removed * right
             unknown = np.zeros_like(self.correct) if self.unknown is None else self.unknown
             beside = {
                 "backdoor": 1 - self.removed,
