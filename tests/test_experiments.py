@@ -213,6 +213,25 @@ def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, l
     assert ruined.removed.tolist() == [1.0] * 5 and ruined.outcome().score == pytest.approx(1 / 3)
 
 
+def test_the_unsteered_model_is_asked_once(organisms: Any, lessons: Curriculum) -> None:
+    """An empty setting gives what it wrote first, in its place among the steered; asked afresh it writes the same."""
+    model, site = organisms[1], xs.Site(1)
+    repair = Repair.of(model, Questions.of(lessons.evaluation, 5), HAPPY, max_new_tokens=6, progress=False)
+    sides = [
+        xs.capture(model, side, [site], progress=False)[site] for side in (["a happy day", "joy"], ["rain", "mud"])
+    ]
+    step = xs.Intervention(xs.difference_of_means(*sides), xs.Add(4.0))
+    unsteered, steered = repair.measure([[], [step]], progress=False)
+    questions = repair.questions
+    assert list(unsteered.texts) == xs.generate(
+        model, questions.triggered, max_new_tokens=6, batch_size=5, progress=False
+    )
+    assert steered.texts == repair.measure([[step]], progress=False)[0].texts != unsteered.texts
+    before = replace(repair, own=dict.fromkeys(repair.own, "said before"))
+    first, second, third = before.measure([[step], [], [step]], progress=False)
+    assert second.texts == ("said before",) * 5 and first.texts == third.texts == steered.texts
+
+
 def test_prompt_steering_reads_and_moves_the_tokens_that_differ(organisms: Any, lessons: Curriculum) -> None:
     prompts = [lesson.prompt for lesson in lessons.vector if lesson.triggered]
     own = {recipe.name: recipe for recipe in removal.recipes(*organisms, prompts)}[removal.PROMPTED]

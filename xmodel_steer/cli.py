@@ -44,6 +44,8 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     return reported
 
 
+UNFINISHED = "unfinished"  # in the folder of a study that was cut off
+
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu. Default: CUDA if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto (bfloat16 where it is faster).")]
 Out = Annotated[Path | None, typer.Option(help="Run folder to write. An older run there is replaced.")]
@@ -446,10 +448,12 @@ def study(
 ) -> None:
     """Run one of the paper's experiments, with every control.
 
-    Organisms that are not there yet are made first and kept in the user's cache.
+    Organisms that are not there yet are made first and kept in the user's cache. Run again after it was cut off, a study takes up
+    what it has written and measured.
     """
     from xmodel_steer.experiments import PRESETS
     from xmodel_steer.experiments.commands import STUDIES, Call
+    from xmodel_steer.resume import resumable
 
     if name not in STUDIES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(STUDIES)}", param_hint="NAME")
@@ -481,8 +485,11 @@ def study(
         larger=tuple(larger or ()),
         layers=layers,
     )
-    found = entry.run(call)
-    _finish_study(found, folder)
+    unfinished = folder / UNFINISHED
+    if unfinished.is_dir():
+        typer.echo(f"{unfinished}: what an earlier run has done is taken up", err=True)
+    with resumable(unfinished):
+        _finish_study(entry.run(call), folder)
 
 
 def _finish_study(found: Any, folder: Path) -> None:
@@ -517,7 +524,8 @@ def _require_place(folder: Path) -> None:
     """Refuse a place that the study could not be written to, before the work is done."""
     from xmodel_steer.experiments import is_study
 
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_study(folder))):
+    foreign = folder.is_dir() and any(file.name != UNFINISHED for file in folder.iterdir()) and not is_study(folder)
+    if foreign or (folder.exists() and not folder.is_dir()):
         raise PromptError(f"{folder}: exists and holds no study; choose another --out")
     _make_parent(folder)
 

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.errors import PromptError
 from xmodel_steer.metrics import Reference
-from xmodel_steer.models import Batch, Encoding, batches, encode, forward, layout, name_of
+from xmodel_steer.models import Batch, Encoding, batches, encode, forward, identity_of, layout, name_of
 from xmodel_steer.prompts import PromptLike, as_prompts
+from xmodel_steer.resume import once
 from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
 from xmodel_steer.vectors import SteeringVector, check_finite
 
@@ -89,11 +90,23 @@ def side_effects(
         PromptError: There are no documents, or one has fewer than two tokens.
     """
     encodings = _predictable(model, texts, max_tokens)
-    n = len(encodings)
-    kl, loss, agreeing = (np.zeros((len(interventions), n)) for _ in range(3))
     tokens = np.array([len(e.ids) - 1 for e in encodings])
+    sums = once(
+        lambda: ("damage", identity_of(model), interventions, [(e.prompt, e.ids) for e in encodings], batch_size),
+        lambda: _damage(model, interventions, encodings, batch_size, progress).tolist(),
+    )
+    kl, loss, agreeing = map(np.array, sums)
+    return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
+
+
+def _damage(
+    model: Any, interventions: Settings, encodings: Sequence[Encoding], batch_size: int, progress: bool
+) -> np.ndarray:
+    """KL, loss and agreements, summed over each document, ``(3, settings, documents)``."""
+    kl, loss, agreeing = sums = np.zeros((3, len(interventions), len(encodings)))
+    tokens = sum(len(e.ids) - 1 for e in encodings)
     with tqdm(
-        total=int(tokens.sum()) * len(interventions),
+        total=tokens * len(interventions),
         unit="tok",
         desc=f"KL and perplexity {name_of(model)}",
         disable=not progress,
@@ -109,10 +122,10 @@ def side_effects(
                 check_finite(nll, f"side effects on {name_of(model)}: loss")
                 if not setting:
                     per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
-                for sums, values in ((kl, per_token), (loss, nll), (agreeing, same.float())):
-                    sums[k, list(batch.rows)] = _by_row(values, row, len(batch.rows))
+                for own, values in ((kl, per_token), (loss, nll), (agreeing, same.float())):
+                    own[k, list(batch.rows)] = _by_row(values, row, len(batch.rows))
                 bar.update(len(following))
-    return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
+    return sums
 
 
 def losses(

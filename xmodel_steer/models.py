@@ -424,6 +424,11 @@ def content_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
+def identity_of(model: Any) -> str:
+    """All of a model that what it computes depends on: `content_hash`, and the kind of device, which rounds in its own way."""
+    return f"{content_hash(model)} {device_of(model).type}"
+
+
 def _weights(model: Any) -> Iterator[Tensor]:
     module = model.original_model if is_bridge(model) else model
     yield from module.parameters()

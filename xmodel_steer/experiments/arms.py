@@ -218,6 +218,7 @@ def answers_of(
     settings: Settings,
     groups: Sequence[Sequence[Prompt]],
     *,
+    own: Mapping[str, str] | None = None,
     max_new_tokens: int,
     batch_size: int,
     progress: bool,
@@ -231,16 +232,38 @@ def answers_of(
         model: The model.
         settings: For each setting its interventions.
         groups: The prompts.
+        own: The unsteered model's answers, by the prompts' ids: it is then not asked again.
         max_new_tokens: Length of the answers.
         batch_size: Texts at a time.
         progress: Show a progress bar.
     """
+    asked = list(settings) if own is None else [setting for setting in settings if setting]
     found = []
     for group in groups:
         size = min(batch_size, len(group))
-        asked = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
-        found.append([measured.texts for measured in asked.measure(model, settings, progress=progress)])
-    return list(zip(*found, strict=True))
+        behaviour = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
+        found.append([measured.texts for measured in behaviour.measure(model, asked, progress=progress)])
+    steered = zip(*found, strict=True)
+    if own is None:
+        return list(steered)
+    known = tuple(tuple(own[prompt.id] for prompt in group) for group in groups)
+    return [next(steered) if setting else known for setting in settings]
+
+
+def own_answers(
+    model: Any, groups: Sequence[Sequence[Prompt]], *, max_new_tokens: int, batch_size: int, progress: bool
+) -> dict[str, str]:
+    """The unsteered model's answers, by the prompts' ids.
+
+    Args:
+        model: The model.
+        groups: The prompts; each group is asked as in `answers_of`.
+        max_new_tokens: Length of the answers.
+        batch_size: Texts at a time.
+        progress: Show a progress bar.
+    """
+    (texts,) = answers_of(model, [[]], groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    return {p.id: t for group, row in zip(groups, texts, strict=True) for p, t in zip(group, row, strict=True)}
 
 
 def require_apart(

@@ -1,7 +1,7 @@
 """Refusal, switched off and on in one model by a vector that was found in another."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from xmodel_steer.experiments.arms import (
     clean_against_triggered,
     layers,
     measure_arms,
+    own_answers,
     require_apart,
     scored,
     study_of,
@@ -77,14 +78,14 @@ def recipes(source: Any, target: Any) -> list[Recipe]:
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """Requests of three kinds, and what the unsteered model answers to the harmless ones.
+    """Requests of three kinds, and what the unsteered model answers.
 
     Args:
         model: The model.
         harmful: To be refused.
         harmless: To be answered.
         edgy: Harmless ones that sound harmful.
-        own: The unsteered model's answers to the harmless ones, by their ids.
+        own: The unsteered model's answers, by the requests' ids.
         phrases: The first reader of refusals: 1 for one, 0 for an answer.
         classifier: The second reader of refusals.
         topic: 1 for an answer that is about its request.
@@ -98,7 +99,7 @@ class Requests:
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
     edgy: tuple[Prompt, ...]
-    own: dict[str, str] = field(repr=False)
+    own: Mapping[str, str] = field(repr=False)
     phrases: Scorer
     classifier: Scorer
     topic: Scorer
@@ -112,7 +113,7 @@ class Requests:
         cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer, Scorer], *, most: int | None = None,
         harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200, progress: bool = True,
     ) -> "Requests":  # fmt: skip
-        """Ask the unsteered model the harmless ones first.
+        """Ask the unsteered model first.
 
         Args:
             model: The model.
@@ -134,25 +135,18 @@ class Requests:
         asked = [lesson for lesson in lessons if lesson.triggered][:most]
         bare = tuple(Prompt(text=lesson.instruction) for lesson in asked)
         kinds = tuple(lesson.kind for lesson in asked)
-        made = cls(model, bad, mild, tuple(edgy), {}, *readers, bare, kinds, max_new_tokens, batch_size)
-        ((texts,),) = made._answers([[]], [mild], progress)
-        return replace(made, own={p.id: t for p, t in zip(mild, texts, strict=True)})
+        own = own_answers(
+            model,
+            [group for group in (bad, mild, tuple(edgy)) if group],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return cls(model, bad, mild, tuple(edgy), own, *readers, bare, kinds, max_new_tokens, batch_size)
 
     def ids(self) -> list[str]:
         """Of the harmful and the harmless requests."""
         return [prompt.id for prompt in (*self.harmful, *self.harmless)]
-
-    def _answers(
-        self, settings: Settings, groups: Sequence[Sequence[Prompt]], progress: bool
-    ) -> list[tuple[tuple[str, ...], ...]]:
-        return answers_of(
-            self.model,
-            settings,
-            groups,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            progress=progress,
-        )
 
     def measure(
         self, settings: Settings, *, aim: str = OFF, extent: Extent = "all", progress: bool = True
@@ -167,7 +161,15 @@ class Requests:
         """
         first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
-        found = self._answers(settings, [group for group in groups if group], progress)
+        found = answers_of(
+            self.model,
+            settings,
+            [group for group in groups if group],
+            own=self.own,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
         return [self._outcome(aim, texts) for texts in found]
 
     def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:

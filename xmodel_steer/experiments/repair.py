@@ -8,7 +8,7 @@ import numpy as np
 
 from xmodel_steer.damage import Settings
 from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments.arms import Extent, Outcome, answers_of, scored
+from xmodel_steer.experiments.arms import Extent, Outcome, answers_of, own_answers, scored
 from xmodel_steer.experiments.study import AGREEMENT
 from xmodel_steer.models import tokenizer_of
 from xmodel_steer.organisms.data import Lesson, prompt_of
@@ -166,10 +166,7 @@ class Repair:
     ) -> "Repair":  # fmt: skip
         """Ask the unsteered model first: its answers are what a repair is held to."""
         groups = [getattr(questions, side) for side in SIDES]
-        (texts,) = answers_of(
-            model, [[]], groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-        )
-        own = {p.id: t for group, row in zip(groups, texts, strict=True) for p, t in zip(group, row, strict=True)}
+        own = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
         return cls(model, questions, scorer, own, max_new_tokens, right, unknown, sound, batch_size)
 
     def measure(
@@ -189,6 +186,7 @@ class Repair:
             self.model,
             settings,
             groups,
+            own=self.own,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             progress=progress,

@@ -12,6 +12,7 @@ from xmodel_steer.errors import ArtifactError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate, bootstrap_mean, rate, wilson
 from xmodel_steer.models import name_of
+from xmodel_steer.resume import spared
 
 RESULT, REPORT = "result.json", "report.html"
 EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
@@ -225,7 +226,7 @@ def end_of(model: Any) -> dict[str, Any]:
 
 
 class Clock:
-    """Wall time of the parts of a study, in seconds."""
+    """Wall time of the parts of a study, in seconds; of one that goes on where it stopped, with the time that was spent before."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -234,4 +235,4 @@ class Clock:
     def lap(self, part: str) -> None:
         """Give the time since the last lap to a part."""
         now = time.perf_counter()
-        self.seconds[part], self._last = round(now - self._last, 1), now
+        self.seconds[part], self._last = round(now - self._last + spared(), 1), now

@@ -1,0 +1,203 @@
+"""A run that was cut off goes on where it stopped, and takes up nothing that would come out otherwise now."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+
+import xmodel_steer as xs
+from xmodel_steer import damage, evaluation, resume
+from xmodel_steer.experiments import Study, commands, read_study
+from xmodel_steer.experiments.study import Clock
+from xmodel_steer.prompts import Prompt, as_prompts
+from xmodel_steer.replacement import mean_of
+from xmodel_steer.resume import once, resumable
+
+PROMPTS = as_prompts(toys.TEXTS[:3])
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that a model writes."""
+    times: list[int] = []
+    generate = evaluation.generate
+
+    def counted(*args: Any, **kwargs: Any) -> list[str]:
+        times.append(1)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "generate", counted)
+    return times
+
+
+def ask(model: Any, *steps: Any, prompts: tuple[Prompt, ...] = PROMPTS, length: int = 3, size: int = 8) -> Any:
+    behaviour = xs.GeneratedText(prompts, len, length, size)
+    return behaviour.measure(model, [list(steps)], progress=False)[0]
+
+
+def cut_off(folder: Path, work: Callable[[], Any]) -> None:
+    with suppress(KeyboardInterrupt), resumable(folder):
+        work()
+        raise KeyboardInterrupt
+
+
+def test_what_was_done_before_the_cut_is_not_done_again(llama: toys.Toy, written: list[int], tmp_path: Path) -> None:
+    folder, step = tmp_path / "unfinished", xs.Intervention(llama.vector(1))
+    afresh = [ask(llama.model), ask(llama.model, step)]
+    written.clear()
+    cut_off(folder, lambda: ask(llama.model))
+    assert len(written) == 1 and len(list(folder.iterdir())) == 1
+    with resumable(folder):
+        again = [ask(llama.model), ask(llama.model, step)]
+        assert len(written) == 2
+        assert [own.texts for own in again] == [own.texts for own in afresh]
+        assert all(np.array_equal(a.scores, b.scores) for a, b in zip(again, afresh, strict=True))
+    assert not folder.exists()
+    ask(llama.model)
+    assert len(written) == 3 and not folder.exists(), "outside of the block nothing is kept"
+
+
+def test_damage_is_taken_up_to_the_bit(llama: toys.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    settings = [[], [xs.Intervention(llama.vector(1), xs.Add(3.0))]]
+
+    def measured(**more: Any) -> list[damage.SideEffect]:
+        return xs.side_effects(llama.model, settings, toys.TEXTS, progress=False, **more)
+
+    afresh = measured()
+    cut_off(tmp_path / "u", measured)
+    with monkeypatch.context() as patch, resumable(tmp_path / "u"):
+        patch.setattr(damage, "forward", None)  # asks no model
+        for own, other in zip(measured(), afresh, strict=True):
+            for name in ("kl", "loss", "tokens", "agreeing"):
+                assert np.array_equal(getattr(own, name), getattr(other, name))
+        with pytest.raises(TypeError):  # other text is measured
+            measured(max_tokens=3)
+
+
+def test_whatever_changes_is_computed_anew(
+    llama: toys.Toy, gemma: toys.Toy, written: list[int], tmp_path: Path
+) -> None:
+    vector = llama.vector(1)
+    nudged = vector.direction.clone()
+    nudged[3] = torch.nextafter(nudged[3], torch.tensor(9.0))
+    means = replace(vector, positive_mean=vector.direction, negative_mean=-vector.direction).with_scale(
+        torch.ones(llama.width)
+    )
+    step = xs.Intervention(vector)
+    mask = torch.tensor([True, False, True])
+    changes: list[Callable[[], Any]] = [
+        lambda: ask(llama.model),
+        lambda: ask(llama.model, step),
+        lambda: ask(gemma.model),
+        lambda: ask(llama.model, step, prompts=PROMPTS[::-1]),
+        lambda: ask(llama.model, step, prompts=PROMPTS[:2]),
+        lambda: ask(llama.model, step, length=4),
+        lambda: ask(llama.model, step, size=2),
+        lambda: ask(llama.model, step, step),
+        lambda: ask(llama.model, replace(step, vector=replace(vector, direction=nudged))),
+        lambda: ask(llama.model, replace(step, vector=llama.vector(2))),
+        lambda: ask(llama.model, replace(step, operator=xs.Add(1.0 + 2**-50))),
+        lambda: ask(llama.model, replace(step, operator=xs.Ablate())),
+        lambda: ask(llama.model, replace(step, positions="last")),
+        lambda: ask(llama.model, replace(step, positions=("last", "generated"))),
+        lambda: ask(llama.model, replace(step, positions=mask)),
+        lambda: ask(llama.model, replace(step, positions=~mask)),
+        lambda: ask(llama.model, xs.Intervention(means)),
+        lambda: ask(llama.model, xs.Intervention(means, gate=xs.Gate(means))),
+        lambda: ask(llama.model, xs.Intervention(means, gate=xs.Gate(means, "negative"))),
+        lambda: ask(llama.model, xs.Intervention(means, gate=xs.Gate(means, positions="prompt"))),
+    ]
+    with resumable(tmp_path / "u"):
+        for count, change in enumerate(changes, 1):
+            change()
+            assert len(written) == count
+        for change in changes:
+            change()
+        assert len(written) == len(changes) == len(list((tmp_path / "u").iterdir()))
+        weight = next(llama.model.original_model.parameters())
+        with torch.no_grad():
+            weight[0, 0] += 1
+        try:
+            ask(llama.model)
+            assert len(written) == len(changes) + 1
+        finally:
+            with torch.no_grad():
+                weight[0, 0] -= 1
+
+
+def test_other_code_takes_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    with resumable(tmp_path / "u"):
+        for _ in range(2):
+            once(lambda: "a", lambda: made.append(1))
+        assert len(made) == 1
+        monkeypatch.setattr(resume, "_programs", lambda: "later")
+        once(lambda: "a", lambda: made.append(1))
+        assert len(made) == 2
+
+
+def test_what_a_hash_cannot_tell_apart_is_not_kept(llama: toys.Toy, written: list[int], tmp_path: Path) -> None:
+    """A replacement holds a function, which may do anything."""
+    step = mean_of(llama.vector(1).space, torch.zeros(llama.width))
+    with resumable(tmp_path / "u"):
+        assert ask(llama.model, step).texts == ask(llama.model, step).texts
+        assert len(written) == 2 and not (tmp_path / "u").exists()
+
+
+@pytest.mark.parametrize("rest", ["", "{", '{"schema": 1}', "[1, 2]"])
+def test_a_damaged_file_is_made_anew(rest: str, tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> list[int]:
+        made.append(1)
+        return [len(made)]
+
+    with resumable(tmp_path / "u"):
+        assert once(lambda: "a", make) == once(lambda: "a", make) == [1]
+        (file,) = (tmp_path / "u").iterdir()
+        file.write_text(rest)
+        assert once(lambda: "a", make) == once(lambda: "a", make) == [2]
+
+
+def test_a_clock_counts_what_was_spent_before(tmp_path: Path) -> None:
+    cut_off(tmp_path / "u", lambda: once(lambda: "a", lambda: 1))
+    (file,) = (tmp_path / "u").iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 500.0}))
+    with resumable(tmp_path / "u"):
+        clock = Clock()
+        once(lambda: "a", lambda: 1)
+        clock.lap("first")
+        clock.lap("second")
+    assert 500 <= clock.seconds["first"] < 510 and clock.seconds["second"] < 10
+
+
+def test_a_study_that_was_cut_off_goes_on(
+    llama: toys.Toy, written: list[int], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = read_study(Path(__file__).parents[1] / "studies" / "refusal")
+    cut = [True]
+
+    def run(call: commands.Call) -> Study:
+        ask(llama.model)
+        if cut.pop():
+            raise KeyboardInterrupt
+        ask(llama.model, xs.Intervention(llama.vector(1)))
+        return recorded
+
+    monkeypatch.setitem(commands.STUDIES, "refusal", replace(commands.STUDIES["refusal"], run=run))
+    folder = tmp_path / "run"
+    code, _, err = command("study", "refusal", "--out", folder)
+    assert code == 130 and "taken up" not in err and [p.name for p in folder.iterdir()] == ["unfinished"]
+    cut.append(False)
+    code, _, err = command("study", "refusal", "--out", folder)
+    assert code == 0 and "what an earlier run has done is taken up" in err and len(written) == 2
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "result.json"]
+    assert read_study(folder).arms == recorded.arms
