@@ -28,7 +28,6 @@ def main(source: str = "packaged:smollm2-135m-instruct", target: str = "packaged
         strengths=(-1.0, 1.0),
         random_seeds=2,
         side={},  # by default also whether common knowledge stays
-        fixed=False,  # every arm at the native vector's KL alone, not at equal strength too
         map_tokens=96,
     )
     print(
