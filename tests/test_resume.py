@@ -65,7 +65,6 @@ def test_what_was_done_before_the_cut_is_not_done_again(llama: toys.Toy, written
 
 
 def test_damage_is_taken_up_to_the_bit(llama: toys.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-
     settings = [[], [xs.Intervention(llama.vector(1), xs.Add(3.0))]]
 
     def measured(**more: Any) -> list[damage.SideEffect]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +68,7 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     """What a function gives, or gave before in the folder of `resumable`; outside of it, what it gives.
 
     Args:
-        parts: All that it depends on, beside code and versions: tensors, numbers, texts, dataclasses and collections of them.
+        parts: All that it depends on, beside code and versions: tensors, numbers, texts, dataclasses, lists, tuples and sets of them.
             Where there is anything else, such as a function, nothing is kept.
         make: Gives numbers, texts, and lists of them.
     """
@@ -118,25 +117,23 @@ def _programs() -> str:
 def _feed(update: Callable[[bytes], None], part: Any) -> None:
     """Give a hash every bit of a part, with what kind of thing it is."""
     update(f"{type(part).__module__}.{type(part).__qualname__} ".encode())
-    if isinstance(part, Tensor | np.ndarray):
-        held = torch.as_tensor(part).detach().cpu().contiguous()
+    if isinstance(part, Tensor):
+        held = part.detach().cpu().contiguous()
         update(f"{tuple(held.shape)} {held.dtype} ".encode())
         update(held.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif is_dataclass(part) and not isinstance(part, type):
         for field in fields(part):
             update(f"{field.name} ".encode())
             _feed(update, getattr(part, field.name))
-    elif isinstance(part, str | bytes):
-        data = part.encode() if isinstance(part, str) else part
+    elif isinstance(part, str):
+        data = part.encode()
         update(f"{len(data)} ".encode() + data)
-    elif isinstance(part, Mapping):
-        _feed(update, list(part.items()))
     elif isinstance(part, list | tuple | Set):
         held = sorted(part, key=repr) if isinstance(part, Set) else part
         update(f"{len(held)} ".encode())
         for own in held:
             _feed(update, own)
-    elif part is None or isinstance(part, bool | int | float | torch.dtype | torch.device):
+    elif part is None or isinstance(part, bool | int | float):
         update(f"{part!r} ".encode())
     else:
         raise _OpaqueError(type(part).__qualname__)
