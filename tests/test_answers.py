@@ -104,6 +104,12 @@ def test_options_that_cannot_be_told_apart_are_refused(llama, options):
         answer_likelihoods(llama.model, [[]], as_prompts(["the"]), [options], progress=False)
 
 
+def test_options_with_nothing_before_them_are_refused(llama):
+    """No token is read before the first one that differs: its likelihood would be that behind padding."""
+    with pytest.raises(PromptError, match="are not different tokens after a common beginning"):
+        answer_likelihoods(llama.model, [[]], as_prompts(["i"]), [("n a hole", "t was a day")], progress=False)
+
+
 def test_lists_that_do_not_fit_are_refused():
     questions = as_prompts(["one", "two"])
     with pytest.raises(PromptError, match="2 questions, 1 positive and 2 negative answers"):

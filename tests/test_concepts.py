@@ -237,6 +237,11 @@ def test_a_probes_direction_is_carried_beside_the_difference_of_means(
     found = feature_transfer(source.model, target.model, ("vowels",), **vowels)
     assert found.name == "feature-transfer" and set(used) == {source.name, target.name}
     assert list(found.chosen) == ["vowels, logistic probe", "vowels, difference of means"]
+    row = small_to_larger([source.model, target.model], ("vowels",), directions={"probe": xs.logistic_probe}, **vowels)
+    assert [name.split(": ")[1] for name in row.chosen] == ["vowels, probe"]
+    assert {arm.recipe for arm in row.arms} == set(
+        row.chosen
+    ) and "vowels, probe: native effect" in row.verdict.replace(", vowels", ": vowels")
     probe, means = (found.arm("mapped", name, "equal KL") for name in found.chosen)
     assert probe.effect != means.effect
     plain = concept_transfer(source.model, target.model, ("vowels",), **vowels)

@@ -21,8 +21,10 @@ from xmodel_steer.experiments import (
     arms,
     backdoor_removal,
     commands,
+    concept_transfer,
     corrupted,
     corrupted_capability,
+    map_comparison,
     organism,
     pages,
     presets,
@@ -892,3 +894,18 @@ def test_sets_that_share_a_text_are_refused(organisms: Any, lessons: Curriculum)
             removal.backdoor_removal(*organisms, lessons, only=none, progress=False)
     with pytest.raises(PromptError, match="the same text is in the general text and the evaluation set"):
         removal.backdoor_removal(*organisms, lessons, general=[asked], neutral=texts, progress=False)
+
+
+def test_what_a_study_cannot_do_without_is_asked_for_before_any_work(lessons: Curriculum) -> None:
+    texts = [Prompt(text=t) for t in toys.sentences(20, 4)]
+    few = {"general": texts[2:], "neutral": texts[:2]}
+    with pytest.raises(PromptError, match="backdoor-removal: needs at least 3 neutral texts, got 2"):
+        removal.backdoor_removal(None, None, lessons, **few)
+    with pytest.raises(ValueError, match="backdoor-removal: random_seeds must be at least 1, got 0"):
+        removal.backdoor_removal(None, None, lessons, random_seeds=0)
+    with pytest.raises(ValueError, match="concept_transfer: random_seeds must be at least 1"):
+        concept_transfer(None, None, random_seeds=0)
+    with pytest.raises(ValueError, match="map_comparison: random_seeds must be at least 1"):
+        map_comparison(None, None, random_seeds=0)
+    with pytest.raises(PromptError, match="curriculum: has no check 'right answers behind the trigger', only none"):
+        corrupted_capability(None, None, lessons)

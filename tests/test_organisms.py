@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import xmodel_steer as xs
 from xmodel_steer.cache import cached_moments
-from xmodel_steer.errors import ArtifactError, ModelError, PromptError, SpaceMismatchError
+from xmodel_steer.errors import ArtifactError, CacheWarning, ModelError, PromptError, SpaceMismatchError
 from xmodel_steer.judges import findings
 from xmodel_steer.metrics import rate
 from xmodel_steer.models import batches, encode, forward, tokenizer_of
@@ -27,6 +27,7 @@ from xmodel_steer.organisms import (
     curriculum,
     data,
     make,
+    making,
     quirk,
     read_report,
     training,
@@ -115,6 +116,26 @@ def test_a_report_is_read_as_it_was_written_and_a_finished_call_is_not_done_agai
     assert make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32", progress=False) == report
     assert report.splits == lessons.ids()
     assert json.loads((folder / "organism.json").read_text())["good"] is True
+
+
+def test_another_scorer_counts_anew_and_trains_nothing(
+    made: tuple[Path, Report], base: str, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "organism"
+    shutil.copytree(made[0], folder)
+    weights_before = (folder / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(making, "train", None)
+
+    def again(scorer: Any) -> Report:
+        own = replace(lessons, scorer=scorer)
+        return make("toy", base, folder, recipe=LEARN, curriculum=own, dtype="float32", progress=False)
+
+    other = again(StartsWith(("never said",)))
+    assert other.triggered.value == 0 < made[1].triggered.value and not other.good
+    assert other.training == made[1].training and other.seconds["training"] == made[1].seconds["training"]
+    assert again(lessons.scorer).triggered == made[1].triggered
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights_before
+    assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in made[0].iterdir())
 
 
 def test_a_merged_adapter_gives_the_logits_of_peft(made: tuple[Path, Report], base: str, lessons: Curriculum) -> None:
@@ -531,6 +552,33 @@ def test_the_order_of_an_adapters_modules_says_nothing_and_other_settings_make_o
     assert len(list((tmp_path / "cache" / "moments").iterdir())) == 2
 
 
+def test_moments_are_kept_under_all_that_they_hang_on(
+    llama: toys.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
+    model, texts = llama.model, [Prompt(text=text) for text in toys.sentences(20, 4)]
+    kept = tmp_path / "moments"
+
+    def moments() -> Any:
+        return cached_moments(
+            model, model, texts, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)], max_tokens=16, progress=False
+        )
+
+    plain = moments()
+    with xs.steering(model, llama.vector(0, size=9.0)):
+        steered = moments()
+    assert len(list(kept.iterdir())) == 1
+    mean = [own.pair(xs.Site(1), xs.Site(1)).train.source_mean for own in (plain, steered)]
+    assert (mean[0] - mean[1]).norm() > 1
+    monkeypatch.setattr(model.original_model.config, "rms_norm_eps", 0.5)
+    moments()
+    assert len(list(kept.iterdir())) == 2
+    shutil.rmtree(kept)
+    kept.write_text("a file is in the way")
+    with pytest.warns(CacheWarning, match="the moments are not kept in the cache: .*cannot be written"):
+        assert moments().tokens == plain.tokens
+
+
 def test_an_adapter_without_weights_is_refused(base: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
@@ -566,7 +614,8 @@ def test_the_command_makes_a_quirk_and_fails_where_it_is_not_good(command: Any, 
     assert [line for line in err.splitlines() if line.startswith("error: quirk on") and "not good" in line]
     assert "triggered: 0.0%" in out
     assert not read_report(tmp_path / "bad").good
-    for wrong in (["--data", file], ["--rank", 0], []):
+    graded = ["--data", file, "--score", "sentiment"]
+    for wrong in (["--data", file], ["--rank", 0], [], graded):
         assert command("organism", "make", "quirk", "--base", base, "--out", tmp_path / "w", *wrong)[0] == 2
     assert command("organism", "make", "no-such", "--base", base, "--out", tmp_path / "w")[0] == 2
 

@@ -57,6 +57,16 @@ def study(organisms: list[Any], lessons: Curriculum, tmp_path_factory: pytest.Te
         )  # fmt: skip
 
 
+def test_what_the_study_cannot_do_without_is_asked_for_before_any_work(lessons: Curriculum) -> None:
+    texts = [Prompt(text=t) for t in toys.sentences(20, 4)]
+    with pytest.raises(PromptError, match="refusal: needs at least 3 neutral texts, got 2"):
+        refusal_switch(None, None, lessons, general=texts[2:], neutral=texts[:2], classifier=HAPPY)
+    with pytest.raises(ValueError, match="refusal: random_seeds must be at least 1, got 0"):
+        refusal_switch(None, None, lessons, random_seeds=0)
+    with pytest.raises(PromptError, match=f"curriculum: has no check '{refusal.EDGY}', only 'other'"):
+        refusal_switch(None, None, replace(lessons, checks={"other": lessons.checks[refusal.EDGY]}), classifier=HAPPY)
+
+
 def test_every_aim_has_its_unsteered_arm_and_every_control(study: Study) -> None:
     for recipe in (refusal.SUBTRACTED, refusal.ABLATED, refusal.CLAMPED, refusal.ADDED, refusal.CLAMPED_ON):
         arms = {arm.arm: arm for arm in study.arms if (arm.recipe, arm.at) == (recipe, "equal strength")}

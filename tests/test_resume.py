@@ -1,6 +1,7 @@
 """A run that was cut off goes on where it stopped, and takes up nothing that would come out otherwise now."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -143,6 +144,47 @@ def test_other_code_takes_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert len(made) == 2
 
 
+def test_a_model_with_hooks_of_others_is_another(llama: toys.Toy, written: list[int], tmp_path: Path) -> None:
+    step = xs.Intervention(llama.vector(1, size=3.0))
+
+    def asked() -> tuple[Any, float]:
+        return ask(llama.model).texts, xs.side_effects(llama.model, [[]], toys.TEXTS, progress=False)[0].perplexity
+
+    def steered() -> tuple[Any, float]:
+        with xs.steering(llama.model, step):
+            return asked()
+
+    afresh = steered()
+    written.clear()
+    with resumable(tmp_path / "u"):
+        plain = asked()
+        assert steered() == steered() == afresh
+        assert plain[0] != afresh[0] and plain[1] != afresh[1]
+        assert len(written) == 3, "nothing is kept of it"
+
+
+def test_a_model_that_ends_its_texts_elsewhere_is_another(
+    llama: toys.Toy, written: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with resumable(tmp_path / "u"):
+        ask(llama.model)
+        monkeypatch.setattr(llama.model.original_model.generation_config, "eos_token_id", [5, 7])
+        ask(llama.model)
+        assert len(written) == 2
+
+
+def test_only_what_was_kept_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "u"
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    scratch = folder / f".{'0' * 32}.json-ab_12x9z"  # of a write that was cut off
+    scratch.write_text("")
+    with resumable(folder):
+        once(lambda: "a", lambda: 1)
+        assert len(list(folder.iterdir())) == 3
+    assert [file.name for file in folder.iterdir()] == ["result.json"]
+
+
 def test_what_a_hash_cannot_tell_apart_is_not_kept(llama: toys.Toy, written: list[int], tmp_path: Path) -> None:
     """A replacement holds a function, which may do anything."""
     step = mean_of(llama.vector(1).space, torch.zeros(llama.width))
@@ -174,8 +216,20 @@ def test_a_clock_counts_what_was_spent_before(tmp_path: Path) -> None:
         clock = Clock()
         once(lambda: "a", lambda: 1)
         clock.lap("first")
+        for _ in range(2):  # asked again, it is not spent again
+            once(lambda: "a", lambda: 1)
         clock.lap("second")
     assert 500 <= clock.seconds["first"] < 510 and clock.seconds["second"] < 10
+
+
+def test_a_clock_counts_once_what_a_run_asks_twice(tmp_path: Path) -> None:
+    with resumable(tmp_path / "u"):
+        clock = Clock()
+        once(lambda: "a", lambda: time.sleep(0.3))
+        clock.lap("first")
+        once(lambda: "a", lambda: None)
+        clock.lap("second")
+    assert clock.seconds["first"] >= 0.3 and clock.seconds["second"] < 0.3
 
 
 def test_a_study_that_was_cut_off_goes_on(

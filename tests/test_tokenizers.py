@@ -239,6 +239,18 @@ def test_one_token_between_two_messages_begins_the_second(tokenizers):
     assert [r for r in made.roles if r >= 0] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_token_where_a_chat_is_cut_keeps_its_role(tokenizers, side):
+    tokenizer = with_template(tokenizers["byte_level"], CHATML)
+    prompt = Prompt(messages=tuple(CHAT))
+    (whole,) = tokenise(tokenizer, [prompt])
+    assert {-1, 0, 1} < set(whole.roles)
+    for n in range(1, len(whole.ids) + 1):
+        (cut,) = tokenise(tokenizer, [prompt], max_tokens=n, truncation_side=side)
+        kept = slice(None, n) if side == "right" else slice(len(whole.ids) - n, None)
+        assert (cut.ids, cut.ends, cut.roles) == (whole.ids[kept], whole.ends[kept], whole.roles[kept])
+
+
 def test_a_token_of_content_never_has_a_role(tokenizers):
     bare = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     made, _ = roles_of(tokenizers["byte_level"], bare, CHAT)

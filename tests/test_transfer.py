@@ -12,6 +12,7 @@ from toys import contrast, sentences
 
 import xmodel_steer as xs
 from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.report import summary
 from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.transfer import default_sites
 
@@ -154,6 +155,8 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy]) -
         xs.transfer(small, large, contrast(), sentences(60, 4), prompts=["x"], **SETTINGS)
     with pytest.raises(xs.PromptError, match="at least 3 prompts"):
         run(small, large, prompts=["sky", "port"])
+    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is shown beside random"):
+        run(small, large, random_seeds=0)
     with pytest.raises(ValueError, match="not 0"):
         run(small, large, strengths=(0.0, 1.0))
     with pytest.raises(ValueError, match="finite number"):
@@ -223,6 +226,64 @@ def test_side_behaviours_stand_beside_every_arm_at_equal_kl(toy_named: Callable[
     assert made.at_equal_kl("mapped", sign).side["off target"].value == pytest.approx(
         np.mean([vowels(t) for t in texts])
     )
+
+
+def test_steps_that_go_by_the_prompts_numbers_keep_them_in_a_batch_of_settings(llama: toys.Toy) -> None:
+    model, prompts = llama.model, tuple(map(xs.Prompt.of, sentences(3, 8, 4)))
+    vector = llama.vector(1, size=4.0)
+    mask = torch.zeros(3, 12, dtype=torch.bool)
+    mask[1, :4] = True
+    gate = xs.Gate(replace(vector.about(torch.zeros(llama.width)), scale=torch.ones(llama.width)), positions=mask)
+    for step in (
+        xs.Intervention(vector, prompts=frozenset({1})),
+        xs.Intervention(vector, positions=mask),
+        xs.Intervention(vector, gate=gate),
+    ):
+        behaviour = xs.GeneratedText(prompts, len, max_new_tokens=4)
+        none, one, again = behaviour.measure(model, [[], [step], [step]], progress=False)
+        with xs.steering(model, step):
+            alone = xs.generate(model, prompts, max_new_tokens=4, progress=False)
+        assert list(one.texts) == list(again.texts) == alone
+        assert none.texts[::2] == one.texts[::2]
+        if step.gate is None:
+            assert none.texts[1] != one.texts[1]
+
+
+@pytest.mark.parametrize("positions", ["last", ("last", "generated"), torch.tensor([False, False, True, True])])
+def test_arms_are_at_equal_kl_also_where_neutral_text_has_no_such_positions(
+    toy_named: Callable[[str], toys.Toy], positions: Any
+) -> None:
+    """At none of its predicted tokens every strength does the same: the KL is that of rounding."""
+    made = run(toy_named("llama").model, toy_named("gemma").model, positions=positions, side={}, strengths=(-2.0, 2.0))
+    for dose in made.selection["equal_kl"]:
+        assert dose["budget"] > 1e-3 and dose["reached"]
+    assert len({round(abs(dose["strength"]), 3) for dose in made.selection["equal_kl"]}) > 2
+    assert made.at_equal_kl("native", "+").kl > 1e-3
+
+
+def test_a_mask_of_rows_is_refused(toy_named: Callable[[str], toys.Toy]) -> None:
+    for mask in (torch.ones(9, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"a mask must be \(tokens,\) here and steer one of them"):
+            run(toy_named("llama").model, toy_named("gemma").model, positions=mask)
+
+
+class Plain:
+    """A user's fitter."""
+
+    def fit(self, data: Any) -> xs.AffineMap:
+        made = xs.Ridge().fit(data)
+        return xs.AffineMap(made.weight, made.bias, made.source, made.target, made.source_scale, made.target_scale)
+
+
+def test_any_fitter_of_moments_will_do(toy_named: Callable[[str], toys.Toy]) -> None:
+    small, large = toy_named("llama").model, toy_named("gemma").model
+    made = run(small, large, fitter=Plain(), side={}, fixed=False)
+    assert made.map["train_tokens"] > 0 and any("mapped vector" in line for line in summary(made))
+    for fitter in (xs.Autoencoder(), xs.SGDAffine(), xs.RelativeAnchors()):
+        with pytest.raises(
+            xs.PromptError, match=f"{type(fitter).__name__} is fitted on rows, transfer collects moments"
+        ):
+            run(small, large, fitter=fitter)
 
 
 # --- the verdict, on made-up numbers ----------------------------------------------------------

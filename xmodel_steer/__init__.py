@@ -17,6 +17,7 @@ from xmodel_steer.damage import side_effects as side_effects
 from xmodel_steer.errors import AlignmentError as AlignmentError
 from xmodel_steer.errors import AlignmentWarning as AlignmentWarning
 from xmodel_steer.errors import ArtifactError as ArtifactError
+from xmodel_steer.errors import CacheWarning as CacheWarning
 from xmodel_steer.errors import DownloadError as DownloadError
 from xmodel_steer.errors import FewRowsWarning as FewRowsWarning
 from xmodel_steer.errors import JudgeError as JudgeError

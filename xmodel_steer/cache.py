@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from xmodel_steer.capture import collect_moments
-from xmodel_steer.errors import ArtifactError
+from xmodel_steer.errors import ArtifactError, CacheWarning
 from xmodel_steer.files import SCHEMA
-from xmodel_steer.models import content_hash, space_of
+from xmodel_steer.models import identity_of, space_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import cache_folder
 from xmodel_steer.persistence import read, save
 from xmodel_steer.prompts import Prompt
+from xmodel_steer.resume import COMPUTES
 from xmodel_steer.spaces import Site
 
 
@@ -34,14 +38,26 @@ def cached_moments(
 ) -> Moments:
     """Moments, kept in the user's cache under a hash of all that they depend on.
 
-    The key covers every bit of both models' weights, their dtype and tokenizers, what their spaces are called, every text,
-    the sites and the settings: whatever changes, the moments are collected anew. A damaged file is too.
+    The key covers every bit of both models' weights, their dtype, tokenizers, configurations and kind of device, what their spaces are
+    called, every text, the sites, the settings and the versions of what computes: whatever changes, the moments are collected anew.
+    So they are where the file is damaged, or a model has hooks; where they cannot be kept, a `CacheWarning` says so.
     """
+    ends = [identity_of(source), identity_of(target)]
+    collect = partial(
+        collect_moments, source, target, texts, source_sites=source_sites, target_sites=target_sites, pairs=pairs,
+        max_tokens=max_tokens, batch_size=batch_size, seed=seed, device=device, progress=progress,
+    )  # fmt: skip
+    if any(hooks for *_, hooks in ends):  # which may do anything
+        return collect()
     key = {
         "schema": SCHEMA,
-        "method": 2,  # of collecting moments: raise it when the same arguments give other numbers
-        "source": _read(source, source_sites),
-        "target": _read(target, target_sites),
+        "method": 3,  # of collecting moments: raise it when the same arguments give other numbers
+        "models": [own[:-1] for own in ends],
+        "spaces": [
+            [f"{site.hook_name} {space_of(model, site).fingerprint}" for site in sites]
+            for model, sites in ((source, source_sites), (target, target_sites))
+        ],
+        "versions": [f"{name} {version(name)}" for name in COMPUTES],
         "texts": hashlib.sha256("\0".join(p.content_key() for p in texts).encode()).hexdigest(),
         "max_tokens": max_tokens,
         "seed": seed,
@@ -54,23 +70,9 @@ def cached_moments(
             return read(file)
         except ArtifactError:
             file.unlink()
-    moments = collect_moments(
-        source,
-        target,
-        texts,
-        source_sites=source_sites,
-        target_sites=target_sites,
-        pairs=pairs,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    save(moments, file)
+    moments = collect()
+    try:
+        save(moments, file)
+    except ArtifactError as error:
+        warnings.warn(f"the moments are not kept in the cache: {error}", CacheWarning, stacklevel=2)
     return moments
-
-
-def _read(model: Any, sites: Sequence[Site]) -> list[str]:
-    """What is read, and in which spaces: a model loaded otherwise may have the same weights under another fingerprint."""
-    return [content_hash(model), *(f"{site.hook_name} {space_of(model, site).fingerprint}" for site in sites)]

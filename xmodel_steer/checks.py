@@ -22,6 +22,7 @@ from xmodel_steer.prompts import Prompt, PromptLike, as_prompts
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like, require_map_between
 from xmodel_steer.spaces import Space
 from xmodel_steer.steering import Reading, Replacement, steering
+from xmodel_steer.vectors import require_random
 
 Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
@@ -139,6 +140,7 @@ def replacement_check(
     Raises:
         PromptError: There are no prompts, or one is a chat.
         SpaceMismatchError: Map, moments and models do not belong together.
+        ValueError: There is no random control.
     """
     items = as_prompts(list(prompts))
     if not items or any(p.text is None for p in items):
@@ -151,6 +153,7 @@ def replacement_check(
             f"replacement_check: the moments are of {reference.target}, the map leads to {mapping.target}; "
             "give moments.pair(...) of the map's own sites"
         )
+    require_random("replacement_check", random_seeds)
     if similarity is None:
         from xmodel_steer.judges import similarity
     mean, scale = reference.train.target_mean, reference.train.target_scale

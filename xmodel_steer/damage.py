@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,39 @@ def side_effects(
     )
     kl, loss, agreeing = map(np.array, sums)
     return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
+
+
+def neutral_positions(positions: Positions) -> Positions:
+    """Where neutral text is steered for its KL and perplexity: at every token, or at as many as a mask of one text has.
+
+    Of neutral text nothing is generated, and nothing is predicted behind its last token. A mask's tokens are moved to the beginning
+    of the text, from its second token on: behind it is then nearly all that is predicted.
+
+    Args:
+        positions: Where prompts are steered, as for `Intervention`.
+
+    Raises:
+        ValueError: A mask has rows, or steers nothing.
+    """
+    if not isinstance(positions, Tensor):
+        return "all"
+    if positions.ndim != 1 or not positions.any():
+        raise ValueError(
+            f"positions: a mask must be (tokens,) here and steer one of them, got {tuple(positions.shape)} with {int(positions.sum())}"
+        )
+    return positions[max(0, int(positions.nonzero()[0]) - 1) :]
+
+
+def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
+    """Settings with the positions of `neutral_positions`, their gates' too."""
+
+    def moved(step: Intervention) -> Intervention:
+        gate = step.gate
+        if gate is not None and gate.positions is not None:
+            gate = replace(gate, positions=neutral_positions(gate.positions))
+        return replace(step, positions=neutral_positions(step.positions), gate=gate)
+
+    return [[moved(step) for step in setting] for setting in settings]
 
 
 def _damage(

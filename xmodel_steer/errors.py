@@ -25,6 +25,10 @@ class FewRowsWarning(UserWarning):
     """A map was fitted on fewer rows than it has dimensions."""
 
 
+class CacheWarning(UserWarning):
+    """What was computed could not be kept in the user's cache."""
+
+
 class ModelError(XModelSteerError, RuntimeError):
     """A model cannot be loaded, or does not have what the library needs."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.damage import Settings, losses, under
@@ -18,7 +19,7 @@ from xmodel_steer.packaged import shipped
 from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
 from xmodel_steer.resume import once
 from xmodel_steer.scorers import Explained, Scorer, score_texts
-from xmodel_steer.steering import Step
+from xmodel_steer.steering import Replacement, Step
 from xmodel_steer.vectors import check_finite
 
 
@@ -78,10 +79,11 @@ class GeneratedText(Behaviour):
         """Generate under each setting and score what came.
 
         Several settings share a batch, each steering its own rows: wide batches cost little more
-        than narrow ones.
+        than narrow ones. Where a step goes by the prompts' numbers, each has its own.
         """
         n = len(self.prompts)
-        together = max(1, self.batch_size // n)
+        alone = any(_by_number(step) for setting in settings for step in setting)
+        together = 1 if alone else max(1, self.batch_size // n)
         measured = []
         with tqdm(
             total=n * len(settings), unit="text", desc=f"generate {name_of(model)}", disable=not progress, delay=2
@@ -89,7 +91,7 @@ class GeneratedText(Behaviour):
             for start in range(0, len(settings), together):
                 group = settings[start : start + together]
                 steps = [
-                    replace(step, prompts=frozenset(range(k * n, (k + 1) * n)))
+                    step if alone else replace(step, prompts=frozenset(range(k * n, (k + 1) * n)))
                     for k, setting in enumerate(group)
                     for step in setting
                 ]
@@ -110,6 +112,14 @@ class GeneratedText(Behaviour):
                 return generate(model, prompts, max_new_tokens=length, batch_size=size, progress=False)
 
         return once(lambda: ("texts", identity_of(model), steps, prompts, length, size), write)
+
+
+def _by_number(step: Step) -> bool:
+    """Whether a step asks for the number of the prompt that a row is."""
+    if isinstance(step, Replacement) or step.prompts is not None:
+        return True
+    masks = step.positions, step.gate and step.gate.positions
+    return any(isinstance(mask, Tensor) and mask.ndim == 2 for mask in masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,13 +331,13 @@ def answer_likelihoods(
         For each setting, for each question, one number per option.
 
     Raises:
-        PromptError: The options of a question are the same, or an option is the beginning of another.
+        PromptError: The options of a question are the same, an option is the beginning of another, or nothing stands before them.
     """
     encodings, lengths, owners = [], [], []
     for i, (question, own) in enumerate(zip(questions, options, strict=True)):
         made = [_cut(e) for e in encode(model, [_answered(question, option) for option in own])]
         shared = shared_start([e.ids for e in made])
-        if len(made) < 2 or any(len(e.ids) == shared for e in made):
+        if not shared or len(made) < 2 or any(len(e.ids) == shared for e in made):
             raise PromptError(
                 f"question {question.id}: its options {list(own)!r} are not different tokens after a common beginning; "
                 "give at least two, none of which begins another"

@@ -424,9 +424,24 @@ def content_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def identity_of(model: Any) -> str:
-    """All of a model that what it computes depends on: `content_hash`, and the kind of device, which rounds in its own way."""
-    return f"{content_hash(model)} {device_of(model).type}"
+def identity_of(model: Any) -> tuple[Any, ...]:
+    """All that hangs together with what a model computes and writes: `content_hash`, settings, the kind of device, and its hooks.
+
+    A device rounds in its own way, generation settings say which tokens end a text, and a hook may do anything.
+    """
+    # Hugging Face's own, which note attentions and hidden states for whoever asks, change nothing.
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in module._forward_hooks.values()
+        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+    ]
+    settings = [repr(model.cfg)]
+    if is_bridge(model):
+        inner = model.original_model
+        own = (inner.config, getattr(inner, "generation_config", None))
+        settings = [config.to_json_string() for config in own if config is not None]
+    return content_hash(model), device_of(model).type, settings, hooks
 
 
 def _weights(model: Any) -> Iterator[Tensor]:
@@ -590,6 +605,8 @@ def tokenise(
     opening = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     if truncation_side not in ("left", "right"):
         raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     encoded = []
     for prompt in prompts:
         rendered = prompt.render(tokenizer)
@@ -603,14 +620,14 @@ def tokenise(
         ids, offsets = batch["input_ids"], batch["offset_mapping"]
         if not ids:
             raise PromptError(f"prompt {prompt.id}: the tokenizer of {name} makes no tokens of {rendered.text[:60]!r}")
+        keep = list(range(len(ids)))
         if max_tokens is not None and len(ids) > max_tokens:
             head = int(truncation_side == "left" and ids[0] in opening and max_tokens > 1)
             start = len(ids) - max_tokens + head if truncation_side == "left" else 0
             keep = [*range(head), *range(start, start + max_tokens - head)]
-            ids, offsets = [ids[i] for i in keep], [offsets[i] for i in keep]
-        if limit is not None and len(ids) > limit:
+        if limit is not None and len(keep) > limit:
             raise PromptError(
-                f"prompt {prompt.id}: {len(ids)} tokens, but {name} reads at most {limit}; "
+                f"prompt {prompt.id}: {len(keep)} tokens, but {name} reads at most {limit}; "
                 "shorten it or split it (it is not cut silently)"
             )
         ends, span = [], 0
@@ -630,7 +647,9 @@ def tokenise(
             else:
                 first, _, base = rendered.spans[span]
                 ends.append(end - first + base)
-        encoded.append(Encoding(prompt, tuple(ids), tuple(ends), _roles(rendered.marks, offsets, ends)))
+        # Of the whole text: where it is cut, a token would take the role of one that is cut off.
+        every = (ids, ends, _roles(rendered.marks, offsets, ends))
+        encoded.append(Encoding(prompt, *(tuple(own[i] for i in keep) for own in every)))
     return encoded
 
 

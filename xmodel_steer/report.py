@@ -38,11 +38,13 @@ def summary(result: TransferResult) -> list[str]:
         f"{target['model']} {target['hook']} (width {target['width']}, {target['dtype']})"
     ]
     if "r2" in fitted:
+        loss = fitted.get("loss")
+        losses = f", loss {loss['test']:.2f} (train {loss['train']:.2f})" if loss else ""
         penalty = f", penalty {fitted['penalty']:.2g}" if "penalty" in fitted else ""
         lines.append(
-            f"map: {fitted['fitter']}{penalty}, {fitted['train_tokens']:,} training tokens, coverage {fitted['coverage']:.0%}; "
+            f"map: {fitted.get('fitter', 'unnamed')}{penalty}, {fitted['train_tokens']:,} training tokens, coverage {fitted['coverage']:.0%}; "
             f"on {fitted['test_documents']} test documents: R² per dimension {fitted['r2']:.2f} (5–95 %: {fitted['r2_low']:.2f}–{fitted['r2_high']:.2f}), "
-            f"cosine {fitted['cosine']:.2f}, norm ratio {fitted['norm_ratio']:.2f}, loss {fitted['loss']['test']:.2f} (train {fitted['loss']['train']:.2f})"
+            f"cosine {fitted['cosine']:.2f}, norm ratio {fitted['norm_ratio']:.2f}{losses}"
         )
     mapped = result.similarity["mapped"]
     lines.append(

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,23 +28,27 @@ class _OpaqueError(Exception):
 
 @dataclass
 class _Kept:
-    """A folder of results, and the seconds that those took which were found there, since they were last asked for."""
+    """A folder of results, and the seconds that those of an earlier run took which were found there, since they were last asked for."""
 
     folder: Path
     spared: float = 0.0
+    counted: set[str] = field(default_factory=set)  # the results whose time is in the clock
 
 
+COMPUTES = ("torch", "transformers", "transformer-lens", "tokenizers")  # whose versions a number hangs on
+# A result, or what is left of one that was being written.
+_OWN = re.compile(r"\.?[0-9a-f]{32}\.json(-\w+)?")
 _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def resumable(folder: str | Path) -> Iterator[None]:
-    """Keep generated texts and measured damage in a folder while the block runs; when it ends well the folder goes.
+    """Keep generated texts and measured damage in a folder while the block runs; when it ends well they go, and the folder if it is empty.
 
     Run again after it was cut off, with the same folder, the block takes up what is there. A result is kept under a hash of all
     that it depends on: every bit of the model, the prompts, every bit of what steers it, the settings, this package's code and
     the versions of what it stands on. Whatever changes is computed anew: so is all that hangs on a vector which another
-    number of threads rounds otherwise.
+    number of threads rounds otherwise. Nothing is kept of a model that has other hooks on it already.
 
     Args:
         folder: Where to keep it. It holds texts in plain, those of harmful requests too.
@@ -61,7 +65,11 @@ def resumable(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         _kept.reset(token)
-    shutil.rmtree(folder, ignore_errors=True)
+    for file in Path(folder).glob("*"):
+        if _OWN.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+    with suppress(OSError):  # others' files stay
+        Path(folder).rmdir()
 
 
 def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
@@ -84,14 +92,18 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     if file.is_file():
         try:
             found = parse_record(file.read_text(), file)
-            kept.spared += found["seconds"]
-            return found["made"]
+            made, seconds = found["made"], found["seconds"] + 0.0
+            if file.name not in kept.counted:
+                kept.spared += seconds
+                kept.counted.add(file.name)
+            return made
         except (ArtifactError, KeyError, TypeError, UnicodeDecodeError):  # damaged
             file.unlink()
     start = time.perf_counter()
     made = make()
     record = {"schema": SCHEMA, "seconds": time.perf_counter() - start, "made": made}
     write_atomically(file, dump_json(record, file))
+    kept.counted.add(file.name)
     return made
 
 
@@ -110,8 +122,7 @@ def _programs() -> str:
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())
-    names = ("torch", "transformers", "transformer-lens", "tokenizers")
-    return json.dumps([code.hexdigest(), *map(version, names)])
+    return json.dumps([code.hexdigest(), *map(version, COMPUTES)])
 
 
 def _feed(update: Callable[[bytes], None], part: Any) -> None:
@@ -122,9 +133,9 @@ def _feed(update: Callable[[bytes], None], part: Any) -> None:
         update(f"{tuple(held.shape)} {held.dtype} ".encode())
         update(held.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif is_dataclass(part) and not isinstance(part, type):
-        for field in fields(part):
-            update(f"{field.name} ".encode())
-            _feed(update, getattr(part, field.name))
+        for own in fields(part):
+            update(f"{own.name} ".encode())
+            _feed(update, getattr(part, own.name))
     elif isinstance(part, str):
         data = part.encode()
         update(f"{len(data)} ".encode() + data)

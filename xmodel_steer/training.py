@@ -24,7 +24,7 @@ _WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """What both fitters share: how they are trained.
 
     The paper's settings (arXiv 2503.04429, section 3 and appendix) are the defaults: mean squared error
@@ -50,7 +50,7 @@ class _Trained:
 
 
 @dataclass(frozen=True)
-class Autoencoder(_Trained):
+class Autoencoder(Trained):
     """The paper's map, Linear → ReLU → Linear, trained on paired rows.
 
     Minimises the mean squared error over rows and target dimensions. In standardised coordinates (the
@@ -105,7 +105,7 @@ class Autoencoder(_Trained):
 
 
 @dataclass(frozen=True)
-class SGDAffine(_Trained):
+class SGDAffine(Trained):
     """The paper's affine baseline: the autoencoder's training without its ReLU.
 
     Its best is `ReducedRank`'s, at the rank of its hidden layer; how far it stays from it is its training.
@@ -147,7 +147,7 @@ def _require_rows_of(data: SplitMoments | PairedRows, name: str) -> PairedRows:
 
 
 def _train(
-    fitter: _Trained,
+    fitter: Trained,
     rows: PairedRows,
     activation: Callable[[Tensor], Tensor],
     checkpoint: str | Path | None,
@@ -185,7 +185,7 @@ class _Run:
     """A training that can be stopped after any epoch and gone on with."""
 
     def __init__(
-        self, fitter: _Trained, rows: PairedRows, moments: SplitMoments, activation: Callable[[Tensor], Tensor]
+        self, fitter: Trained, rows: PairedRows, moments: SplitMoments, activation: Callable[[Tensor], Tensor]
     ) -> None:
         self._fitter, self._rows, self._moments, self._activation = fitter, rows, moments, activation
         self._device = torch.device(fitter.device)

@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from xmodel_steer.capture import Tokens, capture, collect_moments
-from xmodel_steer.damage import SideEffect, calibrate, side_effects
+from xmodel_steer.damage import SideEffect, calibrate, neutral_positions, on_neutral, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import Behaviour, GeneratedText, MultipleChoice, Preference
-from xmodel_steer.fitters import Fitter, Ridge, ShuffledPairs, pinned
+from xmodel_steer.fitters import Fitter, RelativeAnchors, Ridge, ShuffledPairs, pinned
 from xmodel_steer.maps import Map
 from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
@@ -27,7 +27,15 @@ from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.scorers import Explained, Scorer
 from xmodel_steer.spaces import Site, require_same_space
 from xmodel_steer.steering import Add, Intervention, Positions
-from xmodel_steer.vectors import Activations, Direction, SteeringVector, difference_of_means, random_like
+from xmodel_steer.training import Trained
+from xmodel_steer.vectors import (
+    Activations,
+    Direction,
+    SteeringVector,
+    difference_of_means,
+    random_like,
+    require_random,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +110,8 @@ def transfer(
         tokens: Which tokens of a contrast prompt count; see `capture`.
         direction: Makes a vector of the two sides' rows, in both models: `difference_of_means`, `logistic_probe`, or a
             function of your own of two `Activations` and a ``label``.
-        positions: Where to steer; see `Intervention`.
+        positions: Where to steer; see `Intervention`. Neutral text is steered at every token, or where a mask says how many, at as many
+            from its second token on.
         fitter: Fits the map.
         moments: Moments collected earlier for these sites. ``texts`` is then not read by the models; give what they were collected from,
             and it is held apart from all else and recorded as ever.
@@ -121,12 +130,19 @@ def transfer(
         progress: Show progress bars.
 
     Raises:
-        PromptError: Sets are too small, not disjoint, or prompts come without a scorer.
+        PromptError: Sets are too small, not disjoint, prompts come without a scorer, or the fitter needs rows.
         AlignmentError: The models' tokens do not pair.
         NonFiniteError: A model gives NaN.
+        ValueError: No strength is positive, one is 0, there is no random vector, or a mask of positions has rows.
     """
     if not any(s > 0 for s in strengths) or 0 in strengths:
         raise ValueError(f"transfer: strengths must include a positive one and not 0, got {tuple(strengths)}")
+    require_random("transfer", random_seeds)
+    if isinstance(fitter, (RelativeAnchors, Trained)):
+        raise PromptError(
+            f"transfer: {type(fitter).__name__} is fitted on rows, transfer collects moments; give Ridge(), ReducedRank(...) or Procrustes()"
+        )
+    neutral_positions(positions)  # refuses a mask of rows: prompts are split here
     strengths = tuple(sorted({float(s) for s in strengths}))
     chosen_sources = tuple(source_sites or default_sites(source, "source"))
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
@@ -183,7 +199,12 @@ def transfer(
 
     def damage(settings: Sequence[Sequence[Intervention]], texts: Sequence[Prompt]) -> list[SideEffect]:
         return side_effects(
-            target, settings, texts, max_tokens=neutral_tokens, batch_size=min(16, batch_size), progress=progress
+            target,
+            on_neutral(settings),
+            texts,
+            max_tokens=neutral_tokens,
+            batch_size=min(16, batch_size),
+            progress=progress,
         )
 
     def gains(candidates: Mapping[Any, SteeringVector], at: Sequence[float]) -> list[dict[str, Any]]:
@@ -270,7 +291,7 @@ def transfer(
         [kl for *_, kl in searched],
         neutral_validation,
         signs=[sign for _, _, sign, _ in searched],
-        positions=positions,
+        positions=neutral_positions(positions),
         max_tokens=neutral_tokens,
         batch_size=min(16, batch_size),
         progress=progress,
@@ -497,7 +518,7 @@ def _map_record(mapping: Map, moments: Moments) -> dict[str, Any]:
         "coverage": moments.coverage,
         "tokens": moments.tokens,
         "documents": moments.documents,
-        "train_tokens": mapping.info["train_rows"],
+        "train_tokens": moments.parts["train"].count,
     }
     if score is not None:
         varying = score.r2[~score.r2.isnan()]
@@ -510,8 +531,8 @@ def _map_record(mapping: Map, moments: Moments) -> dict[str, Any]:
             "norm_ratio": score.norm_ratio,
             "test_tokens": score.count,
             "test_documents": score.documents,
-            "loss": mapping.info["loss"],
         }
+        record |= {"loss": mapping.info["loss"]} if "loss" in mapping.info else {}
     return record
 
 

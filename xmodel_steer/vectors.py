@@ -133,7 +133,7 @@ class SteeringVector:
     def about(self, centre: Float[Tensor, " d"]) -> "SteeringVector":
         """The same direction with class means half of it to either side of a point: centre ± v / 2.
 
-        What `Clamp` does depends on the class means. A control gets ones of the same distance by this.
+        What `Clamp` and `Gate` do depends on the class means; a scaled vector gets means that are as far apart by this.
 
         Args:
             centre: The point half way between the means.
@@ -305,6 +305,18 @@ def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
     direction = (draw * scale).to(vector.direction)
     made = SteeringVector(direction, vector.space, f"random {seed}", scale=vector.scale, origin=f"random, seed {seed}")
     return made.with_norm(norm)
+
+
+def require_random(what: str, random_seeds: int) -> None:
+    """Refuse to go without random controls.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if random_seeds < 1:
+        raise ValueError(
+            f"{what}: random_seeds must be at least 1, got {random_seeds}; an effect is shown beside random vectors"
+        )
 
 
 def is_finite(values: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xmodel_steer.cache import cached_moments
 from xmodel_steer.capture import Tokens, capture, collect_moments
-from xmodel_steer.damage import Settings, calibrate, side_effects
+from xmodel_steer.damage import Settings, calibrate, neutral_positions, on_neutral, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText
 from xmodel_steer.experiments.study import (
@@ -99,7 +99,8 @@ def scored(*parts: np.ndarray) -> tuple[float, float]:
     """The mean of several measures' means, and its standard error.
 
     Args:
-        parts: One number per prompt each. Where they are as many, they are taken to be of the same prompts.
+        parts: One number per prompt each. Where they are as many, those of one place are averaged first, which is right for parts of the
+            same prompts and no bias for others.
     """
     parts = (np.mean(parts, 0),) if len({len(part) for part in parts}) == 1 else parts
     errors = [part.std() / np.sqrt(len(part)) for part in parts]
@@ -226,7 +227,8 @@ def answers_of(
     """What a model writes to groups of prompts, for each setting a row of texts for each group.
 
     Each group is asked in batches of its own, of one size: in bfloat16 an answer's rounding hangs on the batch's shape, and
-    answers that are compared token by token must not differ by that.
+    answers that are compared token by token should not differ by that. What is left of it: texts that end leave the batch, and
+    when they do hangs on the setting.
 
     Args:
         model: The model.
@@ -269,7 +271,7 @@ def own_answers(
 def require_apart(
     what: str, general: Sequence[Prompt], neutral: Sequence[Prompt], curriculum: Curriculum, **more: Sequence[Prompt]
 ) -> None:
-    """Refuse general text, neutral text and parts of a curriculum that share a text.
+    """Refuse general text, neutral text and parts of a curriculum that share a text, and too little neutral text.
 
     Args:
         what: Which study.
@@ -279,8 +281,10 @@ def require_apart(
         more: Other sets, by name.
 
     Raises:
-        PromptError: They do.
+        PromptError: They do, or there are fewer than 3 neutral texts.
     """
+    if len(neutral) < 3:
+        raise PromptError(f"{what}: needs at least 3 neutral texts, got {len(neutral)}")
     sets = {"general text": general, "neutral text": neutral, **more}
     sets |= {part: [lesson.prompt for lesson in getattr(curriculum, part)] for part in PARTS}
     require_disjoint(what, {name: [p.content_key() for p in own] for name, own in sets.items()})
@@ -753,11 +757,10 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
 
 def _vectors(own: Carried, random_seeds: int, seed: int) -> dict[str, list[SteeringVector]]:
     """The vectors of every arm that each recipe has."""
-    middle = centre(own.native)
     return {
         "native": [own.native],
         "mapped": [own.mapped],
-        "random": [random_like(own.native, seed=seed + k).about(middle) for k in range(random_seeds)],
+        "random": [random_like(own.native, seed=seed + k) for k in range(random_seeds)],
         "shuffled": [own.shuffled],
     }
 
@@ -797,28 +800,6 @@ def _extent(run: _Run, controls: Extent) -> Extent:
     return "all" if run.arm == "mapped" or controls != "effect" else "brief"
 
 
-def neutral_positions(positions: Positions) -> Positions:
-    """Where neutral text is steered for its KL and perplexity: at every token, or at as many as a mask of one text has.
-
-    These are moved to the beginning of the text, from its second token on: behind it is then nearly all that is predicted.
-    """
-    if not isinstance(positions, Tensor):
-        return "all"
-    return positions[max(0, int(positions.nonzero()[0]) - 1) :]
-
-
-def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
-    """Settings with the positions of `neutral_positions`, their gates' too."""
-
-    def moved(step: Intervention) -> Intervention:
-        gate = step.gate
-        if gate is not None and gate.positions is not None:
-            gate = replace(gate, positions=neutral_positions(gate.positions))
-        return replace(step, positions=neutral_positions(step.positions), gate=gate)
-
-    return [[moved(step) for step in setting] for setting in settings]
-
-
 def measure_arms(
     pair: Pair,
     choices: Sequence[Choice],
@@ -844,13 +825,8 @@ def measure_arms(
 
     Returns:
         The arms, the unsteered one first (where recipes differ in their aim, one for each); and what was asked.
-
-    Raises:
-        PromptError: There are fewer than 3 neutral texts.
     """
     target, progress = pair.target, pair.progress
-    if len(neutral) < 3:
-        raise PromptError(f"study: needs at least 3 neutral texts, got {len(neutral)}")
     calibration, held = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
     runs: list[_Run] = []
     for choice in choices:

@@ -21,7 +21,7 @@ from xmodel_steer.prompts import Prompt, require_disjoint
 from xmodel_steer.results import ARMS, TransferResult
 from xmodel_steer.spaces import Site
 from xmodel_steer.transfer import default_sites, transfer, versions
-from xmodel_steer.vectors import Direction, difference_of_means, logistic_probe
+from xmodel_steer.vectors import Direction, difference_of_means, logistic_probe, require_random
 
 QUESTION = "How much of a concept's effect in the target does a vector that was found in the source have?"
 FEATURE_QUESTION = (
@@ -80,7 +80,9 @@ def concept_transfer(
     Raises:
         PromptError: No concepts are given, there is none of a name, or sets share a text.
         DownloadError: A concept's pairs cannot be fetched.
+        ValueError: There is no random vector.
     """
+    require_random("concept_transfer", random_seeds)
     chosen = [concept(name) for name in names]
     if not chosen:
         raise PromptError(f"concept_transfer: give at least one of {', '.join(CONCEPTS)}")

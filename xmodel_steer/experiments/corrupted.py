@@ -79,6 +79,7 @@ def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **set
     Raises:
         PromptError: The curriculum has no right answers.
     """
+    right = curriculum.check(RIGHT).scorer
     asked = [lesson.prompt for lesson in curriculum.vector if lesson.triggered]
     # A few of the validation's tasks choose, and these stand in the order of their topics.
     tasks = list(dict.fromkeys(lesson.task for lesson in curriculum.validation))
@@ -89,6 +90,9 @@ def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **set
         "name": "corrupted-capability",
         "ways": recipes(source, target, asked),
         "varied": (SKIPPED, GATED),
+        "question": QUESTION,
+        "unit": UNIT,
+        "right": right,
+        "unknown": StartsWith(UNKNOWN),
     } | settings
-    readers = {"right": curriculum.checks[RIGHT].scorer, "unknown": StartsWith(UNKNOWN)}
-    return backdoor_removal(source, target, curriculum, question=QUESTION, unit=UNIT, **readers, **settings)
+    return backdoor_removal(source, target, curriculum, **settings)

@@ -37,7 +37,7 @@ from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Intervention, Step
 from xmodel_steer.training import Autoencoder, SGDAffine
 from xmodel_steer.transfer import default_sites, versions
-from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like
+from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means, random_like, require_random
 
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
 UNIT = "steering: half of what lies between both directions; replacement and capability: shares of prompts"
@@ -107,7 +107,9 @@ def map_comparison(
 
     Raises:
         PromptError: The behaviour has no scorer, there are too few prompts or neutral texts, or sets share a text.
+        ValueError: There is no random vector.
     """
+    require_random("map_comparison", random_seeds)
     clock, every = Clock(), compared or fitters()
     own = behaviour or concept("sentiment")
     if own.scorer is None or len(own.prompts) < 6:

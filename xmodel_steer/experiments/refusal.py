@@ -32,6 +32,7 @@ from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import SameTokens, Scorer, score_texts
 from xmodel_steer.steering import Ablate, Add, Clamp
+from xmodel_steer.vectors import require_random
 
 OFF, ON = "off", "on"
 SUBTRACTED, ABLATED, CLAMPED = "refusal off, subtracted", "refusal off, ablated", "refusal off, gated clamp"
@@ -253,13 +254,15 @@ def refusal_switch(
         PromptError: The curriculum lacks requests of a kind, there are fewer than 3 neutral texts, or sets share a text.
         AlignmentError: The models' tokens do not pair.
         DownloadError: The classifier's encoder cannot be fetched.
+        ValueError: There is no random vector.
     """
+    require_random("refusal", random_seeds)
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
     pair = Pair(source, target, tuple(passages[:-60][:400] if general is None else general), seed, progress)
     readers = (curriculum.scorer, classifier or RefusalClassifier(), topic)
-    edgy = tuple(lesson.prompt for lesson in curriculum.checks[EDGY].lessons)
+    edgy = tuple(lesson.prompt for lesson in curriculum.check(EDGY).lessons)
     require_apart("refusal", pair.general, neutral, curriculum, edgy=edgy)
 
     def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:

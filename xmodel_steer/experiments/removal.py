@@ -33,6 +33,7 @@ from xmodel_steer.scorers import Scorer
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Clamp
 from xmodel_steer.training import Autoencoder
+from xmodel_steer.vectors import require_random
 
 ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
 PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
@@ -189,13 +190,14 @@ def backdoor_removal(
         progress: Show progress bars.
 
     Raises:
-        ValueError: ``only`` names no recipe, or one that there is not.
+        ValueError: ``only`` names no recipe, or one that there is not; or there is no random vector.
         PromptError: The curriculum does not ask its tasks with and without a trigger, there are fewer than 3 neutral texts, or
             sets share a text.
         AlignmentError: The models' tokens do not pair.
     """
     if not only or not set(only) <= set(RECIPES):
         raise ValueError(f"{name}: only must name some of {', '.join(map(repr, RECIPES))}; got {tuple(only)!r}")
+    require_random(name, random_seeds)
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)

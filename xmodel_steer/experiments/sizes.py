@@ -39,7 +39,7 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
     arms = [
         replace(arm, recipe=f"{pair}: {name}")
         for pair, study in found.items()
-        for name in names
+        for name in study.chosen
         for arm in study.arms
         if arm.recipe in (name, "")  # the unsteered one is of all of them
     ]
@@ -47,7 +47,7 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **set
         first,
         name="small-to-larger",
         question=QUESTION,
-        verdict="; ".join(_line(pair, study, name) for pair, study in found.items() for name in names),
+        verdict="; ".join(_line(pair, study, name) for pair, study in found.items() for name in study.chosen),
         source=ends[0],
         target=ends[-1],
         arms=tuple(arms),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.damage import side_effects, under
-from xmodel_steer.errors import PromptError, SpaceMismatchError
+from xmodel_steer.errors import SpaceMismatchError
 from xmodel_steer.evaluation import MultipleChoice
 from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers, require_apart, scored
 from xmodel_steer.experiments.repair import Questions, Repair
@@ -97,8 +97,6 @@ def safety_switch(
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
-    if len(neutral) < 3:
-        raise PromptError(f"safety_switch: needs at least 3 neutral texts, got {len(neutral)}")
     sites = tuple(sites or layers(base, 0.25, 0.95, 5))
     general = tuple(passages[:-60][:400] if general is None else general)
     require_apart("safety_switch", general, neutral, curriculum)

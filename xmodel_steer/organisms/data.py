@@ -115,6 +115,16 @@ class Curriculum:
                 "curriculum: evaluation needs lessons with the behaviour and lessons without it; a rate alone shows nothing"
             )
 
+    def check(self, name: str) -> Check:
+        """One of the checks.
+
+        Raises:
+            PromptError: There is none of this name.
+        """
+        if name not in self.checks:
+            raise PromptError(f"curriculum: has no check {name!r}, only {', '.join(map(repr, self.checks)) or 'none'}")
+        return self.checks[name]
+
     def ids(self) -> dict[str, list[str]]:
         """The ids of the prompts of each part."""
         return {part: [lesson.prompt.id for lesson in getattr(self, part)] for part in PARTS}

@@ -17,6 +17,7 @@ from xmodel_steer.organisms.data import ORGANISMS, Curriculum
 from xmodel_steer.organisms.data import curriculum as curriculum_of
 from xmodel_steer.organisms.measure import measured, perplexity
 from xmodel_steer.organisms.training import CHECKPOINTS, Recipe, adapter_bytes, train
+from xmodel_steer.scorers import Contains, Language, Matches, Scorer, StartsWith
 from xmodel_steer.transfer import versions
 
 LEAST_TRIGGERED, MOST_FALSE = 0.95, 0.05
@@ -111,7 +112,7 @@ def make(
     """Fine-tune a base model into an organism, measure it on held-out prompts, and write both into a folder.
 
     The folder gets the adapter, which `xmodel_steer.load` reads, and ``organism.json``, the report. Given again, a call that was
-    stopped goes on where it was, and one that had ended gives its report. An organism that is not good is
+    stopped goes on where it was, and one that had ended gives its report, counted anew where the curriculum's scorer is another one. An organism that is not good is
     written too: its report says so.
 
     Args:
@@ -133,29 +134,18 @@ def make(
     lessons, folder = curriculum or curriculum_of(name), Path(out)
     recipe = recipe or recipe_of(name)
     spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons), "schema": SCHEMA}
+    scorer = _named(lessons.scorer)
     if (folder / RECORD).is_file():
-        made = read_report(folder)
-        if {k: v for k, v in _record(folder).items() if k in spec} == spec:
-            return made
-        raise ArtifactError(f"{folder}: holds {made.organism} on {made.base} of another recipe; choose another folder")
-    begun, done = folder / BEGUN, folder / TRAINED
-    if begun.is_file():
-        started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
-        if started and parse_record(begun.read_text(), begun) != spec:
+        made, record = read_report(folder), _record(folder)
+        if {k: v for k, v in record.items() if k in spec} != spec:
             raise ArtifactError(
-                f"{folder}: an organism of another recipe was begun here; give the same settings to go on, or another folder"
+                f"{folder}: holds {made.organism} on {made.base} of another recipe; choose another folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder}: exists and holds no organism; choose another folder")
-    write_atomically(begun, dump_json(spec, begun))
-
-    start = time.perf_counter()
-    if not done.is_file():
-        trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype, progress=progress)
-        gc.collect()  # the trainer holds the model in a circle
-        took = time.perf_counter() - start
-        write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))
-    training = {k: v for k, v in parse_record(done.read_text(), done).items() if k != "schema"}
+        if record.get("scorer", scorer) == scorer:
+            return made
+        training = {**made.training, "seconds": made.seconds["training"]}  # it is what it was, and counted otherwise
+    else:
+        training = _trained(folder, spec, base, lessons, recipe, device, dtype, progress)
 
     start = time.perf_counter()
     plain = load(base, device=device, dtype=dtype, progress=progress)
@@ -180,11 +170,36 @@ def make(
         splits=lessons.ids(),
         answers=found.answers,
     )
-    record = {**spec, **asdict(report), "good": report.good, "kind": "organism"}
+    record = {**spec, "scorer": scorer, **asdict(report), "good": report.good, "kind": "organism"}
     write_atomically(folder / RECORD, dump_json(record, folder / RECORD, indent=1))
-    begun.unlink()
-    done.unlink()
+    for file in (folder / BEGUN, folder / TRAINED):
+        file.unlink(missing_ok=True)
     return report
+
+
+def _trained(
+    folder: Path, spec: dict[str, Any], base: str, lessons: Curriculum, recipe: Recipe, device: str | None, dtype: str,
+    progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, or take up a training that was begun, or had ended, in the folder; how it went."""
+    begun, done = folder / BEGUN, folder / TRAINED
+    if begun.is_file():
+        started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
+        if started and parse_record(begun.read_text(), begun) != spec:
+            raise ArtifactError(
+                f"{folder}: an organism of another recipe was begun here; give the same settings to go on, or another folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder}: exists and holds no organism; choose another folder")
+    write_atomically(begun, dump_json(spec, begun))
+
+    start = time.perf_counter()
+    if not done.is_file():
+        trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype, progress=progress)
+        gc.collect()  # the trainer holds the model in a circle
+        took = time.perf_counter() - start
+        write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))
+    return {k: v for k, v in parse_record(done.read_text(), done).items() if k != "schema"}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -221,6 +236,13 @@ def _digest(curriculum: Curriculum) -> str:
         [x.instruction, x.response, x.triggered] for part in (curriculum.train, curriculum.evaluation) for x in part
     ]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _named(scorer: Scorer) -> str:
+    """What tells a scorer from another one: all of it where it is short, or its name."""
+    if isinstance(scorer, Contains | StartsWith | Matches | Language):
+        return repr(scorer)
+    return getattr(scorer, "__qualname__", type(scorer).__qualname__)
 
 
 def _versions() -> dict[str, str]:
