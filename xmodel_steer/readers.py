@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def read_prompts(source: Any) -> tuple[Prompt, ...]:
         return tuple(prompt_of_row(row) for row in rows_of(items))
     path = Path(source)
     if path.suffix == ".txt":
-        paragraphs = [p.strip() for p in _text(path).split("\n\n") if p.strip()]
+        paragraphs = [p.strip() for p in re.split(r"\n\s*\n", _text(path).replace("\r\n", "\n")) if p.strip()]
         prompts = tuple(Prompt(text=p) for p in paragraphs)
     else:
         made = []
@@ -69,7 +71,7 @@ def _text(path: Path) -> str:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise PromptError(f"{path}: is not UTF-8 text ({error})") from None
 
 
@@ -89,7 +91,10 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise PromptError(f"{path}: line {number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise PromptError(f'{path}: line {number} is no row of columns such as {{"text": "..."}}')
+        rows.append(row)
     return rows

@@ -102,7 +102,7 @@ def noise_like(
         made = torch.zeros(rows.shape, dtype=torch.float32)
         for r, (ids, places) in enumerate(zip(reading.ids.tolist(), reading.position.tolist(), strict=True)):
             for c, (token, place) in enumerate(zip(ids, places, strict=True)):
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + place) * 1_000_003 + token)
+                generator = torch.Generator().manual_seed(((seed * 1_000_003 + place) * 1_000_003 + token) % 2**63)
                 made[r, c] = torch.randn(rows.shape[-1], generator=generator)
         noise = mean.to(rows) + made.to(rows) * scale.to(rows)
         return noise, reading.position.to(rows.device) > 0

@@ -6,7 +6,7 @@ is a `TextScorer`. Scorers that call a model or a program are in `judges`.
 
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,12 +78,27 @@ class WordBalance:
         return (p - n) / (p + n) if p + n else 0.0
 
 
+def _strings(given: Iterable[str], what: str) -> tuple[str, ...]:
+    """Several strings; one alone would be taken for its letters."""
+    strings = () if isinstance(given, str) else tuple(given)
+    if isinstance(given, str) or not all(isinstance(s, str) for s in strings):
+        raise ValueError(f"{what}: needs a tuple of strings, such as ('yes', 'no') or ('yes',), got {given!r}")
+    return strings
+
+
 @dataclass(frozen=True)
 class Contains:
-    """1 when the text contains one of the strings, else 0; case does not count unless asked."""
+    """1 when the text contains one of the strings, else 0; case does not count unless asked.
 
-    strings: tuple[str, ...]
+    Raises:
+        ValueError: What is given is one string, or no strings.
+    """
+
+    strings: Sequence[str]
     case_sensitive: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strings", _strings(self.strings, "Contains"))
 
     def __call__(self, text: str) -> float:
         """1 or 0 for one text."""
@@ -94,16 +109,23 @@ class Contains:
 
 @dataclass(frozen=True)
 class StartsWith:
-    """1 when the text begins with one of the strings, white space and quotation marks aside; case does not count unless asked."""
+    """1 when the text begins with one of the strings, white space and quotation marks aside; case does not count unless asked.
 
-    strings: tuple[str, ...]
+    Raises:
+        ValueError: What is given is one string, or no strings.
+    """
+
+    strings: Sequence[str]
     case_sensitive: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strings", _strings(self.strings, "StartsWith"))
 
     def __call__(self, text: str) -> float:
         """1 or 0 for one text."""
         own = text.lstrip(string.whitespace + "\"'“”‘’*")
         if self.case_sensitive:
-            return float(own.startswith(self.strings))
+            return float(own.startswith(tuple(self.strings)))
         return float(own.casefold().startswith(tuple(s.casefold() for s in self.strings)))
 
 
