@@ -80,7 +80,6 @@ def test_transfer_without_prompts_measures_preference(command: Any, folders: dic
         ({"source_layers": "40"}, "has layers 0 to 3"),
         ({"contrast": "nowhere.jsonl"}, "no such file"),
         ({"text": "nowhere.jsonl"}, "no such file"),
-        ({"prompts": None}, "go together"),
         ({"dtype": "float16"}, "float16 overflows"),
     ],
 )
@@ -97,7 +96,19 @@ def test_an_error_is_one_line_and_exit_1_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"score": "vibes"}, {"score": "matches:("}, {"strengths": "one"}, {"tokens": "some"}, {"source": None}]
+    "wrong",
+    [
+        {"score": "vibes"},
+        {"score": "matches:("},
+        {"strengths": "one"},
+        {"tokens": "some"},
+        {"source": None},
+        {"prompts": None},
+        {"strengths": "-1,0,1"},
+        {"strengths": "-1"},
+        {"source_layers": "1;2"},
+        {"target_layers": "one"},
+    ],
 )
 def test_a_wrong_call_is_exit_2(
     wrong: dict[str, object], command: Any, folders: dict[str, Path], tmp_path: Path
@@ -119,6 +130,14 @@ def test_a_folder_that_is_not_a_run_is_refused_before_any_work(
     assert code == 1
     assert "not a run folder" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    command: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xmodel_steer.models.load", None)
+    code, _, err = command(*arguments(folders, Path("/proc/run")))
+    assert code == 1 and "/proc/run: cannot be made" in err and err.strip().endswith("choose another --out")
 
 
 def test_changed_input_is_never_served_from_the_cache(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -216,3 +216,28 @@ def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str,
 def test_wrong_calls_are_one_line_and_exit_2(command: Any, folders: dict[str, Path], changes: dict, says: str) -> None:
     code, _, err = command(*options(folders, **changes))
     assert code == 2 and says in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"moments": "."}, 1, "is a folder; give a file such as"),
+        ({"moments": "/proc/moments.safetensors"}, 1, "cannot be made"),
+        ({"moments": "m.safetensors", "store_dtype": "float32"}, 2, "goes with --store"),
+        ({"store": "s", "sketch": 3}, 2, "go with --moments"),
+        ({"store": "s", "pairs": "1:1"}, 2, "go with --moments"),
+        ({"store": "s", "target_layers": "one"}, 2, "is not a list of numbers"),
+        ({"moments": "m.safetensors", "pairs": "1-1"}, 2, "is not a list of layer pairs"),
+    ],
+)
+def test_a_call_that_cannot_end_well_is_refused_before_a_model_is_loaded(
+    changes: dict[str, object],
+    code: int,
+    says: str,
+    command: Any,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("xmodel_steer.models.load", None)
+    found, _, err = command(*options(folders, **changes))
+    assert found == code and says in " ".join(err.replace("│", " ").split())

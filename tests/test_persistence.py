@@ -156,6 +156,29 @@ def test_saving_again_replaces_a_run_but_nothing_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "run"]
 
 
+def test_what_is_no_older_one_of_its_kind_stays(tmp_path: Path) -> None:
+    run = save(result(), tmp_path / "run")
+    (run / "notes.txt").write_text("mine")
+    (run / "plots").mkdir()
+    (run / "plots" / "a.png").write_text("mine too")
+    save(replace(result(), label="second"), run)
+    assert read(run).label == "second"
+    assert (run / "notes.txt").read_text() == "mine" and (run / "plots" / "a.png").read_text() == "mine too"
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "result.json").write_text(json.dumps({"schema": 1, "kind": "study"}))
+    with pytest.raises(ArtifactError, match="study: exists and is not a run folder"):
+        save(result(), study)
+    file = save(vector(), tmp_path / "a.safetensors")
+    with pytest.raises(ArtifactError, match=r"a.safetensors: exists and holds SteeringVector, no AffineMap; choose"):
+        save(mapping(), file)
+    foreign = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2)}, foreign)
+    with pytest.raises(ArtifactError, match="model.safetensors: exists and holds something else, no SteeringVector"):
+        save(vector(), foreign)
+    assert list(load_file(foreign)) == ["weight"] and same(read(save(vector(), file)), vector())
+
+
 def edited(file: Path, **changes: Any) -> Path:
     """The same file with another header."""
     from safetensors import safe_open

@@ -192,6 +192,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         with pytest.raises(ArtifactError, match="is a checkpoint of other rows or settings; delete it"):
             fitter.fit(data, checkpoint=file)
     assert file.read_bytes() == before
+    file.unlink()
     save(Ridge().fit(rows(60)), file)
     with pytest.raises(ArtifactError, match="is a checkpoint of other rows or settings; delete it"):
         Autoencoder(epochs=1).fit(rows(60), checkpoint=file)

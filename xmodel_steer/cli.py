@@ -1,6 +1,7 @@
 """The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest``, ``merge``, ``organism make`` and ``study``."""
 
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -9,7 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from xmodel_steer.errors import AlignmentWarning, FewRowsWarning, ModelError, PromptError, XModelSteerError
+from xmodel_steer.errors import (
+    AlignmentWarning,
+    CacheWarning,
+    FewRowsWarning,
+    ModelError,
+    PromptError,
+    XModelSteerError,
+)
 
 app = typer.Typer(
     name="xmodel-steer",
@@ -148,14 +156,21 @@ def transfer(
     if tokens not in ("last", "mean", "all"):
         raise typer.BadParameter("must be last, mean or all", param_hint="--tokens")
     doses = _numbers(strengths, "--strengths", float)
+    if 0 in doses or not any(s > 0 for s in doses):
+        raise typer.BadParameter("must have a positive strength and not 0", param_hint="--strengths")
+    if (prompts is None) != (score is None):
+        raise typer.BadParameter("go together", param_hint="--prompts / --score")
+    given_sources, given_targets = (
+        _sites(own, f"--{end}-layers") for end, own in (("source", source_layers), ("target", target_layers))
+    )
     scorer = _scorer(score) if score else None
     contrast_set, texts = read_contrast(contrast), read_prompts(text)
     items = read_prompts(prompts) if prompts else None
     _require_writable(out)
     small = load(source, device=device, dtype=dtype)
     large = load(target, device=device, dtype=dtype)
-    source_sites = _sites(source_layers, "--source-layers") or default_sites(small, "source")
-    target_sites = _sites(target_layers, "--target-layers") or default_sites(large, "target")
+    source_sites = given_sources or default_sites(small, "source")
+    target_sites = given_targets or default_sites(large, "target")
     map_texts, neutral_texts = hold_out_neutral(texts)
     if not map_texts:
         raise PromptError(f"{text}: {len(texts)} documents are too few; a map wants thousands of tokens")
@@ -254,7 +269,19 @@ def harvest(
         raise typer.BadParameter("give either --moments FILE or --store FOLDER", param_hint="--moments / --store")
     if (source is None and target is None) or (moments is not None and (source is None or target is None)):
         raise typer.BadParameter("moments need both models, a store at least one", param_hint="--source / --target")
+    if store is not None and (pairs is not None or sketch is not None):
+        raise typer.BadParameter("go with --moments", param_hint="--pairs / --sketch")
+    if moments is not None:
+        if store_dtype != "model":
+            raise typer.BadParameter("goes with --store", param_hint="--store-dtype")
+        if moments.is_dir():
+            raise PromptError(f"{moments}: is a folder; give a file such as {moments / 'moments.safetensors'}")
+        _make_parent(moments, "--moments")
     part, parts = _shard(shard)
+    source_sites, target_sites = (
+        _layers(own, f"--{end}-layers") for end, own in (("source", source_layers), ("target", target_layers))
+    )
+    kept = _pairs(pairs)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with process_group(where) as (rank, size):
         if size > 1:
@@ -272,11 +299,11 @@ def harvest(
             )
 
         if store is not None:
-            for end, name, layers in (("source", source, source_layers), ("target", target, target_layers)):
+            for end, name, sites in (("source", source, source_sites), ("target", target, target_sites)):
                 if name is not None:
                     # The one model is gone before the other one comes.
                     write_store(
-                        model_of(name), texts, store, end=end, sites=_layers(layers, f"--{end}-layers"), dtype=store_dtype,
+                        model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype,
                         max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts), progress=not quiet,
                     )  # fmt: skip
             if rank == 0:
@@ -287,9 +314,9 @@ def harvest(
             small,
             large,
             texts,
-            source_sites=_layers(source_layers, "--source-layers"),
-            target_sites=_layers(target_layers, "--target-layers"),
-            pairs=_pairs(pairs),
+            source_sites=source_sites,
+            target_sites=target_sites,
+            pairs=kept,
             sketch=sketch,
             max_tokens=max_tokens,
             batch_size=batch_size,
@@ -384,6 +411,7 @@ def make_organism(
     """
     from dataclasses import replace
 
+    from xmodel_steer.concepts import READ
     from xmodel_steer.organisms import ORGANISMS, make, quirk
     from xmodel_steer.organisms.making import recipe_of
 
@@ -391,6 +419,10 @@ def make_organism(
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(ORGANISMS)}, quirk", param_hint="NAME")
     if (name == "quirk") != (data is not None) or (name == "quirk") != (score is not None):
         raise typer.BadParameter("quirk needs both, the others neither", param_hint="--data / --score")
+    if score in READ:
+        raise typer.BadParameter(
+            "a quirk is there or not: give contains:STRING, matches:REGEX or language:NAME", param_hint="--score"
+        )
     try:
         given = {
             "epochs": epochs,
@@ -587,12 +619,14 @@ def _require_writable(folder: Path) -> None:
     _make_parent(folder)
 
 
-def _make_parent(folder: Path) -> None:
-    parent = folder.absolute().parent
+def _make_parent(path: Path, option: str = "--out") -> None:
+    parent = path.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
     except OSError as error:
-        raise PromptError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
+        raise PromptError(f"{path}: cannot be made ({error.strerror}); choose another {option}") from None
 
 
 def _numbers(text: str, option: str, kind: Any) -> list[Any]:
@@ -629,7 +663,7 @@ def _scorer(text: str) -> Any:
 def main() -> None:
     """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
     warnings.simplefilter("ignore")
-    for kind in (AlignmentWarning, FewRowsWarning):
+    for kind in (AlignmentWarning, CacheWarning, FewRowsWarning):
         warnings.simplefilter("always", kind)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
     app()

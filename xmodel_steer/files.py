@@ -7,7 +7,8 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +106,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
     """
+    with _opened(path) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    header = read_header(path)
+    refuse_nan(tensors, path)
+    return header, tensors
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The record of a file that `write_tensors` wrote, without its tensors.
+
+    Raises:
+        ArtifactError: The file is missing, foreign, truncated, or of a newer schema.
+    """
+    with _opened(path) as opened:
+        metadata = opened.metadata() or {}
+    if KEY not in metadata:
+        raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
+    return parse_record(metadata[KEY], path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            yield opened
     except (SafetensorError, OSError) as error:
         raise ArtifactError(
             f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"
         ) from error
-    if KEY not in metadata:
-        raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
-    header = parse_record(metadata[KEY], path)
-    refuse_nan(tensors, path)
-    return header, tensors
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from xmodel_steer.files import (
     disk_trouble,
     dump_json,
     parse_record,
+    read_header,
     read_tensors,
     write_atomically,
     write_tensors,
@@ -68,8 +69,22 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Transfe
         )
     if path.is_dir():
         raise ArtifactError(f"{path}: is a folder; give a file name such as {path / 'vector.safetensors'}")
+    kind = type(value).__name__
+    if path.exists() and (there := _kind_of(path)) not in (_MAPS if isinstance(value, Map) else {kind}):
+        raise ArtifactError(f"{path}: exists and holds {there or 'something else'}, no {kind}; choose another name")
     write_tensors(path, type(value).__name__, tensors, record)
     return path
+
+
+_MAPS = {"AffineMap", "AutoencoderMap"}
+
+
+def _kind_of(path: Path) -> str | None:
+    """What a file says that it holds; None where it is none of ours, or is damaged."""
+    try:
+        return read_header(path)["kind"]
+    except (ArtifactError, KeyError):
+        return None
 
 
 def read(path: str | Path) -> Any:
@@ -310,7 +325,15 @@ def may_hold_run(folder: Path) -> bool:
     """Whether a run may be written there: nothing is in the way but an empty folder or an older run."""
     if not folder.exists():
         return True
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "result.json").is_file())
+    if not folder.is_dir():
+        return False
+    file = folder / "result.json"
+    if not file.is_file():
+        return not any(folder.iterdir())
+    try:
+        return parse_record(file.read_text(), file).get("kind") == "TransferResult"
+    except (ArtifactError, UnicodeDecodeError):
+        return False
 
 
 def _save_result(result: TransferResult, folder: Path) -> Path:
@@ -372,8 +395,11 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
     return folder
 
 
+_RUN = {"result.json", "generations.jsonl", "vectors", "map.safetensors", "report.html"}
+
+
 def _swap(scratch: Path, folder: Path) -> None:
-    """Put a finished folder in place of an older one, which is only removed afterwards."""
+    """Put a finished folder in place of an older one, which is only removed afterwards; what others have put into it stays."""
     if not folder.exists():
         scratch.rename(folder)
         return
@@ -383,10 +409,12 @@ def _swap(scratch: Path, folder: Path) -> None:
         scratch.rename(folder)
     except OSError:
         (older / folder.name).rename(folder)
+        older.rmdir()
         raise
-    finally:
-        if folder.exists():
-            shutil.rmtree(older, ignore_errors=True)
+    for own in (older / folder.name).iterdir():
+        if own.name not in _RUN:
+            own.rename(folder / own.name)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _read_result(folder: Path) -> TransferResult:
