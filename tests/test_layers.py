@@ -146,6 +146,15 @@ def test_by_depth_a_source_layer_belongs_to_the_target_layer_that_ends_at_the_sa
         assert shallow.source_for(Site(2 * i + 1), rule="depth") == Site(i)
 
 
+def test_by_depth_a_grid_without_the_last_blocks_is_told_how_many_there_are():
+    grid = layer_grid(collected())
+    target = (replace(TARGET[Site(1)], site=Site(12)),) * len(TARGET)
+    source = tuple(replace(SOURCE[Site(0)], site=Site(i)) for i in range(30))
+    deep = replace(grid, source=source, target=target)
+    assert deep.source_for(Site(12), rule="depth") == Site(29)
+    assert deep.source_for(Site(12), rule="depth", blocks=(30, 26)) == Site(14)
+
+
 def test_the_choice_does_not_look_at_test_documents():
     grid = layer_grid(collected())
     grid.test["r2"][...] *= -1  # what was best is worst
@@ -184,6 +193,13 @@ def test_missing_cross_moments_are_refused():
 
 
 # --- data curve ------------------------------------------------------------------------------
+
+
+def test_rows_of_different_prompts_do_not_pair():
+    (x, y), labels = related(8, 0), tuple((str(i // 4), i % 4) for i in range(8))
+    sides = Activations(x[Site(1)], SOURCE[Site(1)], labels), Activations(y[Site(4)], TARGET[Site(4)], labels[::-1])
+    with pytest.raises(PromptError, match="of different prompts, or in another order"):
+        PairedRows.of(*sides, ["train", "test"])
 
 
 def rows(n=240):
@@ -247,10 +263,13 @@ def test_the_recommendation_is_the_least_that_is_nearly_as_good():
     assert made.recommended == 100  # the first within 0.01 of the best
     assert made.growing == pytest.approx(0.9 - 0.8895)  # since half of the text
     assert "tokens are enough" in replace(curve, growing=0.005).advice
-    assert (
-        "more text would help: the last doubling, to 144 tokens, still gained 0.050"
-        in replace(curve, growing=0.05).advice
-    )
+    assert "more text would help: from 10 to 144 tokens it still gained 0.050" in replace(curve, growing=0.05).advice
     assert data_curve(rows(1200)).tokens == (360, 720)
+    for tokens in ([144], [100, 144]):
+        alone = data_curve(rows(), tokens=tokens)
+        assert alone.growing is None and alone.advice.startswith("whether more text would help is not known")
+    untested = replace(rows(), documents=tuple(d for d in rows().documents if d.part != "test"))
+    with pytest.raises(PromptError, match="data_curve: there are no test documents"):
+        data_curve(untested)
     with pytest.raises(PromptError, match="144 training tokens, but 145 are asked for"):
         data_curve(rows(), tokens=[145])

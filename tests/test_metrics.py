@@ -13,6 +13,7 @@ from xmodel_steer.metrics import (
     Reference,
     bootstrap_mean,
     holm,
+    rate,
     resamples,
     sign_flip_test,
     transfer_efficiency,
@@ -63,6 +64,12 @@ def test_it_follows_its_seed_and_leaves_the_global_generator_alone():
     state = np.random.get_state()[1].copy()
     assert bootstrap_mean(values) == bootstrap_mean(values) != bootstrap_mean(values, seed=1)
     assert (np.random.get_state()[1] == state).all()
+
+
+def test_prompts_that_are_all_of_one_kind_are_one():
+    scores = [1.0] * 30 + [0.0] * 10
+    one, many = rate(scores, groups=["a"] * 40), rate(scores)
+    assert one.value == many.value and one.low < many.low - 0.2 and one.high > many.high
 
 
 def test_equal_seeds_give_paired_samples():

@@ -374,6 +374,20 @@ def test_missing_truncated_and_altered_shards_are_refused_by_name(models, tmp_pa
     filled(models, tmp_path / "store").verify()  # only what is missing is harvested
 
 
+def test_a_model_that_is_called_otherwise_goes_on(models, tmp_path, monkeypatch):
+    filled(models, tmp_path / "store")
+    file = tmp_path / "store" / "source" / "000001.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    end = tmp_path / "store" / "source" / "end.json"
+    record = json.loads(end.read_text())
+    for space in record["spaces"]:
+        space["model"] = "as it was called"
+    end.write_text(json.dumps(record | {"model": "as it was called"}))
+    filled(models, tmp_path / "store").verify()
+    assert file.read_bytes() == before
+
+
 def test_a_shard_of_another_store_is_refused(models, tmp_path):
     filled(models, tmp_path / "store")
     harvest(models["source"], DOCUMENTS, tmp_path / "other", end="source", sites=[Site(0), Site(1)], **SETTINGS)

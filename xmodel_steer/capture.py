@@ -119,7 +119,9 @@ def capture(
             streams = residuals(model, batch, sites)
             for site, stream in streams.items():
                 for r, i in enumerate(batch.rows):
-                    own = stream[r][batch.mask[r].bool()][torch.tensor(chosen[i], device=stream.device)]
+                    own = stream[r][batch.mask[r].bool().to(stream.device)][
+                        torch.tensor(chosen[i], device=stream.device)
+                    ]
                     if tokens == "mean":
                         own = own.to(torch.promote_types(own.dtype, torch.float32)).mean(0, keepdim=True)
                     rows[site][i] = own.cpu()

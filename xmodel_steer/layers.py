@@ -90,7 +90,9 @@ class LayerGrid:
                 rows.append(row | {"r2_error": self.r2_error[i, j]})
         return pd.DataFrame(rows)
 
-    def source_for(self, target: Site, *, rule: str = "score", tolerance: float = 0.01) -> Site:
+    def source_for(
+        self, target: Site, *, rule: str = "score", tolerance: float = 0.01, blocks: tuple[int, int] | None = None
+    ) -> Site:
         """The source site to map from, chosen without any label of the target's.
 
         Args:
@@ -99,6 +101,8 @@ class LayerGrid:
                 the best, the deepest, where most of the text has been worked out. ``"depth"``: the
                 source site at the same relative depth.
             tolerance: What counts as equally good.
+            blocks: How many blocks the source and the target have, for ``"depth"``; by default as many as the grid's deepest sites say,
+                which is right for a grid with the last block of both.
 
         Raises:
             ValueError: The rule or the site is unknown.
@@ -111,9 +115,10 @@ class LayerGrid:
             good = [i for i, q in enumerate(quality) if q >= quality.max() - tolerance]
             return max((self.source[i].site for i in good), key=lambda site: site.layer)
         if rule == "depth":
-            depth = (target.layer + 1) / (max(site.layer for site in columns) + 1)
-            deepest = max(space.site.layer for space in self.source) + 1
-            return min((s.site for s in self.source), key=lambda site: abs((site.layer + 1) / deepest - depth))
+            rows = [space.site for space in self.source]
+            ours, theirs = blocks or (max(site.layer for site in own) + 1 for own in (rows, columns))
+            depth = (target.layer + 1) / theirs
+            return min(rows, key=lambda site: abs((site.layer + 1) / ours - depth))
         raise ValueError(f"LayerGrid: rule must be 'score' or 'depth', got {rule!r}")
 
 
@@ -273,7 +278,7 @@ class DataCurve:
         tokens: Numbers of training tokens.
         r2: For each fitter's name, the mean R² on the same test documents at each number.
         recommended: The least number whose R² (of the first fitter) comes within 0.01 of the largest's.
-        growing: What the last doubling still gained, of the first fitter's R².
+        growing: What the first fitter's R² has gained since the largest number that is at most half of the last one; None without one.
         test_tokens: Number of test tokens.
     """
 
@@ -282,14 +287,19 @@ class DataCurve:
     tokens: tuple[int, ...]
     r2: dict[str, tuple[float, ...]]
     recommended: int
-    growing: float
+    growing: float | None
     test_tokens: int
 
     @property
     def advice(self) -> str:
         """The recommendation in words."""
+        half = _half(self.tokens)
+        if self.growing is None or half is None:
+            return (
+                "whether more text would help is not known: give two numbers of tokens, one at most half of the other"
+            )
         if self.growing > 0.01:
-            return f"more text would help: the last doubling, to {self.tokens[-1]:,} tokens, still gained {self.growing:.3f} R²"
+            return f"more text would help: from {half:,} to {self.tokens[-1]:,} tokens it still gained {self.growing:.3f} R²"
         return f"{self.recommended:,} tokens are enough: all {self.tokens[-1]:,} gain less than 0.01 R² more"
 
 
@@ -307,8 +317,10 @@ def data_curve(
         fitters: What to fit, by name; ridge by default. The first one decides the recommendation.
 
     Raises:
-        PromptError: There are fewer training tokens than asked for.
+        PromptError: There are fewer training tokens than asked for, or no test documents.
     """
+    if not rows.part("test"):
+        raise PromptError("data_curve: there are no test documents to score on; harvest more texts")
     chosen = fitters or {"Ridge": Ridge()}
     total = sum(d.count for d in rows.part("train"))
     sizes = sorted(set(tokens)) if tokens else _doublings(total)
@@ -327,16 +339,21 @@ def data_curve(
             tested = fitted.score_test.count
     first = scores[next(iter(chosen))]
     enough = next(n for n, r2 in zip(sizes, first, strict=True) if r2 >= max(first) - 0.01)
-    half = max((i for i, n in enumerate(sizes) if 2 * n <= sizes[-1]), default=0)
+    half = _half(sizes)
     return DataCurve(
         rows.source,
         rows.target,
         tuple(sizes),
         {name: tuple(values) for name, values in scores.items()},
         enough,
-        first[-1] - first[half],
+        None if half is None else first[-1] - first[sizes.index(half)],
         tested,
     )
+
+
+def _half(sizes: Sequence[int]) -> int | None:
+    """The largest number that is at most half of the last one."""
+    return max((n for n in sizes if 2 * n <= sizes[-1]), default=None)
 
 
 def _doublings(total: int) -> list[int]:

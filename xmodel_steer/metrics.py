@@ -115,7 +115,7 @@ def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None
     share, member = float(values.mean()), _members(groups, values.size)
     count = int(member.max()) + 1
     effective = float(count)
-    if 0 < share < 1 and count < values.size:
+    if 0 < share < 1 and 1 < count < values.size:
         apart = np.bincount(member, values - share)
         variance = count / max(1, count - 1) * float(apart @ apart) / values.size**2
         effective = min(values.size, share * (1 - share) / variance) if variance else values.size

@@ -67,6 +67,8 @@ class PairedRows:
         """
         if len(source) != len(target) or not source.rows:
             raise PromptError(f"PairedRows: needs paired, labelled rows, got {len(source)} and {len(target)}")
+        if target.rows and [document for document, _ in source.rows] != [document for document, _ in target.rows]:
+            raise PromptError("PairedRows: the rows of source and target are of different prompts, or in another order")
         places: dict[str, list[int]] = {}
         for i, (document, _) in enumerate(source.rows):
             places.setdefault(document, []).append(i)

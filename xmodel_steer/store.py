@@ -146,13 +146,24 @@ def _open_end(place: Path, record: Mapping[str, Any]) -> None:
         write_atomically(file, dump_json(record, file, indent=1))
         return
     known = parse_record(file.read_text(), file)
-    differing = [key for key in record if key != "model" and known.get(key) != json.loads(json.dumps(record[key]))]
+    differing = [
+        key
+        for key in record
+        if key != "model" and _unnamed(known.get(key)) != _unnamed(json.loads(json.dumps(record[key])))
+    ]
     if differing:
         key = differing[0]
         raise ArtifactError(
             f"{place}: holds activations of {known.get('model')} with another {key} "
             f"({str(known.get(key))[:120]}, now {str(record[key])[:120]}); choose another folder, or harvest as before"
         )
+
+
+def _unnamed(value: Any) -> Any:
+    """A record without what models are called: the same weights may have been loaded by another name."""
+    if isinstance(value, list):
+        return [_unnamed(own) for own in value]
+    return {key: own for key, own in value.items() if key != "model"} if isinstance(value, dict) else value
 
 
 def _shard_header(file: Path) -> dict[str, Any]:
@@ -345,7 +356,7 @@ class ActivationStore:
             )
         for end, own in zip(ENDS, found, strict=True):
             for shard in own:
-                if shard.header["spaces"] != records[end]["spaces"]:
+                if _unnamed(shard.header["spaces"]) != _unnamed(records[end]["spaces"]):
                     raise ArtifactError(
                         f"{shard.file}: is of another model or other sites than its store; harvest again"
                     )
