@@ -41,7 +41,7 @@ def test_rows_are_read_from_json_lines_and_csv_packed_or_not(packed: bool, tmp_p
         ("a.jsonl", b"\xff\xfe", "is not UTF-8 text"),
         (
             "a.jsonl.gz",
-            gzip.compress(json.dumps({"text": "x" * 999}).encode())[:-20] + b"\xff" * 20,
+            gzip.compress(json.dumps({"text": "x" * 999}).encode(), mtime=0)[:-20] + b"\xff" * 20,
             "is not UTF-8 text",
         ),
         ("a.jsonl.gz", b"no gzip", "is not UTF-8 text"),
