@@ -118,10 +118,9 @@ def capture(
         for batch in batches(model, encodings, batch_size, padding_side=padding_side):
             streams = residuals(model, batch, sites)
             for site, stream in streams.items():
+                real = batch.mask.bool().to(stream.device)
                 for r, i in enumerate(batch.rows):
-                    own = stream[r][batch.mask[r].bool().to(stream.device)][
-                        torch.tensor(chosen[i], device=stream.device)
-                    ]
+                    own = stream[r][real[r]][torch.tensor(chosen[i], device=stream.device)]
                     if tokens == "mean":
                         own = own.to(torch.promote_types(own.dtype, torch.float32)).mean(0, keepdim=True)
                     rows[site][i] = own.cpu()

@@ -107,8 +107,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
     """
     with _opened(path) as opened:
+        header = _header(opened, path)
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    header = read_header(path)
     refuse_nan(tensors, path)
     return header, tensors
 
@@ -120,7 +120,11 @@ def read_header(path: Path) -> dict[str, Any]:
         ArtifactError: The file is missing, foreign, truncated, or of a newer schema.
     """
     with _opened(path) as opened:
-        metadata = opened.metadata() or {}
+        return _header(opened, path)
+
+
+def _header(opened: Any, path: Path) -> dict[str, Any]:
+    metadata = opened.metadata() or {}
     if KEY not in metadata:
         raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
     return parse_record(metadata[KEY], path)

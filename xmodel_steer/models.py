@@ -10,11 +10,10 @@ import json
 import os
 import platform
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -436,11 +435,12 @@ def identity_of(model: Any) -> tuple[Any, ...]:
         for hook in module._forward_hooks.values()
         if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
     ]
-    settings = [repr(model.cfg)]
     if is_bridge(model):
         inner = model.original_model
         own = (inner.config, getattr(inner, "generation_config", None))
         settings = [config.to_json_string() for config in own if config is not None]
+    else:
+        settings = [repr(model.cfg)]
     return content_hash(model), device_of(model).type, settings, hooks
 
 
@@ -631,10 +631,10 @@ def tokenise(
                 "shorten it or split it (it is not cut silently)"
             )
         ends, span = [], 0
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        for token, piece, ((start, end), (after, beyond)) in zip(
-            ids, pieces, pairwise([*offsets, (0, 0)]), strict=True
-        ):
+        following = [*offsets[1:], (0, 0)]
+        pieces = tokenizer.convert_ids_to_tokens([ids[i] for i in keep])
+        for i, piece in zip(keep, pieces, strict=True):
+            token, (start, end), (after, beyond) = ids[i], offsets[i], following[i]
             if not piece.strip("▁") and rendered.text[start:end].strip():
                 end = start  # a prefix that SentencePiece adds: its offsets claim a character that it has not read
             if start <= after < end < beyond:
@@ -647,9 +647,8 @@ def tokenise(
             else:
                 first, _, base = rendered.spans[span]
                 ends.append(end - first + base)
-        # Of the whole text: where it is cut, a token would take the role of one that is cut off.
-        every = (ids, ends, _roles(rendered.marks, offsets, ends))
-        encoded.append(Encoding(prompt, *(tuple(own[i] for i in keep) for own in every)))
+        roles = _roles(rendered.marks, offsets, dict(zip(keep, ends, strict=True)))
+        encoded.append(Encoding(prompt, tuple(ids[i] for i in keep), tuple(ends), roles))
     return encoded
 
 
@@ -666,22 +665,27 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def _roles(
-    marks: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], ends: Sequence[int]
+    marks: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], ends: Mapping[int, int]
 ) -> tuple[int, ...]:
     """The role of each template token, from the borders between template and content.
 
     A template's own number of tokens does not matter: what counts is the last token that was read
-    before a content, and the first one after it.
+    before a content, and the first one after it; of the whole text, so that no kept token takes the role of one that is cut off.
+
+    Args:
+        marks: Where the borders are, and the roles.
+        offsets: Of all tokens.
+        ends: Of those that are kept, by their places among all.
     """
-    roles = [-1] * len(ends)
+    roles = dict.fromkeys(ends, -1)
     for place, role in sorted(marks, key=lambda mark: mark[1] % 2, reverse=True):  # beginnings go last, and win
         if role % 2:
             found = next((i for i, (start, end) in enumerate(offsets) if start >= place and end > start), None)
         else:
             found = next((i for i in range(len(offsets) - 1, -1, -1) if 0 < offsets[i][1] <= place), None)
-        if found is not None and ends[found] == -1:
+        if found is not None and ends.get(found) == -1:
             roles[found] = role
-    return tuple(roles)
+    return tuple(roles.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Transfe
     kind = type(value).__name__
     if path.exists() and (there := _kind_of(path)) not in (_MAPS if isinstance(value, Map) else {kind}):
         raise ArtifactError(f"{path}: exists and holds {there or 'something else'}, no {kind}; choose another name")
-    write_tensors(path, type(value).__name__, tensors, record)
+    write_tensors(path, kind, tensors, record)
     return path
 
 

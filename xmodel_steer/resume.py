@@ -92,9 +92,9 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     if file.is_file():
         try:
             found = parse_record(file.read_text(), file)
-            made, seconds = found["made"], found["seconds"] + 0.0
+            made = found["made"]
             if file.name not in kept.counted:
-                kept.spared += seconds
+                kept.spared += found["seconds"]
                 kept.counted.add(file.name)
             return made
         except (ArtifactError, KeyError, TypeError, UnicodeDecodeError):  # damaged

@@ -80,7 +80,7 @@ class WordBalance:
 
 def _strings(given: Iterable[str], what: str) -> tuple[str, ...]:
     """Several strings; one alone would be taken for its letters."""
-    strings = () if isinstance(given, str) else tuple(given)
+    strings = tuple(given)
     if isinstance(given, str) or not all(isinstance(s, str) for s in strings):
         raise ValueError(f"{what}: needs a tuple of strings, such as ('yes', 'no') or ('yes',), got {given!r}")
     return strings
