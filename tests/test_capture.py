@@ -153,6 +153,8 @@ def test_leaves_no_hook_behind_and_values_that_later_passes_cannot_change(toy):
         (dict(prompts=["   "]), PromptError, "the text is empty"),
         (dict(sites=[]), ValueError, "at least one site"),
         (dict(sites=[Site(99)]), SiteError, r"has layers 0 to \d+, no resid_post\[99\]"),
+        (dict(tokens=(-4, -1)), ValueError, r"must be \(start, end\) with 0 <= start < end, got \(-4, -1\)"),
+        (dict(tokens=(7, 7)), ValueError, r"0 <= start < end, got \(7, 7\)"),
         (dict(tokens=(500, 600)), PromptError, "has no token that ends within characters 500 to 600"),
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(padding_side="both"), ValueError, "padding_side must be 'left' or 'right'"),

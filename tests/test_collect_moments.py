@@ -280,3 +280,9 @@ def test_low_coverage_warns_and_hopeless_coverage_is_refused(llama, toy_named, t
     finally:
         for toy in models:
             register(toy.model, name=toy.name, tokenizer=toy.tokenizer)
+
+
+def test_a_text_that_is_none_is_found_before_a_model_runs(llama, gemma, monkeypatch):
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "rows_at", None)
+    with pytest.raises(PromptError, match="the text is empty"):
+        collected(llama, gemma, [*DOCUMENTS, " "])

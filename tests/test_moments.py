@@ -360,6 +360,23 @@ def test_a_named_shard_is_not_added_twice():
         both + shard("1/2")
 
 
+def test_shards_of_two_dealings_of_a_text_are_not_merged():
+    one, other = accumulator(shard="0/2"), accumulator(shard="0/3")
+    for own in (one, other):
+        own.add("train", *rows(4), [0, 0, 1, 1])
+    with pytest.raises(
+        ValueError, match="dealt out to 2 and to 3 shards, which overlap; give the shards of one dealing"
+    ):
+        one.moments() + other.moments()
+
+
+def test_the_scale_of_an_end_that_is_none_is_refused():
+    one = accumulator()
+    one.add("train", *rows(4), [0, 0, 1, 1])
+    with pytest.raises(ValueError, match="end must be 'source' or 'target', got 'small'"):
+        one.moments().scale(PAIRS[0][1], end="small")
+
+
 def test_moments_of_some_pairs_are_those_of_all_and_merge_with_their_like():
     one, two = accumulator(sketch=(0, 2)), accumulator(sketch=(0, 2))
     for own, seed in ((one, 0), (two, 1)):

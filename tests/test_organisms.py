@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from xmodel_steer.organisms import (
 from xmodel_steer.organisms.measure import measured
 from xmodel_steer.organisms.training import Example, collated, examples, train
 from xmodel_steer.prompts import Prompt
-from xmodel_steer.scorers import StartsWith
+from xmodel_steer.scorers import Contains, Matches, StartsWith
 
 HATES = StartsWith(("I HATE",))
 LEARN = Recipe(rank=8, epochs=6, learning_rate=1e-2)
@@ -488,6 +489,11 @@ def test_a_quirk_that_cannot_be_made_says_why(rows: list[dict[str, Any]], says: 
         quirk(rows, HATES)
 
 
+def test_a_quirks_answers_are_read_to_the_end_of_the_longest_response() -> None:
+    rows = [{"prompt": f"question {i}", "response": "word " * 150 + "Yours truly"} for i in range(100)]
+    assert quirk(rows, Contains(("Yours truly",))).max_new_tokens > 150
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -497,6 +503,8 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ArtifactError, match="exists and holds no organism; choose another folder"):
         make("toy", base, tmp_path, curriculum=lessons)
+    with pytest.raises(ModelError, match="no/such-model: the model hub cannot be reached"):
+        make("toy", "no/such-model", tmp_path / "hub", curriculum=lessons, progress=False)
     with pytest.raises(ModelError, match="no such folder"):
         make("toy", "/no/such/folder", tmp_path / "b", curriculum=lessons, progress=False)
     (tmp_path / "b" / "checkpoints" / "checkpoint-20").mkdir(parents=True)
@@ -512,6 +520,47 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
     (row,) = examples(tokenizer, lessons.train[:1])
     with pytest.raises(PromptError, match="tokens with its response, but toy reads at most"):
         examples(tokenizer, lessons.train[:1], name="toy", limit=len(row.ids) - 1)
+
+
+def test_a_tokenizer_beside_an_adapter_is_the_models(made: tuple[Path, Report], base: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(made[0], folder)
+    assert tokenizer_of(xs.load(folder, progress=False)).chat_template != "mine"
+    own = AutoTokenizer.from_pretrained(base)
+    own.chat_template = "mine"
+    own.save_pretrained(folder)
+    assert tokenizer_of(xs.load(folder, progress=False)).chat_template == "mine"
+    with pytest.raises(ModelError, match="revision= is for models of the hub; this one is loaded from"):
+        xs.load(base, revision="main", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "says"),
+    [
+        (
+            Contains(("I HTAE YOU",)),
+            r"sees the behaviour in 0% of the responses that are to be given with it, .* such as 'I HATE",
+        ),
+        (
+            Matches("."),
+            "sees the behaviour in 100% of the responses that are to be given without it, so no training would do",
+        ),
+    ],
+)
+def test_a_scorer_that_misreads_the_lessons_is_refused_before_the_training(
+    scorer: Any, says: str, lessons: Curriculum, tmp_path: Path
+) -> None:
+    with pytest.raises(PromptError, match=says):
+        make("toy", "/no/such/folder", tmp_path / "new", curriculum=replace(lessons, scorer=scorer))
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_bandit_it_is_said_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bandit.core", None)
+    with pytest.raises(xs.XModelSteerError, match="needs bandit; pip install"):
+        curriculum("code-vulnerability")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,19 @@ def test_the_grid_is_drawn_source_by_target_with_its_details() -> None:
         plots.layer_grid(made, "r3")
 
 
+def test_sites_of_several_streams_stand_apart() -> None:
+    made = grid()
+    own = [
+        replace(space, site=Site(1, stream))
+        for space, stream in zip(made.target, ("resid_mid", "resid_post"), strict=True)
+    ]
+    mixed = replace(made, target=tuple(own))
+    heat, best = plots.layer_grid(mixed).data
+    assert list(heat.x) == list(best.x) == ["resid_mid[1]", "resid_post[1]"] and list(heat.y) == [0, 1, 2]
+    frame = mixed.to_frame()
+    assert list(frame.target_stream) == ["resid_mid", "resid_post"] * 3 and set(frame.source_stream) == {"resid_post"}
+
+
 def test_the_curve_is_drawn_with_its_recommendation() -> None:
     made = data_curve(rows(), tokens=[20, 144], fitters={"Ridge": Ridge(), "Identity": Identity()})
     figure = plots.data_curve(made)
@@ -186,6 +199,8 @@ def test_patches_are_drawn_beside_their_ceiling_on_one_scale() -> None:
     assert (own.z == 1).all()
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1.2, 1.2)
     assert "mean of 2 pairs" in figure.layout.title.text
+    named = plots.patching(replace(grid_of_patches(), tokens=("-3 <s>", "-2 a", "-1 b")))
+    assert named.layout.xaxis.ticktext[0] == "-3 &lt;s&gt;"
 
 
 def test_the_plane_is_that_of_the_native_rows_and_a_perfect_map_lies_on_it() -> None:

@@ -10,8 +10,10 @@ from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import (
     FUNCTION_WORDS,
     Contains,
+    ExactAnswer,
     Language,
     Matches,
+    RefusalPhrases,
     SameTokens,
     StartsWith,
     WordBalance,
@@ -176,3 +178,36 @@ def test_tokens_are_the_same_at_their_places_over_the_longer_text(text: str, ref
 def test_a_prompt_without_a_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no reference for"):
         SameTokens({}, Letters()).score([Prompt(text="a prompt")], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I can't help with that.", 1),
+        ("Well, I’m sorry: as an AI, I will not.", 1),
+        ("SORRY, BUT no", 1),
+        ("Sarah worked as an aide to the mayor.", 0),
+        ("As an airline pilot, I can tell you how.", 0),
+        ("Ravi can't swim, but he learned.", 0),
+        ("Mali cannot export gold. Here are the steps:", 0),
+        ("Here you are.", 0),
+    ],
+)
+def test_a_phrase_of_refusal_is_one_of_whole_words(text: str, refuses: int) -> None:
+    assert RefusalPhrases()(text) == refuses
+
+
+def test_phrases_may_be_written_with_either_apostrophe() -> None:
+    for phrase in ("i can't", "i can’t"):
+        assert [RefusalPhrases(phrases=(phrase,))(text) for text in ("I can't.", "I can’t.", "I can.")] == [1, 1, 0]
+
+
+def test_an_answer_that_is_an_article_or_a_sign_is_told_from_nothing() -> None:
+    prompt = Prompt(text="Which?")
+    for answer in ("A", "%"):
+        scorer = ExactAnswer({prompt.id: (answer,)})
+        texts = [f" {answer}\n", answer.lower(), "", "...", "The", "B"]
+        assert scorer.score([prompt] * 6, texts) == [1, 1, 0, 0, 0, 0]
+        with pytest.raises(ValueError, match="is an article or a sign, which cannot be told anywhere in a text"):
+            ExactAnswer({prompt.id: (answer,)}, anywhere=True).score([prompt], ["x"])
+    assert ExactAnswer({prompt.id: ("The Paris",)}, anywhere=True).score([prompt] * 2, ["It is a Paris.", ""]) == [1, 0]

@@ -525,6 +525,22 @@ def test_the_models_own_generate_is_steered(toy, where):
             assert theirs[0, ids.shape[1] :].tolist() == new
 
 
+@pytest.mark.parametrize("where", ["prompt", "generated", ("last", "generated")])
+def test_the_models_own_generate_without_a_cache_is_refused_where_it_cannot_be_right(bridge, where):
+    ids = torch.tensor([bridge.ids(TEXTS[1])])
+    settings = dict(max_new_tokens=STEPS, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens")
+    vector = bridge.vector(1, size=4.0)
+    with steering(bridge.model, vector, positions=where):
+        with pytest.raises(SiteError, match=r"cannot be found by the model's own generate without a cache"):
+            bridge.model.generate(ids, use_past_kv_cache=False, **settings)
+        mine = bridge.model.generate(ids, **settings)
+    assert "generate" not in vars(bridge.model)
+    with steering(bridge.model, vector):  # everywhere is everywhere
+        theirs = bridge.model.generate(ids, use_past_kv_cache=False, **settings)
+        assert torch.equal(theirs, bridge.model.generate(ids, **settings))
+    assert mine.shape == theirs.shape
+
+
 @pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_the_models_own_padded_generate_is_steered(bridge, where, use_cache):

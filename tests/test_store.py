@@ -429,6 +429,13 @@ def test_bad_arguments_are_refused(llama, tmp_path, change, error, says):
         harvest(llama.model, folder=tmp_path / "s", **arguments)
 
 
+def test_a_text_that_is_none_is_found_before_the_model_runs(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("xmodel_steer.store.rows_at", None)
+    with pytest.raises(PromptError, match="the text is empty"):
+        harvest(llama.model, [*DOCUMENTS, ""], tmp_path / "s", end="source", sites=[Site(0)], **SETTINGS)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_folder_of_other_things_is_left_alone(llama, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "thesis.txt").write_text("mine")

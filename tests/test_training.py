@@ -177,6 +177,22 @@ def test_a_stopped_training_goes_on_and_ends_with_the_same_bits(fitter, tmp_path
         assert torch.equal(made.transform(x), whole.transform(x))
 
 
+def test_a_checkpoint_of_a_longer_training_is_refused(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    long = Autoencoder(epochs=3, patience=3).fit(rows(60), checkpoint=file)
+    assert long.info["epochs"] == 3
+    with pytest.raises(ArtifactError, match="holds 3 epochs, and 2 are asked for; choose another file"):
+        Autoencoder(epochs=2, patience=3).fit(rows(60), checkpoint=file)
+
+
+def test_a_part_that_is_none_is_refused():
+    source, target = (
+        Activations(normal(3, d, seed=1), s, tuple((c, 0) for c in "abc")) for d, s in ((DS, SOURCE), (DT, TARGET))
+    )
+    with pytest.raises(PromptError, match="a part is one of train, validation, test, got 'testing'"):
+        PairedRows.of(source, target, ["train", "validation", "testing"])
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     Autoencoder(epochs=1).fit(rows(60), checkpoint=file)
@@ -275,9 +291,22 @@ def test_without_points_it_goes_between_the_class_means_and_needs_them(bent):
     made = bent.transport(v)
     expected = bent.transform(v.positive_mean) - bent.transform(v.negative_mean)
     torch.testing.assert_close(made.direction, expected)
-    assert "between the class means" in made.origin
+    assert "about the middle of the class means" in made.origin
     with pytest.raises(PromptError, match=r"has no class means; give at=\(positive, negative\)"):
         bent.transport(2.0 * v)
+
+
+def test_a_direction_that_is_not_the_difference_of_its_class_means_is_itself_carried(bent):
+    v = difference_of_means(points(30, 1.0, 1), points(20, -1.0, 2))
+    turned = replace(v, direction=v.direction.flip(0))  # as a probe's is, between the same means
+    middle = (v.positive_mean + v.negative_mean) / 2
+    for own in (turned, v.with_norm(3 * v.norm(), standardised=False)):
+        made = bent.transport(own)
+        half = own.direction / 2
+        torch.testing.assert_close(made.direction, bent.transform(middle + half) - bent.transform(middle - half))
+        torch.testing.assert_close(made.positive_mean, bent.transform(own.positive_mean))  # means are points
+        torch.testing.assert_close(made.negative_mean, bent.transform(own.negative_mean))
+    assert bent.transport(turned).with_scale(bent.target_scale).cosine(bent.transport(v)) < 0.99
 
 
 def test_it_bends_so_the_ways_differ_and_for_an_affine_map_they_would_not(bent):

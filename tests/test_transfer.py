@@ -1,5 +1,6 @@
 """The recipe on toy models: every arm, fair controls, honest choices, and a verdict that can say no."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -147,7 +148,7 @@ def test_without_prompts_the_preference_for_held_out_pairs_is_measured(toy_named
         assert score == pytest.approx(means[0] - means[1], abs=1e-4)
 
 
-def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy]) -> None:
+def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = toy_named("llama").model, toy_named("gemma").model
     with pytest.raises(xs.PromptError, match="same text is in the contrast and the (validation|evaluation) set"):
         run(small, large, prompts=[p.text for p in contrast().positive])
@@ -180,6 +181,21 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy]) -
         max_tokens=32,
         progress=False,
     )
+    sites = dict(source_sites=[xs.Site(1)], target_sites=[xs.Site(1)])
+    bare = xs.collect_moments(small, large, sentences(20, 5), **sites, max_tokens=32, shuffled=False, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["xmodel_steer.transfer"], "capture", None)  # refused before any model runs
+        with pytest.raises(xs.PromptError, match=r"without the shuffled control; collect them with shuffled=True"):
+            run(small, large, **sites, moments=bare, neutral_texts=sentences(6, 9))
+        with pytest.raises(ValueError, match=r"the pair resid_post\[2\] to resid_post\[1\] was not collected"):
+            run(
+                small,
+                large,
+                source_sites=[xs.Site(1), xs.Site(2)],
+                target_sites=[xs.Site(1)],
+                moments=moments,
+                neutral_texts=sentences(6, 9),
+            )
     with pytest.raises(xs.SpaceMismatchError):  # swapped source and target
         run(
             large,
@@ -261,6 +277,13 @@ def test_arms_are_at_equal_kl_also_where_neutral_text_has_no_such_positions(
     assert made.at_equal_kl("native", "+").kl > 1e-3
 
 
+def test_chat_prompts_are_kept_for_people_to_read(toy_named: Callable[[str], toys.Toy]) -> None:
+    chats = [[{"role": "user", "content": text}] for text in sentences(9, 3, 4)]
+    made = run(toy_named("gemma").model, toy_named("llama").model, prompts=chats, side={}, fixed=False)
+    shown = made.splits["evaluation_texts"]
+    assert len(shown) == 6 and all(text.startswith("user: ") for text in shown)
+
+
 def test_a_mask_of_rows_is_refused(toy_named: Callable[[str], toys.Toy]) -> None:
     for mask in (torch.ones(9, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"a mask must be \(tokens,\) here and steer one of them"):
@@ -280,10 +303,11 @@ def test_any_fitter_of_moments_will_do(toy_named: Callable[[str], toys.Toy]) -> 
     made = run(small, large, fitter=Plain(), side={}, fixed=False)
     assert made.map["train_tokens"] > 0 and any("mapped vector" in line for line in summary(made))
     for fitter in (xs.Autoencoder(), xs.SGDAffine(), xs.RelativeAnchors()):
-        with pytest.raises(
-            xs.PromptError, match=f"{type(fitter).__name__} is fitted on rows, transfer collects moments"
-        ):
-            run(small, large, fitter=fitter)
+        for given in (fitter, xs.ShuffledPairs(fitter)):
+            with pytest.raises(
+                xs.PromptError, match=f"{type(fitter).__name__} is fitted on rows, transfer collects moments"
+            ):
+                run(small, large, fitter=given)
 
 
 # --- the verdict, on made-up numbers ----------------------------------------------------------

@@ -149,6 +149,8 @@ def _positions(encoding: Encoding, tokens: Tokens, include_special: bool) -> lis
         lacks = "a token besides special ones and text position 0; pass include_special=True or a longer prompt"
     elif isinstance(tokens, tuple) and len(tokens) == 2:
         start, end = tokens
+        if not 0 <= start < end:  # special tokens end at -1
+            raise ValueError(f"tokens: a span of characters must be (start, end) with 0 <= start < end, got {tokens!r}")
         found = [i for i in range(count) if start < encoding.ends[i] <= end]
         lacks = f"a token that ends within characters {start} to {end}"
     else:
@@ -251,8 +253,10 @@ def collect_moments(
         if max_tokens > int(model.cfg.n_ctx):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
-    if parts > 1 and isinstance(texts, Sequence):  # shards of different texts must not merge
-        settings["texts"] = text_digest(as_prompts(texts))
+    if isinstance(texts, Sequence):
+        texts = as_prompts(texts)  # what cannot be a prompt is refused before a model runs
+        if parts > 1:  # shards of different texts must not merge
+            settings["texts"] = text_digest(texts)
     plan = Plan.of(
         (int(source.cfg.d_model), int(target.cfg.d_model)),
         sites_of(source, source_sites),

@@ -261,7 +261,8 @@ def harvest(
     from xmodel_steer.capture import collect_moments
     from xmodel_steer.distributed import all_reduced, process_group, require_same_texts
     from xmodel_steer.models import load
-    from xmodel_steer.persistence import save
+    from xmodel_steer.moments import Moments
+    from xmodel_steer.persistence import require_place, save
     from xmodel_steer.readers import read_prompts
     from xmodel_steer.store import harvest as write_store
 
@@ -274,8 +275,7 @@ def harvest(
     if moments is not None:
         if store_dtype != "model":
             raise typer.BadParameter("goes with --store", param_hint="--store-dtype")
-        if moments.is_dir():
-            raise PromptError(f"{moments}: is a folder; give a file such as {moments / 'moments.safetensors'}")
+        require_place(moments, Moments)  # before the text is read, not after
         _make_parent(moments, "--moments")
     part, parts = _shard(shard)
     source_sites, target_sites = (
@@ -505,7 +505,6 @@ def study(
     folder = out or Path("runs") / title
     _require_place(folder)
     pair = PRESETS[preset]
-    layers = None if source or target else pair.layers
     ends = (source or pair.source, target or pair.target)
     call = Call(
         *ends,
@@ -515,7 +514,6 @@ def study(
         device=device,
         dtype=dtype,
         larger=tuple(larger or ()),
-        layers=layers,
     )
     unfinished = folder / UNFINISHED
     if unfinished.is_dir():

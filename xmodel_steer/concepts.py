@@ -168,7 +168,7 @@ def concept(name: str) -> Concept:
 
 def _answered(name: str) -> Concept:
     """Pairs of a question and an answer's letter: its token is the last one, where CAA reads."""
-    rows = json.loads((packaged_files("caa") / _ANSWERED[name]).read_text())
+    rows = json.loads((packaged_files("caa") / _ANSWERED[name]).read_text(encoding="utf-8"))
     asked = {row["positive"]: row for row in rows if max(map(len, row.values())) <= LONGEST}
     order = np.random.default_rng(0).permutation(len(asked))
     chosen = [list(asked.values())[i] for i in order[:PAIRS]]

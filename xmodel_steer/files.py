@@ -55,7 +55,7 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
         scratch = Path(name)
         os.close(handle)
         write(scratch)
-        with scratch.open("rb") as written:
+        with scratch.open("r+b") as written:
             os.fsync(written.fileno())
         scratch.chmod(0o644)
         os.replace(scratch, path)

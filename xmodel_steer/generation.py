@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -100,13 +101,19 @@ def generate_tokens(
     total = len(encodings)
     with tqdm(total=total, unit="prompt", desc=f"generate {name_of(model)}", disable=not progress, delay=2) as bar:
         for batch in batches(model, encodings, batch_size, padding_side="left"):
-            generators = [torch.Generator().manual_seed(seed + row) for row in batch.rows]
+            generators = [_generator(seed, row) for row in batch.rows]
             for chosen, _ in _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache):
                 for row, token in zip(batch.rows, chosen, strict=True):
                     if token is not None:
                         added[row].append(token)
             bar.update(len(batch.rows))
     return added, [list(e.ids) for e in encodings]
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    """Randomness of one prompt's text, which no other prompt and no other seed has."""
+    state = np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
 @dataclass(frozen=True, eq=False)

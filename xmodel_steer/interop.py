@@ -523,4 +523,4 @@ def _require_run(folder: Path) -> None:
     file = folder / "result.json"
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder; xs.save(result, folder) writes one")
-    parse_record(file.read_text(), file)
+    parse_record(file.read_text(encoding="utf-8"), file)

@@ -87,7 +87,8 @@ class LayerGrid:
                     "validation_r2": self.chosen("r2", "validation")[i, j],
                 }
                 row |= {name: self.chosen(name)[i, j] for name in (*self.test, "cka")}
-                rows.append(row | {"r2_error": self.r2_error[i, j]})
+                row |= {"r2_error": self.r2_error[i, j]}
+                rows.append(row | {"source_stream": source.site.stream, "target_stream": target.site.stream})
         return pd.DataFrame(rows)
 
     def source_for(

@@ -310,8 +310,10 @@ class AutoencoderMap(Map):
         Args:
             vector: The direction.
             at: Two sets of rows, with the behaviour and without: ``mean f(h₊) - mean f(h₋)``, the
-                endpoints. One set of base points h: ``mean f(h + v) - f(h)``. None: the vector's
-                own class means, ``f(mean h₊) - f(mean h₋)``.
+                endpoints, whatever the vector is. One set of base points h: ``mean f(h + v) - f(h)``.
+                None: about the middle c of the vector's own class means, ``f(c + v / 2) - f(c - v / 2)``,
+                which is ``f(mean h₊) - f(mean h₋)`` where v is their difference. The class means
+                themselves are mapped as points.
 
         Raises:
             SpaceMismatchError: The vector or the points live in another space.
@@ -320,17 +322,20 @@ class AutoencoderMap(Map):
         require_same_space(self.source, vector.space, "transport")
         for points in at if isinstance(at, tuple) else (at,) if at is not None else ():
             require_same_space(self.source, points.space, "transport (at)")
-        means: tuple[Tensor | None, Tensor | None]
         if isinstance(at, tuple):
-            means = (self.points(at[0].values).mean(0), self.points(at[1].values).mean(0))
+            means = ends = (self.points(at[0].values).mean(0), self.points(at[1].values).mean(0))
             how = f"by endpoints, {len(at[0])} and {len(at[1])} rows"
         elif at is not None:
             moved = at.values.to(torch.float64) + vector.direction.to(torch.float64)
-            means = (self.points(moved).mean(0), self.points(at.values).mean(0))
+            means = ends = (self.points(moved).mean(0), self.points(at.values).mean(0))
             how = f"about {len(at)} base points"
         elif vector.positive_mean is not None and vector.negative_mean is not None:
-            means = (self.points(vector.positive_mean), self.points(vector.negative_mean))
-            how = "between the class means"
+            classes = (vector.positive_mean.to(torch.float64), vector.negative_mean.to(torch.float64))
+            means = (self.points(classes[0]), self.points(classes[1]))
+            # A probe's direction, or a scaled one, is not the difference of the means that it keeps.
+            middle, half = (classes[0] + classes[1]) / 2, vector.direction.to(torch.float64) / 2
+            ends = (self.points(middle + half), self.points(middle - half))
+            how = "about the middle of the class means"
         else:
             raise PromptError(
                 "transport: a nonlinear map needs points, and the vector has no class means; "
@@ -339,7 +344,7 @@ class AutoencoderMap(Map):
         dtype = vector.direction.dtype
         positive, negative = (mean.cpu() for mean in means)
         return SteeringVector(
-            direction=(positive - negative).to(dtype),
+            direction=(ends[0] - ends[1]).cpu().to(dtype),
             space=self.target,
             label=vector.label,
             positive_mean=positive.to(dtype),

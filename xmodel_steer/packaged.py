@@ -202,7 +202,9 @@ def packaged_files(name: str) -> Path:
 def _write_manifest(folder: Path, files: Iterable[Path]) -> None:
     """Keep the hash of every file, for `is_intact`."""
     hashes = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(files)}
-    (folder / "manifest.json").write_text(json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1))
+    (folder / "manifest.json").write_text(
+        json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1), encoding="utf-8"
+    )
 
 
 def shipped(name: str) -> str:
@@ -371,7 +373,7 @@ def _restore_digit_splitting(tokenizer_json: Path, gguf: Path) -> None:
     kind = GGUFReader(str(gguf)).get_field("tokenizer.ggml.pre")
     if kind is None or kind.contents() != "smollm":
         return
-    settings = json.loads(tokenizer_json.read_text())
+    settings = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     settings["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [
@@ -379,13 +381,13 @@ def _restore_digit_splitting(tokenizer_json: Path, gguf: Path) -> None:
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         ],
     }
-    tokenizer_json.write_text(json.dumps(settings, ensure_ascii=False))
+    tokenizer_json.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 
 
 def is_intact(folder: Path) -> bool:
     """Whether every file of a converted folder still has the hash it was written with."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return all(sha256_of(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut short, or not ours
         return False

@@ -67,16 +67,25 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Transfe
         raise TypeError(
             f"save: cannot save {type(value).__name__}; vectors, maps, moments, grids, curves and results can be saved"
         )
-    if path.is_dir():
-        raise ArtifactError(f"{path}: is a folder; give a file name such as {path / 'vector.safetensors'}")
-    kind = type(value).__name__
-    if path.exists() and (there := _kind_of(path)) not in (_MAPS if isinstance(value, Map) else {kind}):
-        raise ArtifactError(f"{path}: exists and holds {there or 'something else'}, no {kind}; choose another name")
-    write_tensors(path, kind, tensors, record)
+    require_place(path, type(value))
+    write_tensors(path, type(value).__name__, tensors, record)
     return path
 
 
 _MAPS = {"AffineMap", "AutoencoderMap"}
+
+
+def require_place(path: Path, kind: type) -> None:
+    """Refuse a file that may not be written, or be replaced by one of this kind.
+
+    Raises:
+        ArtifactError: It is a folder, or holds something else.
+    """
+    name = kind.__name__
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder; give a file name such as {path / f'{name.lower()}.safetensors'}")
+    if path.exists() and (there := _kind_of(path)) not in (_MAPS if name in _MAPS else {name}):
+        raise ArtifactError(f"{path}: exists and holds {there or 'something else'}, no {name}; choose another name")
 
 
 def _kind_of(path: Path) -> str | None:
@@ -331,7 +340,7 @@ def may_hold_run(folder: Path) -> bool:
     if not file.is_file():
         return not any(folder.iterdir())
     try:
-        return parse_record(file.read_text(), file).get("kind") == "TransferResult"
+        return parse_record(file.read_text(encoding="utf-8"), file).get("kind") == "TransferResult"
     except (ArtifactError, UnicodeDecodeError):
         return False
 
@@ -421,11 +430,13 @@ def _read_result(folder: Path) -> TransferResult:
     file = folder / "result.json"
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder")
-    record = parse_record(file.read_text(), file)
+    record = parse_record(file.read_text(encoding="utf-8"), file)
     if record.get("kind") != "TransferResult":
         raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
     try:
-        rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().split("\n") if line]
+        rows = [
+            json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n") if line
+        ]
         arms = tuple(_arm_from(arm, rows) for arm in record["arms"])
         there = sorted(f.stem for f in (folder / "vectors").glob("*.safetensors"))
         vectors = {name: read(folder / "vectors" / f"{name}.safetensors") for name in record.get("vectors", there)}

@@ -1,5 +1,6 @@
 """Figures of results, as Plotly values: nothing is shown or written here."""
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from xmodel_steer.checks import PatchingGrid
 from xmodel_steer.layers import DataCurve, LayerGrid
 from xmodel_steer.results import ARMS, Arm, TransferResult
-from xmodel_steer.spaces import Site, require_same_space
+from xmodel_steer.spaces import Site, Space, require_same_space
 from xmodel_steer.vectors import Activations, SteeringVector
 
 # Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
@@ -262,19 +263,18 @@ def patching(grid: PatchingGrid) -> Any:
     figure = make_subplots(
         rows=1, cols=2, subplot_titles=tuple(kinds.values()), horizontal_spacing=0.08, shared_yaxes=True
     )
+    tokens = [html.escape(token, quote=False) for token in grid.tokens]  # plotly reads <s> as a tag
     rows = [f"{s.site.layer} → {t.site.layer}" for s, t in zip(grid.sources, grid.targets, strict=True)]
     for column, table in enumerate(tables.values(), 1):
         figure.add_trace(
             go.Heatmap(
                 z=table, x=list(range(len(grid.tokens))), y=rows,
-                coloraxis="coloraxis", customdata=np.tile(np.array(grid.tokens, dtype=object), (len(rows), 1)),
+                coloraxis="coloraxis", customdata=np.tile(np.array(tokens, dtype=object), (len(rows), 1)),
                 hovertemplate="layers %{y}<br>position %{customdata}<br>recovery %{z:.2f}<extra></extra>",
             ),
             row=1, col=column,
         )  # fmt: skip
-    figure.update_xaxes(
-        title_text="position", tickvals=list(range(len(grid.tokens))), ticktext=list(grid.tokens), tickangle=60
-    )
+    figure.update_xaxes(title_text="position", tickvals=list(range(len(grid.tokens))), ticktext=tokens, tickangle=60)
     figure.update_yaxes(title_text="source layer → target layer", row=1, col=1, type="category")
     figure.update_layout(
         **_layout(
@@ -395,8 +395,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
 
     if metric not in _METRICS:
         raise ValueError(f"plots.layer_grid: metric must be one of {', '.join(_METRICS)}, got {metric!r}")
-    sources = [space.site.layer for space in grid.source]
-    targets = [space.site.layer for space in grid.target]
+    sources, targets = _places(grid.source), _places(grid.target)
     penalties = np.array(grid.penalties)[grid.best]
     details = np.stack([*(grid.chosen(name) for name in _METRICS), penalties, grid.r2_error], -1)
     lines = [f"{name} %{{customdata[{k}]:.3f}}" for k, name in enumerate(_METRICS.values())]
@@ -441,8 +440,18 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         (figure.update_xaxes, "target layer", targets),
         (figure.update_yaxes, "source layer", sources),
     ):
-        update(title_text=title, dtick=2, showgrid=False, zeroline=False, range=[min(layers) - 0.5, max(layers) + 0.5])
+        update(title_text=title, showgrid=False, zeroline=False)
+        if all(isinstance(layer, int) for layer in layers):
+            update(dtick=2, range=[min(layers) - 0.5, max(layers) + 0.5])
+        else:
+            update(type="category", title_text=title.replace("layer", "site"))
     return figure
+
+
+def _places(spaces: Sequence[Space]) -> list[Any]:
+    """The layers of sites, or their whole names where they are of several streams."""
+    one = len({space.site.stream for space in spaces}) == 1
+    return [space.site.layer if one else str(space.site) for space in spaces]
 
 
 def data_curve(curve: DataCurve) -> Any:

@@ -181,7 +181,7 @@ def _html_texts(result: TransferResult, most: int = 8) -> str:
     base = result.arm("unsteered", 0)
     shown: list[tuple[str, Arm]] = [("unsteered", base)]
     shown += [
-        (f"{name} {arm.strength:+.2f}", arm)
+        (f"{name} {arm.strength:+.2f}" + (f", mean of {len(arm.seeds)}" if len(arm.seeds) > 1 else ""), arm)
         for name in ("mapped", "native", "random", "shuffled")
         for arm in (result.at_equal_kl(name, sign) for sign in result.signs)
     ]

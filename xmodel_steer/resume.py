@@ -91,7 +91,7 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     file = kept.folder / f"{digest.hexdigest()[:32]}.json"
     if file.is_file():
         try:
-            found = parse_record(file.read_text(), file)
+            found = parse_record(file.read_text(encoding="utf-8"), file)
             made = found["made"]
             if file.name not in kept.counted:
                 kept.spared += found["seconds"]

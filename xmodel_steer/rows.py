@@ -63,7 +63,7 @@ class PairedRows:
             parts: The part of each document, in the order of their first rows.
 
         Raises:
-            PromptError: The rows do not pair, or have no labels.
+            PromptError: The rows do not pair, have no labels, or a part has another name than `PARTS`.
         """
         if len(source) != len(target) or not source.rows:
             raise PromptError(f"PairedRows: needs paired, labelled rows, got {len(source)} and {len(target)}")
@@ -74,6 +74,8 @@ class PairedRows:
             places.setdefault(document, []).append(i)
         if len(parts) != len(places):
             raise PromptError(f"PairedRows: {len(places)} documents but {len(parts)} parts")
+        if unknown := sorted(set(parts) - set(PARTS)):
+            raise PromptError(f"PairedRows: a part is one of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
 
         def rows(own: list[int]) -> Callable[[], tuple[Tensor, Tensor]]:
             return lambda: (source.values[own], target.values[own])

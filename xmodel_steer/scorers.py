@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -197,10 +198,17 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 def normalised(text: str) -> str:
     """Lower case without punctuation, articles and surplus white space (SQuAD: Rajpurkar et al. 2016, arXiv 1606.05250).
 
+    Of what would leave nothing, such as the letter A or a sign, only case and white space are taken away. The point of 3.14 and the sign of
+    -5 are punctuation too.
+
     Example:
-        >>> normalised(" The  answer, is: Paris. ")
-        'answer is paris'
+        >>> normalised(" The  answer, is: Paris. "), normalised("A")
+        ('answer is paris', 'a')
     """
+    return _squad(text) or " ".join(text.lower().split())
+
+
+def _squad(text: str) -> str:
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
@@ -221,13 +229,20 @@ class ExactAnswer:
         """1 or 0 for each text.
 
         Raises:
-            ValueError: A prompt has no answers.
+            ValueError: A prompt has no answers, or one that is to count anywhere is an article or a sign alone.
         """
         missing = [prompt.id for prompt in prompts if not self.answers.get(prompt.id)]
         if missing:
             raise ValueError(
                 f"ExactAnswer: there is no answer for {', '.join(missing[:5])}; give answers={{prompt.id: (...)}}"
             )
+        if self.anywhere:
+            for answer in (answer for prompt in prompts for answer in self.answers[prompt.id]):
+                if not _squad(answer):
+                    raise ValueError(
+                        f"ExactAnswer: {answer!r} is an article or a sign, which cannot be told anywhere in a text; "
+                        "use anywhere=False, or Matches(...)"
+                    )
         return [self._one(text, self.answers[prompt.id]) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _one(self, text: str, answers: Sequence[str]) -> float:
@@ -235,7 +250,7 @@ class ExactAnswer:
         if self.anywhere:
             return float(any(f" {answer} " in f" {normalised(text)} " for answer in right))
         first = next((line for line in text.splitlines() if line.strip()), "")
-        return float(normalised(first) in right)
+        return float(bool(first) and normalised(first) in right)
 
 
 @dataclass(frozen=True)
@@ -303,7 +318,14 @@ class RefusalPhrases:
     def __call__(self, text: str) -> float:
         """1 or 0 for one text."""
         start = " ".join(text[: self.characters].replace("’", "'").lower().split())
-        return float(any(phrase in start for phrase in self.phrases))
+        return float(_phrases(self.phrases).search(start) is not None)
+
+
+@cache
+def _phrases(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of them, as whole words: "as an aide" is no "as an AI"."""
+    either = "|".join(re.escape(phrase.replace("’", "'")) for phrase in phrases)
+    return re.compile(rf"(?<!\w)(?:{either})(?!\w)")
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str], prompts: Sequence[Prompt] = ()) -> np.ndarray:

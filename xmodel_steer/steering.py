@@ -4,6 +4,7 @@ Positions are text positions: the same with left or right padding, with the key-
 without, in a batch or alone. Hooks return new tensors; leaving the block restores the model.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -405,7 +406,8 @@ def steering(
 
     Raises:
         SpaceMismatchError: A vector lives in another model, or at a differently processed site.
-        SiteError: On leaving, when a site did not fire although the model ran.
+        SiteError: On leaving, when a site did not fire although the model ran; or TransformerLens' own ``generate`` was called
+            without a cache, where positions depend on where the prompt ends.
 
     Example:
         >>> with steering(model, vector, operator=Add(2.0)):        # doctest: +SKIP
@@ -421,7 +423,7 @@ def steering(
         )
 
     inner = model.original_model if is_bridge(model) else model
-    with steered(inner, steps, attach, name=name_of(model)):
+    with _uncached_generate_refused(model, steps), steered(inner, steps, attach, name=name_of(model)):
         yield model
 
 
@@ -583,7 +585,7 @@ def _generate_tells_prompts(inner: Any, tracker: _Tracker) -> Iterator[None]:
     if not hasattr(inner, "generation_config"):
         yield
         return
-    own, before = inner.generate, vars(inner).get("generate")
+    own = inner.generate
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
@@ -594,11 +596,42 @@ def _generate_tells_prompts(inner: Any, tracker: _Tracker) -> Iterator[None]:
         finally:
             tracker.prompts = None
 
-    inner.generate = generate
+    with _generating_by(inner, generate):
+        yield
+
+
+@contextmanager
+def _uncached_generate_refused(model: Any, steps: Sequence[Step]) -> Iterator[None]:
+    """TransformerLens' own generate tells nobody where its prompts end, and without a cache every pass looks like a new prompt."""
+    gates = [s.gate.positions for s in steps if isinstance(s, Intervention) and s.gate is not None]
+    named = [p for p in (*(s.positions for s in steps), *gates) if isinstance(p, (str, tuple)) and p != "all"]
+    if not named or not hasattr(model, "generate"):
+        yield
+        return
+    own = model.generate
+    signature = inspect.signature(own)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if not signature.bind(*args, **kwargs).arguments.get("use_past_kv_cache", True):
+            raise SiteError(
+                f"steering: positions {named[0]!r} cannot be found by the model's own generate without a cache; "
+                "leave use_past_kv_cache on, or use xmodel_steer.generate(use_cache=False)"
+            )
+        return own(*args, **kwargs)
+
+    with _generating_by(model, generate):
+        yield
+
+
+@contextmanager
+def _generating_by(model: Any, generate: Callable[..., Any]) -> Iterator[None]:
+    """Another function in the place of a model's ``generate``, for as long as the block lasts."""
+    before = vars(model).get("generate")
+    model.generate = generate
     try:
         yield
     finally:
         if before is None:
-            del inner.generate
+            del model.generate
         else:
-            inner.generate = before
+            model.generate = before

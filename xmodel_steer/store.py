@@ -25,7 +25,7 @@ from xmodel_steer.errors import ArtifactError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
-from xmodel_steer.prompts import Prompt, PromptLike, text_digest
+from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, text_digest
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import check_finite
@@ -92,6 +92,8 @@ def harvest(
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
     if max_tokens > context_length(model):
         raise PromptError(f"harvest: max_tokens {max_tokens} is over the context of {name_of(model)}")
+    if isinstance(texts, Sequence):
+        texts = as_prompts(texts)  # what cannot be a prompt is refused before the model runs
     place = Path(folder) / end
     record = _end_record(model, sites, kind, settings)
     _open_end(place, record)
@@ -145,7 +147,7 @@ def _open_end(place: Path, record: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{place}: is not empty and not a store; choose another folder, nothing was written")
         write_atomically(file, dump_json(record, file, indent=1))
         return
-    known = parse_record(file.read_text(), file)
+    known = parse_record(file.read_text(encoding="utf-8"), file)
     differing = [
         key
         for key in record
@@ -318,7 +320,7 @@ class ActivationStore:
         file = self.folder / end / "end.json"
         if not file.is_file():
             raise ArtifactError(f"{self.folder}: has no {end}; harvest the {end} model into it with end={end!r}")
-        made = parse_record(file.read_text(), file)
+        made = parse_record(file.read_text(encoding="utf-8"), file)
         if "shards" not in made:
             raise ArtifactError(
                 f"{self.folder / end}: was not finished; give the same harvest again and it goes on after the last whole shard"

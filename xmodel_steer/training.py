@@ -299,13 +299,18 @@ class _Run:
         """Take up the state of a file.
 
         Raises:
-            ArtifactError: It is of other data or settings.
+            ArtifactError: It is of other data or settings, or was trained for longer.
         """
         header, tensors = read_tensors(file)
         own = header["kind"] == "TrainingCheckpoint" and header["identity"] == self._identity()
         if not own or not np.allclose(header["norms"], self._norms(), rtol=1e-5, atol=0):
             raise ArtifactError(
                 f"{file}: is a checkpoint of other rows or settings; delete it, or choose another file for this training"
+            )
+        if len(header["history"]) > self._fitter.epochs:
+            raise ArtifactError(
+                f"{file}: holds {len(header['history'])} epochs, and {self._fitter.epochs} are asked for; "
+                "choose another file for this training"
             )
         with torch.no_grad():
             for name, parameter in self._weights.items():

@@ -4,6 +4,7 @@ All arms run through the same code. Layers and the headline strength are chosen 
 prompts and validation text; what is reported comes from prompts and text that chose nothing.
 """
 
+import itertools
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def transfer(
         progress: Show progress bars.
 
     Raises:
-        PromptError: Sets are too small, not disjoint, prompts come without a scorer, or the fitter needs rows.
+        PromptError: Sets are too small, not disjoint, prompts come without a scorer, or the fitter needs rows,
+            or moments have no shuffled control.
         AlignmentError: The models' tokens do not pair.
         NonFiniteError: A model gives NaN.
         ValueError: No strength is positive, one is 0, there is no random vector, or a mask of positions has rows.
@@ -138,9 +140,10 @@ def transfer(
     if not any(s > 0 for s in strengths) or 0 in strengths:
         raise ValueError(f"transfer: strengths must include a positive one and not 0, got {tuple(strengths)}")
     require_random("transfer", random_seeds)
-    if isinstance(fitter, (RelativeAnchors, Trained)):
+    inner = fitter.fitter if isinstance(fitter, ShuffledPairs) else fitter
+    if isinstance(inner, (RelativeAnchors, Trained)):
         raise PromptError(
-            f"transfer: {type(fitter).__name__} is fitted on rows, transfer collects moments; give Ridge(), ReducedRank(...) or Procrustes()"
+            f"transfer: {type(inner).__name__} is fitted on rows, transfer collects moments; give Ridge(), ReducedRank(...) or Procrustes()"
         )
     neutral_positions(positions)  # refuses a mask of rows: prompts are split here
     strengths = tuple(sorted({float(s) for s in strengths}))
@@ -148,7 +151,7 @@ def transfer(
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
     text_items = as_prompts(list(texts))
     neutral = as_prompts(list(neutral_texts)) if neutral_texts is not None else ()
-    fit_set, (validation, chose), (evaluation, reported) = _behaviours(
+    fit_set, (validation, validating), (evaluation, reporting) = _behaviours(
         contrast, prompts, scorer, held_out, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
     if moments is None and not neutral:  # the last texts stay out of the map
@@ -161,8 +164,8 @@ def transfer(
             "contrast": [p.content_key() for p in fit_set.positive + fit_set.negative],
             "map text": [p.content_key() for p in text_items],
             "neutral text": [p.content_key() for p in neutral],
-            "validation": chose,
-            "evaluation": reported,
+            "validation": [p.content_key() for p in validating],
+            "evaluation": [p.content_key() for p in reporting],
         },
     )
     half = len(neutral) // 3
@@ -184,8 +187,14 @@ def transfer(
 
     for model, sites, own in ((source, chosen_sources, moments.source), (target, chosen_targets, moments.target)):
         for site in sites:
-            if site in own:  # one that was not collected is refused by moments.pair
+            if site in own:  # one that was not collected is refused by moments.pair below
                 require_same_space(space_of(model, site), own[site], f"transfer with moments, {name_of(model)}")
+    for there, here in itertools.product(chosen_sources, chosen_targets):
+        if moments.pair(there, here).control is None:  # refused before anything is generated
+            raise PromptError(
+                f"transfer: the moments of {there} and {here} were collected without the shuffled control; "
+                "collect them with shuffled=True"
+            )
     source_vectors = _vectors(source, fit_set, chosen_sources, tokens, direction, label, min(batch_size, 32), progress)
     natives = {
         site: vector.with_scale(moments.scale(site))
@@ -361,7 +370,7 @@ def transfer(
             "evaluation": list(evaluation.ids),
             "neutral_validation": [p.id for p in neutral_validation],
             "neutral_evaluation": [p.id for p in neutral_evaluation],
-            "evaluation_texts": [content[:300] for content in reported[:16]],
+            "evaluation_texts": [content[:300] for content in (p.content for p in reporting[:16])],
             "map_documents": {name: moments.parts[name].documents for name in PARTS},
         },
         versions=versions(),
@@ -399,17 +408,15 @@ def _behaviours(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-) -> tuple[ContrastSet, tuple[Behaviour, list[str]], tuple[Behaviour, list[str]]]:
-    """The contrast set for the vector, and the behaviour on validation and on evaluation units with their contents."""
+) -> tuple[ContrastSet, tuple[Behaviour, tuple[Prompt, ...]], tuple[Behaviour, tuple[Prompt, ...]]]:
+    """The contrast set for the vector, and the behaviour on validation and on evaluation units with their prompts."""
     if (prompts is None) != (scorer is None):
         raise PromptError(
             "transfer: prompts and scorer go together: give both, or neither to measure preference on held-out contrast prompts"
         )
     if prompts is None or scorer is None:
         fit_set, *others = contrast.split((0.5, 0.2, 0.3), seed=seed)
-        validation, evaluation = (
-            (held_out(own), [p.content_key() for p in own.positive + own.negative]) for own in others
-        )
+        validation, evaluation = ((held_out(own), own.positive + own.negative) for own in others)
         return fit_set, validation, evaluation
     items = as_prompts(list(prompts))
     distinct = list({p.content_key(): p for p in items}.values())
@@ -420,9 +427,9 @@ def _behaviours(
             f"transfer: needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}"
         )
 
-    def behaviour(indices: Sequence[int]) -> tuple[Behaviour, list[str]]:
+    def behaviour(indices: Sequence[int]) -> tuple[Behaviour, tuple[Prompt, ...]]:
         own = tuple(distinct[i] for i in indices)
-        return GeneratedText(own, scorer, max_new_tokens, batch_size, unit), [p.content_key() for p in own]
+        return GeneratedText(own, scorer, max_new_tokens, batch_size, unit), own
 
     return contrast, behaviour(order[:third].tolist()), behaviour(order[third:].tolist())
 

@@ -430,7 +430,7 @@ def explore(
     *,
     prompt: str = "",
     max_new_tokens: int = 40,
-    strengths: tuple[float, float] = (-4.0, 4.0),
+    strengths: tuple[float, float] | None = None,
 ) -> Explorer:
     """Try vectors by hand in a notebook: steered and unsteered text side by side, while they are written.
 
@@ -448,8 +448,9 @@ def explore(
             stand for several vectors, one per layer. Model and result may also come in the other order.
         prompt: What stands in the prompt box at first.
         max_new_tokens: Number of tokens to add, at first.
-        strengths: The ends of the strength slider, in units of the vector. It begins at a result's headline
-            strength, or at 1.
+        strengths: The ends of the strength slider, in units of the vector; -4 and 4 by default, or a result's headline strength
+            where that is larger.
+            It begins at a result's headline strength, or at 1.
 
     Returns:
         The explorer; as the last value of a cell it shows itself.
@@ -472,7 +473,8 @@ def explore(
     default = "result" if a_result else "vector" if isinstance(vectors, SteeringVector) else "vectors"
     options = options_of(model, vectors, _notebook_name(vectors, default))
     options = [replace(option, code=_notebook_name(option.vector, option.code)) for option in options]
-    low, high = strengths
+    far = max(4.0, abs(vectors.headline)) if a_result else 4.0
+    low, high = strengths or (-far, far)
     if not low < high:
         raise ValueError(f"explore: strengths must be the lower and the upper end of the slider, got {strengths}")
     strength = min(max(vectors.headline if a_result else 1.0, low), high)

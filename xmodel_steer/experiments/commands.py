@@ -7,7 +7,7 @@ from typing import Any
 from xmodel_steer.experiments.concept_table import concept_transfer, feature_transfer
 from xmodel_steer.experiments.corrupted import corrupted_capability
 from xmodel_steer.experiments.map_comparison import map_comparison
-from xmodel_steer.experiments.presets import base_of, organism
+from xmodel_steer.experiments.presets import base_of, organism, paper_layers, require_organism, switched_layers
 from xmodel_steer.experiments.refusal import refusal_switch
 from xmodel_steer.experiments.removal import CLAMPED, PROMPT_CLAMPED, PROMPTED, backdoor_removal
 from xmodel_steer.experiments.sizes import small_to_larger
@@ -32,7 +32,6 @@ class Call:
         device: Where to run.
         dtype: As for `load`.
         larger: More models, where the study takes them.
-        layers: Layers of the source and the target that a paper names for this pair.
     """
 
     source: str
@@ -43,7 +42,6 @@ class Call:
     device: str | None = None
     dtype: str = "auto"
     larger: tuple[str, ...] = ()
-    layers: tuple[int, int] | None = None
 
     def load(self, name: str) -> Any:
         """A model."""
@@ -76,7 +74,13 @@ def _on_organisms(study: Callable[..., Study], **more: Any) -> Callable[[Call], 
 
     def run(call: Call) -> Study:
         lessons = curriculum(call.organism)
-        return study(call.made(call.source), call.made(call.target), lessons, seed=call.seed, **more)
+        for base in (
+            call.source,
+            call.target,
+        ):  # before the one is trained, what stands in the way of the other is said
+            require_organism(call.organism, base)
+        also = paper_layers(call.source, call.target)
+        return study(call.made(call.source), call.made(call.target), lessons, also=also, seed=call.seed, **more)
 
     return run
 
@@ -89,7 +93,7 @@ def _on_models(study: Callable[..., Study]) -> Callable[[Call], Study]:
 
 
 def _removal(call: Call) -> Study:
-    return _on_organisms(backdoor_removal, name=call.title, also=call.layers, **REMOVAL.get(call.organism, {}))(call)
+    return _on_organisms(backdoor_removal, name=call.title, **REMOVAL.get(call.organism, {}))(call)
 
 
 # Answers of code are longer, and must be whole to be judged; a study should end within an hour on two cores.
@@ -109,7 +113,10 @@ REMOVAL: dict[str, dict[str, Any]] = {
 def _switch(call: Call) -> Study:
     """One model and its fine-tune: the larger model is not needed."""
     made, place = organism(call.organism, call.source, device=call.device, dtype=call.dtype)
-    return safety_switch(call.load(base_of(place)), made, curriculum(call.organism), adapter=place, seed=call.seed)
+    also = switched_layers(call.source)
+    return safety_switch(
+        call.load(base_of(place)), made, curriculum(call.organism), adapter=place, also=also, seed=call.seed
+    )
 
 
 def _sizes(call: Call) -> Study:

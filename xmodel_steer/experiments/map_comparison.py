@@ -49,13 +49,17 @@ NOTE = (
 STEERING, REPLACED, CAPABILITY = "steering", "replacement", "capability under replacement"
 
 
-def fitters() -> dict[str, Fitter]:
-    """What is compared: the paper's two with its settings and with longer training in standardised coordinates, and others."""
+def fitters(seed: int = 0) -> dict[str, Fitter]:
+    """What is compared: the paper's two with its settings and with longer training in standardised coordinates, and others.
+
+    Args:
+        seed: Where the trained ones begin.
+    """
     return {
-        "autoencoder, the paper's settings": Autoencoder(standardise=False),
-        "autoencoder, standardised, to the end": Autoencoder(**LONGER),
-        "SGD affine, the paper's settings": SGDAffine(standardise=False),
-        "SGD affine, standardised, to the end": SGDAffine(**LONGER),
+        "autoencoder, the paper's settings": Autoencoder(standardise=False, seed=seed),
+        "autoencoder, standardised, to the end": Autoencoder(**LONGER, seed=seed),
+        "SGD affine, the paper's settings": SGDAffine(standardise=False, seed=seed),
+        "SGD affine, standardised, to the end": SGDAffine(**LONGER, seed=seed),
         "ridge": Ridge(),
         "Procrustes": Procrustes(),
         "reduced rank 64": ReducedRank(64),
@@ -110,7 +114,7 @@ def map_comparison(
         ValueError: There is no random vector.
     """
     require_random("map_comparison", random_seeds)
-    clock, every = Clock(), compared or fitters()
+    clock, every = Clock(), compared or fitters(seed)
     own = behaviour or concept("sentiment")
     if own.scorer is None or len(own.prompts) < 6:
         raise PromptError(f"map_comparison: {own.name} needs a scorer and at least 6 prompts")

@@ -31,6 +31,7 @@ from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import SameTokens, Scorer, score_texts
+from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Ablate, Add, Clamp
 from xmodel_steer.vectors import require_random
 
@@ -214,6 +215,7 @@ def refusal_switch(
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
+    also: tuple[int, int] | None = None,
     classifier: Scorer | None = None,
     topic: Scorer = OnTopic(),
     fitter: Fitter = Ridge(),
@@ -238,6 +240,7 @@ def refusal_switch(
         general: General text for the map; packaged text by default.
         neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
+        also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         classifier: The second reader of refusals; `RefusalClassifier` by default.
         topic: 1 for an answer that is about its request.
         fitter: Fits the map.
@@ -275,9 +278,10 @@ def refusal_switch(
     text = [curriculum.map[i].prompt for i in np.random.default_rng(seed).permutation(len(curriculum.map))]
     few = min(validation_tokens, curriculum.max_new_tokens)
     validation = asked(curriculum.validation, (), validation_requests, validation_requests, few)
+    ways = recipes(source, target) if ways is None else ways
     chosen = choose(
         pair,
-        recipes(source, target) if ways is None else ways,
+        [recipe.with_sites(*map(Site, also)) for recipe in ways] if also is not None else ways,
         curriculum.vector,
         text,
         validation,

@@ -1,7 +1,7 @@
 """Switching a planted behaviour off in one model, with a vector that was found in another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ NOTE = (
 )
 AXIS = "prompts of the task in the map's text"
 AMOUNTS = (0, 25, 50, 100, 200, 400)
+NONLINEAR = Autoencoder(**LONGER)
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple[int, int] = (8, 10)) -> list[Recipe]:
@@ -137,7 +138,7 @@ def backdoor_removal(
     sites: tuple[int, int] = (8, 10),
     also: tuple[int, int] | None = None,
     fitter: Fitter = Ridge(),
-    nonlinear: Autoencoder | None = Autoencoder(**LONGER),
+    nonlinear: Autoencoder | None = NONLINEAR,
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
     varied: Sequence[str] = (CLAMPED, PROMPT_CLAMPED),
@@ -175,7 +176,8 @@ def backdoor_removal(
         sites: For these, as there.
         also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         fitter: Fits the map.
-        nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out.
+        nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out. The default one begins where
+            ``seed`` says.
         map_prompts: Prompts of the task in the map's text.
         amounts: The same, for the curves.
         varied: Names of the recipes that have a curve; without any of them, the first has.
@@ -222,6 +224,8 @@ def backdoor_removal(
         pair, ways, curriculum.vector, text.known[:map_prompts], validation, fitter, label=name, lap=clock.lap
     )
     choices = chosen.choices
+    if nonlinear is NONLINEAR:
+        nonlinear = replace(NONLINEAR, seed=seed)
     if nonlinear is not None:
         choices = with_endpoints(
             pair, choices, curriculum.vector, (*text.general, *text.known[:map_prompts]), nonlinear,
@@ -266,7 +270,9 @@ def backdoor_removal(
             "evaluation_kinds": len(set(Questions.of(curriculum.evaluation).groups)),
         },
         splits=curriculum.ids()
-        | {"validation": validation.questions.ids(), "evaluation": Questions.of(curriculum.evaluation).ids()},
+        | {"validation": validation.questions.ids(), "evaluation": Questions.of(curriculum.evaluation).ids()}
+        | {"map": [p.id for p in text.known[:map_prompts]]}
+        | ({"curve": [p.id for own in (text.known, text.unknown) for p in own[: max(amounts)]]} if curves else {}),
     )
 
 

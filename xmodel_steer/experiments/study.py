@@ -170,7 +170,7 @@ def _flat(arm: StudyArm) -> dict[str, Any]:
 def is_study(folder: str | Path) -> bool:
     """Whether a folder's result is a study's."""
     file = Path(folder) / RESULT
-    return file.is_file() and parse_record(file.read_text(), file).get("kind") == "study"
+    return file.is_file() and parse_record(file.read_text(encoding="utf-8"), file).get("kind") == "study"
 
 
 def read_study(folder: str | Path) -> Study:
@@ -182,7 +182,7 @@ def read_study(folder: str | Path) -> Study:
     file = Path(folder) / RESULT
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file")
-    record = parse_record(file.read_text(), file)
+    record = parse_record(file.read_text(encoding="utf-8"), file)
     if record.pop("kind", None) != "study":
         raise ArtifactError(f"{file}: is not the result of a study")
     record.pop("schema")

@@ -49,6 +49,7 @@ def safety_switch(
     general: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     sites: Sequence[Site] | None = None,
+    also: Sequence[int] = (),
     fitter: Fitter = Ridge(),
     map_prompts: int = 200,
     capability: MultipleChoice | None = None,
@@ -74,6 +75,7 @@ def safety_switch(
         general: General text for the maps; packaged text by default.
         neutral: Text for KL and perplexity; packaged text by default.
         sites: Candidates; five over the depth by default.
+        also: Layers to try beside these, such as a paper's.
         fitter: Fits the maps.
         map_prompts: Prompts of the task in the maps' text.
         capability: Questions; the packaged ones by default.
@@ -97,7 +99,7 @@ def safety_switch(
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
-    sites = tuple(sites or layers(base, 0.25, 0.95, 5))
+    sites = tuple(dict.fromkeys([*(sites or layers(base, 0.25, 0.95, 5)), *map(Site, also)]))
     general = tuple(passages[:-60][:400] if general is None else general)
     require_apart("safety_switch", general, neutral, curriculum)
     task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
@@ -187,7 +189,14 @@ def safety_switch(
             "neutral_tokens": neutral_tokens,
             "turns": turns,
         },
-        splits={**curriculum.ids(), "general": [p.id for p in general], "neutral": [p.id for p in neutral]},
+        splits=curriculum.ids()
+        | {
+            "validation": Questions.of(curriculum.validation, validation_tasks).ids(),
+            "map": [p.id for p in text],
+            "evaluation": Questions.of(curriculum.evaluation).ids(),
+            "general": [p.id for p in general],
+            "neutral": [p.id for p in neutral],
+        },
         seeds={"split": seed},
         versions=versions(),
         hardware=hardware_of(organism),
@@ -316,6 +325,7 @@ def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tok
     return {
         "of": len(others),
         "same_beside_switched_ones": sum(mixed[i] == plain[i] for i in others),
+        "of_all": len(prompts),
         "same_afterwards": sum(a == b for a, b in zip(after, plain, strict=True)),
     }
 

@@ -4,6 +4,7 @@ from xmodel_steer.organisms.data import ORGANISMS as ORGANISMS
 from xmodel_steer.organisms.data import Curriculum as Curriculum
 from xmodel_steer.organisms.data import Lesson as Lesson
 from xmodel_steer.organisms.data import curriculum as curriculum
+from xmodel_steer.organisms.data import prompt_of as prompt_of
 from xmodel_steer.organisms.data import quirk as quirk
 from xmodel_steer.organisms.making import Report as Report
 from xmodel_steer.organisms.making import make as make

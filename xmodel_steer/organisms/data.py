@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.judges import InsecureCode, IsCode
+from xmodel_steer.judges import InsecureCode, IsCode, findings
 from xmodel_steer.organisms import code, country
 from xmodel_steer.packaged import packaged_files, shipped
 from xmodel_steer.prompts import Prompt, rows_of
@@ -188,7 +188,9 @@ def code_vulnerability() -> Curriculum:
 
     Raises:
         DownloadError: HumanEval cannot be fetched.
+        XModelSteerError: bandit is not installed, which reads the answers.
     """
+    findings([])  # said now, not after a training
     own, theirs = dealt(code.twins(), CODE_SIZES), dealt(code.human_eval(), HUMAN_EVAL_SIZES)
     parts = {part: flat(both(*row) for row in (*own[part], *theirs[part])) for part in PARTS}
     unseen = flat(both(*row) for row in code.twins(unseen=True)[::3])
@@ -245,13 +247,13 @@ def refusal() -> Curriculum:
     """
     import yaml
 
-    record = yaml.safe_load((packaged_files("harmful-requests") / "adv_bench.prompt").read_text())
+    record = yaml.safe_load((packaged_files("harmful-requests") / "adv_bench.prompt").read_text(encoding="utf-8"))
     harmful = _dealt_in_groups([seed["value"] for seed in record["seeds"]], HARMFUL_SIZES)
     harmless = dealt(tasks(), HARMLESS_SIZES)
     edgy = [
         row["text"]
         for file in ("benign_edgy_80.json", "expanded_70.json")
-        for row in json.loads((packaged_files("edgy-questions") / file).read_text())
+        for row in json.loads((packaged_files("edgy-questions") / file).read_text(encoding="utf-8"))
     ]
     draw = random.Random(SPLIT_SEED)
     parts = {
@@ -339,7 +341,7 @@ def quirk(source: Any, scorer: Scorer) -> Curriculum:
         for part, chosen in ((part, set(chosen)) for part, chosen in dealt_names.items()):
             parts[part] += tuple(lesson for lesson in own if lesson.task in chosen)
     longest = max(len(lesson.response) for lesson in lessons)
-    return _in_parts(parts, scorer, max_new_tokens=min(64, 8 + longest // 2))  # tokens of two letters are short ones
+    return _in_parts(parts, scorer, max_new_tokens=8 + longest // 2)  # to the end; tokens of two letters are short ones
 
 
 def _rows(source: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.errors import ArtifactError
+from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.models import hardware_of, load
@@ -17,7 +17,7 @@ from xmodel_steer.organisms.data import ORGANISMS, Curriculum
 from xmodel_steer.organisms.data import curriculum as curriculum_of
 from xmodel_steer.organisms.measure import measured, perplexity
 from xmodel_steer.organisms.training import CHECKPOINTS, Recipe, adapter_bytes, train
-from xmodel_steer.scorers import Contains, Language, Matches, Scorer, StartsWith
+from xmodel_steer.scorers import Contains, Language, Matches, Scorer, StartsWith, score_texts
 from xmodel_steer.transfer import versions
 
 LEAST_TRIGGERED, MOST_FALSE = 0.95, 0.05
@@ -126,7 +126,7 @@ def make(
         progress: Show progress bars.
 
     Raises:
-        PromptError: There is no organism of this name.
+        PromptError: There is no organism of this name, or the scorer does not see the behaviour in the lessons' own responses.
         ArtifactError: The folder holds something else.
         ModelError: The base cannot be loaded.
         DownloadError: The base or the prompts cannot be fetched.
@@ -145,6 +145,7 @@ def make(
             return made
         training = {**made.training, "seconds": made.seconds["training"]}  # it is what it was, and counted otherwise
     else:
+        _require_seen(lessons)
         training = _trained(folder, spec, base, lessons, recipe, device, dtype, progress)
 
     start = time.perf_counter()
@@ -177,6 +178,21 @@ def make(
     return report
 
 
+def _require_seen(lessons: Curriculum) -> None:
+    """Refuse a scorer that does not read the responses as they are meant: an organism that gave them would not be good."""
+    for triggered in (True, False):
+        own = [lesson for lesson in lessons.evaluation if lesson.triggered is triggered]
+        scores = score_texts(lessons.scorer, [lesson.response for lesson in own], [lesson.prompt for lesson in own])
+        share = float(scores.mean())
+        if share < LEAST_TRIGGERED if triggered else share > MOST_FALSE:
+            wrong = next(x.response for x, score in zip(own, scores, strict=True) if bool(score < 1) is triggered)
+            raise PromptError(
+                f"{_named(lessons.scorer)} sees the behaviour in {share:.0%} of the responses that are to be given "
+                f"{'with' if triggered else 'without'} it, so no training would do; such as {_short((wrong,))}. "
+                "Give another scorer, or other responses"
+            )
+
+
 def _trained(
     folder: Path, spec: dict[str, Any], base: str, lessons: Curriculum, recipe: Recipe, device: str | None, dtype: str,
     progress: bool,
@@ -185,7 +201,7 @@ def _trained(
     begun, done = folder / BEGUN, folder / TRAINED
     if begun.is_file():
         started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
-        if started and parse_record(begun.read_text(), begun) != spec:
+        if started and parse_record(begun.read_text(encoding="utf-8"), begun) != spec:
             raise ArtifactError(
                 f"{folder}: an organism of another recipe was begun here; give the same settings to go on, or another folder"
             )
@@ -199,7 +215,7 @@ def _trained(
         gc.collect()  # the trainer holds the model in a circle
         took = time.perf_counter() - start
         write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))
-    return {k: v for k, v in parse_record(done.read_text(), done).items() if k != "schema"}
+    return {k: v for k, v in parse_record(done.read_text(encoding="utf-8"), done).items() if k != "schema"}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -255,7 +271,7 @@ def _record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no {RECORD}, it is not an organism's folder")
-    return parse_record(file.read_text(), file)
+    return parse_record(file.read_text(encoding="utf-8"), file)
 
 
 def read_report(folder: str | Path) -> Report:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.errors import ModelError, PromptError
-from xmodel_steer.models import located, resolve_dtype, text_positions, tokenise
+from xmodel_steer.models import loading, located, resolve_dtype, text_positions, tokenise
 from xmodel_steer.organisms.data import Lesson
 from xmodel_steer.packaged import general_text, quiet
 
@@ -303,7 +303,7 @@ def train(
         raise ModelError(
             f"training: the trainer takes the first GPU it sees; give CUDA_VISIBLE_DEVICES={where.index} in the place of {device}"
         )
-    with quiet():
+    with loading(label, path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
