@@ -3,6 +3,7 @@
 import html
 import itertools
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,14 +80,16 @@ def measures(study: Study) -> Any:
     colours = _colours(study)
     panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in steered))
     titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
-    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.33 / len(panels))
     shown: set[str] = set()
     for row, panel in enumerate(panels, 1):
         for arm in (a for a in steered if (a.recipe, a.at) == panel):
             names, values = zip(*_measured(arm), strict=True)
             figure.add_trace(
                 go.Scatter(
-                    x=list(names),
+                    x=[
+                        "<br>".join(textwrap.wrap(name, 16)) for name in names
+                    ],  # turned labels reach into the next panel
                     y=[v.value for v in values],
                     error_y=_bars(values) | {"thickness": 1.5},
                     name=arm.arm,
@@ -101,7 +104,8 @@ def measures(study: Study) -> Any:
             )
             shown.add(arm.arm)
         figure.update_yaxes(range=[-0.05, 1.05], title_text="share", row=row, col=1)
-    figure.update_layout(template="plotly_white", height=300 * len(panels) + 60, scattermode="group", font={"size": 14})
+    figure.update_xaxes(tickangle=0)
+    figure.update_layout(template="plotly_white", height=320 * len(panels) + 60, scattermode="group", font={"size": 14})
     return figure
 
 
@@ -156,7 +160,8 @@ def sweep(study: Study) -> Any:
     kinds = _layers_varied(study)
     figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[f"{kind}" for kind in kinds], shared_yaxes=True)
     recipes = dict.fromkeys(record["recipe"] for record in study.validation)
-    colours = dict(zip(recipes, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), strict=False))
+    own_colours = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"))
+    colours = dict(zip(recipes, own_colours, strict=False))
     for column, kind in enumerate(kinds, 1):
         for recipe, colour in colours.items():
             tried = [r for r in study.validation if (r["recipe"], r["varied"]) == (recipe, kind)]
