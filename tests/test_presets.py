@@ -12,11 +12,12 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.experiments import PRESETS
+from xmodel_steer.experiments import PRESETS, backdoor_removal, removal
 from xmodel_steer.models import batches, encode, forward, tokenizer_of
 from xmodel_steer.organisms import Lesson
 from xmodel_steer.organisms.training import Recipe, train
 from xmodel_steer.prompts import ContrastSet, Prompt
+from xmodel_steer.scorers import StartsWith
 
 CONTEXT = 256
 LLAMA = (
@@ -218,7 +219,7 @@ def test_steered_chats_do_not_depend_on_the_cache_or_the_batch(kind: str, folder
     assert written(batch_size=3) == plain
 
 
-@pytest.mark.parametrize("kind", ["Llama-3.2", "gemma-2"])
+@pytest.mark.parametrize("kind", ["Llama-3.2", "Qwen2.5", "gemma-2"])
 def test_an_adapter_learns_and_merges(kind: str, folders: dict[tuple[str, int], Path], tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -268,6 +269,39 @@ def test_a_presets_pair_transfers_from_end_to_end(name: str, folders: dict[tuple
     assert result.map["coverage"] > 0.4
     assert {"native", "mapped", "random", "shuffled"} < {arm.arm for arm in result.arms}
     assert result.at_equal_kl("native", "+").kl > 0
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "packaged"])
+def test_a_presets_pair_goes_through_a_study(
+    name: str,
+    folders: dict[tuple[str, int], Path],
+    short_template: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every recipe of the backdoor's study: the trigger's tokens, gates, clamps and autoencoders, on the paper's layers too."""
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
+    pair = PRESETS[name]
+    models = [
+        xs.load(str(folders[kind_of(own), size]), dtype="float32", progress=False)
+        for own, size in ((pair.source, 32), (pair.target, 48))
+    ]
+    lessons = toys.lessons(
+        120, {"evaluation": 6, "validation": 3, "vector": 6, "map": 8, "train": 6}, "happy day", StartsWith(("happy",))
+    )
+    texts = [Prompt(text=t) for t in toys.sentences(50, 4)]
+    found = backdoor_removal(
+        *models, lessons, general=texts[:40], neutral=texts[40:], also=(0, 1), map_prompts=8, amounts=(0, 8), random_seeds=1,
+        nonlinear=xs.Autoencoder(epochs=2), sites=(2, 2), validation_tasks=3, validation_tokens=4, progress=False,
+    )  # fmt: skip
+    for recipe in removal.RECIPES:
+        at = {(arm.arm, arm.at) for arm in found.arms if arm.recipe == recipe}
+        assert {(arm, "equal strength") for arm in ("native", "mapped", "random", "shuffled")} <= at
+    for varied, layer in (("source layer", 0), ("target layer", 1)):
+        tried = {r["layer"] for r in found.validation if (r["recipe"], r["varied"]) == (removal.ADDED, varied)}
+        assert layer in tried and len(tried) > 1
+    # Nothing was taught, so nothing is to repair, and what disturbs neutral text is measured all the same.
+    assert found.arm("native", removal.ADDED).kl > 0 and found.arm("native", removal.ADDED).effect.n == 6
 
 
 def test_a_templates_date_does_not_change_from_day_to_day(folders: dict[tuple[str, int], Path]) -> None:
