@@ -235,7 +235,7 @@ class Dose:
     Args:
         strength: The strength, with its sign.
         kl: The KL from the unsteered model there, in nats per token, on the text it was calibrated on.
-        reached: Whether that is the budget (within the tolerance); if not, no allowed strength reaches it.
+        reached: Whether that is the budget (within twice the tolerance); if not, no allowed strength reaches it.
     """
 
     strength: float
