@@ -342,7 +342,7 @@ def merge(
     partial: Annotated[bool, typer.Option("--partial", help="Merge although shards are missing.")] = False,
 ) -> None:
     """Add up the moments of shards that were collected by separate jobs, in any order."""
-    from xmodel_steer.moments import Moments
+    from xmodel_steer.moments import Moments, dealt_to
     from xmodel_steer.moments import merge as add_up
     from xmodel_steer.persistence import read, save
 
@@ -353,7 +353,7 @@ def merge(
         return made
 
     made = add_up(moments_of(file) for file in files)
-    missing = sorted({f"{i}/{n}" for n in _counts(made.shards) for i in range(n)} - set(made.shards))
+    missing = sorted({f"{i}/{n}" for n in dealt_to(made.shards) for i in range(n)} - set(made.shards))
     if missing and not partial:
         raise PromptError(f"merge: shard {', '.join(missing[:8])} is missing; give its file too, or --partial")
     save(made, out)
@@ -558,10 +558,6 @@ def _require_place(folder: Path) -> None:
     if foreign or (folder.exists() and not folder.is_dir()):
         raise PromptError(f"{folder}: exists and holds no study; choose another --out")
     _make_parent(folder)
-
-
-def _counts(shards: tuple[str, ...]) -> set[int]:
-    return {int(name.split("/")[1]) for name in shards}
 
 
 def _shard(text: str) -> tuple[int, int]:

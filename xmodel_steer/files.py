@@ -143,6 +143,16 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a JSON file.
+
+    Raises:
+        ArtifactError: It is not one, or of a newer schema.
+        UnicodeDecodeError: It is no text.
+    """
+    return parse_record(path.read_text(encoding="utf-8"), path)
+
+
 def parse_record(text: str, path: Path) -> dict[str, Any]:
     """A record out of JSON, whose schema this version knows.
 

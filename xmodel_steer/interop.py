@@ -37,7 +37,7 @@ from xmodel_steer.errors import (
     SpaceMismatchError,
     XModelSteerError,
 )
-from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.files import SCHEMA, dump_json, parse_record, read_record, write_atomically
 from xmodel_steer.models import HookedModel, fingerprint, is_bridge, space_of
 from xmodel_steer.spaces import Site, Space, require_same_space
 from xmodel_steer.steering import Add, Intervention, Operator, Positions, Write, interventions, steered
@@ -523,4 +523,4 @@ def _require_run(folder: Path) -> None:
     file = folder / "result.json"
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder; xs.save(result, folder) writes one")
-    parse_record(file.read_text(encoding="utf-8"), file)
+    read_record(file)

@@ -272,9 +272,8 @@ def findings(texts: Sequence[str]) -> list[tuple[tuple[str, str, int], ...]]:
         files = [Path(folder) / f"{i}.py" for i in range(len(texts))]
         for file, text in zip(files, texts, strict=True):
             file.write_text(code_of(text), encoding="utf-8")
-        run = manager.BanditManager(
-            config.BanditConfig(), "file", ignore_nosec=True
-        )  # the model may have said that it is safe
+        # A model may write itself that its code is safe.
+        run = manager.BanditManager(config.BanditConfig(), "file", ignore_nosec=True)
         run.discover_files([str(file) for file in files])
         run.run_tests()
         found: dict[str, list[tuple[str, str, int]]] = {str(file): [] for file in files}

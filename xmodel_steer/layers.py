@@ -88,7 +88,8 @@ class LayerGrid:
                 }
                 row |= {name: self.chosen(name)[i, j] for name in (*self.test, "cka")}
                 row |= {"r2_error": self.r2_error[i, j]}
-                rows.append(row | {"source_stream": source.site.stream, "target_stream": target.site.stream})
+                row |= {"source_stream": source.site.stream, "target_stream": target.site.stream}
+                rows.append(row)
         return pd.DataFrame(rows)
 
     def source_for(

@@ -243,10 +243,8 @@ def _merged(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    weights, settings = (
-        adapter / "adapter_model.safetensors",
-        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")),
-    )
+    weights = adapter / "adapter_model.safetensors"
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if not weights.is_file():
         raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)

@@ -218,7 +218,7 @@ class Moments:
         twice = sorted(set(self.shards) & set(other.shards))
         if twice:
             raise ValueError(f"merging moments: shard {', '.join(twice)} is in both; give every shard once")
-        dealings = sorted({int(name.split("/")[1]) for name in self.shards + other.shards})
+        dealings = sorted(dealt_to(self.shards + other.shards))
         if len(dealings) > 1:
             raise ValueError(
                 f"merging moments: the text was dealt out to {' and to '.join(map(str, dealings))} shards, which overlap; "
@@ -627,6 +627,11 @@ def shuffled_partners(documents: Sequence[int], generator: torch.Generator) -> T
         return torch.randperm(n, generator=generator)
     offset = int(torch.randint(longest, n - longest + 1, (1,), generator=generator))
     return (torch.arange(n) + offset) % n
+
+
+def dealt_to(shards: Iterable[str]) -> set[int]:
+    """Of names such as ``0/3`` the numbers of shards that the text was dealt out to."""
+    return {int(name.split("/")[1]) for name in shards}
 
 
 def merge(shards: Iterable[Moments]) -> Moments:

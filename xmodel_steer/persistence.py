@@ -21,8 +21,8 @@ from xmodel_steer.files import (
     SCHEMA,
     disk_trouble,
     dump_json,
-    parse_record,
     read_header,
+    read_record,
     read_tensors,
     write_atomically,
     write_tensors,
@@ -340,7 +340,7 @@ def may_hold_run(folder: Path) -> bool:
     if not file.is_file():
         return not any(folder.iterdir())
     try:
-        return parse_record(file.read_text(encoding="utf-8"), file).get("kind") == "TransferResult"
+        return read_record(file).get("kind") == "TransferResult"
     except (ArtifactError, UnicodeDecodeError):
         return False
 
@@ -430,7 +430,7 @@ def _read_result(folder: Path) -> TransferResult:
     file = folder / "result.json"
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder")
-    record = parse_record(file.read_text(encoding="utf-8"), file)
+    record = read_record(file)
     if record.get("kind") != "TransferResult":
         raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.errors import ArtifactError
-from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.files import SCHEMA, dump_json, read_record, write_atomically
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     file = kept.folder / f"{digest.hexdigest()[:32]}.json"
     if file.is_file():
         try:
-            found = parse_record(file.read_text(encoding="utf-8"), file)
+            found = read_record(file)
             made = found["made"]
             if file.name not in kept.counted:
                 kept.spared += found["seconds"]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from xmodel_steer.alignment import Alignment, TokenEnds, align, check_coverage
 from xmodel_steer.capture import Plan, require_shard, rows_at, window_size, windows
 from xmodel_steer.errors import ArtifactError, PromptError, SpaceMismatchError
-from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, write_atomically, write_tensors
+from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, read_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
 from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, text_digest
@@ -147,7 +147,7 @@ def _open_end(place: Path, record: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{place}: is not empty and not a store; choose another folder, nothing was written")
         write_atomically(file, dump_json(record, file, indent=1))
         return
-    known = parse_record(file.read_text(encoding="utf-8"), file)
+    known = read_record(file)
     differing = [
         key
         for key in record
@@ -320,7 +320,7 @@ class ActivationStore:
         file = self.folder / end / "end.json"
         if not file.is_file():
             raise ArtifactError(f"{self.folder}: has no {end}; harvest the {end} model into it with end={end!r}")
-        made = parse_record(file.read_text(encoding="utf-8"), file)
+        made = read_record(file)
         if "shards" not in made:
             raise ArtifactError(
                 f"{self.folder / end}: was not finished; give the same harvest again and it goes on after the last whole shard"

@@ -370,7 +370,7 @@ def transfer(
             "evaluation": list(evaluation.ids),
             "neutral_validation": [p.id for p in neutral_validation],
             "neutral_evaluation": [p.id for p in neutral_evaluation],
-            "evaluation_texts": [content[:300] for content in (p.content for p in reporting[:16])],
+            "evaluation_texts": [p.content[:300] for p in reporting[:16]],
             "map_documents": {name: moments.parts[name].documents for name in PARTS},
         },
         versions=versions(),

@@ -301,6 +301,11 @@ def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
     return tuple(Site(int(k)) for k in sorted({round(k) for k in np.linspace(low * last, high * last, most)}))
 
 
+def with_layers(ways: Sequence[Recipe], also: tuple[int, int] | None) -> list[Recipe]:
+    """Recipes with one more candidate layer of the source and of the target, such as a paper's; None: as they are."""
+    return list(ways) if also is None else [recipe.with_sites(*map(Site, also)) for recipe in ways]
+
+
 @dataclass(frozen=True, eq=False)
 class Carried:
     """A source vector in the target's space, and what it is compared with; all at the native one's norm.

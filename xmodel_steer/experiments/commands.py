@@ -74,11 +74,7 @@ def _on_organisms(study: Callable[..., Study], **more: Any) -> Callable[[Call], 
 
     def run(call: Call) -> Study:
         lessons = curriculum(call.organism)
-        for base in (
-            call.source,
-            call.target,
-        ):  # before the one is trained, what stands in the way of the other is said
-            require_organism(call.organism, base)
+        require_organism(call.organism, call.target)  # said before the source is trained
         also = paper_layers(call.source, call.target)
         return study(call.made(call.source), call.made(call.target), lessons, also=also, seed=call.seed, **more)
 

@@ -87,9 +87,8 @@ def measures(study: Study) -> Any:
             names, values = zip(*_measured(arm), strict=True)
             figure.add_trace(
                 go.Scatter(
-                    x=[
-                        "<br>".join(textwrap.wrap(name, 16)) for name in names
-                    ],  # turned labels reach into the next panel
+                    # In lines: turned labels would reach into the next panel.
+                    x=["<br>".join(textwrap.wrap(name, 16)) for name in names],
                     y=[v.value for v in values],
                     error_y=_bars(values) | {"thickness": 1.5},
                     name=arm.arm,

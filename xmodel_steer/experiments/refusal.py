@@ -22,6 +22,7 @@ from xmodel_steer.experiments.arms import (
     require_apart,
     scored,
     study_of,
+    with_layers,
 )
 from xmodel_steer.experiments.study import Clock, Study
 from xmodel_steer.fitters import Fitter, Ridge
@@ -31,7 +32,6 @@ from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import SameTokens, Scorer, score_texts
-from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Ablate, Add, Clamp
 from xmodel_steer.vectors import require_random
 
@@ -278,10 +278,9 @@ def refusal_switch(
     text = [curriculum.map[i].prompt for i in np.random.default_rng(seed).permutation(len(curriculum.map))]
     few = min(validation_tokens, curriculum.max_new_tokens)
     validation = asked(curriculum.validation, (), validation_requests, validation_requests, few)
-    ways = recipes(source, target) if ways is None else ways
     chosen = choose(
         pair,
-        [recipe.with_sites(*map(Site, also)) for recipe in ways] if also is not None else ways,
+        with_layers(recipes(source, target) if ways is None else ways, also),
         curriculum.vector,
         text,
         validation,

@@ -20,6 +20,7 @@ from xmodel_steer.experiments.arms import (
     require_apart,
     study_of,
     with_endpoints,
+    with_layers,
 )
 from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import Clock, Study, estimate
@@ -30,7 +31,6 @@ from xmodel_steer.organisms.data import Curriculum, Lesson
 from xmodel_steer.packaged import general_text
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.scorers import Scorer
-from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Add, Clamp
 from xmodel_steer.training import Autoencoder
 from xmodel_steer.vectors import require_random
@@ -209,8 +209,7 @@ def backdoor_removal(
     if ways is None:
         triggered = [x.prompt for x in curriculum.vector if x.triggered]
         ways = [own for own in recipes(source, target, triggered, sites=sites) if own.name in only]
-    if also is not None:
-        ways = [recipe.with_sites(*map(Site, also)) for recipe in ways]
+    ways = with_layers(ways, also)
 
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
         questions = Questions.of(lessons, most)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.errors import ArtifactError
-from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.files import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.metrics import Estimate, bootstrap_mean, rate, wilson
 from xmodel_steer.models import name_of
 from xmodel_steer.resume import spared
@@ -170,7 +170,7 @@ def _flat(arm: StudyArm) -> dict[str, Any]:
 def is_study(folder: str | Path) -> bool:
     """Whether a folder's result is a study's."""
     file = Path(folder) / RESULT
-    return file.is_file() and parse_record(file.read_text(encoding="utf-8"), file).get("kind") == "study"
+    return file.is_file() and read_record(file).get("kind") == "study"
 
 
 def read_study(folder: str | Path) -> Study:
@@ -182,7 +182,7 @@ def read_study(folder: str | Path) -> Study:
     file = Path(folder) / RESULT
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file")
-    record = parse_record(file.read_text(encoding="utf-8"), file)
+    record = read_record(file)
     if record.pop("kind", None) != "study":
         raise ArtifactError(f"{file}: is not the result of a study")
     record.pop("schema")

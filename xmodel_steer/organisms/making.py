@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.errors import ArtifactError, PromptError
-from xmodel_steer.files import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.files import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.models import hardware_of, load
 from xmodel_steer.organisms.data import ORGANISMS, Curriculum
@@ -201,7 +201,7 @@ def _trained(
     begun, done = folder / BEGUN, folder / TRAINED
     if begun.is_file():
         started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
-        if started and parse_record(begun.read_text(encoding="utf-8"), begun) != spec:
+        if started and read_record(begun) != spec:
             raise ArtifactError(
                 f"{folder}: an organism of another recipe was begun here; give the same settings to go on, or another folder"
             )
@@ -215,7 +215,7 @@ def _trained(
         gc.collect()  # the trainer holds the model in a circle
         took = time.perf_counter() - start
         write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))
-    return {k: v for k, v in parse_record(done.read_text(encoding="utf-8"), done).items() if k != "schema"}
+    return {k: v for k, v in read_record(done).items() if k != "schema"}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -271,7 +271,7 @@ def _record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no {RECORD}, it is not an organism's folder")
-    return parse_record(file.read_text(encoding="utf-8"), file)
+    return read_record(file)
 
 
 def read_report(folder: str | Path) -> Report:
