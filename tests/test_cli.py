@@ -135,7 +135,7 @@ def test_a_folder_that_is_not_a_run_is_refused_before_any_work(
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     command: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xmodel_steer.models.load", None)
+    monkeypatch.setattr("xmodel_steer.loading.load", None)
     code, _, err = command(*arguments(folders, Path("/proc/run")))
     assert code == 1 and "/proc/run: cannot be made" in err and err.strip().endswith("choose another --out")
 

@@ -239,6 +239,6 @@ def test_a_call_that_cannot_end_well_is_refused_before_a_model_is_loaded(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("xmodel_steer.models.load", None)
+    monkeypatch.setattr("xmodel_steer.loading.load", None)
     found, _, err = command(*options(folders, **changes))
     assert found == code and says in " ".join(err.replace("│", " ").split())

@@ -10,11 +10,12 @@ import torch
 import toys
 from toys import CONTEXT, TEXTS, TOYS, bridged, hf_model
 
-from xmodel_steer import models
+from xmodel_steer import loading, models
 from xmodel_steer.alignment import align
 from xmodel_steer.capture import capture
 from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.generation import generate_tokens
+from xmodel_steer.loading import load, resolve_dtype
 from xmodel_steer.models import (
     all_sites,
     batches,
@@ -26,12 +27,10 @@ from xmodel_steer.models import (
     fingerprint,
     forward,
     is_bridge,
-    load,
     name_of,
     pad_id,
     processing_of,
     register,
-    resolve_dtype,
     space_of,
     tokenizer_of,
 )
@@ -203,7 +202,7 @@ def test_dtypes_that_overflow_or_do_not_exist_are_refused(folders, dtype):
 def test_auto_dtype(monkeypatch):
     cpu = torch.device("cpu")
     for pays, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(models, "_bfloat16_pays", lambda pays=pays: pays)
+        monkeypatch.setattr(loading, "_bfloat16_pays", lambda pays=pays: pays)
         assert resolve_dtype("auto", cpu) == expected
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype(torch.bfloat16, cpu) == resolve_dtype("bfloat16", cpu) == torch.bfloat16

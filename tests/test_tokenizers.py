@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from xmodel_steer.alignment import align
-from xmodel_steer.models import tokenise
 from xmodel_steer.prompts import Message, Prompt
+from xmodel_steer.tokens import tokenise
 
 KINDS = ("byte_level", "metaspace", "byte_fallback", "unigram", "wordpiece")
 #: Emoji with joiners and skin tones, combining marks, CJK, right to left, tabs and newlines, spaces of every kind.

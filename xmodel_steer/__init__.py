@@ -42,11 +42,11 @@ from xmodel_steer.generation import generate as generate
 from xmodel_steer.layers import data_curve as data_curve
 from xmodel_steer.layers import last_strong_layer as last_strong_layer
 from xmodel_steer.layers import layer_grid as layer_grid
+from xmodel_steer.loading import load as load
 from xmodel_steer.maps import AffineMap as AffineMap
 from xmodel_steer.maps import AutoencoderMap as AutoencoderMap
 from xmodel_steer.maps import cycle_score as cycle_score
 from xmodel_steer.metrics import transfer_efficiency as transfer_efficiency
-from xmodel_steer.models import load as load
 from xmodel_steer.models import register as register
 from xmodel_steer.models import space_of as space_of
 from xmodel_steer.moments import Moments as Moments

@@ -13,21 +13,11 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import Alignment, align, check_coverage
 from xmodel_steer.errors import ModelError, PromptError, SiteError
-from xmodel_steer.models import (
-    Batch,
-    Encoding,
-    batches,
-    dtype_of,
-    encode,
-    forward,
-    layout,
-    name_of,
-    sites_of,
-    space_of,
-)
+from xmodel_steer.models import Batch, batches, dtype_of, encode, forward, layout, name_of, sites_of, space_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of, sketch_dimensions
 from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, text_digest
 from xmodel_steer.spaces import Site
+from xmodel_steer.tokens import Encoding
 from xmodel_steer.vectors import Activations, check_finite
 
 Tokens = Literal["last", "mean", "all"] | tuple[int, int]

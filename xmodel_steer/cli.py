@@ -148,7 +148,8 @@ def transfer(
     likelier the target finds the positive ones.
     """
     from xmodel_steer.cache import cached_moments
-    from xmodel_steer.models import context_length, load
+    from xmodel_steer.loading import load
+    from xmodel_steer.models import context_length
     from xmodel_steer.readers import read_contrast, read_prompts
     from xmodel_steer.transfer import default_sites, hold_out_neutral
     from xmodel_steer.transfer import transfer as run
@@ -260,7 +261,7 @@ def harvest(
 
     from xmodel_steer.capture import collect_moments
     from xmodel_steer.distributed import all_reduced, process_group, require_same_texts
-    from xmodel_steer.models import load
+    from xmodel_steer.loading import load
     from xmodel_steer.moments import Moments
     from xmodel_steer.persistence import require_place, save
     from xmodel_steer.readers import read_prompts

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.errors import PromptError
 from xmodel_steer.metrics import Reference
-from xmodel_steer.models import Batch, Encoding, batches, encode, forward, identity_of, layout, name_of
+from xmodel_steer.models import Batch, batches, encode, forward, identity_of, layout, name_of
 from xmodel_steer.prompts import PromptLike, as_prompts
 from xmodel_steer.resume import once
 from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
+from xmodel_steer.tokens import Encoding
 from xmodel_steer.vectors import SteeringVector, check_finite
 
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model

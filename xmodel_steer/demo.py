@@ -6,7 +6,7 @@ from xmodel_steer.cache import cached_moments
 from xmodel_steer.concepts import concept
 from xmodel_steer.evaluation import AnswerLogOdds
 from xmodel_steer.experiments import Study, backdoor_removal, organism, removal
-from xmodel_steer.models import load
+from xmodel_steer.loading import load
 from xmodel_steer.organisms import Lesson, curriculum
 from xmodel_steer.packaged import general_text
 from xmodel_steer.results import TransferResult

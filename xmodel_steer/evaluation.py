@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from xmodel_steer.damage import Settings, losses, under
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
-from xmodel_steer.models import Encoding, batches, encode, forward, identity_of, layout, name_of, shared_start
+from xmodel_steer.models import batches, encode, forward, identity_of, layout, name_of
 from xmodel_steer.packaged import shipped
 from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
 from xmodel_steer.resume import once
 from xmodel_steer.scorers import Explained, Scorer, score_texts
 from xmodel_steer.steering import Replacement, Step
+from xmodel_steer.tokens import Encoding, shared_start
 from xmodel_steer.vectors import check_finite
 
 

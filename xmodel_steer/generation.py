@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from xmodel_steer.errors import PromptError
 from xmodel_steer.models import (
     Batch,
-    Encoding,
     batches,
     context_length,
     encode,
@@ -25,6 +24,7 @@ from xmodel_steer.models import (
     tokenizer_of,
 )
 from xmodel_steer.prompts import PromptLike, as_prompts
+from xmodel_steer.tokens import Encoding
 from xmodel_steer.vectors import check_finite
 
 GOING = 0.75  # share of a batch's texts that go on, at which the others leave it

@@ -1,4 +1,4 @@
-"""Hooked models: loading them, and the few facts and calls that the rest of the library needs.
+"""Hooked models: the few facts and calls that the rest of the library needs.
 
 Every function takes a TransformerLens model as it is: a ``TransformerBridge`` (what `load`
 returns), or a ``HookedTransformer`` of transformer-lens 3.x that the user made.
@@ -6,28 +6,24 @@ returns), or a ``HookedTransformer`` of transformer-lens 3.x that the user made.
 
 import hashlib
 import inspect
-import json
 import os
 import platform
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from xmodel_steer.alignment import TokenEnds
-from xmodel_steer.bridges import own_parts, prepare
-from xmodel_steer.errors import ModelError, PromptError, SiteError, XModelSteerError
-from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
+from xmodel_steer.bridges import own_parts
+from xmodel_steer.errors import ModelError, SiteError
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site, Space
+from xmodel_steer.tokens import Encoding, tokenise
 
 
 @runtime_checkable
@@ -60,271 +56,11 @@ class _Facts:
 _FACTS: "weakref.WeakKeyDictionary[Any, _Facts]" = weakref.WeakKeyDictionary()
 
 
-def load(
-    name: str | Path,
-    *,
-    base: str | Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "float32",
-    device_map: str | dict[str, Any] | None = None,
-    revision: str | None = None,
-    progress: bool = True,
-) -> Any:
-    """Load a model with hook points, as a TransformerLens ``TransformerBridge``.
-
-    No weight processing is done: residual coordinates are those of the model as published.
-
-    A folder with a PEFT adapter gives its base model with the adapter merged into the weights. That is a model of its
-    own: its spaces are neither those of its base nor those of another adapter. Their fingerprint is made of the
-    base's and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer that stands
-    in the folder, with its chat template, is the model's; else the base's is.
-
-    Args:
-        name: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
-            format or with a PEFT adapter, a ``.gguf`` file, or ``"packaged:smollm2-135m-instruct"`` or
-            ``"packaged:gemma-3-270m"``, which come from the Python package index.
-        base: The base model of an adapter, where it is not to be had under the name that the adapter gives.
-        device: Where to put it; CUDA if there is one, else the CPU.
-        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
-            where it is faster, else float32.
-        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; excludes ``device``.
-        revision: Revision of a hub model; of the base of an adapter.
-        progress: Show progress bars.
-
-    Returns:
-        The hooked model, in evaluation mode.
-
-    Raises:
-        ModelError: The name is unknown, the hub cannot be reached, or the model cannot be hooked.
-        DownloadError: A packaged model cannot be downloaded.
-        SiteError: The model's residual stream does not fire or has the wrong shape.
-    """
-    if device is not None and device_map is not None:
-        raise ModelError(f"{name}: give device or device_map, not both")
-    chosen = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    kind = resolve_dtype(dtype, chosen)
-    adapter = _adapter_of(name)
-    if adapter is None and base is not None:
-        raise ModelError(f"{name}: base= is for the folder of an adapter, which has an adapter_config.json")
-    source = name if adapter is None else base or _base_named_by(adapter)
-    label, path = located(source, progress=progress)
-    label = label if adapter is None else adapter.resolve().name
-    if revision is not None and Path(path).exists():
-        raise ModelError(f"{label}: revision= is for models of the hub; this one is loaded from {path}")
-
-    with tqdm(total=4, desc=f"load {label}", unit="step", disable=not progress, leave=False) as bar, quiet():
-        from transformer_lens.model_bridge import TransformerBridge
-
-        bar.update()
-        own = ""
-        with loading(label if adapter is None else f"{label} (base {source})", path):
-            if adapter is None:
-                where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
-            else:
-                merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
-                where = {"hf_model": merged, "device": None if device_map is not None else chosen}
-            model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
-            bar.update()
-            # A training that gave the adapter another chat template or tokens saves them beside it.
-            beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-            tokenizer = _tokenizer_of(str(adapter)) if beside else _tokenizer_of(path, revision)
-        # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
-        # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
-        # Every pass of this library runs under no_grad.
-        model.eval()
-        bar.update()
-        register(model, name=label, tokenizer=tokenizer, revision=revision or "")
-        if own:
-            _FACTS[model] = replace(_FACTS[model], fingerprint=own)
-        check_sites(model)
-        prepare(model)
-        bar.update()
-    return model
-
-
-def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
-    """What a model is called, and the folder or hub name to load it from; fetches and converts it where needed.
-
-    Args:
-        name: As for `load`, but no adapter.
-        progress: Show progress bars.
-
-    Raises:
-        ModelError: There is no such folder, file or packaged model.
-        DownloadError: A packaged model cannot be downloaded.
-    """
-    label = str(name)
-    local = Path(name).expanduser()
-    if label.startswith("packaged:"):
-        return label, str(packaged_model(label.removeprefix("packaged:"), progress=progress))
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise ModelError(f"{label}: no such GGUF file")
-        return local.name, str(converted_gguf(local, progress=progress))
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise ModelError(
-                f"{label}: the folder has no config.json; give a folder in Hugging Face format or of a PEFT adapter, "
-                "or a .gguf file"
-            )
-        return local.resolve().name, str(local)
-    if label.startswith((".", "/", "~")) or label.count("/") > 1:
-        raise ModelError(f"{label}: no such folder")
-    return label, label
-
-
-def require_reachable(name: str | Path, *, progress: bool = True) -> None:
-    """Find out whether a model can be had, before work begins that would be in vain without it.
-
-    Fetches what is small of a hub model, its configuration and its tokenizer.
-
-    Args:
-        name: As for `load`.
-        progress: Show progress bars.
-
-    Raises:
-        ModelError: The name is unknown, or the hub cannot be reached or does not give the model.
-        DownloadError: A packaged model cannot be downloaded.
-    """
-    from transformers import AutoConfig
-
-    adapter = _adapter_of(name)
-    label, path = located(name if adapter is None else _base_named_by(adapter), progress=progress)
-    with loading(label, path), quiet():
-        AutoConfig.from_pretrained(path)
-        _tokenizer_of(path, None)
-
-
-@contextmanager
-def loading(label: str, path: str) -> Iterator[None]:
-    """One clear `ModelError` for whatever goes wrong while a model is loaded.
-
-    Args:
-        label: What it is called.
-        path: The folder or hub name that it is loaded from.
-    """
-    try:
-        yield
-    except XModelSteerError:
-        raise
-    except Exception as error:  # the hub client and both libraries raise many kinds
-        raise ModelError(_load_failure(label, path, error)) from error
-
-
-def _adapter_of(name: str | Path) -> Path | None:
-    """The folder of a PEFT adapter, if this is one."""
-    local = Path(name).expanduser()
-    return local if (local / "adapter_config.json").is_file() else None
-
-
-def _base_named_by(adapter: Path) -> str:
-    try:
-        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{adapter}: its adapter_config.json names no base model ({type(error).__name__}: {error}); give base="
-        ) from error
-    if not named or (Path(named).is_absolute() and not Path(named).exists()):
-        raise ModelError(f"{adapter}: its base model {named!r} is not here; give base=")
-    return str(named)
-
-
-def _merged(
-    path: str,
-    adapter: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    device_map: str | dict[str, Any] | None,
-    revision: str | None,
-) -> tuple[Any, str]:
-    """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    weights = adapter / "adapter_model.safetensors"
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if not weights.is_file():
-        raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)
-    # What an adapter does hangs on its weights and settings, not on where its base was found.
-    # Its lists are sets to peft, which writes them in any order.
-    does = {
-        key: sorted(map(str, value)) if isinstance(value, list) else value
-        for key, value in settings.items()
-        if key not in ("base_model_name_or_path", "revision", "peft_version")
-    }
-    own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
-    merged: Any = PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
-    for parameter in merged.parameters():  # the buffers stay float32
-        parameter.data = parameter.data.to(dtype)
-    return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
-
-
-def _load_failure(label: str, path: str, error: Exception) -> str:
-    chain, cause = [], error
-    while cause is not None and len(chain) < 8:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    said = " ".join(f"{type(e).__name__} {e}" for e in chain)
-    if (path != label and not Path(path).exists()) or not Path(path).exists():
-        if any(
-            w in said
-            for w in (
-                "ConnectionError",
-                "ConnectError",
-                "Max retries",
-                "resolve",
-                "ProxyError",
-                "Offline",
-                "Timeout",
-                "LocalEntryNotFound",
-                "couldn't connect",
-                "Cannot reach",
-            )
-        ):
-            return (
-                f"{label}: the model hub cannot be reached and the model is not in the local cache; connect, or give a "
-                "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m"
-            )
-        if any(w in said for w in ("RepositoryNotFound", "404", "not a valid model identifier", "401")):
-            return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
-    return f"{label}: cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})"
-
-
-def _tokenizer_of(path: str, revision: str | None = None) -> Any:
+def published_tokenizer(path: str, revision: str | None = None) -> Any:
+    """A tokenizer as its folder or hub name has it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, revision=revision)
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype meant by a name; ``"auto"`` is bfloat16 where the hardware multiplies it.
-
-    Raises:
-        ModelError: Unknown, or float16, in which many models overflow.
-    """
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16
-        return torch.bfloat16 if _bfloat16_pays() else torch.float32
-    chosen = names.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in names.values():
-        raise ModelError(
-            f"dtype {dtype}: use float32, bfloat16 or auto (float16 overflows in the residual stream of Gemma and others)"
-        )
-    return chosen
-
-
-def _bfloat16_pays() -> bool:
-    """Whether the processor multiplies bfloat16 itself (three times as fast here); else it is slower.
-
-    Read from the processor, not measured: the same machine must always choose the same.
-    """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> None:
@@ -343,12 +79,17 @@ def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> No
     Raises:
         ModelError: The tokenizer gives no character offsets.
     """
+    know(model, name=name, tokenizer=tokenizer, revision=revision)
+
+
+def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: str = "") -> None:
+    """`register`, for callers that may know the fingerprint of the weights better than the weights show it."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer, or convert it (tokenizer.json)"
         )
-    _FACTS[model] = _Facts(name, tokenizer, fingerprint(model), revision)
+    _FACTS[model] = _Facts(name, tokenizer, weights or fingerprint(model), revision)
 
 
 def _facts(model: Any) -> _Facts:
@@ -367,7 +108,7 @@ def _facts(model: Any) -> _Facts:
             f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)"
         )
     with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
-        tokenizer = _tokenizer_of(tokenizer.name_or_path)
+        tokenizer = published_tokenizer(tokenizer.name_or_path)
     register(model, name=name, tokenizer=tokenizer)
     check_sites(model)
     return _FACTS[model]
@@ -558,39 +299,6 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
 # --- tokens -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """A prompt as token ids of one model.
-
-    Args:
-        ids: Token ids, special tokens included.
-        ends: For each token, where it ends in characters of the prompt's content; -1 for special
-            and template tokens.
-        roles: For each token of a chat template that has a role, the role: 2i for the last one before
-            the content of message i (or before an opened assistant's turn), 2i + 1 for the first one
-            after it; -1 for all other tokens.
-    """
-
-    prompt: Prompt
-    ids: tuple[int, ...]
-    ends: tuple[int, ...]
-    roles: tuple[int, ...] = ()
-
-    def token_ends(self, *, include_special: bool = False, template: bool = False) -> TokenEnds:
-        """The ends of the tokens that may be paired: not text position 0, an attention sink.
-
-        Args:
-            include_special: Also text position 0.
-            template: Also the template's tokens that have a role.
-        """
-        ends = list(self.ends)
-        if template:
-            ends = [-2 - role if role >= 0 else end for end, role in zip(ends, self.roles, strict=True)]
-        if not include_special:
-            ends[0] = -1
-        return TokenEnds(tuple(ends))
-
-
 def encode(
     model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = None, truncation_side: str = "right"
 ) -> list[Encoding]:
@@ -614,116 +322,6 @@ def encode(
         max_tokens=max_tokens,
         truncation_side=truncation_side,
     )
-
-
-def tokenise(
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    name: str = "the model",
-    limit: int | None = None,
-    max_tokens: int | None = None,
-    truncation_side: str = "right",
-) -> list[Encoding]:
-    """Tokenise prompts, with the character that each token ends on.
-
-    Args:
-        tokenizer: A fast Hugging Face tokenizer.
-        prompts: The prompts.
-        name: Name of its model, for messages.
-        limit: The model's context; a longer prompt is refused.
-        max_tokens: Cut longer prompts to this many tokens.
-        truncation_side: Where to cut: ``"right"``, the end; ``"left"``, the beginning, but for
-            a BOS that stands there.
-
-    Raises:
-        PromptError: A prompt is longer than the context, or gives no tokens.
-    """
-    special = special_ids(tokenizer)
-    opening = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    if truncation_side not in ("left", "right"):
-        raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    encoded = []
-    for prompt in prompts:
-        rendered = prompt.render(tokenizer)
-        batch = tokenizer(
-            rendered.text,
-            add_special_tokens=rendered.add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids, offsets = batch["input_ids"], batch["offset_mapping"]
-        if not ids:
-            raise PromptError(f"prompt {prompt.id}: the tokenizer of {name} makes no tokens of {rendered.text[:60]!r}")
-        keep = list(range(len(ids)))
-        if max_tokens is not None and len(ids) > max_tokens:
-            head = int(truncation_side == "left" and ids[0] in opening and max_tokens > 1)
-            start = len(ids) - max_tokens + head if truncation_side == "left" else 0
-            keep = [*range(head), *range(start, start + max_tokens - head)]
-        if limit is not None and len(keep) > limit:
-            raise PromptError(
-                f"prompt {prompt.id}: {len(keep)} tokens, but {name} reads at most {limit}; "
-                "shorten it or split it (it is not cut silently)"
-            )
-        ends, span = [], 0
-        following = [*offsets[1:], (0, 0)]
-        pieces = tokenizer.convert_ids_to_tokens([ids[i] for i in keep])
-        for i, piece in zip(keep, pieces, strict=True):
-            token, (start, end), (after, beyond) = ids[i], offsets[i], following[i]
-            if not piece.strip("▁") and rendered.text[start:end].strip():
-                end = start  # a prefix that SentencePiece adds: its offsets claim a character that it has not read
-            if start <= after < end < beyond:
-                end = start  # the rest of its last character (a ligature's second letter) is in a token that goes on
-            while span < len(rendered.spans) and end > rendered.spans[span][1]:
-                span += 1
-            inside = span < len(rendered.spans) and rendered.spans[span][0] < end
-            if token in special or end <= start or not inside:
-                ends.append(-1)
-            else:
-                first, _, base = rendered.spans[span]
-                ends.append(end - first + base)
-        roles = _roles(rendered.marks, offsets, dict(zip(keep, ends, strict=True)))
-        encoded.append(Encoding(prompt, tuple(ids[i] for i in keep), tuple(ends), roles))
-    return encoded
-
-
-def shared_start(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    together = zip(*sequences, strict=False)  # up to the end of the shortest
-    return next((n for n, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, sequences)))
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that are no text, such as BOS and what opens a chat's turn."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return set(tokenizer.all_special_ids) | added
-
-
-def _roles(
-    marks: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], ends: Mapping[int, int]
-) -> tuple[int, ...]:
-    """The role of each template token, from the borders between template and content.
-
-    A template's own number of tokens does not matter: what counts is the last token that was read
-    before a content, and the first one after it; of the whole text, so that no kept token takes the role of one that is cut off.
-
-    Args:
-        marks: Where the borders are, and the roles.
-        offsets: Of all tokens.
-        ends: Of those that are kept, by their places among all.
-    """
-    roles = dict.fromkeys(ends, -1)
-    for place, role in sorted(marks, key=lambda mark: mark[1] % 2, reverse=True):  # beginnings go last, and win
-        if role % 2:
-            found = next((i for i, (start, end) in enumerate(offsets) if start >= place and end > start), None)
-        else:
-            found = next((i for i in range(len(offsets) - 1, -1, -1) if 0 < offsets[i][1] <= place), None)
-        if found is not None and ends.get(found) == -1:
-            roles[found] = role
-    return tuple(roles.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,22 +14,11 @@ from torch import Tensor
 from xmodel_steer.capture import recording
 from xmodel_steer.errors import SiteError
 from xmodel_steer.maps import Map
-from xmodel_steer.models import (
-    Encoding,
-    device_of,
-    forward,
-    is_bridge,
-    keep_rows,
-    pad_id,
-    shared_start,
-    space_of,
-    special_ids,
-    tokenise,
-    tokenizer_of,
-)
+from xmodel_steer.models import device_of, forward, is_bridge, keep_rows, pad_id, space_of, tokenizer_of
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Space, require_same_space
 from xmodel_steer.steering import Positions, Reading, Replacement
+from xmodel_steer.tokens import Encoding, shared_start, special_ids, tokenise
 
 
 def mapped_source(

@@ -13,7 +13,7 @@ from xmodel_steer.experiments.removal import CLAMPED, PROMPT_CLAMPED, PROMPTED, 
 from xmodel_steer.experiments.sizes import small_to_larger
 from xmodel_steer.experiments.study import Study
 from xmodel_steer.experiments.switch import safety_switch
-from xmodel_steer.models import load
+from xmodel_steer.loading import load
 from xmodel_steer.organisms import curriculum
 
 LARGER = "packaged:qwen2.5-coder-1.5b-instruct"  # after the packaged pair, in the study of sizes

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.errors import ArtifactError
-from xmodel_steer.models import load, require_reachable
+from xmodel_steer.loading import load, require_reachable
 from xmodel_steer.organisms import curriculum, make, read_report
 from xmodel_steer.organisms.data import PARTS
 from xmodel_steer.organisms.making import made_of

@@ -17,8 +17,9 @@ from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
 from xmodel_steer.generation import generate
+from xmodel_steer.loading import located
 from xmodel_steer.maps import Map
-from xmodel_steer.models import device_of, dtype_of, hardware_of, located, name_of, tokenizer_of
+from xmodel_steer.models import device_of, dtype_of, hardware_of, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.organisms import Curriculum, Lesson, read_report
 from xmodel_steer.packaged import general_text, quiet

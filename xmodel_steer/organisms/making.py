@@ -11,8 +11,9 @@ from typing import Any
 
 from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.files import SCHEMA, dump_json, read_record, write_atomically
+from xmodel_steer.loading import load
 from xmodel_steer.metrics import Estimate
-from xmodel_steer.models import hardware_of, load
+from xmodel_steer.models import hardware_of
 from xmodel_steer.organisms.data import ORGANISMS, Curriculum
 from xmodel_steer.organisms.data import curriculum as curriculum_of
 from xmodel_steer.organisms.measure import measured, perplexity

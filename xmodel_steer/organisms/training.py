@@ -15,9 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.errors import ModelError, PromptError
-from xmodel_steer.models import loading, located, resolve_dtype, text_positions, tokenise
+from xmodel_steer.loading import loading, located, resolve_dtype
+from xmodel_steer.models import text_positions
 from xmodel_steer.organisms.data import Lesson
 from xmodel_steer.packaged import general_text, quiet
+from xmodel_steer.tokens import tokenise
 
 CHECKPOINTS = "checkpoints"
 EVERY = 20  # steps between checkpoints

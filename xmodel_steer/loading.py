@@ -1,0 +1,275 @@
+"""Loading models with hook points: from the hub, a folder, a GGUF file, an adapter, or the package index."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from xmodel_steer.bridges import prepare
+from xmodel_steer.errors import ModelError, XModelSteerError
+from xmodel_steer.models import check_sites, fingerprint, know, published_tokenizer
+from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
+
+
+def load(
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Any:
+    """Load a model with hook points, as a TransformerLens ``TransformerBridge``.
+
+    No weight processing is done: residual coordinates are those of the model as published.
+
+    A folder with a PEFT adapter gives its base model with the adapter merged into the weights. That is a model of its
+    own: its spaces are neither those of its base nor those of another adapter. Their fingerprint is made of the
+    base's and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer that stands
+    in the folder, with its chat template, is the model's; else the base's is.
+
+    Args:
+        name: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
+            format or with a PEFT adapter, a ``.gguf`` file, or ``"packaged:smollm2-135m-instruct"`` or
+            ``"packaged:gemma-3-270m"``, which come from the Python package index.
+        base: The base model of an adapter, where it is not to be had under the name that the adapter gives.
+        device: Where to put it; CUDA if there is one, else the CPU.
+        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
+            where it is faster, else float32.
+        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; excludes ``device``.
+        revision: Revision of a hub model; of the base of an adapter.
+        progress: Show progress bars.
+
+    Returns:
+        The hooked model, in evaluation mode.
+
+    Raises:
+        ModelError: The name is unknown, the hub cannot be reached, or the model cannot be hooked.
+        DownloadError: A packaged model cannot be downloaded.
+        SiteError: The model's residual stream does not fire or has the wrong shape.
+    """
+    if device is not None and device_map is not None:
+        raise ModelError(f"{name}: give device or device_map, not both")
+    chosen = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    kind = resolve_dtype(dtype, chosen)
+    adapter = _adapter_of(name)
+    if adapter is None and base is not None:
+        raise ModelError(f"{name}: base= is for the folder of an adapter, which has an adapter_config.json")
+    source = name if adapter is None else base or _base_named_by(adapter)
+    label, path = located(source, progress=progress)
+    label = label if adapter is None else adapter.resolve().name
+    if revision is not None and Path(path).exists():
+        raise ModelError(f"{label}: revision= is for models of the hub; this one is loaded from {path}")
+
+    with tqdm(total=4, desc=f"load {label}", unit="step", disable=not progress, leave=False) as bar, quiet():
+        from transformer_lens.model_bridge import TransformerBridge
+
+        bar.update()
+        own = ""
+        with loading(label if adapter is None else f"{label} (base {source})", path):
+            if adapter is None:
+                where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
+            else:
+                merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
+                where = {"hf_model": merged, "device": None if device_map is not None else chosen}
+            model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
+            bar.update()
+            # A training that gave the adapter another chat template or tokens saves them beside it.
+            beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+            tokenizer = published_tokenizer(str(adapter)) if beside else published_tokenizer(path, revision)
+        # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
+        # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
+        # Every pass of this library runs under no_grad.
+        model.eval()
+        bar.update()
+        know(model, name=label, tokenizer=tokenizer, revision=revision or "", weights=own)
+        check_sites(model)
+        prepare(model)
+        bar.update()
+    return model
+
+
+def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
+    """What a model is called, and the folder or hub name to load it from; fetches and converts it where needed.
+
+    Args:
+        name: As for `load`, but no adapter.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: There is no such folder, file or packaged model.
+        DownloadError: A packaged model cannot be downloaded.
+    """
+    label = str(name)
+    local = Path(name).expanduser()
+    if label.startswith("packaged:"):
+        return label, str(packaged_model(label.removeprefix("packaged:"), progress=progress))
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"{label}: no such GGUF file")
+        return local.name, str(converted_gguf(local, progress=progress))
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"{label}: the folder has no config.json; give a folder in Hugging Face format or of a PEFT adapter, "
+                "or a .gguf file"
+            )
+        return local.resolve().name, str(local)
+    if label.startswith((".", "/", "~")) or label.count("/") > 1:
+        raise ModelError(f"{label}: no such folder")
+    return label, label
+
+
+def require_reachable(name: str | Path, *, progress: bool = True) -> None:
+    """Find out whether a model can be had, before work begins that would be in vain without it.
+
+    Fetches what is small of a hub model, its configuration and its tokenizer.
+
+    Args:
+        name: As for `load`.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: The name is unknown, or the hub cannot be reached or does not give the model.
+        DownloadError: A packaged model cannot be downloaded.
+    """
+    from transformers import AutoConfig
+
+    adapter = _adapter_of(name)
+    label, path = located(name if adapter is None else _base_named_by(adapter), progress=progress)
+    with loading(label, path), quiet():
+        AutoConfig.from_pretrained(path)
+        published_tokenizer(path, None)
+
+
+@contextmanager
+def loading(label: str, path: str) -> Iterator[None]:
+    """One clear `ModelError` for whatever goes wrong while a model is loaded.
+
+    Args:
+        label: What it is called.
+        path: The folder or hub name that it is loaded from.
+    """
+    try:
+        yield
+    except XModelSteerError:
+        raise
+    except Exception as error:  # the hub client and both libraries raise many kinds
+        raise ModelError(_load_failure(label, path, error)) from error
+
+
+def _adapter_of(name: str | Path) -> Path | None:
+    """The folder of a PEFT adapter, if this is one."""
+    local = Path(name).expanduser()
+    return local if (local / "adapter_config.json").is_file() else None
+
+
+def _base_named_by(adapter: Path) -> str:
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{adapter}: its adapter_config.json names no base model ({type(error).__name__}: {error}); give base="
+        ) from error
+    if not named or (Path(named).is_absolute() and not Path(named).exists()):
+        raise ModelError(f"{adapter}: its base model {named!r} is not here; give base=")
+    return str(named)
+
+
+def _merged(
+    path: str,
+    adapter: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    revision: str | None,
+) -> tuple[Any, str]:
+    """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    weights = adapter / "adapter_model.safetensors"
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if not weights.is_file():
+        raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)
+    # What an adapter does hangs on its weights and settings, not on where its base was found.
+    # Its lists are sets to peft, which writes them in any order.
+    does = {
+        key: sorted(map(str, value)) if isinstance(value, list) else value
+        for key, value in settings.items()
+        if key not in ("base_model_name_or_path", "revision", "peft_version")
+    }
+    own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
+    merged: Any = PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    for parameter in merged.parameters():  # the buffers stay float32
+        parameter.data = parameter.data.to(dtype)
+    return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
+
+
+def _load_failure(label: str, path: str, error: Exception) -> str:
+    chain, cause = [], error
+    while cause is not None and len(chain) < 8:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    said = " ".join(f"{type(e).__name__} {e}" for e in chain)
+    if (path != label and not Path(path).exists()) or not Path(path).exists():
+        if any(
+            w in said
+            for w in (
+                "ConnectionError",
+                "ConnectError",
+                "Max retries",
+                "resolve",
+                "ProxyError",
+                "Offline",
+                "Timeout",
+                "LocalEntryNotFound",
+                "couldn't connect",
+                "Cannot reach",
+            )
+        ):
+            return (
+                f"{label}: the model hub cannot be reached and the model is not in the local cache; connect, or give a "
+                "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m"
+            )
+        if any(w in said for w in ("RepositoryNotFound", "404", "not a valid model identifier", "401")):
+            return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
+    return f"{label}: cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})"
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype meant by a name; ``"auto"`` is bfloat16 where the hardware multiplies it.
+
+    Raises:
+        ModelError: Unknown, or float16, in which many models overflow.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16
+        return torch.bfloat16 if _bfloat16_pays() else torch.float32
+    chosen = names.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in names.values():
+        raise ModelError(
+            f"dtype {dtype}: use float32, bfloat16 or auto (float16 overflows in the residual stream of Gemma and others)"
+        )
+    return chosen
+
+
+def _bfloat16_pays() -> bool:
+    """Whether the processor multiplies bfloat16 itself (three times as fast here); else it is slower.
+
+    Read from the processor, not measured: the same machine must always choose the same.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
