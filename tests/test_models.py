@@ -160,12 +160,12 @@ def test_unknown_names_are_refused(name, says):
     ids=["no network", "unknown", "unsupported"],
 )
 def test_a_hub_failure_says_what_to_do(monkeypatch, error, says):
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig
 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(TransformerBridge, "boot_transformers", fail)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelError, match=f"nobody/model: {says}") as caught:
         load("nobody/model", device="cpu")
     assert caught.value.__cause__ is error

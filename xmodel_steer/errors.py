@@ -33,6 +33,10 @@ class ModelError(XModelSteerError, RuntimeError):
     """A model cannot be loaded, or does not have what the library needs."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds tensors that its model does not use."""
+
+
 class SiteError(ModelError):
     """A hook point is missing, did not fire, or has the wrong shape."""
 
