@@ -94,7 +94,14 @@ def load(
             else:
                 merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
                 where = {"hf_model": merged, "device": None if device_map is not None else chosen}
-            model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
+            try:
+                model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
+            except KeyError as error:
+                if device_map is None:
+                    raise
+                raise ModelError(
+                    f"{told}: device_map offloads {error} to the disk, but not the weight that it is tied to; give both one place"
+                ) from error
             bar.update()
             # A training that gave the adapter another chat template or tokens saves them beside it.
             beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
@@ -260,7 +267,7 @@ def _require_causal(model: Any) -> None:
     if logits is not None:
         one, other = logits[:, 0].float()
         rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
-        if (one - other).norm() <= rounding * one.norm():
+        if not (one - other).norm() > rounding * one.norm():  # NaN says nothing of this
             return
     raise ModelError(_no_causal(name_of(model), hugging_face.__name__))
 
@@ -331,14 +338,14 @@ def adapted(hf: Any, adapter: Path) -> Any:
         raise ModelError(
             f"{adapter}: the adapter does not fit its base: {listed({'of another shape': shapes})}. {says}"
         ) from error
-    wrong = {"missing": sorted(report.missing_keys), "not the base's": sorted(report.unexpected_keys)}
-    if any(wrong.values()):
-        raise ModelError(f"{adapter}: the adapter does not fit its base: {listed(wrong)}. {says}")
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ModelError(
             f"{adapter}: an adapter of type {model.peft_type} changes no weights that it could be merged into; "
             "give one that does, such as LoRA"
         )
+    wrong = {"missing": sorted(report.missing_keys), "not the base's": sorted(report.unexpected_keys)}
+    if any(wrong.values()):
+        raise ModelError(f"{adapter}: the adapter does not fit its base: {listed(wrong)}. {says}")
     return model
 
 
