@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.bridges import prepare
 from xmodel_steer.errors import ModelError, XModelSteerError
-from xmodel_steer.models import check_sites, fingerprint, know, published_tokenizer
+from xmodel_steer.models import check_sites, fingerprint, know, prove, published_tokenizer
 from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
 
 
@@ -94,6 +94,7 @@ def load(
         know(model, name=label, tokenizer=tokenizer, revision=revision or "", weights=own)
         check_sites(model)
         prepare(model)
+        prove(model)
         bar.update()
     return model
 
