@@ -3,7 +3,7 @@
 import pytest
 import torch
 import toys
-from toys import TEXTS
+from toys import TEXTS, cache_in, cached
 
 import xmodel_steer as xs
 from xmodel_steer import generation
@@ -171,7 +171,7 @@ def test_a_text_whose_beginning_was_not_seen_is_refused(llama, gemma):
     model = gemma.model
     ids = torch.tensor([gemma.ids(PROMPTS[3])])
     with torch.no_grad():
-        cache = model.original_model(ids[:, :4], use_cache=True).past_key_values
+        cache = cache_in(model.original_model(ids[:, :4], use_cache=True))
     step = mapped_source(llama.model, model, random_map(llama, gemma))
     with pytest.raises(SiteError, match="goes on with a text whose beginning was not seen"), xs.steering(model, step):
-        model.original_model(ids[:, 4:], past_key_values=cache, use_cache=True)
+        model.original_model(ids[:, 4:], **cached(cache), use_cache=True)

@@ -1,17 +1,18 @@
 """Writing to the residual stream: exactly where and what was asked, and nothing afterwards."""
 
+import inspect
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 import toys
-from toys import CONTEXT, NO_STOP
+from toys import CONTEXT, NO_STOP, cache_in, cached, spellings
 
 from xmodel_steer.capture import capture
 from xmodel_steer.errors import SiteError, SpaceMismatchError
 from xmodel_steer.generation import generate_tokens
-from xmodel_steer.models import all_sites, batches, encode, forward, space_of
+from xmodel_steer.models import all_sites, batches, encode, forward, space_of, text_positions
 from xmodel_steer.prompts import as_prompts
 from xmodel_steer.spaces import Site
 from xmodel_steer.steering import Ablate, Add, Clamp, Gate, Intervention, steering
@@ -20,6 +21,8 @@ from xmodel_steer.vectors import Activations, difference_of_means
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 TEXTS = toys.TEXTS[:5]
 STEPS = 4
+#: transformers warns of the former name of the cache.
+OLD_NAME = "ignore:`past_key_values` is deprecated:FutureWarning"
 
 #: Which text positions of prompt ``row``, of ``length`` tokens, are steered, and the arguments that ask for it.
 WHERE = {
@@ -332,10 +335,10 @@ def test_a_gate_reads_a_batch_that_comes_in_chunks_padded_on_the_right(bridge):
 
     def last(step):
         with steering(bridge.model, step):
-            cache = model(batch.ids[:, :cut], attention_mask=batch.mask[:, :cut], use_cache=True).past_key_values
-            model(batch.ids[:, cut:], attention_mask=batch.mask, past_key_values=cache)
+            cache = cache_in(model(batch.ids[:, :cut], attention_mask=batch.mask[:, :cut], use_cache=True))
+            model(batch.ids[:, cut:], attention_mask=batch.mask, **cached(cache))
             mask = torch.cat([batch.mask, torch.ones_like(new)], 1)
-            return model(new, attention_mask=mask, past_key_values=cache).logits
+            return model(new, attention_mask=mask, **cached(cache)).logits
 
     own = frozenset(batch.rows.index(row) for row, flags in enumerate(told) if flags[-1])
     mask = torch.zeros(len(TEXTS), CONTEXT, dtype=torch.bool)
@@ -351,21 +354,21 @@ def test_a_gate_with_positions_refuses_a_text_that_it_has_not_read(bridge):
     model = bridge.model.original_model
     one, other = (torch.tensor([bridge.ids(text)]) for text in TEXTS[:2])
     assert one.shape != other.shape
-    outside = model(one, use_cache=True).past_key_values
+    outside = cache_in(model(one, use_cache=True))
     two = torch.cat([one, one])
     says = "has not read the text so far; inside the block, begin with an empty cache and read a batch to its end"
     with steering(bridge.model, Intervention(teller, gate=Gate(teller, positions="prompt"))):
         with pytest.raises(SiteError, match=says):
-            model(one[:, :1], past_key_values=outside)
-        cache = model(one, use_cache=True).past_key_values
-        model(one[:, :1], past_key_values=cache)
+            model(one[:, :1], **cached(outside))
+        cache = cache_in(model(one, use_cache=True))
+        model(one[:, :1], **cached(cache))
         model(other, use_cache=True)
         with pytest.raises(SiteError, match=says):  # the other text's gate is not this one's
-            model(one[:, :1], past_key_values=cache)
-        cache = model(two, use_cache=True).past_key_values
+            model(one[:, :1], **cached(cache))
+        cache = cache_in(model(two, use_cache=True))
         cache.batch_select_indices(torch.tensor([1]))
         with pytest.raises(SiteError, match=says):  # which row is left is not known
-            model(one[:, :1], past_key_values=cache)
+            model(one[:, :1], **cached(cache))
     with pytest.raises(ValueError, match="positions: must be"):
         Gate(teller, positions=())
 
@@ -508,6 +511,7 @@ def test_the_users_own_forward_pass_is_steered(toy):
             torch.testing.assert_close(alone[0], scores[mask], **CLOSE)
 
 
+@pytest.mark.filterwarnings(OLD_NAME)  # TransformerLens' own generate calls it so
 @pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
 def test_the_models_own_generate_is_steered(toy, where):
     if toy.hf is None:  # its generate calls self.forward, past every hook on the call: refused, never silently wrong
@@ -525,6 +529,7 @@ def test_the_models_own_generate_is_steered(toy, where):
             assert theirs[0, ids.shape[1] :].tolist() == new
 
 
+@pytest.mark.filterwarnings(OLD_NAME)  # TransformerLens' own generate calls it so
 @pytest.mark.parametrize("where", ["prompt", "generated", ("last", "generated")])
 def test_the_models_own_generate_without_a_cache_is_refused_where_it_cannot_be_right(bridge, where):
     ids = torch.tensor([bridge.ids(TEXTS[1])])
@@ -553,16 +558,45 @@ def test_the_models_own_padded_generate_is_steered(bridge, where, use_cache):
         assert inner[row, batch.ids.shape[1] :].tolist() == mine[i]
 
 
-def test_a_cached_step_by_hand_counts_from_its_cache(bridge):
+@pytest.mark.filterwarnings(OLD_NAME)
+@pytest.mark.parametrize("by", ["keyword", "position", "its former name"])
+def test_a_cached_step_by_hand_counts_from_its_cache(bridge, by):
     inner, ids = bridge.model.original_model, torch.tensor([bridge.ids(TEXTS[1])])
     vector = bridge.vector(1)
     with torch.no_grad(), steering(bridge.model, vector, positions="generated"):
-        cache = inner(ids, use_cache=True).past_key_values
-        stepped = inner(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+        cache = cache_in(inner(ids, use_cache=True))
+        if by == "position":
+            names = list(inspect.signature(inner.forward).parameters)
+            given = [ids[:, -1:], *[None] * (names.index(spellings()[0]) - 1), cache]
+            stepped = inner(*given, use_cache=True).logits[0, -1]
+        else:
+            name = spellings()[0 if by == "keyword" else -1]
+            stepped = inner(ids[:, -1:], use_cache=True, **{name: cache}).logits[0, -1]
     edit = torch.zeros(ids.shape[1] + 1, bridge.width)
     edit[-1] = vector.direction
     expected = bridge.reference([*ids[0].tolist(), int(ids[0, -1])], {1: edit})[1][-1]
     torch.testing.assert_close(stepped, expected, **CLOSE)
+
+
+def test_a_mask_may_be_given_by_position(bridge):
+    inner, vector = bridge.model.original_model, bridge.vector(1)
+    (batch,) = batches(bridge.model, encode(bridge.model, as_prompts(TEXTS[:3])), 3, padding_side="left")
+    places = text_positions(batch.mask)
+    names = list(inspect.signature(inner.forward).parameters)[:4]
+    with torch.no_grad(), steering(bridge.model, vector, positions="last"):
+        named = inner(batch.ids, attention_mask=batch.mask, position_ids=places).logits
+        told = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": places}
+        placed = inner(*[told.pop(name, None) for name in names], **told).logits
+    assert torch.equal(named, placed)
+
+
+@pytest.mark.parametrize("cache", [((torch.zeros(1, 1, 3, 8),) * 2,), [torch.zeros(1, 3, 8)], "a state of its own"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params", "state"])
+def test_a_cache_that_counts_no_tokens_is_refused_not_read_as_empty(llama, cache, name):
+    inner = llama.model.original_model
+    says = rf"cannot tell how many tokens the {type(cache).__name__} holds that was given as {name}="
+    with steering(llama.model, llama.vector(1), positions="generated"), pytest.raises(SiteError, match=says):
+        inner(torch.tensor([[5]]), **{name: cache})
 
 
 # --- refusals -------------------------------------------------------------------------------

@@ -138,6 +138,26 @@ def _saved(raw: Any, folder: Path, **kwargs: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def spellings() -> list[str]:
+    """Names under which Hugging Face's models take a cache here, the one of today first: transformers 5.24 renamed it."""
+    import inspect
+
+    from transformers import LlamaForCausalLM
+
+    both = ["cache", "past_key_values"]
+    return both if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else both[1:]
+
+
+def cache_in(out: Any) -> Any:
+    """The cache in what a Hugging Face model gave."""
+    return getattr(out, spellings()[0])
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """The argument that gives a Hugging Face model a cache."""
+    return {spellings()[0]: cache}
+
+
 def _llama(tokenizer: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 

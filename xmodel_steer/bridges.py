@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class _Block:
     inner: tuple[dict[Any, Any], ...]
 
 
+_READING: "weakref.WeakSet[Any]" = weakref.WeakSet()  # bridges that `read_caches` has seen
 _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyDictionary()
 
 
@@ -61,6 +63,38 @@ def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
         finally:
             for exchange in made:
                 exchange.modules[exchange.name] = exchange.component
+
+
+def read_caches(model: Any) -> None:
+    """Let TransformerLens' own attention find the cache under its name of today.
+
+    transformers 5.24 calls it ``cache``. What transformer-lens up to 4.3 computes itself (attention whose joint matrix it
+    splits, latent attention, gated delta nets) looks for the former names and would see the newest token alone.
+    A bridge that was given before stays as it is.
+    """
+    if model in _READING:
+        return
+    _READING.add(model)
+    for part in model.original_model.modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        if "GatedDeltaNetBridge" in kinds:
+            vars(part)["forward"] = partial(_delta_net, part, part.forward)  # setattr would reach the part inside
+        elif "MLAAttentionBridge" in kinds:
+            part.register_forward_pre_hook(_under_its_former_name, with_kwargs=True)
+        elif hasattr(part, "_update_kv_cache"):
+            vars(part)["_update_kv_cache"] = partial(_update, part._update_kv_cache)
+
+
+def _delta_net(part: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return (forward if kwargs.get("cache") is None else part._native_forward)(*args, **kwargs)
+
+
+def _under_its_former_name(_part: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {"past_key_values" if name == "cache" else name: value for name, value in kwargs.items()}
+
+
+def _update(update: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+    return update(k, v, **_under_its_former_name(None, (), kwargs)[1])
 
 
 def _free(block: _Block, whole: bool) -> tuple[_Exchange, ...]:

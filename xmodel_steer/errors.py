@@ -26,7 +26,11 @@ class FewRowsWarning(UserWarning):
 
 
 class CacheWarning(UserWarning):
-    """What was computed could not be kept in the user's cache."""
+    """A cache is not used: the user's folder cannot keep what was computed, or a model decodes wrong with one."""
+
+
+class ModelWarning(UserWarning):
+    """A model does not behave as others do, and is used with more care."""
 
 
 class ModelError(XModelSteerError, RuntimeError):

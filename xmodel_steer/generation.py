@@ -14,6 +14,7 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.models import (
     Batch,
     batches,
+    conduct_of,
     context_length,
     encode,
     forward,
@@ -58,7 +59,7 @@ def generate(
             depend on the batch.
         stop_at_eos: End a text at the model's end-of-sequence token.
         use_cache: Keep keys and values between steps; without it every step reads the whole text
-            again (slow, for checking).
+            again (slow, for checking). A model that showed when it was loaded that it decodes wrong with a cache never gets one.
         progress: Show a progress bar when it takes over two seconds.
 
     Returns:
@@ -198,9 +199,11 @@ def _decode(
 ) -> Iterator[tuple[list[int | None], Tensor]]:
     """After every forward pass: each row's new token (None once its text has ended), and the logits of those that go on.
 
-    Rows whose texts have ended leave the batch once they are a quarter of it: answers differ in length, and a decode would
+    Rows whose texts have ended leave the batch, where the model's cache lets them, once they are a quarter of it: answers differ in length, and a decode would
     else go on at the price of all of them for the longest.
     """
+    conduct = conduct_of(model)
+    use_cache = use_cache and conduct.cached
     ids, mask, cache, lengths = batch.ids, batch.mask, None, batch.mask.sum(-1)
     there = list(range(len(batch.rows)))  # which rows are in the batch still
     running = [True] * len(there)
@@ -222,7 +225,7 @@ def _decode(
         going = [place for place, row in enumerate(there) if running[row]]
         if not going:
             return
-        if len(going) <= GOING * len(there):
+        if len(going) <= GOING * len(there) and (conduct.dropping or not use_cache):
             kept = torch.tensor(going, device=ids.device)
             keep_rows(cache, kept)
             ids, mask, lengths, chosen = ids[kept], mask[kept], lengths[kept], chosen[kept]

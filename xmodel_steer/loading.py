@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.bridges import prepare
 from xmodel_steer.errors import ModelError, XModelSteerError
-from xmodel_steer.models import check_sites, device_of, fingerprint, forward, know, name_of, published_tokenizer
+from xmodel_steer.models import check_sites, device_of, fingerprint, forward, know, name_of, prove, published_tokenizer
 from xmodel_steer.packaged import converted_gguf, listed, packaged_model, quiet, whole_model
 
 
@@ -117,6 +117,7 @@ def load(
         check_sites(model)
         _require_causal(model)
         prepare(model)
+        prove(model)
         bar.update()
     return model
 

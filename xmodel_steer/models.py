@@ -6,21 +6,25 @@ returns), or a ``HookedTransformer`` of transformer-lens 3.x that the user made.
 
 import hashlib
 import inspect
+import itertools
 import os
 import platform
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from xmodel_steer.bridges import own_parts
-from xmodel_steer.errors import ModelError, SiteError
+from xmodel_steer import laws
+from xmodel_steer.bridges import own_parts, read_caches
+from xmodel_steer.errors import CacheWarning, ModelError, ModelWarning, SiteError
+from xmodel_steer.laws import Conduct
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import STREAMS, Site, Space
 from xmodel_steer.tokens import Encoding, tokenise
@@ -51,6 +55,7 @@ class _Facts:
     tokenizer: Any
     fingerprint: str
     revision: str
+    conduct: Conduct = field(default_factory=Conduct)
 
 
 _FACTS: "weakref.WeakKeyDictionary[Any, _Facts]" = weakref.WeakKeyDictionary()
@@ -80,6 +85,7 @@ def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> No
         ModelError: The tokenizer gives no character offsets.
     """
     know(model, name=name, tokenizer=tokenizer, revision=revision)
+    prove(model)
 
 
 def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: str = "") -> None:
@@ -89,6 +95,8 @@ def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: 
             f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer, or convert it (tokenizer.json)"
         )
+    if is_bridge(model):
+        read_caches(model)
     _FACTS[model] = _Facts(name, tokenizer, weights or fingerprint(model), revision)
 
 
@@ -109,8 +117,9 @@ def _facts(model: Any) -> _Facts:
         )
     with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
         tokenizer = published_tokenizer(tokenizer.name_or_path)
-    register(model, name=name, tokenizer=tokenizer)
+    know(model, name=name, tokenizer=tokenizer)
     check_sites(model)
+    prove(model)
     return _FACTS[model]
 
 
@@ -127,6 +136,11 @@ def tokenizer_of(model: Any) -> Any:
 def revision_of(model: Any) -> str:
     """The revision that was asked of the hub, or nothing."""
     return _facts(model).revision
+
+
+def conduct_of(model: Any) -> Conduct:
+    """Return what may be done with the model, as it showed when it was loaded."""
+    return _facts(model).conduct
 
 
 def device_of(model: Any) -> torch.device:
@@ -335,6 +349,51 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
         )
 
 
+#: What a model reads to prove itself: plain English, since numbers are rounded most at random tokens.
+_PROOF = (
+    "The river rises in the hills north of the town and flows south through farmland before it reaches the sea. "
+    "In winter the lower valley often floods, and the road to the coast is closed for several days."
+)
+_PROOF_TOKENS = 9
+
+
+def prove(model: Any) -> Conduct:
+    """Try the laws of `xmodel_steer.laws` on a model, and keep to what it shows.
+
+    Warns:
+        CacheWarning: One cached step is not the whole text read again: `generate` then goes without a cache.
+        ModelWarning: Texts cannot be padded, or not be read together: they then are read one length, or one text, at a time.
+    """
+    facts, device = _facts(model), device_of(model)
+
+    def decoder(ids: Tensor, mask: Tensor, cache: Any, use_cache: bool) -> tuple[Tensor, Any]:
+        logits, cache = forward(model, ids.to(device), mask.to(device), cache=cache, use_cache=use_cache)
+        assert logits is not None
+        return logits.float().cpu(), cache
+
+    length = max(4, min(_PROOF_TOKENS, context_length(model)))
+    ids = itertools.cycle(facts.tokenizer(_PROOF, add_special_tokens=False)["input_ids"])
+    texts = [list(itertools.islice(ids, n)) for n in (length, length, length - 3)]
+    conduct = laws.prove(
+        decoder,
+        lambda cache, rows: keep_rows(cache, rows.to(device)),
+        texts,
+        dtype=dtype_of(model),
+        pad=pad_id(model),
+    )
+    _FACTS[model] = replace(facts, conduct=conduct)
+    for law in conduct.laws:
+        if law.state == "failed" and law.name != laws.DROPPING:
+            kind = CacheWarning if law.name == laws.CACHED else ModelWarning
+            warnings.warn(
+                f"{facts.name}: not true of this model here: {law.name} ({law.detail}); {law.remedy}. "
+                "Another version of transformers or transformer-lens may be right; xmodel-steer check prints every law",
+                kind,
+                stacklevel=3,
+            )
+    return conduct
+
+
 # --- tokens -----------------------------------------------------------------------------------
 
 
@@ -381,6 +440,7 @@ class Batch:
 def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right") -> list[Batch]:
     """Batches of prompts of similar length, longest first, so that little is padding.
 
+    A model that does not read a padded text as it reads it alone gets texts of one length, or one text, at a time (`Conduct`).
     A batch ends at its size, or where the next prompt would be padding for more than half, and for over 64 tokens: a few
     long prompts would else be the price of all. Longest first also means that a batch size that does not fit in memory fails at once.
     """
@@ -389,10 +449,12 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     lengths = [len(encoding.ids) for encoding in encodings]
+    conduct = conduct_of(model)
+    batch_size = batch_size if conduct.batched else 1
     groups: list[list[int]] = []
     for i in sorted(range(len(encodings)), key=lambda i: -lengths[i]):
         padding = lengths[groups[-1][0]] - lengths[i] if groups else 0
-        if groups and len(groups[-1]) < batch_size and padding <= max(lengths[i], 64):
+        if groups and len(groups[-1]) < batch_size and padding <= (max(lengths[i], 64) if conduct.padded else 0):
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -428,6 +490,18 @@ class Layout:
 
 
 LAYOUT: ContextVar[Layout | None] = ContextVar("xmodel_steer_layout", default=None)
+#: The module that `forward` is calling, and the mask of the whole text, cached tokens included.
+READING: ContextVar[tuple[Any, Tensor] | None] = ContextVar("xmodel_steer_reading", default=None)
+
+
+@contextmanager
+def reading(module: Any, mask: Int[Tensor, "batch total"]) -> Iterator[None]:
+    """Tell steering hooks the mask of the whole text: not every model is given it, nor takes it under one name."""
+    token = READING.set((module, mask))
+    try:
+        yield
+    finally:
+        READING.reset(token)
 
 
 @contextmanager
@@ -479,7 +553,8 @@ def forward(
 
             cache = TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), len(ids))
         stop = stop_at_layer if stop_at_layer is not None else (model.cfg.n_layers if logits == "none" else None)
-        out = model(ids, attention_mask=mask[:, -new:], past_kv_cache=cache, stop_at_layer=stop)
+        with reading(model, mask):
+            out = model(ids, attention_mask=mask[:, -new:], past_kv_cache=cache, stop_at_layer=stop)
         return (None if stop is not None else out[:, -kept:] if kept else out), cache
     if logits == "none" or stop_at_layer is not None:
         if use_cache or cache is not None:
@@ -488,25 +563,49 @@ def forward(
         last = stop >= model.cfg.n_layers  # nothing to stop at: skip the logits instead
         extra = {"logits_to_keep": 1} if last and _accepts(model, "logits_to_keep") else {}
         where = {} if last else {"stop_at_layer": stop}
-        with _short_cut(model, whole_blocks=last):
+        with _short_cut(model, whole_blocks=last), reading(model.original_model, mask):
             model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
         return None, None
     extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = text_positions(mask)[:, -new:]
-    with _short_cut(model, whole_blocks=True), _rows_together(model):
+    name = _cache_argument(model.original_model)
+    if cache is not None:
+        extra[name] = cache
+        if not counts_tokens(cache):
+            extra["attention_mask"] = mask[:, -new:]  # a recurrent state needs no mask of what it has read
+    with _short_cut(model, whole_blocks=True), _rows_together(model), reading(model.original_model, mask):
         out = model.original_model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, return_dict=True, **extra
+            **{"input_ids": ids, "attention_mask": mask, "use_cache": use_cache, "return_dict": True, **extra}
         )
     made = out.logits[:, -kept:] if kept else out.logits
-    return made, getattr(out, "past_key_values", None) if use_cache else None
+    return made, getattr(out, name) if use_cache else None
+
+
+#: How models call what they keep of the tokens that they have read, newest spelling first: transformers since 5.24 and
+#: before, Mamba, RWKV.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+
+
+def _cache_argument(inner: Any) -> str:
+    """The name under which a Hugging Face model takes and returns its cache; the newest that it knows."""
+    accepted = inspect.signature(inner.forward).parameters
+    return next((name for name in CACHES if name in accepted), CACHES[0])
+
+
+def counts_tokens(cache: Any) -> bool:
+    """Tell whether a cache knows how many tokens it holds; a recurrent state does not."""
+    try:
+        return int(cache.get_seq_length()) >= 0
+    except (AttributeError, ValueError, TypeError):
+        return False
 
 
 def keep_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
     """Leave only these rows of the batch in a cache, in place.
 
     Args:
-        cache: What `forward` returned, or None.
+        cache: What `forward` returned for a model whose rows may leave (`Conduct.dropping`), or None.
         rows: Numbers of rows, in the order in which they are to stand.
     """
     if cache is None:

@@ -12,9 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.capture import recording
-from xmodel_steer.errors import SiteError
+from xmodel_steer.errors import ModelError, SiteError
 from xmodel_steer.maps import Map
-from xmodel_steer.models import device_of, forward, is_bridge, keep_rows, pad_id, space_of, tokenizer_of
+from xmodel_steer.models import (
+    conduct_of,
+    device_of,
+    forward,
+    is_bridge,
+    keep_rows,
+    name_of,
+    pad_id,
+    space_of,
+    tokenizer_of,
+)
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Space, require_same_space
 from xmodel_steer.steering import Positions, Reading, Replacement
@@ -41,9 +51,17 @@ def mapped_source(
 
     Raises:
         SpaceMismatchError: The map is not between these models.
+        ModelError: The source cannot read texts of different lengths together.
     """
     require_map_between(source, target, mapping, "mapped_source")
-    return Replacement(mapping.target, _Mirror(source, target, mapping, use_cache and is_bridge(source)), positions)
+    conduct = conduct_of(source)
+    if not conduct.padded:
+        raise ModelError(
+            f"mapped_source: {name_of(source)} does not read a padded text as it reads it alone, so that it cannot read along "
+            "with several texts; take another source"
+        )
+    kept = use_cache and is_bridge(source) and conduct.cached and conduct.dropping
+    return Replacement(mapping.target, _Mirror(source, target, mapping, kept), positions)
 
 
 def require_map_between(source: Any, target: Any, mapping: Map, what: str) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.errors import SiteError
-from xmodel_steer.models import LAYOUT, is_bridge, name_of, space_of
+from xmodel_steer.models import CACHES, LAYOUT, READING, counts_tokens, is_bridge, name_of, space_of
 from xmodel_steer.spaces import Site, Space, require_same_space
 from xmodel_steer.vectors import SteeringVector
 
@@ -269,25 +269,21 @@ class _Tracker:
         self.passes = 0
         self.prompts: tuple[int, int] | None = None  # how many, how wide: while Hugging Face's generate runs
         self._prompt_lengths: Tensor | None = None
+        self._signature: inspect.Signature | None = None
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
-        ids = next(
-            (
-                v
-                for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("input"), *args[:1])
-                if isinstance(v, Tensor)
-            ),
-            None,
-        )
+        given = self._arguments(module, args, kwargs)
+        inputs = (given.get("input_ids"), given.get("inputs_embeds"), given.get("input"))
+        ids = next((v for v in inputs if isinstance(v, Tensor)), None)
         self.now = None
         if ids is None:
             return
         if ids.ndim == 1:  # TransformerLens takes a bare row of tokens
             ids = ids[None]
         batch, new = ids.shape[:2]
-        mask = kwargs.get("attention_mask")
-        past = _past_mask(kwargs, batch, ids.device)
+        called, told = READING.get() or (None, None)
+        mask = told if called is module else given.get("attention_mask")
         if mask is None:
             mask = torch.ones(batch, new, dtype=torch.long, device=ids.device)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -296,8 +292,8 @@ class _Tracker:
                 f"steering: needs an attention mask of shape (batch, tokens) to know text positions, got {came}; "
                 "give such a one, and leave generate its default cache (a static one makes other masks)"
             )
-        if mask.shape[1] == new:
-            mask = torch.cat([past.to(mask), mask], 1)
+        if mask.shape[1] == new and called is not module:
+            mask = torch.cat([_past_mask(given, batch, ids.device).to(mask), mask], 1)
         mask = mask.long()
         position = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)[:, -new:]
         known = LAYOUT.get()
@@ -321,6 +317,16 @@ class _Tracker:
             rows = tuple(row * self.prompts[0] // batch for row in range(batch))
         self.now = _Pass(position, lengths[:, None], rows, ids)
         self.passes += 1
+
+    def _arguments(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, also those that were given by position."""
+        if not args:
+            return kwargs
+        if self._signature is None:
+            self._signature = inspect.signature(module.forward)
+        bound = self._signature.bind_partial(*args, **kwargs)
+        rest = next((p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        return {**bound.arguments, **bound.arguments.get(rest, {})}
 
     def after(self, *_: Any) -> None:
         """Forward hook: what was known of this pass says nothing about another."""
@@ -371,17 +377,40 @@ class _Tracker:
         return chosen
 
 
-def _past_mask(kwargs: dict[str, Any], batch: int, device: torch.device) -> Tensor:
-    """Mask of the tokens that are in the cache already."""
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
-        length = int(cache.get_seq_length())
-    else:
-        own = kwargs.get("past_kv_cache")
-        if own is not None:
-            return own.previous_attention_mask
-        length = 0
+def _past_mask(given: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+    """Return the mask of the tokens that are in the cache already, from the arguments of a call.
+
+    Raises:
+        SiteError: What was given holds earlier tokens, and does not say how many.
+    """
+    if given.get("past_kv_cache") is not None:  # HookedTransformer's
+        return given["past_kv_cache"].previous_attention_mask
+    length = 0
+    for name, value in given.items():
+        if value is None or not (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
+            continue
+        if counts_tokens(value):
+            length = max(length, int(value.get_seq_length()))
+        elif not _is_empty(value):
+            raise SiteError(
+                f"steering: cannot tell how many tokens the {type(value).__name__} holds that was given as {name}=; give "
+                "an attention mask over the whole text, one of transformers' caches that count tokens, or use xs.generate"
+            )
     return torch.ones(batch, length, dtype=torch.long, device=device)
+
+
+#: Whatever is given under these names was read before.
+_CACHE_NAMES = {*CACHES, "past_key_value", "past", "layer_past", "mems", "memory", "inference_params"}
+
+
+def _is_empty(cache: Any) -> bool:
+    """Tell whether a cache that does not count tokens has read none."""
+    if isinstance(cache, tuple | list | dict):
+        return len(cache) == 0
+    try:
+        return not cache.has_previous_state()
+    except (AttributeError, ValueError, TypeError):
+        return False
 
 
 @contextmanager
