@@ -356,16 +356,13 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     said = " ".join(f"{type(e).__name__} {e}" for e in chain)
+    text = " ".join(str(error).split())
     if "trust_remote_code" in said:
         return (
             f"{label}: needs Python code that comes with the model (auto_map in its config.json), which this library does not run; "
             "give a model of an architecture that transformers has"
         )
-    if "backend tokenizer" in said or "load tokenizer" in said:
-        return f"{label}: has no tokenizer that can be read ({str(error).strip()[:200]}); save it into the folder (tokenizer.json)"
-    if "no file named" in said:
-        return f"{label}: has no weights ({str(error).strip()[:200]}); get the whole folder, with model.safetensors or all of its parts"
-    if (path != label and not Path(path).exists()) or not Path(path).exists():
+    if not Path(path).exists():
         if any(
             w in said
             for w in (
@@ -387,7 +384,13 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
             )
         if any(w in said for w in ("RepositoryNotFound", "404", "not a valid model identifier", "401")):
             return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
-    return f"{label}: cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})"
+    if "backend tokenizer" in said or "load tokenizer" in said:
+        return f"{label}: has no tokenizer that can be read ({text[:200]}); save it into the folder (tokenizer.json)"
+    if "no file named" in said:
+        return (
+            f"{label}: has no weights ({text[:200]}); get the whole folder, with model.safetensors or all of its parts"
+        )
+    return f"{label}: cannot be loaded ({type(error).__name__}: {text[:300]})"
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
