@@ -381,12 +381,24 @@ def test_joint_attention_weights_on_the_disk_are_those_in_memory(tokenizers, tmp
     """A bridge splits GPT-2's joint matrix in three."""
     hf_model("gpt2", tokenizers["byte_level"]).save_pretrained(tmp_path)
     tokenizers["byte_level"].save_pretrained(tmp_path)
-    plain = get(tmp_path)
-    try:
-        model = get(tmp_path, device_map={"": "disk"})
-    except ModelError:
-        return
+    plain, model = get(tmp_path), get(tmp_path, device_map={"": "disk"})
     assert content_hash(model) == content_hash(plain) and same_rows(model, plain)
+
+
+def test_weights_that_are_not_found_on_the_disk_are_not_passed_off_as_read(saved):
+    """TransformerLens reads some layers' weights past the hooks that fetch them: the model would run on whatever lay in memory."""
+    linear = {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+    linear |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+    folder = saved("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **linear, **layers)
+    with pytest.raises(ModelError, match="does not find the offloaded weights of a Qwen3_5ForCausalLM; give device="):
+        get(folder, device_map={"": "disk"})
+
+
+def test_experts_cannot_stay_on_the_disk(saved):
+    folder = saved("MixtralForCausalLM", "MixtralConfig", num_local_experts=2)
+    with pytest.raises(ModelError, match="mixture of experts.* cannot stay on the disk; give device="):
+        get(folder, device_map={"": "disk"})
 
 
 def test_what_cannot_be_offloaded_is_refused(whole, tied, adapter):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.bridges import prepare
@@ -87,10 +88,10 @@ def load(
         own = ""
         told = label if adapter is None else f"{label} (base {source})"
         with loading(told, path):
-            hugging_face = _causal_class(told, path, revision)
+            hugging_face, plain = _causal_class(told, path, revision), []
             if adapter is None:
                 where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
-                where["model_class"] = SimpleNamespace(from_pretrained=partial(whole_model, hugging_face, label=told))
+                where["model_class"] = SimpleNamespace(from_pretrained=partial(_read, hugging_face, told, plain))
             else:
                 merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
                 where = {"hf_model": merged, "device": None if device_map is not None else chosen}
@@ -115,7 +116,7 @@ def load(
             model.cfg.device = str(device_of(model))
         know(model, name=label, tokenizer=tokenizer, revision=revision or "", weights=own)
         check_sites(model)
-        _require_causal(model)
+        _require_causal(model, *plain)
         prepare(model)
         prove(model)
         bar.update()
@@ -260,17 +261,42 @@ def _no_causal(label: str, architecture: str) -> str:
     )
 
 
-def _require_causal(model: Any) -> None:
-    """Refuse a model that cannot generate, or reads ahead: whose first token's logits change with the second token."""
-    hugging_face = type(model.original_model)
-    ids = torch.tensor([[1, 2], [1, 3]], device=device_of(model)) % model.cfg.d_vocab
-    logits = forward(model, ids, torch.ones_like(ids))[0] if hugging_face.can_generate() else None
-    if logits is not None:
-        one, other = logits[:, 0].float()
-        rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
-        if not (one - other).norm() > rounding * one.norm():  # NaN says nothing of this
-            return
-    raise ModelError(_no_causal(name_of(model), hugging_face.__name__))
+#: Two texts that begin alike.
+_ALIKE = ((1, 2), (1, 3))
+
+
+def _read(kind: Any, label: str, plain: list[Tensor], path: str, **settings: Any) -> Any:
+    """Load a Hugging Face model for TransformerLens; if it is offloaded, keep its logits of two texts."""
+    hf = whole_model(kind, path, label=label, **settings)
+    if any(p.is_meta for p in hf.parameters()):
+        with torch.no_grad():
+            plain.append(hf(input_ids=torch.tensor(_ALIKE), use_cache=False).logits)
+    return hf
+
+
+def _require_causal(model: Any, plain: Tensor | None = None) -> None:
+    """Refuse a model that cannot generate, or reads ahead: whose first token's logits change with the second token.
+
+    Args:
+        model: A bridge.
+        plain: What its Hugging Face model gave before it was hooked, if its weights are offloaded: TransformerLens reads
+            those of some layers past the hooks that fetch them.
+    """
+    name, hugging_face = name_of(model), type(model.original_model)
+    if not hugging_face.can_generate():
+        raise ModelError(_no_causal(name, hugging_face.__name__))
+    ids = torch.tensor(_ALIKE, device=device_of(model))
+    logits = forward(model, ids, torch.ones_like(ids))[0]
+    assert logits is not None
+    rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    one, other = logits[:, 0].float()
+    if (one - other).norm() > rounding * one.norm():  # NaN says nothing of this
+        raise ModelError(_no_causal(name, hugging_face.__name__))
+    if plain is not None and not (logits - plain).norm() <= rounding * plain.norm():
+        raise ModelError(
+            f"{name}: transformer-lens {version('transformer-lens')} does not find the offloaded weights of a "
+            f"{hugging_face.__name__}; give device=, or a device_map that has room for all of the model"
+        )
 
 
 def _merged(
@@ -386,6 +412,11 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
             return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
     if "backend tokenizer" in said or "load tokenizer" in said:
         return f"{label}: has no tokenizer that can be read ({text[:200]}); save it into the folder (tokenizer.json)"
+    if "offload_folder" in said:
+        return (
+            f"{label}: its weights are not in the form in which the model keeps them (as in a mixture of experts, or without "
+            "safetensors), and cannot stay on the disk; give device=, or a device_map that has room for all of the model"
+        )
     if "no file named" in said:
         return (
             f"{label}: has no weights ({text[:200]}); get the whole folder, with model.safetensors or all of its parts"
