@@ -503,6 +503,48 @@ def test_a_plain_models_generate_is_steered_as_ours_is(bridge: toys.Toy, plain: 
     assert continued(plain, inputs) == unsteered
 
 
+def adapted(toy: toys.Toy) -> Any:
+    """The toy in PEFT's wrapper, whose generate goes round the wrapper's own call."""
+    from peft import LoraConfig, get_peft_model
+
+    made = get_peft_model(
+        copy.deepcopy(toy.hf),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    return made.eval()
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+def test_a_model_in_pefts_wrapper_is_steered_as_the_model_inside(llama: toys.Toy, where: str) -> None:
+    torch.manual_seed(3)
+    inputs, wrapped, vector = padded(llama), adapted(llama), llama.vector(1, size=6.0)
+    unsteered = continued(wrapped, inputs)
+    with interop.steering_hf(wrapped, vector, positions=POSITIONS[where], trust=True) as yielded:
+        assert yielded is wrapped
+        made, called = continued(wrapped, inputs), real_logits(wrapped, inputs)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    with interop.steering_hf(merged, vector, positions=POSITIONS[where], trust=True):
+        assert continued(merged, inputs) == made
+        torch.testing.assert_close(real_logits(merged, inputs), called, **CLOSE)
+    assert made != unsteered
+    assert continued(wrapped, inputs) == unsteered
+
+
+def test_an_adapter_is_another_model_than_its_base(llama: toys.Toy) -> None:
+    wrapped = adapted(llama)
+    wrapped.config._name_or_path = llama.name  # the name is the base's
+    says = r"neither its name nor its weights .*trust=True"
+    with pytest.raises(SpaceMismatchError, match=says), interop.steering_hf(wrapped, llama.vector(1)):
+        pass
+
+
+def test_other_wrappers_are_refused_with_the_way_out(llama: toys.Toy) -> None:
+    for wrapped in (torch.compile(llama.hf), torch.nn.DataParallel(llama.hf)):
+        says = rf"{type(wrapped).__name__} wraps a model, and hooks may not see what it calls; give the model of transformers inside"
+        with pytest.raises(ModelError, match=says), interop.steering_hf(wrapped, llama.vector(1)):
+            pass
+
+
 @pytest.mark.parametrize("how", ["inputs", "position", "inputs_embeds", "chunks"])
 def test_generate_is_steered_however_its_prompt_comes(llama: toys.Toy, how: str) -> None:
     inputs, hf, vector = padded(llama), llama.hf, llama.vector(1, size=6.0)

@@ -138,6 +138,13 @@ def test_a_model_that_decodes_wrong_with_a_cache_gets_none(own, monkeypatch):
     assert caches and not any(caches)
 
 
+def test_padding_has_an_embedding_also_where_the_tokenizers_pad_token_has_none(own, monkeypatch):
+    monkeypatch.setattr(type(own.tokenizer), "pad_token_id", toys.VOCABULARY + 3, raising=False)
+    register(own.model, name=own.name, tokenizer=own.tokenizer)
+    assert all(conduct_of(own.model).laws)
+    assert models.pad_id(own.model) == own.tokenizer.eos_token_id
+
+
 def test_a_model_that_cannot_be_padded_reads_one_length_at_a_time(own, monkeypatch):
     def spoil(logits, _, mask):
         return logits if bool(mask.all()) else logits.flip(-1)

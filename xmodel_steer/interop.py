@@ -312,7 +312,8 @@ def steering_hf(
     (``"packaged:smollm2-135m-instruct"``, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``), or else the same weights.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, also inside PEFT's wrapper. With an adapter it is another model than its
+            base: a vector of the base needs ``trust``.
         vector: A vector, or several, or `Intervention` values, all after blocks (``resid_post``).
         operator: What to do, for bare vectors.
         positions: Where in the text, for bare vectors; see `Intervention`.
@@ -331,21 +332,44 @@ def steering_hf(
         >>> with steering_hf(model, vector, operator=Add(2.0)):        # doctest: +SKIP
         ...     ids = model.generate(**tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
     """
-    if is_bridge(model) or isinstance(model, HookedModel) or not hasattr(model, "config"):
+    if is_bridge(model) or isinstance(model, HookedModel) or not isinstance(model, torch.nn.Module):
         raise ModelError(
             f"steering_hf: needs a causal language model of transformers, got {type(model).__name__}; "
             "for a model of TransformerLens use xs.steering"
         )
+    inner = _unwrapped(model)
     steps = interventions(vector, operator, positions)
-    stack = _decoder_blocks(model, blocks)
+    stack = _decoder_blocks(inner, blocks)
     for step in steps:
-        _require_hf_space(model, len(stack), step.space, trust)
+        _require_hf_space(inner, len(stack), step.space, trust, named=inner is model)
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[None]:
         return _hooked([(stack[site.layer], write) for site, write in writes])
 
-    with steered(model, steps, attach, name=_hf_name(model)):
+    with steered(inner, steps, attach, name=_hf_name(inner)):
         yield model
+
+
+def _unwrapped(model: Any) -> Any:
+    """Return the model inside a PEFT or data-parallel wrapper: the calls of a wrapper's ``generate`` go there.
+
+    Raises:
+        ModelError: The wrapper is of another kind; hooks might not fire in it, or not see its calls.
+    """
+    from transformers import PreTrainedModel
+
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif type(inner).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = inner.module
+        else:
+            raise ModelError(
+                f"steering_hf: {type(inner).__name__} wraps a model, and hooks may not see what it calls; give the model of "
+                "transformers inside it (of a compiled one ._orig_mod)"
+            )
+    return inner
 
 
 @contextmanager
@@ -398,8 +422,8 @@ def _hf_name(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
-def _require_hf_space(model: Any, depth: int, space: Space, trust: bool = False) -> None:
-    """Refuse a vector of another model than a Hugging Face one."""
+def _require_hf_space(model: Any, depth: int, space: Space, trust: bool = False, named: bool = True) -> None:
+    """Refuse a vector of another model than a Hugging Face one, whose name counts unless it is another's."""
     what = f"steering {_hf_name(model)}"
     _require_after_block(space, what)
     width = int(_text_config(model).hidden_size)
@@ -408,7 +432,7 @@ def _require_hf_space(model: Any, depth: int, space: Space, trust: bool = False)
             f"{what}: has {depth} blocks of width {width}, got a vector of {space}; carry it over with a map "
             "(mapping.transport(vector))"
         )
-    if trust or _short(_hf_name(model)) == _short(space.model):
+    if trust or (named and _short(_hf_name(model)) == _short(space.model)):
         return
     weights = fingerprint(model)
     if weights != space.fingerprint:

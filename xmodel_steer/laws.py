@@ -61,7 +61,7 @@ CACHED = "one cached step = the whole text read again"
 DROPPING = "rows that leave a cache change no other row"
 
 #: Relative distances of logits up to which they are the same, in float32 and in bfloat16. A step that sees the newest
-#: token alone is off by .03 to 1, also in an untrained model.
+#: token alone was off by .7 to 1.0 in untrained models of five architectures.
 EXACT, ROUNDED = 1e-3, 0.1
 
 #: From ids and mask (batch, new) and (batch, total), a cache or None, and whether to keep one, to logits

@@ -473,10 +473,10 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
 
 
 def pad_id(model: Any) -> int:
-    """A token id for padding; which one does not matter, the mask hides it."""
+    """A token id for padding that the model has an embedding of; which one does not matter, the mask hides it."""
     tokenizer = tokenizer_of(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < int(model.cfg.d_vocab):
             return int(candidate)
     return 0
 
