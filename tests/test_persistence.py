@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xmodel_steer.errors import ArtifactError
+from xmodel_steer.files import read_tensors, write_tensors
 from xmodel_steer.fitters import Ridge
 from xmodel_steer.maps import AffineMap
 from xmodel_steer.metrics import bootstrap_mean
@@ -288,3 +289,58 @@ def test_other_values_cannot_be_saved(tmp_path: Path) -> None:
         save({}, tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match="is a folder"):
         save(vector(), tmp_path)
+
+
+# --- tensors that lie oddly in memory ---------------------------------------------------------
+
+BIG = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+ODD = {
+    "one tensor twice": lambda dtype: [BIG[0].to(dtype)] * 2,
+    "two views of one": lambda dtype: list(BIG.to(dtype)[:2]),
+    "overlapping views": lambda dtype: [BIG.to(dtype).flatten()[:8], BIG.to(dtype).flatten()[4:12]],
+    "columns": lambda dtype: [BIG.to(dtype)[:8, 0], BIG.to(dtype)[:8, 1]],
+    "expanded": lambda dtype: [BIG[0, :1].to(dtype).expand(8)] * 2,
+    "asks for a gradient": lambda dtype: [BIG[0].to(dtype).clone().requires_grad_()] * 2,
+    "parameter": lambda dtype: [torch.nn.Parameter(BIG[i].to(dtype)) for i in range(2)],
+    "negated view": lambda dtype: [torch._neg_view(BIG[i].to(dtype)) for i in range(2)],
+    "under inference": lambda dtype: _inferred(dtype),
+}
+
+
+def _inferred(dtype):
+    with torch.inference_mode():
+        made = BIG.to(dtype) * 1
+        return [made[0], made[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_come_back_however_they_lay_in_memory(kind, dtype, tmp_path):
+    one, other = ODD[kind](dtype)
+    file = tmp_path / "odd.safetensors"
+    write_tensors(file, "Odd", {"one": one, "other": other}, {})
+    read_back = read_tensors(file)[1]
+    for name, tensor in (("one", one), ("other", other)):
+        assert read_back[name].dtype == dtype and torch.equal(read_back[name], tensor.detach())
+    assert file.stat().st_size < 1000  # no more than the rows, however large what they are rows of
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_vectors_and_maps_come_back_however_they_lay_in_memory(kind, tmp_path):
+    space = replace(SMALL, width=8)
+    one, other = ODD[kind](torch.float32)
+    made = SteeringVector(one, space, "odd", other, one, (1, 1), other.detach().abs())
+    back = read(save(made, tmp_path / "vector.safetensors"))
+    for name in ("direction", "positive_mean", "negative_mean", "scale"):
+        assert torch.equal(getattr(back, name), getattr(made, name).detach())
+    square = BIG[:8].T  # not contiguous
+    affine = AffineMap(
+        source=space,
+        target=space,
+        weight=square,
+        bias=one,
+        source_scale=one,
+        target_scale=one,
+    )
+    back = read(save(affine, tmp_path / "map.safetensors"))
+    assert torch.equal(back.weight, square) and torch.equal(back.bias, one.detach())

@@ -28,7 +28,7 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
     """Inside the block, forward passes leave the residual stream at the sites in the dictionary.
 
     Raises:
-        SiteError: On leaving, when a site did not fire.
+        SiteError: The model has no such site; or, on leaving, a site did not fire.
     """
     kept: dict[Site, Tensor] = {}
 
@@ -39,12 +39,14 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
         return read
 
     for site in sites:
-        space_of(model, site)  # refuses a layer that is not there
+        space_of(model, site)  # refuses a layer or stream that is not there
     with model.hooks(fwd_hooks=[(site.hook_name, hook(site)) for site in sites]):
         yield kept
     silent = [str(site) for site in sites if site not in kept]
     if silent:
-        raise SiteError(f"{name_of(model)}: {', '.join(silent)} did not fire")
+        raise SiteError(
+            f"{name_of(model)}: {', '.join(silent)} did not fire in a forward pass; choose another stream of the block"
+        )
 
 
 def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch tokens d"]]:

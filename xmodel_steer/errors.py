@@ -33,6 +33,10 @@ class ModelWarning(UserWarning):
     """A model does not behave as others do, and is used with more care."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds tensors that its model does not use."""
+
+
 class ModelError(XModelSteerError, RuntimeError):
     """A model cannot be loaded, or does not have what the library needs."""
 

@@ -31,9 +31,16 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
     """
     refuse_nan(tensors, path)
     header = {"schema": SCHEMA, "kind": kind, **record}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().resolve_neg().contiguous()
+        memory = values.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory
+        plain[name] = values.clone() if memory in held else values
+        held.add(memory)
     metadata = {KEY: dump_json(header, path)}
-    _whole(path, lambda scratch: save_file(contiguous, scratch, metadata=metadata))
+    _whole(path, lambda scratch: save_file(plain, scratch, metadata=metadata))
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -26,7 +26,7 @@ from xmodel_steer.bridges import own_parts, read_caches
 from xmodel_steer.errors import CacheWarning, ModelError, ModelWarning, SiteError
 from xmodel_steer.laws import Conduct
 from xmodel_steer.prompts import Prompt
-from xmodel_steer.spaces import Site, Space
+from xmodel_steer.spaces import STREAMS, Site, Space
 from xmodel_steer.tokens import Encoding, tokenise
 
 
@@ -145,7 +145,8 @@ def conduct_of(model: Any) -> Conduct:
 
 def device_of(model: Any) -> torch.device:
     """The device that token ids go to."""
-    return next(model.parameters()).device
+    # TransformerLens offloads only what computes on the CPU; offloaded weights are on no device
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def dtype_of(model: Any) -> torch.dtype:
@@ -238,8 +239,35 @@ def identity_of(model: Any) -> tuple[Any, ...]:
 
 
 def _weights(model: Any) -> Iterator[Tensor]:
+    """Every weight once, in one order; offloaded ones are read from where they are, one module at a time.
+
+    Raises:
+        ModelError: A weight has no values anywhere.
+    """
     module = model.original_model if is_bridge(model) else model
-    yield from module.parameters()
+    if not any(p.is_meta for p in module.parameters()):
+        yield from module.parameters()
+        return
+    from accelerate.utils import align_module_device
+
+    # Passes part tied weights that are offloaded from each other: only their names and values still tell.
+    tied = dict(getattr(module, "all_tied_weights_keys", {}))
+    sources: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        fresh = {key: p for key, p in part._parameters.items() if p is not None and id(p) not in seen}
+        seen.update(map(id, fresh.values()))
+        with align_module_device(part):
+            for key, held in fresh.items():
+                weight = part._parameters[key]
+                name = f"{path}.{key}".replace("._original_component", "")
+                if weight is None or weight.is_meta:
+                    raise ModelError(f"{name} is on the meta device and has no values; load the model with its weights")
+                if name in tied.values():
+                    sources[name] = weight
+                source = sources.get(tied.get(name, ""))
+                if not held.is_meta or source is None or not torch.equal(weight, source):
+                    yield weight
 
 
 def space_of(model: Any, site: Site) -> Space:
@@ -250,11 +278,19 @@ def space_of(model: Any, site: Site) -> Space:
         site: The place in it.
 
     Raises:
-        SiteError: The model has no such layer or stream.
+        SiteError: The model has no such layer, or this layer no such stream. No pass is run to find out.
     """
     facts = _facts(model)
     if site.layer >= model.cfg.n_layers:
         raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
+    points = model.hook_dict
+    if site.hook_name not in points:
+        there = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
+        raise SiteError(
+            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(there) or 'no stream'}. "
+            "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out: "
+            "choose a stream that it has"
+        )
     return Space(facts.name, site, int(model.cfg.d_model), facts.fingerprint, processing_of(model))
 
 
@@ -280,6 +316,8 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
     """
     wanted = tuple(sites) if sites is not None else all_sites(model)
     name = _facts(model).name
+    for site in wanted:
+        space_of(model, site)  # refuses a layer or stream that is not there
     shapes: dict[str, tuple[int, ...]] = {}
     ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
 
@@ -290,10 +328,11 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
     try:
         with model.hooks(fwd_hooks=hooks), torch.no_grad():
             forward(model, ids, torch.ones_like(ids), logits="last")
-    except (KeyError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind = type(model.original_model if is_bridge(model) else model).__name__
         raise SiteError(
             f"{name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
-            "TransformerLens may not support this architecture"
+            f"TransformerLens may not support the architecture {kind}: try another version of it, or another model"
         ) from error
     silent = [str(s) for s in wanted if s.hook_name not in shapes]
     if silent:

@@ -17,12 +17,12 @@ from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
 from xmodel_steer.generation import generate
-from xmodel_steer.loading import located
+from xmodel_steer.loading import adapted, located
 from xmodel_steer.maps import Map
 from xmodel_steer.models import device_of, dtype_of, hardware_of, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.organisms import Curriculum, Lesson, read_report
-from xmodel_steer.packaged import general_text, quiet
+from xmodel_steer.packaged import general_text, quiet, whole_model
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like
 from xmodel_steer.scorers import SameTokens, score_texts
@@ -340,14 +340,13 @@ def _adapter(folder: str | Path, like: Any, prompts: Sequence[Prompt], turns: in
         Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
     """
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, path = located(read_report(folder).base, progress=False)
+    label, path = located(read_report(folder).base, progress=False)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(like))
-        model: Any = PeftModel.from_pretrained(plain, str(folder)).eval().to(device_of(like))
+        plain = whole_model(AutoModelForCausalLM, path, label=label, dtype=dtype_of(like))
+        model = adapted(plain, Path(folder)).eval().to(device_of(like))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True).to(device_of(like))
 
