@@ -4,14 +4,26 @@ import hashlib
 import json
 import random
 import re
+import string
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate
 from typing import Any
 
 from xmodel_steer.errors import PromptError
 
-DATE = "26 Jul 2024"  # the day that Llama 3's templates name where they cannot know it
+DAY = datetime(2024, 7, 26)  # the day that Llama 3's templates name where they cannot know it
+DATE = DAY.strftime("%d %b %Y")
+# Put before a template, this macro hides transformers' function of the same name, which asks the clock; transformers
+# 5.24 lets no function of ours through. The line's end is trimmed, so that the template still begins a line.
+CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%-{c}', '{DAY.strftime('%' + c).lstrip('0') or '0'}')" for c in "dmHIMSjy")
+    + "".join(f"|replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBcdDeFGhHIjmMnpPrRSTuUVwWxXyYzZ")
+    + "|replace('%%', '%') }}{% endmacro %}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,21 @@ class Rendered:
         text: The text to tokenise.
         spans: For each piece of content, in order: where it starts and ends in ``text``, and
             where it starts in the prompt's own content. Positions are in characters. Text
-            outside the spans comes from the chat template.
+            outside the spans comes from the chat template. A message of which the template keeps
+            parts has a span for each of them.
         add_special_tokens: Whether the tokenizer still has to add its BOS and the like.
         marks: For each border between template and content, its place in ``text`` and its role: 2i
             where the content of message i begins (or an opened assistant's turn would), 2i + 1
             where it ends. Roles are the same for every template.
+        missing: Numbers of the messages that are not in ``text`` as they were given: the template
+            leaves out or rewrites something of them other than white space.
     """
 
     text: str
     spans: tuple[tuple[int, int, int], ...]
     add_special_tokens: bool
     marks: tuple[tuple[int, int], ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,22 +140,38 @@ class Prompt:
             tokenizer: A Hugging Face tokenizer.
 
         Raises:
-            PromptError: Chat messages, and the tokenizer has no chat template.
+            PromptError: Chat messages, and the tokenizer has no chat template, or the template fails on them.
         """
         if self.text is not None:
             return Rendered(self.text, ((0, len(self.text), 0),), True)
-        if not getattr(tokenizer, "chat_template", None):
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
             raise PromptError(
-                f"Prompt {self.id}: chat messages need a chat template, and the tokenizer of "
-                f"{getattr(tokenizer, 'name_or_path', 'this model')!r} has none (a base model?); "
-                "give raw text instead, or set tokenizer.chat_template"
+                f"Prompt {self.id}: chat messages need a chat template, and the tokenizer of {_name(tokenizer)} has none "
+                "(a base model?); give raw text instead, or set tokenizer.chat_template"
             )
-        text = self._template(tokenizer, [m.content for m in self.messages])
-        found = self._spans(tokenizer, text)
-        marks = [mark for i, (start, end, _) in found for mark in ((start, 2 * i), (end, 2 * i + 1))]
+        if isinstance(template, Mapping) and "default" not in template:
+            raise PromptError(
+                f"Prompt {self.id}: the tokenizer of {_name(tokenizer)} has the chat templates {', '.join(sorted(template))} and no "
+                f"default; choose one: tokenizer.chat_template = tokenizer.chat_template[{min(template)!r}]"
+            )
+        contents = [m.content for m in self.messages]
+        text = self._template(tokenizer, contents)
+        found = self._located(tokenizer, text)
+        bases = accumulate((len(content.strip()) for content in contents), initial=0)
+        spans, marks, missing = [], [], []
+        for number, (content, base) in enumerate(zip(contents, bases, strict=False)):
+            own = found.get(number, [])
+            lead = len(content) - len(content.lstrip())
+            spans += [(start, end, base + place - lead) for start, end, place in own]
+            if own:
+                marks += [(own[0][0], 2 * number), (own[-1][1], 2 * number + 1)]
+            there = "".join(content[place : place + end - start] for start, end, place in own)
+            if "".join(there.split()) != "".join(content.split()):
+                missing.append(number)
         if self._opens:
             marks.append((len(text), 2 * len(self.messages)))
-        return Rendered(text, tuple(span for _, span in found), False, tuple(marks))
+        return Rendered(text, tuple(sorted(spans)), False, tuple(marks), tuple(missing))
 
     @property
     def _opens(self) -> bool:
@@ -148,33 +180,202 @@ class Prompt:
 
     def _template(self, tokenizer: Any, contents: Sequence[str]) -> str:
         turns = [{"role": m.role, "content": c} for m, c in zip(self.messages, contents, strict=True)]
-        # Llama 3's templates write today's date unless they are given one: a prompt would change from day to day.
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens, date_string=DATE)
+        options: dict[str, Any] = {"date_string": DATE}  # today's would change the prompt from day to day
+        source = _source(tokenizer)
+        if "strftime_now" in source:
+            options["chat_template"] = CLOCK + source
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens, **options)
+        except Exception as error:  # a template is a program of somebody else's
+            raise PromptError(
+                f"Prompt {self.id} ({self.content[:40]!r}): the chat template of {_name(tokenizer)} fails on it "
+                f"({type(error).__name__}: {str(error)[:200]}); change the messages (many templates want user and assistant by "
+                "turns and no system message: put that into the first user message), or set tokenizer.chat_template"
+            ) from error
 
-    def _spans(self, tokenizer: Any, text: str) -> list[tuple[int, tuple[int, int, int]]]:
-        """For each message whose content is found, its number and where the content stands in the rendered text.
+    def _located(self, tokenizer: Any, text: str) -> dict[int, list[tuple[int, int, int]]]:
+        """For each message the stretches of its content in the rendered text: from, to, and where in the content.
 
-        Searching for them would also find a role tag or a default system prompt with the same
-        words. Rendering markers in their place shows the template's own text around them.
+        Searching for the contents would also find a role tag or a default system prompt with the same words. So the
+        prompt is rendered again with each character of content replaced by one of its own, which shows where every
+        character goes, also if others are dropped. White space stays, because templates trim it. If the text becomes
+        another one, the template looks for something in the content, such as ``</think>``: what it may look for is
+        then kept, as little as will do. A message that cannot be followed with the others is tried alone, and at last
+        searched for where the text changes with it.
         """
-        trimmed = [m.content.strip() for m in self.messages]
-        bases = list(accumulate(map(len, trimmed), initial=0))
-        marked = self._template(tokenizer, [f"\ue000{i}\ue001" for i in range(len(trimmed))])
-        # literal, number, literal, number, ..., literal
-        pieces = re.split("\ue000(\\d+)\ue001", marked)
-        spans: list[tuple[int, tuple[int, int, int]]] = []
-        cursor = len(pieces[0])
-        for number, literal in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
-            # Most templates trim the content, some keep it as it is.
-            for content in (trimmed[number], self.messages[number].content):
-                if text.startswith(content + literal, cursor):
-                    start = cursor + content.find(trimmed[number])
-                    spans.append((number, (start, start + len(trimmed[number]), bases[number])))
-                    cursor += len(content) + len(literal)
-                    break
-            else:
-                break  # the template rewrites this message: its tokens count as the template's
-        return [(number, span) for number, span in spans if span[0] < span[1]]
+        contents = [m.content for m in self.messages]
+        found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
+        alone: dict[int, str] = {}
+
+        def follow(group: Sequence[int], kept: Sequence[str]) -> dict[int, list[tuple[int, int, int]]] | None:
+            kinds = {i: _kinds(contents[i], kept) for i in group}
+            try:
+                shown = self._template(tokenizer, _replaced(contents, kinds))
+            except PromptError:  # the prompt itself was rendered, so it can be used
+                return None
+            if len(group) == 1:
+                alone.setdefault(group[0], shown)
+            places = _followed(text, shown, contents)
+            if places is None:
+                return None
+            pieces = {i: _longest(places.get(i, [])) for i in group}
+            # A message with other letters in the text (in capitals, say) is not told.
+            return {
+                i: _runs(text, contents[i], piece, kinds[i])
+                for i, piece in pieces.items()
+                if all(text[at] == contents[i][place] for at, place in piece)
+            }
+
+        followed: set[int] = set()
+        for together in (True, False):
+            for kept in _may_look_for(_source(tokenizer), "\n".join(contents)):
+                rest = [i for i in range(len(contents)) if i not in found and (together or i not in followed)]
+                for group in [rest] if together else [[i] for i in rest]:
+                    told = follow(group, kept) if group else None
+                    if told is None:
+                        continue
+                    followed.update(group)
+                    needed = kept
+                    for pattern in kept:
+                        fewer = [other for other in needed if other != pattern]
+                        again = follow(group, fewer)
+                        if again is not None and again.keys() >= told.keys():
+                            told, needed = again, fewer
+                    found.update(told)
+        for i in set(range(len(contents))) - found.keys():
+            content = contents[i].strip()
+            start, end = 0, len(text)
+            if i in alone:
+                start = _shared(text, alone[i])
+                end = max(start, end - _shared(text[::-1], alone[i][::-1]))
+            if text.count(content, start, end) == 1:
+                start = text.index(content, start)
+                found[i] = [(start, start + len(content), contents[i].index(content))]
+        return found
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _name(tokenizer: Any) -> str:
+    return repr(getattr(tokenizer, "name_or_path", None) or "this model")
+
+
+def _source(tokenizer: Any) -> str:
+    """The chat template's program, where it is known."""
+    template = getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, Mapping) else template
+    return template if isinstance(template, str) else ""
+
+
+_SIGNS = f"[{re.escape(string.punctuation)}]"
+_TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
+# Kinds of characters of a content whose way through a template is followed: replaced by one of its own; kept; kept in a
+# word or tag that the template may look for.
+_SHOWN, _LOOSE, _FIXED = 0, 1, 2
+_PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
+
+
+def _may_look_for(source: str, whole: str) -> list[list[str]]:
+    """Patterns of what a template may look for in the contents: nothing, its own tags, all that are not plain words."""
+    quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", source)
+    words = {word for pair in quoted for word in re.split(r"\\.|\s+", "".join(pair)) if word and word in whole}
+    own = sorted(re.escape(word) for word in words)
+    tags = [word for word in own if re.search(r"\w", word) and re.search(r"[^\w\\]", word)]
+    every = dict.fromkeys([_SIGNS, *own, *sorted(map(re.escape, re.findall(_TAG, whole)))])
+    return [[], *([tags] if tags else []), list(every)]
+
+
+def _kinds(content: str, kept: Sequence[str]) -> bytearray:
+    kinds = bytearray(_LOOSE if c.isspace() else _SHOWN for c in content)
+    for pattern in kept:
+        for match in re.finditer(pattern, content):
+            kind = _FIXED if re.search(r"\w", match[0]) else _LOOSE
+            for place in range(match.start(), match.end()):
+                kinds[place] = max(kinds[place], kind)
+    return kinds
+
+
+def _replaced(contents: Sequence[str], kinds: Mapping[int, bytearray]) -> list[str]:
+    """The contents with private-use characters, one after the other, for what is shown."""
+    made = list(contents)
+    firsts = list(accumulate(map(len, contents), initial=0))
+    for i, own in kinds.items():
+        made[i] = "".join(
+            c if kind else chr(_PRIVATE + (firsts[i] + place) % _MANY)
+            for place, (c, kind) in enumerate(zip(contents[i], own, strict=True))
+        )
+    return made
+
+
+def _followed(text: str, shown: str, contents: Sequence[str]) -> dict[int, list[tuple[int, int]]] | None:
+    """For each message, which characters of the text are which of its content; None if the text is another one."""
+    if len(text) != len(shown):
+        return None
+    *firsts, total = accumulate(map(len, contents), initial=0)
+    places: dict[int, list[tuple[int, int]]] = {}
+    number = 0
+    for at, (character, other) in enumerate(zip(text, shown, strict=True)):
+        if character == other:
+            continue
+        code = ord(other) - _PRIVATE
+        if code < 0:
+            return None
+        # In a very long conversation they come round again: the next one is meant.
+        number += (code - number) % _MANY
+        number -= _MANY * (number >= total)
+        if number < 0:
+            return None
+        message = bisect_right(firsts, number) - 1
+        places.setdefault(message, []).append((at, number - firsts[message]))
+    return places
+
+
+def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The longest part that has the content in its own order, the last of equals: a template may write it twice."""
+    parts: list[list[tuple[int, int]]] = [[]]
+    for at, place in places:
+        if parts[-1] and place <= parts[-1][-1][1]:
+            parts.append([])
+        parts[-1].append((at, place))
+    return max(reversed(parts), key=len)
+
+
+def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: bytearray) -> list[tuple[int, int, int]]:
+    """The stretches in which text and content are the same, without white space at their ends."""
+    if not piece:
+        return []
+    first, last = len(content) - len(content.lstrip()), len(content.rstrip())
+    at, place = piece[0]
+    whole = at - place + first
+    if whole >= 0 and text.startswith(content[first:last], whole):
+        return [(whole, whole + last - first, first)]
+    runs = [[at, at + 1, place]]
+    for at, place in piece[1:]:
+        start, end, begins = runs[-1]
+        if at - place == start - begins and text[end:at] == content[end - start + begins : place]:
+            runs[-1][1] = at + 1
+        else:
+            runs.append([at, at + 1, place])
+    made: list[tuple[int, int, int]] = []
+    for start, end, place in runs:
+        shift = start - place
+        least = made[-1][1] if made else 0
+        # Signs that were kept at the ends belong to the stretch where the text has them.
+        while start > max(least, shift + first) and _goes_on(text, content, kinds, start - 1, shift):
+            start -= 1
+        while end < min(len(text), shift + last) and _goes_on(text, content, kinds, end, shift):
+            end += 1
+        stretch = text[start:end]
+        start, end = start + len(stretch) - len(stretch.lstrip()), end - len(stretch) + len(stretch.rstrip())
+        made.append((start, end, start - shift))
+    return made
+
+
+def _goes_on(text: str, content: str, kinds: bytearray, at: int, shift: int) -> bool:
+    return kinds[at - shift] == _LOOSE and text[at] == content[at - shift]
 
 
 PromptLike = str | Prompt | Sequence[Mapping[str, str]]
