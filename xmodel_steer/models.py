@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.bridges import own_parts
-from xmodel_steer.errors import ModelError, SiteError
+from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.tokens import Encoding, special_ids, tokenise

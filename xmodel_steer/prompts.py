@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import string
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from io import IOBase
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xmodel_steer.errors import PromptError
 
@@ -69,7 +71,7 @@ class Prompt:
         id: Name of the prompt; a hash of the content by default.
 
     Raises:
-        PromptError: Neither or both of text and messages were given, or they are empty.
+        PromptError: Neither or both of text and messages were given, they are empty, or of another type.
 
     Example:
         >>> Prompt.of("The sky is").text
@@ -85,6 +87,12 @@ class Prompt:
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
             raise PromptError("Prompt: give either text or messages, not both and not neither")
+        if not isinstance(self.text, str | None) or not all(isinstance(m, Message) for m in self.messages):
+            came = self.text if self.text is not None else self.messages
+            raise PromptError(
+                f"Prompt: text must be a string and messages Messages, got {described(came)}; use Prompt.of"
+            )
+        object.__setattr__(self, "messages", tuple(self.messages))
         if self.text is not None and not self.text.strip():
             raise PromptError("Prompt: the text is empty; drop the row or fill it in")
         if self.messages and not any(m.content.strip() for m in self.messages):
@@ -103,20 +111,17 @@ class Prompt:
             return value
         if isinstance(value, str):
             return cls(text=value)
-        if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) for m in value):
+        if not isinstance(value, Sequence) and hasattr(value, "tolist"):  # an array out of parquet
+            value = value.tolist()
+        if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping | Message) for m in value):
             try:
-                turns = [(m["role"], m["content"]) for m in value]
+                turns = [(m.role, m.content) if isinstance(m, Message) else (m["role"], m["content"]) for m in value]
             except KeyError as missing:
                 raise PromptError(f"Prompt: a chat message needs role and content, {missing} is missing") from None
             if not all(isinstance(part, str) for turn in turns for part in turn):
                 raise PromptError(f"Prompt: role and content of a chat message must be strings, got {str(value)[:80]}")
             return cls(messages=tuple(Message(role, content) for role, content in turns))
-        if isinstance(value, Sequence) and value and all(isinstance(m, Message) for m in value):
-            return cls(messages=tuple(value))
-        raise PromptError(
-            "Prompt: needs a string or a list of {'role', 'content'} messages, "
-            f"got {type(value).__name__} {str(value)[:60]!r}"
-        )
+        raise PromptError(f"Prompt: needs a string or a list of {{'role', 'content'}} messages, got {described(value)}")
 
     def content_key(self) -> str:
         """The content as one string that two prompts share only when they are the same."""
@@ -207,40 +212,30 @@ class Prompt:
         found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
         alone: dict[int, str] = {}
 
-        def follow(group: Sequence[int], kept: Sequence[str]) -> dict[int, list[tuple[int, int, int]]] | None:
-            kinds = {i: _kinds(contents[i], kept) for i in group}
+        def follow(kept: Mapping[int, Sequence[str]]) -> dict[int, list[tuple[int, int, int]]]:
+            kinds = {i: own for i, patterns in kept.items() if _SHOWN in (own := _kinds(contents[i], patterns))}
             try:
                 shown = self._template(tokenizer, _replaced(contents, kinds))
             except PromptError:  # the prompt itself was rendered, so it can be used
-                return None
-            if len(group) == 1:
-                alone.setdefault(group[0], shown)
+                return {}
+            if len(kinds) == 1:
+                alone.setdefault(*kinds, shown)
             places = _followed(text, shown, contents)
             if places is None:
-                return None
-            pieces = {i: _longest(places.get(i, [])) for i in group}
-            # A message with other letters in the text (in capitals, say) is not told.
-            return {
-                i: _runs(text, contents[i], piece, kinds[i])
-                for i, piece in pieces.items()
-                if all(text[at] == contents[i][place] for at, place in piece)
-            }
+                return {}
+            return {i: _runs(text, contents[i], _longest(places.get(i, [])), own) for i, own in kinds.items()}
 
-        followed: set[int] = set()
         for together in (True, False):
-            for kept in _may_look_for(_source(tokenizer), "\n".join(contents)):
-                rest = [i for i in range(len(contents)) if i not in found and (together or i not in followed)]
-                for group in [rest] if together else [[i] for i in rest]:
-                    told = follow(group, kept) if group else None
-                    if told is None:
-                        continue
-                    followed.update(group)
-                    needed = kept
-                    for pattern in kept:
-                        fewer = [other for other in needed if other != pattern]
-                        again = follow(group, fewer)
-                        if again is not None and again.keys() >= told.keys():
-                            told, needed = again, fewer
+            for patterns in _may_look_for(_source(tokenizer), "\n".join(contents)):
+                rest = [i for i in range(len(contents)) if i not in found]
+                for group in [[i] for i in rest] if not together else [rest] if rest else []:
+                    kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
+                    told = follow(kept)
+                    for i, pattern in [(i, pattern) for i in told for pattern in kept[i]]:
+                        fewer = {**kept, i: [other for other in kept[i] if other != pattern]}
+                        again = follow(fewer)
+                        if again.keys() >= told.keys():
+                            told, kept = again, fewer
                     found.update(told)
         for i in set(range(len(contents))) - found.keys():
             content = contents[i].strip()
@@ -250,7 +245,9 @@ class Prompt:
                 end = max(start, end - _shared(text[::-1], alone[i][::-1]))
             if text.count(content, start, end) == 1:
                 start = text.index(content, start)
-                found[i] = [(start, start + len(content), contents[i].index(content))]
+                end = start + len(content)
+                if all(end <= first or last <= start for spans in found.values() for first, last, _ in spans):
+                    found[i] = [(start, end, contents[i].index(content))]
         return found
 
 
@@ -279,13 +276,13 @@ _PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
 
 
 def _may_look_for(source: str, whole: str) -> list[list[str]]:
-    """Patterns of what a template may look for in the contents: nothing, its own tags, all that are not plain words."""
+    """Patterns of what a template may look for in the contents: nothing, its own tags, everything, one of its words."""
     quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", source)
     words = {word for pair in quoted for word in re.split(r"\\.|\s+", "".join(pair)) if word and word in whole}
     own = sorted(re.escape(word) for word in words)
     tags = [word for word in own if re.search(r"\w", word) and re.search(r"[^\w\\]", word)]
     every = dict.fromkeys([_SIGNS, *own, *sorted(map(re.escape, re.findall(_TAG, whole)))])
-    return [[], *([tags] if tags else []), list(every)]
+    return [[], *([tags] if tags else []), list(every), *([word] for word in own)]
 
 
 def _kinds(content: str, kept: Sequence[str]) -> bytearray:
@@ -344,8 +341,11 @@ def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: bytearray) -> list[tuple[int, int, int]]:
-    """The stretches in which text and content are the same, without white space at their ends."""
-    if not piece:
+    """The stretches in which text and content are the same, without white space at their ends.
+
+    There are none where the text has other letters, in capitals, say.
+    """
+    if not piece or any(text[at] != content[place] for at, place in piece):
         return []
     first, last = len(content) - len(content.lstrip()), len(content.rstrip())
     at, place = piece[0]
@@ -378,18 +378,95 @@ def _goes_on(text: str, content: str, kinds: bytearray, at: int, shift: int) -> 
     return kinds[at - shift] == _LOOSE and text[at] == content[at - shift]
 
 
-PromptLike = str | Prompt | Sequence[Mapping[str, str]]
+if TYPE_CHECKING:
+    PromptLike = str | Prompt | Sequence[Mapping[str, str] | Message] | Mapping[str, Any]
+else:
+    PromptLike = Any  # `as_prompts` refuses others, and says why
 
 
-def as_prompts(values: Iterable[PromptLike]) -> tuple[Prompt, ...]:
-    """Make prompts of strings, message lists or prompts; refuses a lone string.
+def as_prompts(values: Any, *, what: str = "prompts") -> tuple[Prompt, ...]:
+    """Make prompts of strings, message lists, prompts or rows; refuses everything else.
+
+    Args:
+        values: A list or another ordered iterable (a pandas series or frame, a ``datasets.Dataset``, a
+            generator). An element is a string, a list of chat messages, a Prompt, or a row with a
+            column ``text``, ``prompt`` or ``messages``.
+        what: Who asks, for the message.
 
     Raises:
-        PromptError: The argument is one string, or an element cannot be a prompt.
+        PromptError: The argument is something else, or an element cannot be a prompt.
     """
-    if isinstance(values, (str, Prompt)):
-        raise PromptError("prompts: give a list of prompts; for a single one, [prompt]")
-    return tuple(Prompt.of(value) for value in values)
+    return tuple(iter_prompts(values, what=what))
+
+
+def iter_prompts(values: Any, *, what: str = "prompts") -> Iterator[Prompt]:
+    """`as_prompts`, one after the other."""
+    for number, item in enumerate(items_of(values, what), 1):
+        try:
+            yield prompt_of_row(item) if isinstance(item, Mapping) else Prompt.of(_filled(item))
+        except PromptError as error:
+            raise PromptError(f"{what}: number {number}: {error}") from None
+
+
+def items_of(values: Any, what: str) -> Iterable[Any]:
+    """Refuse what is no list of prompts or rows; the rows of a pandas frame are dictionaries.
+
+    Iterables other than lists are left as they are, to be read once.
+
+    Args:
+        values: Whatever was given.
+        what: Who asks, for the message.
+
+    Raises:
+        PromptError: The value is one prompt, a mapping, a set, a file, or no iterable at all.
+    """
+    if isinstance(values, str | bytes | bytearray | Prompt):
+        raise PromptError(
+            f"{what}: give a list of prompts; for a single one, [prompt]; got {described(values)} (to read a file: xs.read_prompts)"
+        )
+    if isinstance(values, os.PathLike | IOBase):
+        raise PromptError(
+            f"{what}: needs prompts, got {described(values)}; read it with xs.read_prompts or xs.read_contrast"
+        )
+    if isinstance(values, Mapping):
+        first = next(iter(values), None)
+        way = f"give one of them, data[{first!r}]"
+        if {"role", "content"} <= values.keys():
+            way = "a list of prompts, each of which is a string or a list of such messages: [[message]]"
+        elif any(isinstance(value, str) for value in values.values()):
+            way = "for a single row, [row]"
+        elif all(isinstance(value, list | tuple) for value in values.values()):
+            way = "for rows of these columns, pandas.DataFrame(data)"
+        raise PromptError(f"{what}: needs a list, got {described(values)}; {way}")
+    if isinstance(values, set | frozenset):
+        raise PromptError(
+            f"{what}: a set has no order, so that results could not be told apart; give a list, sorted(...)"
+        )
+    if hasattr(values, "iloc") and hasattr(values, "columns"):  # a pandas frame; iterating would give its columns
+        return values.to_dict("records")
+    if hasattr(values, "tolist"):  # a pandas series, an array
+        values = values.tolist()
+        values = None if isinstance(values, str) else values  # an array of no dimension
+    elif hasattr(values, "columns"):
+        raise PromptError(
+            f"{what}: needs a list of prompts or rows, got {described(values)}; turn it into a list of dictionaries"
+        )
+    if not isinstance(values, Iterable):
+        raise PromptError(f"{what}: needs a list of prompts or rows, got {described(values)}")
+    return values
+
+
+def described(value: Any) -> str:
+    """The type of a value, and what tells a reader which one it is."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        inside = "splits" if kind.endswith("DatasetDict") else "keys"
+        return f"{kind} with {inside} {', '.join(map(str, list(value)[:8]))}"
+    columns = getattr(value, "column_names", None)
+    columns = getattr(value, "columns", None) if columns is None else columns
+    if columns is not None:
+        return f"{kind} with columns {', '.join(map(str, list(columns)[:8]))}"
+    return f"{kind} {str(value)[:60]!r}"
 
 
 def require_disjoint(what: str, sets: Mapping[str, Iterable[str]]) -> None:
@@ -435,8 +512,8 @@ class ContrastSet:
             keeps them on one side.
 
     Raises:
-        PromptError: A side is empty, the sides of a paired set have different lengths, or a
-            prompt stands on both sides.
+        PromptError: A side is empty or holds something else than prompts, the sides of a paired set have
+            different lengths, or a prompt stands on both sides.
 
     Example:
         >>> contrast = ContrastSet.from_records([{"positive": "What a joy.", "negative": "What a bore."}])
@@ -449,6 +526,9 @@ class ContrastSet:
     paired: bool = False
 
     def __post_init__(self) -> None:
+        for value in (*self.positive, *self.negative):
+            if not isinstance(value, Prompt):
+                raise PromptError(f"ContrastSet: needs Prompts, got {described(value)}; use ContrastSet.from_prompts")
         if not self.positive or not self.negative:
             raise PromptError(
                 f"ContrastSet: needs prompts on both sides, got {len(self.positive)} positive and "
@@ -468,10 +548,14 @@ class ContrastSet:
 
     @classmethod
     def from_prompts(
-        cls, positive: Iterable[PromptLike], negative: Iterable[PromptLike], *, paired: bool = False
+        cls, positive: "Iterable[PromptLike]", negative: "Iterable[PromptLike]", *, paired: bool = False
     ) -> "ContrastSet":
-        """Make a set from two lists of strings, message lists or prompts."""
-        return cls(as_prompts(positive), as_prompts(negative), paired)
+        """Make a set from two lists of prompts, each of which `as_prompts` takes.
+
+        Raises:
+            PromptError: A side is no list of prompts, or the set cannot be used.
+        """
+        return cls(as_prompts(positive, what="positive"), as_prompts(negative, what="negative"), paired)
 
     @classmethod
     def from_records(cls, records: Any) -> "ContrastSet":
@@ -568,12 +652,14 @@ def _joined(units: list[tuple[tuple[Prompt, ...], tuple[Prompt, ...]]]) -> list:
 
 
 def rows_of(records: Any) -> list[dict[str, Any]]:
-    """Rows as dictionaries, from a list of them, a pandas frame or a ``datasets.Dataset``."""
-    if hasattr(records, "to_dict") and hasattr(records, "columns"):  # a pandas frame
-        return records.to_dict("records")
-    if isinstance(records, (str, bytes)):
+    """Rows as dictionaries, from a list or another iterable of them, a pandas frame or a ``datasets.Dataset``.
+
+    Raises:
+        PromptError: The argument is something else, or a row is no dictionary.
+    """
+    if isinstance(records, str):
         raise PromptError("rows: got one string; give a list of rows, or read a file with xs.read_contrast")
-    rows = list(records)
+    rows = list(items_of(records, "rows"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise PromptError(f"rows: row {number} is {type(row).__name__}, not a dictionary of columns")
@@ -581,11 +667,21 @@ def rows_of(records: Any) -> list[dict[str, Any]]:
 
 
 def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row: its ``text``, ``prompt`` or ``messages`` column."""
-    for column in ("text", "prompt", "messages"):
-        if row.get(column) is not None:
+    """The prompt of a row: its ``text``, ``prompt`` or ``messages`` column, the first that is filled.
+
+    Raises:
+        PromptError: There is none, or it is no prompt.
+    """
+    columns = [column for column in ("text", "prompt", "messages") if column in row]
+    for column in columns:
+        if not _empty(row[column]):
             return Prompt.of(_chat_or_text(row[column]))
-    raise PromptError(f"no text, prompt or messages among the columns {sorted(map(str, row))}")
+    if columns:
+        raise PromptError("an empty cell; drop the row or fill it in")
+    way = "rename one"
+    if {"role", "content"} <= row.keys():
+        way = "it is one chat message: a prompt is a list of messages, [message]"
+    raise PromptError(f"no text, prompt or messages among the columns {sorted(map(str, row))}; {way}")
 
 
 def _label(row: Mapping[str, Any]) -> bool:
@@ -600,6 +696,17 @@ def _label(row: Mapping[str, Any]) -> bool:
     )
 
 
+def _empty(value: Any) -> bool:
+    """Tell an empty cell: None, or pandas' NaN."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _filled(value: Any) -> Any:
+    if _empty(value):
+        raise PromptError("an empty cell; drop the row or fill it in")
+    return value
+
+
 def _chat_or_text(value: Any) -> Any:
     """Chat messages written as JSON text (CSV has nothing else) become messages."""
     if isinstance(value, str) and value.lstrip().startswith('[{"'):
@@ -607,8 +714,4 @@ def _chat_or_text(value: Any) -> Any:
             return json.loads(value)
         except json.JSONDecodeError:
             return value
-    if isinstance(value, float):  # pandas' NaN for an empty cell
-        raise PromptError("an empty cell; drop the row or fill it in")
-    if not isinstance(value, str) and hasattr(value, "tolist"):  # numpy arrays out of parquet
-        return value.tolist()
-    return value
+    return _filled(value)

@@ -151,7 +151,7 @@ def warn_of_missing(encodings: Sequence[Encoding], name: str) -> None:
         return
     prompt, numbers = lacking[0].prompt, lacking[0].missing
     listed = ", ".join(f"{i + 1} ({prompt.messages[i].role})" for i in numbers)
-    others = f", and those of {len(lacking) - 1} other prompts" if len(lacking) > 1 else ""
+    others = ", and those of other prompts" if len(lacking) > 1 else ""
     warnings.warn(
         f"prompt {prompt.id} ({prompt.content[:40]!r}): the chat template of {name} leaves out or rewrites all or part of "
         f"message {listed}{others}; the model does not read that part as it was given, and what is written in its place counts "
