@@ -99,7 +99,7 @@ def test_content_hash_knows_every_bit_dtype_and_tokenizer(loaded):
     tokenizer = copy.deepcopy(tokenizer_of(model))
     for change in ("chat_template", "vocabulary"):
         other = copy.deepcopy(tokenizer)
-        other.add_tokens(["another"]) if change == "vocabulary" else setattr(other, "chat_template", "another")
+        other.add_tokens(["another"], True) if change == "vocabulary" else setattr(other, "chat_template", "another")
         register(model, name="tiny", tokenizer=other)
         assert content_hash(model) != own, change
     register(model, name="tiny", tokenizer=tokenizer)

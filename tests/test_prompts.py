@@ -3,17 +3,20 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
+from xmodel_steer.prompts import ContrastSet, Message, Prompt, Rendered, as_prompts
 
 CHAT = [{"role": "user", "content": "HELLO"}]
 REPLY = [*CHAT, {"role": "assistant", "content": "HELLO"}]
@@ -287,3 +290,101 @@ def test_text_that_spells_out_messages_is_another_prompt() -> None:
 def test_message_content_must_be_text() -> None:
     with pytest.raises(PromptError, match="must be strings"):
         Prompt.of([{"role": "user", "content": None}])  # type: ignore[dict-item]
+
+
+# --- templates that rewrite ------------------------------------------------------------------
+
+
+def with_template(template: Any) -> Any:
+    """A Hugging Face tokenizer with a chat template."""
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, name_or_path="mine")
+
+
+#: What a template writes of a message, and what of the content that is; None where it has other letters.
+WRITES = {
+    "m.content": lambda c: c,
+    "m.content | trim": str.strip,
+    "m.content.split('</think>')[-1] | trim": lambda c: c.split("</think>")[-1].strip(),
+    "(m.content.split('</think>')[-1] if '</think>' in m.content else '<no think>' ~ m.content)": (
+        lambda c: c.split("</think>")[-1]
+    ),
+    "('<no think>' ~ m.content.split('</think>')[-1])": lambda c: c.split("</think>")[-1],
+    "m.content | upper": lambda c: c if c.upper() == c else None,
+    "m.content[:7]": lambda c: c[:7],
+    "m.content.split() | join(' ')": str.strip,
+    "m.content | replace('art', '')": lambda c: c.replace("art", ""),
+    "(m.content | reverse if m.content == 'art' else m.content)": lambda c: None if c == "art" else c,
+    "''": lambda c: "",
+}
+FRAMES = [("<|", "|>\n", "<|end|>\n"), ("[", "] ", "[/]"), ("", "\n", ""), ("", "", "")]
+TURNS = {"messages": slice(None), "messages[1:]": slice(1, None), "messages[-2:]": slice(-2, None)}
+WORDS = [
+    "user",
+    "art",
+    "assistant",
+    "You are an art critic.",
+    "critic",
+    "system",
+    "A",
+    "b",
+    "?",
+    "é🙂",
+    "ß",
+    "\U000f0001",
+]
+WORDS += [" ", "\n", "  ", "<think>", "</think>", "[/]", "<|end|>", "</think>\n\n", "'", '"', "\\"]
+CONTENTS = st.lists(st.sampled_from(WORDS), max_size=6).map("".join)
+CHATS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), CONTENTS), min_size=1, max_size=5)
+
+
+def written(template: Any, chat: list[tuple[str, str]]) -> tuple[Prompt, Rendered, list[str]]:
+    """The prompt, rendered, and what of each message has a span, without white space."""
+    prompt = Prompt(messages=tuple(Message(role, content) for role, content in chat))
+    rendered = prompt.render(with_template(template))
+    trimmed = [content.strip() for _, content in chat]
+    bases = list(accumulate(map(len, trimmed), initial=0))
+    located = [""] * len(chat)
+    assert all(b <= c for (_, b, _), (c, _, _) in pairwise(rendered.spans))
+    for start, end, base in rendered.spans:
+        number = next(i for i, content in enumerate(trimmed) if bases[i] <= base < bases[i] + len(content))
+        part = rendered.text[start:end]
+        assert part == trimmed[number][base - bases[number] : base - bases[number] + end - start]
+        located[number] += "".join(part.split())
+    return prompt, rendered, located
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    chat=CHATS.filter(lambda chat: any(content.strip() for _, content in chat)),
+    writes=st.tuples(*[st.sampled_from(sorted(WRITES))] * 3),
+    frame=st.sampled_from(FRAMES),
+    turns=st.sampled_from(sorted(TURNS)),
+    default=st.sampled_from(["", "You are an art critic. user A "]),
+)
+def test_what_a_template_keeps_is_found_whatever_it_does_to_the_rest(chat, writes, frame, turns, default):
+    roles = dict(zip(("system", "user", "assistant"), writes, strict=True))
+    opening, closing, end = frame
+    template = default + "{% for m in " + turns + " %}"
+    for role, write in roles.items():
+        tag = opening and f"{opening}{role}{closing}"
+        template += (
+            "{% if m.role == '" + role + "' %}{{ '" + tag.replace("\n", "\\n") + "' ~ " + write + " }}{% endif %}"
+        )
+    template += end + "{% endfor %}"
+    _, rendered, located = written(template, chat)
+    there = range(len(chat))[TURNS[turns]]
+    kept = [WRITES[roles[role]](content) if i in there else "" for i, (role, content) in enumerate(chat)]
+    assert located == ["".join((part or "").split()) for part in kept]
+    lacking = tuple(i for i, (_, c) in enumerate(chat) if "".join((kept[i] or "").split()) != "".join(c.split()))
+    assert rendered.missing == lacking
+    # Written as the template keeps it, the same text has the same content.
+    if any((part or "").strip() for part in kept) and None not in kept:
+        _, again, found = written(template, [(role, part) for (role, _), part in zip(chat, kept, strict=True)])
+        if again.text == rendered.text:
+            assert covered(again) == covered(rendered) and found == located
+
+
+def covered(rendered: Rendered) -> set[int]:
+    places = {at for start, end, _ in rendered.spans for at in range(start, end)}
+    return {at for at in places if not rendered.text[at].isspace()}

@@ -142,7 +142,7 @@ def replacement_check(
         SpaceMismatchError: Map, moments and models do not belong together.
         ValueError: There is no random control.
     """
-    items = as_prompts(list(prompts))
+    items = as_prompts(prompts)
     if not items or any(p.text is None for p in items):
         raise PromptError(
             "replacement_check: needs prompts of raw text (each model has a chat template of its own, so that the two would "
@@ -277,7 +277,7 @@ def patching_grid(
             not one token, or the target does not tell a clean prompt from its corrupted one.
         SpaceMismatchError: A map is not between these models.
     """
-    clean_, corrupted_ = as_prompts(list(clean)), as_prompts(list(corrupted))
+    clean_, corrupted_ = as_prompts(clean), as_prompts(corrupted)
     if not clean_ or not len(clean_) == len(corrupted_) == len(answers):
         raise PromptError(
             f"patching_grid: needs as many clean prompts as corrupted ones and answers, got {len(clean_)}, {len(corrupted_)} and {len(answers)}"

@@ -194,7 +194,7 @@ def losses(
 
 
 def _predictable(model: Any, texts: Iterable[PromptLike], max_tokens: int | None) -> list[Encoding]:
-    encodings = encode(model, as_prompts(list(texts)), max_tokens=max_tokens)
+    encodings = encode(model, as_prompts(texts), max_tokens=max_tokens)
     short = [e.prompt.id for e in encodings if len(e.ids) < 2]
     if not encodings or short:
         raise PromptError(
@@ -288,7 +288,7 @@ def calibrate(
         raise ValueError(
             f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {ways.tolist()}"
         )
-    documents = as_prompts(list(texts))
+    documents = as_prompts(texts)
     known: dict[tuple[int, float], float] = {}
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:

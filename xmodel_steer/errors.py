@@ -13,6 +13,10 @@ class PromptError(XModelSteerError, ValueError):
     """A prompt, a contrast set or a corpus cannot be used as given."""
 
 
+class PromptWarning(UserWarning):
+    """A chat template leaves out or rewrites part of a message."""
+
+
 class AlignmentError(XModelSteerError, ValueError):
     """The tokens of two models cannot be paired well enough."""
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from xmodel_steer import laws
 from xmodel_steer.bridges import own_parts, read_caches
-from xmodel_steer.errors import CacheWarning, ModelError, ModelWarning, SiteError
+from xmodel_steer.errors import CacheWarning, ModelError, ModelWarning, PromptError, SiteError
 from xmodel_steer.laws import Conduct
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import STREAMS, Site, Space
-from xmodel_steer.tokens import Encoding, tokenise
+from xmodel_steer.tokens import Encoding, special_ids, tokenise
 
 
 @runtime_checkable
@@ -82,7 +82,7 @@ def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> No
         revision: Revision of the model on the hub, for the record.
 
     Raises:
-        ModelError: The tokenizer gives no character offsets.
+        ModelError: The tokenizer gives no character offsets, or has more tokens than the model.
     """
     know(model, name=name, tokenizer=tokenizer, revision=revision)
     prove(model)
@@ -94,6 +94,15 @@ def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: 
         raise ModelError(
             f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer, or convert it (tokenizer.json)"
+        )
+    rows, special = embedding_rows(model), special_ids(tokenizer)
+    # Special tokens without an embedding are common (a padding token, an image's): `encode` refuses them where they occur.
+    words = {i: token for token, i in getattr(tokenizer, "get_vocab", dict)().items() if i not in special}
+    if (last := max(words, default=0)) >= rows:
+        raise ModelError(
+            f"{name}: its tokenizer has tokens up to id {last} ({words[last]!r}), but the model has embeddings for {rows} only, ids 0 to "
+            f"{rows - 1}; give the tokenizer that the model was trained with, or resize the embeddings "
+            "(model.resize_token_embeddings) and train the new ones before TransformerLens takes the model"
         )
     if is_bridge(model):
         read_caches(model)
@@ -165,6 +174,13 @@ def hardware_of(model: Any) -> str:
 def is_bridge(model: Any) -> bool:
     """Whether the model is a TransformerBridge, with the Hugging Face model inside."""
     return hasattr(model, "original_model")
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids the model has embeddings for."""
+    if is_bridge(model):
+        return len(model.original_model.get_input_embeddings().weight)
+    return int(model.cfg.d_vocab)
 
 
 def context_length(model: Any) -> int:
@@ -398,7 +414,12 @@ def prove(model: Any) -> Conduct:
 
 
 def encode(
-    model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = None, truncation_side: str = "right"
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int | None = None,
+    truncation_side: str = "right",
+    warn: bool = True,
 ) -> list[Encoding]:
     """Tokenise prompts with the model's own tokenizer, template and special tokens.
 
@@ -408,18 +429,31 @@ def encode(
         max_tokens: Cut longer ones to this many tokens. Without it a prompt longer than the model's
             context is refused.
         truncation_side: Where to cut; see `tokenise`.
+        warn: See `tokenise`.
 
     Raises:
-        PromptError: A prompt is longer than the context, or gives no tokens.
+        PromptError: A prompt is longer than the context, gives no tokens, or holds a token that the
+            model has no embedding for.
     """
-    return tokenise(
-        tokenizer_of(model),
+    name, tokenizer, rows = name_of(model), tokenizer_of(model), embedding_rows(model)
+    encodings = tokenise(
+        tokenizer,
         prompts,
-        name=name_of(model),
+        name=name,
         limit=context_length(model),
         max_tokens=max_tokens,
         truncation_side=truncation_side,
+        warn=warn,
     )
+    for encoding in encodings:
+        beyond = max(encoding.ids)
+        if beyond >= rows:
+            raise PromptError(
+                f"prompt {encoding.prompt.id} ({encoding.prompt.content[:40]!r}): holds the special token "
+                f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), but {name} has embeddings for ids 0 to {rows - 1} only; "
+                "take it out of the text, or resize the model's embeddings and train it"
+            )
+    return encodings
 
 
 @dataclass(frozen=True, eq=False)
@@ -474,9 +508,9 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
 
 def pad_id(model: Any) -> int:
     """A token id for padding that the model has an embedding of; which one does not matter, the mask hides it."""
-    tokenizer = tokenizer_of(model)
+    tokenizer, rows = tokenizer_of(model), embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None and candidate < int(model.cfg.d_vocab):
+        if candidate is not None and candidate < rows:  # a padding token is often added without an embedding
             return int(candidate)
     return 0
 

@@ -149,8 +149,8 @@ def transfer(
     strengths = tuple(sorted({float(s) for s in strengths}))
     chosen_sources = tuple(source_sites or default_sites(source, "source"))
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
-    text_items = as_prompts(list(texts))
-    neutral = as_prompts(list(neutral_texts)) if neutral_texts is not None else ()
+    text_items = as_prompts(texts, what="transfer: texts")
+    neutral = as_prompts(neutral_texts, what="transfer: neutral_texts") if neutral_texts is not None else ()
     fit_set, (validation, validating), (evaluation, reporting) = _behaviours(
         contrast, prompts, scorer, held_out, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
@@ -418,7 +418,7 @@ def _behaviours(
         fit_set, *others = contrast.split((0.5, 0.2, 0.3), seed=seed)
         validation, evaluation = ((held_out(own), own.positive + own.negative) for own in others)
         return fit_set, validation, evaluation
-    items = as_prompts(list(prompts))
+    items = as_prompts(prompts, what="transfer: prompts")
     distinct = list({p.content_key(): p for p in items}.values())
     order = np.random.default_rng(seed).permutation(len(distinct))
     third = len(distinct) // 3
