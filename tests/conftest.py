@@ -3,7 +3,11 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test of this tier may reach the network
+# Toys are too small to share between cores: tests are shared instead. Programs that a test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,9 +23,41 @@ from toys import contrast, sentences
 from xmodel_steer import cli
 from xmodel_steer.organisms import data
 
-torch.set_num_threads(1)  # toys are too small to share between cores
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 NO_CLASS = "HookedTransformer was removed in transformer-lens 4: run these rows with transformer-lens 3.9"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share a run of the whole suite between the cores; run named files and tests in this process.
+
+    Not in `addopts`: with that, one test would wait for the start of every worker, and ``-p no:xdist`` would fail.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):  # a worker has no workers
+        return
+    watched = option.usepdb or option.trace or option.capture == "no"
+    whole = config.args_source is not config.ArgsSource.ARGS
+    if option.numprocesses is None and not option.tx and whole and not watched:
+        option.numprocesses = "auto"
+    if option.numprocesses and option.dist == "no":
+        option.dist = "worksteal"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Give each core a worker, four at most: each holds models of its own."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(4, len(os.sched_getaffinity(0)))
+    return min(4, os.cpu_count() or 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a test that is named run, whichever its tier."""
+    chosen = any(argument.startswith("-m") for argument in config.invocation_params.args)
+    if not chosen and config.args and all("::" in argument for argument in config.args):
+        config.option.markexpr = ""
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +65,13 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Tokenizers trained in this session, saved and loaded again as a user's are."""
     folder = tmp_path_factory.mktemp("tokenizers")
     kinds = ("byte_level", "metaspace", "byte_fallback", "unigram", "wordpiece")
-    return {kind: getattr(toys, f"{kind}_tokenizer")(folder / kind) for kind in kinds}
+    made = {kind: getattr(toys, f"{kind}_tokenizer")(folder / kind) for kind in kinds}
+    # These libraries stay to the end. Frozen, their million objects are not looked through at every collection of
+    # garbage, which took a seventh of all tests' time.
+    importlib.import_module("transformer_lens.model_bridge.sources")
+    gc.collect()
+    gc.freeze()
+    return made
 
 
 @pytest.fixture(scope="session")

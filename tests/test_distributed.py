@@ -1,5 +1,6 @@
 """Several processes give the moments of one; and the commands that collect, store and merge."""
 
+import socket
 import subprocess
 import sys
 from itertools import product
@@ -62,21 +63,26 @@ def share(rank: int, size: int) -> Any:
 def worker(rank: int, size: int, folder: str, what: str) -> None:
     import os
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    port = (Path(folder) / "port").read_text()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with process_group() as place:
         assert place == (rank, size)
         if what == "sum":
             torch.save([all_reduced(share(rank, size)).parts, rank], Path(folder) / f"{rank}.pt")
             return
-        call = require_same_texts if what == "texts" else all_reduced
         texts = [Prompt(text="one"), Prompt(text=f"{rank}")]
-        given = texts if what == "texts" else accumulator(settings={"seed": rank}).moments()
-        with pytest.raises((PromptError, SpaceMismatchError)) as raised:
-            call(given)  # type: ignore[operator]
-        (Path(folder) / f"{rank}.txt").write_text(str(raised.value))
+        with pytest.raises(PromptError) as raised:
+            require_same_texts(texts)
+        (Path(folder) / f"{rank}.texts").write_text(str(raised.value))
+        with pytest.raises(SpaceMismatchError) as refused:
+            all_reduced(accumulator(settings={"seed": rank}).moments())
+        (Path(folder) / f"{rank}.settings").write_text(str(refused.value))
 
 
 def launch(size: int, folder: Path, what: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
     multiprocessing.start_processes(worker, (size, str(folder), what), nprocs=size, start_method="spawn")
 
 
@@ -98,11 +104,10 @@ def test_the_sum_over_processes_is_the_merge_of_their_shards(tmp_path: Path) -> 
 
 
 def test_ranks_that_saw_other_texts_or_settings_are_refused_in_every_process(tmp_path: Path) -> None:
-    launch(2, tmp_path, "texts")
+    launch(2, tmp_path, "refusals")
     for rank in (0, 1):
-        assert f"rank {1 - rank} reads other texts (2 documents" in (tmp_path / f"{rank}.txt").read_text()
-    launch(2, tmp_path, "settings")
-    assert all("start all with the same arguments" in (tmp_path / f"{r}.txt").read_text() for r in (0, 1))
+        assert f"rank {1 - rank} reads other texts (2 documents" in (tmp_path / f"{rank}.texts").read_text()
+        assert "start all with the same arguments" in (tmp_path / f"{rank}.settings").read_text()
 
 
 def test_without_torchrun_there_is_one_process() -> None:
@@ -128,31 +133,24 @@ def options(folders: dict[str, Path], **changes: object) -> list[object]:
     ]
 
 
-@pytest.fixture(scope="module")
-def torchrun(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The moments that N processes collect together."""
-    # Windows of 4 documents, so that every process has something to do.
-    script = "import xmodel_steer.capture, sys; sys.modules['xmodel_steer.capture'].WINDOW = 4; from xmodel_steer.cli import main; main()"
-
-    def run(size: int) -> Any:
-        folder = tmp_path_factory.mktemp("torchrun")
-        (folder / "run.py").write_text(script)
-        starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
-        arguments = [str(a) for a in options(folders, moments=folder / "moments.safetensors")]
-        done = subprocess.run(
-            [sys.executable, *starter, str(folder / "run.py"), *arguments], capture_output=True, text=True, cwd=folder
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return read(folder / "moments.safetensors")
-
-    return run
-
-
-def test_one_two_and_four_processes_give_the_same_moments(torchrun: Any) -> None:
-    one = torchrun(1)
+def test_one_and_three_processes_give_the_same_moments(
+    command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 7 documents: nine of them, the last one short."""
+    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 7)
+    code, _, err = command(*options(folders, moments=tmp_path / "one.safetensors"))
+    assert code == 0, err
+    one = read(tmp_path / "one.safetensors")
     assert one.tokens > 100 and len(one.pairs) == 2
-    for size in (2, 4):
-        same(torchrun(size), one)
+    script = "import xmodel_steer.capture, sys; sys.modules['xmodel_steer.capture'].WINDOW = 7; from xmodel_steer.cli import main; main()"
+    (tmp_path / "run.py").write_text(script)
+    arguments = [str(a) for a in options(folders, moments=tmp_path / "three.safetensors")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "run.py"), *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(read(tmp_path / "three.safetensors"), one)
 
 
 def test_jobs_write_a_file_each_and_merge_adds_them_up(

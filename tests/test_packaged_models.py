@@ -82,6 +82,7 @@ def test_greedy_text_does_not_depend_on_the_batch_or_the_cache(models: dict[str,
     assert together == alone == uncached
 
 
+@pytest.mark.long
 def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "from xmodel_steer.cli import main; main()"]
     done = subprocess.run([*program, "demo", "--out", str(tmp_path / "run")], capture_output=True, text=True)
@@ -97,6 +98,7 @@ def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Pat
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_examples_run(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
@@ -105,6 +107,7 @@ def test_examples_run(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 60
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
 def test_notebooks_run(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tutorials (01 to 09) have no outputs; studies show those that their saved results give."""

@@ -229,6 +229,7 @@ def test_words_that_the_other_text_lacks_are_marked() -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: install one (Debian: apt-get install chromium) and run again"
 )
