@@ -1,7 +1,7 @@
 """Reading the residual stream: activations of prompts, and paired moments of two models."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from xmodel_steer.alignment import Alignment, align, check_coverage
 from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.models import Batch, batches, dtype_of, encode, forward, layout, name_of, sites_of, space_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of, sketch_dimensions
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, items_of, iter_prompts, text_digest
+from xmodel_steer.prompts import Prompt, Prompts, as_prompts, items_of, iter_prompts, text_digest
 from xmodel_steer.spaces import Site
 from xmodel_steer.tokens import Encoding, warn_of_missing
 from xmodel_steer.vectors import Activations, check_finite
@@ -58,7 +58,7 @@ def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Flo
 
 def capture(
     model: Any,
-    prompts: Iterable[PromptLike],
+    prompts: Prompts,
     sites: Sequence[Site],
     *,
     tokens: Tokens = "last",
@@ -172,7 +172,7 @@ def window_size(max_tokens: int) -> int:
     return max(4, min(WINDOW, WINDOW_TOKENS // max_tokens))
 
 
-def windows(texts: Iterable[PromptLike], size: int) -> Iterator[tuple[Prompt, ...]]:
+def windows(texts: Prompts, size: int) -> Iterator[tuple[Prompt, ...]]:
     """Documents, a few at a time, read once."""
     prompts = iter_prompts(texts, what="texts")
     while window := tuple(itertools.islice(prompts, size)):
@@ -187,7 +187,7 @@ SKETCH = 64
 def collect_moments(
     source: Any,
     target: Any,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     source_sites: Sequence[Site] | Literal["all"],
     target_sites: Sequence[Site] | Literal["all"],

@@ -1,6 +1,6 @@
 """Checks of a map on what a model does: replacement of a site while generating, and cross-model activation patching."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from xmodel_steer.maps import Map
 from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, rouge_l, sign_flip_test
 from xmodel_steer.models import batches, encode, forward, layout, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts
+from xmodel_steer.prompts import Prompt, Prompts, as_prompts
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like, require_map_between
 from xmodel_steer.spaces import Space
 from xmodel_steer.steering import Reading, Replacement, steering
@@ -109,7 +109,7 @@ def replacement_check(
     source: Any,
     target: Any,
     mapping: Map,
-    prompts: Iterable[PromptLike],
+    prompts: Prompts,
     reference: SplitMoments,
     *,
     max_new_tokens: int = 24,
@@ -255,8 +255,8 @@ def patching_grid(
     source: Any,
     target: Any,
     maps: Sequence[Map],
-    clean: Iterable[PromptLike],
-    corrupted: Iterable[PromptLike],
+    clean: Prompts,
+    corrupted: Prompts,
     answers: Sequence[tuple[str, str]],
     *,
     progress: bool = True,

@@ -1,7 +1,7 @@
 """Damage on neutral text, and strengths that do equal damage."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from xmodel_steer.errors import PromptError
 from xmodel_steer.metrics import Reference
 from xmodel_steer.models import Batch, batches, encode, forward, identity_of, layout, name_of
-from xmodel_steer.prompts import PromptLike, as_prompts
+from xmodel_steer.prompts import Prompts, as_prompts
 from xmodel_steer.resume import once
 from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
 from xmodel_steer.tokens import Encoding
@@ -68,7 +68,7 @@ class SideEffect:
 def side_effects(
     model: Any,
     interventions: Settings,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     max_tokens: int | None = 64,
     batch_size: int = 8,
@@ -165,7 +165,7 @@ def _damage(
 def losses(
     model: Any,
     interventions: Settings,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     max_tokens: int | None = 64,
     batch_size: int = 8,
@@ -193,7 +193,7 @@ def losses(
     return loss, tokens
 
 
-def _predictable(model: Any, texts: Iterable[PromptLike], max_tokens: int | None) -> list[Encoding]:
+def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> list[Encoding]:
     encodings = encode(model, as_prompts(texts), max_tokens=max_tokens)
     short = [e.prompt.id for e in encodings if len(e.ids) < 2]
     if not encodings or short:
@@ -248,7 +248,7 @@ def calibrate(
     model: Any,
     vectors: Sequence[SteeringVector],
     kl: float | Sequence[float],
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     signs: Sequence[int] | int = 1,
     positions: Positions = "all",

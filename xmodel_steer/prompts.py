@@ -162,21 +162,25 @@ class Prompt:
             )
         contents = [m.content for m in self.messages]
         text = self._template(tokenizer, contents)
-        found = self._located(tokenizer, text)
-        bases = accumulate((len(content.strip()) for content in contents), initial=0)
-        spans, marks, missing = [], [], []
-        for number, (content, base) in enumerate(zip(contents, bases, strict=False)):
-            own = found.get(number, [])
-            lead = len(content) - len(content.lstrip())
-            spans += [(start, end, base + place - lead) for start, end, place in own]
+        bases = list(accumulate((len(content.strip()) for content in contents), initial=0))
+        spans: list[tuple[int, int, int]] = []
+        parts: list[list[tuple[int, int, str]]] = [[] for _ in contents]
+        places = self._located(tokenizer, text).items()
+        for start, end, place, number in sorted((*stretch, number) for number, own in places for stretch in own):
+            cut = max(0, spans[-1][1] - start) if spans else 0  # contents with nothing between them
+            if start + cut < end:
+                content = contents[number]
+                spans.append((start + cut, end, bases[number] + place + cut - (len(content) - len(content.lstrip()))))
+                parts[number].append((start + cut, end, text[start + cut : end]))
+        marks, missing = [], []
+        for number, (content, own) in enumerate(zip(contents, parts, strict=True)):
             if own:
                 marks += [(own[0][0], 2 * number), (own[-1][1], 2 * number + 1)]
-            there = "".join(content[place : place + end - start] for start, end, place in own)
-            if "".join(there.split()) != "".join(content.split()):
+            if "".join(content.split()) != "".join("".join(part for *_, part in own).split()):
                 missing.append(number)
         if self._opens:
             marks.append((len(text), 2 * len(self.messages)))
-        return Rendered(text, tuple(sorted(spans)), False, tuple(marks), tuple(missing))
+        return Rendered(text, tuple(spans), False, tuple(marks), tuple(missing))
 
     @property
     def _opens(self) -> bool:
@@ -211,16 +215,19 @@ class Prompt:
         contents = [m.content for m in self.messages]
         found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
         alone: dict[int, str] = {}
+        # No character may be replaced by itself.
+        taken = {(ord(c) - _PRIVATE - n) % _MANY for n, c in enumerate("".join(contents)) if c >= chr(_PRIVATE)}
+        shift = next(n for n in range(_MANY) if n not in taken)
 
         def follow(kept: Mapping[int, Sequence[str]]) -> dict[int, list[tuple[int, int, int]]]:
             kinds = {i: own for i, patterns in kept.items() if _SHOWN in (own := _kinds(contents[i], patterns))}
             try:
-                shown = self._template(tokenizer, _replaced(contents, kinds))
+                shown = self._template(tokenizer, _replaced(contents, kinds, shift))
             except PromptError:  # the prompt itself was rendered, so it can be used
                 return {}
             if len(kinds) == 1:
-                alone.setdefault(*kinds, shown)
-            places = _followed(text, shown, contents)
+                alone.setdefault(next(iter(kinds)), shown)
+            places = _followed(text, shown, contents, shift)
             if places is None:
                 return {}
             return {i: _runs(text, contents[i], _longest(places.get(i, [])), own) for i, own in kinds.items()}
@@ -231,7 +238,9 @@ class Prompt:
                 for group in [[i] for i in rest] if not together else [rest] if rest else []:
                     kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
                     told = follow(kept)
-                    for i, pattern in [(i, pattern) for i in told for pattern in kept[i]]:
+                    for i, pattern in [(number, pattern) for number in told for pattern in kept[number]]:
+                        if not _may_be_there(pattern, text, contents[i], told[i]):
+                            continue
                         fewer = {**kept, i: [other for other in kept[i] if other != pattern]}
                         again = follow(fewer)
                         if again.keys() >= told.keys():
@@ -295,19 +304,19 @@ def _kinds(content: str, kept: Sequence[str]) -> bytearray:
     return kinds
 
 
-def _replaced(contents: Sequence[str], kinds: Mapping[int, bytearray]) -> list[str]:
+def _replaced(contents: Sequence[str], kinds: Mapping[int, bytearray], shift: int) -> list[str]:
     """The contents with private-use characters, one after the other, for what is shown."""
     made = list(contents)
     firsts = list(accumulate(map(len, contents), initial=0))
     for i, own in kinds.items():
         made[i] = "".join(
-            c if kind else chr(_PRIVATE + (firsts[i] + place) % _MANY)
+            c if kind else chr(_PRIVATE + (firsts[i] + place + shift) % _MANY)
             for place, (c, kind) in enumerate(zip(contents[i], own, strict=True))
         )
     return made
 
 
-def _followed(text: str, shown: str, contents: Sequence[str]) -> dict[int, list[tuple[int, int]]] | None:
+def _followed(text: str, shown: str, contents: Sequence[str], shift: int) -> dict[int, list[tuple[int, int]]] | None:
     """For each message, which characters of the text are which of its content; None if the text is another one."""
     if len(text) != len(shown):
         return None
@@ -321,7 +330,7 @@ def _followed(text: str, shown: str, contents: Sequence[str]) -> dict[int, list[
         if code < 0:
             return None
         # In a very long conversation they come round again: the next one is meant.
-        number += (code - number) % _MANY
+        number += (code - shift - number) % _MANY
         number -= _MANY * (number >= total)
         if number < 0:
             return None
@@ -350,7 +359,7 @@ def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: byte
     first, last = len(content) - len(content.lstrip()), len(content.rstrip())
     at, place = piece[0]
     whole = at - place + first
-    if whole >= 0 and text.startswith(content[first:last], whole):
+    if len(piece) == kinds.count(_SHOWN) and whole >= 0 and text.startswith(content[first:last], whole):
         return [(whole, whole + last - first, first)]
     runs = [[at, at + 1, place]]
     for at, place in piece[1:]:
@@ -374,14 +383,28 @@ def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: byte
     return made
 
 
+def _may_be_there(pattern: str, text: str, content: str, runs: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether the text may have more of the content than these stretches: what matches the pattern, or a part of it."""
+    if not runs:
+        return True
+    for start, end, place in runs:
+        before = text[:start].rstrip()[-1:], content[:place].rstrip()[-1:]
+        after = text[end:].lstrip()[:1], content[place + end - start :].lstrip()[:1]
+        if "" != before[0] == before[1] or "" != after[0] == after[1]:
+            return True
+    (start, _, first), (begin, end, last) = runs[0], runs[-1]
+    return bool(re.search(pattern, text[max(0, start - first) : end + len(content) - (last + end - begin)]))
+
+
 def _goes_on(text: str, content: str, kinds: bytearray, at: int, shift: int) -> bool:
     return kinds[at - shift] == _LOOSE and text[at] == content[at - shift]
 
 
 if TYPE_CHECKING:
     PromptLike = str | Prompt | Sequence[Mapping[str, str] | Message] | Mapping[str, Any]
+    Prompts = Iterable[PromptLike]
 else:
-    PromptLike = Any  # `as_prompts` refuses others, and says why
+    PromptLike = Prompts = Any  # `as_prompts` refuses others, and says why
 
 
 def as_prompts(values: Any, *, what: str = "prompts") -> tuple[Prompt, ...]:
@@ -547,9 +570,7 @@ class ContrastSet:
             )
 
     @classmethod
-    def from_prompts(
-        cls, positive: "Iterable[PromptLike]", negative: "Iterable[PromptLike]", *, paired: bool = False
-    ) -> "ContrastSet":
+    def from_prompts(cls, positive: Prompts, negative: Prompts, *, paired: bool = False) -> "ContrastSet":
         """Make a set from two lists of prompts, each of which `as_prompts` takes.
 
         Raises:

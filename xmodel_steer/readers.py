@@ -89,7 +89,7 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
     if name.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(_text(path), newline="")))
     if not name.endswith(".jsonl"):
-        raise PromptError(f"{path}: needs a .jsonl or .csv file")
+        raise PromptError(f"{str(path)[:200]}: needs a .jsonl or .csv file; for a text instead of a file, [text]")
     rows = []
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():

@@ -8,7 +8,7 @@ both models: the character that they end on, or their role in the chat template.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from xmodel_steer.errors import ArtifactError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, read_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, items_of, text_digest
+from xmodel_steer.prompts import Prompt, Prompts, as_prompts, items_of, text_digest
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.tokens import Encoding, warn_of_missing
@@ -37,7 +37,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def harvest(
     model: Any,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     folder: str | Path,
     *,
     end: str,

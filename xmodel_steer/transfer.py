@@ -6,7 +6,7 @@ prompts and validation text; what is reported comes from prompts and text that c
 
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -23,7 +23,7 @@ from xmodel_steer.maps import Map
 from xmodel_steer.metrics import bootstrap_mean
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
-from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts, require_disjoint
+from xmodel_steer.prompts import ContrastSet, Prompt, Prompts, as_prompts, require_disjoint
 from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.scorers import Explained, Scorer
 from xmodel_steer.spaces import Site, require_same_space
@@ -54,9 +54,9 @@ def transfer(
     source: Any,
     target: Any,
     contrast: ContrastSet,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
-    prompts: Iterable[PromptLike] | None = None,
+    prompts: Prompts | None = None,
     scorer: Scorer | None = None,
     held_out: Callable[[ContrastSet], Behaviour] = Preference,
     label: str = "behaviour",
@@ -69,7 +69,7 @@ def transfer(
     positions: Positions = "all",
     fitter: Fitter = Ridge(),
     moments: Moments | None = None,
-    neutral_texts: Iterable[PromptLike] | None = None,
+    neutral_texts: Prompts | None = None,
     side: Mapping[str, Behaviour] | None = None,
     fixed: bool = True,
     random_seeds: int = 5,
@@ -400,7 +400,7 @@ def default_sites(model: Any, end: str) -> list[Site]:
 
 def _behaviours(
     contrast: ContrastSet,
-    prompts: Iterable[PromptLike] | None,
+    prompts: Prompts | None,
     scorer: Scorer | None,
     held_out: Callable[[ContrastSet], Behaviour],
     *,
