@@ -12,7 +12,7 @@ import toys
 from toys import contrast, sentences
 
 import xmodel_steer as xs
-from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.metrics import NO_NATIVE, NOT_FINITE, bootstrap_mean, undefined
 from xmodel_steer.report import summary
 from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.transfer import default_sites
@@ -340,7 +340,6 @@ CLEAR = {"native": 0.2, "mapped": 0.15, "random": 0.01, "shuffled": 0.02}
 
 def test_the_verdict_says_what_survived(result: TransferResult) -> None:
     verdict = made_up(result, CLEAR).verdict()
-    assert verdict.efficiency is not None
     assert verdict.efficiency.value == pytest.approx(0.75, abs=0.02)
     assert verdict.efficiency.low < verdict.efficiency.value < verdict.efficiency.high
     assert verdict.transfers
@@ -348,7 +347,7 @@ def test_the_verdict_says_what_survived(result: TransferResult) -> None:
     assert all(
         c.p <= c.corrected < 0.01 and c.difference.value == pytest.approx(0.13, abs=0.02) for c in verdict.comparisons
     )
-    controls = {name: found.value for name, found in verdict.controls.items() if found}
+    controls = {name: found.value for name, found in verdict.controls.items()}
     assert controls == pytest.approx({"random": 0.05, "shuffled": 0.1}, abs=0.02)
     assert verdict.text.startswith("toy: transfers: 0.75 [0.7")
     assert "of native at KL 0.30 and 0.30 nats per token, n = 40; random 0.0" in verdict.text
@@ -366,15 +365,37 @@ def test_verdict_says_no_when_a_control_does_the_same(result: TransferResult, co
 def test_verdict_says_no_when_the_effect_has_the_wrong_sign(result: TransferResult) -> None:
     verdict = made_up(result, CLEAR | {"mapped": -0.2}).verdict()
     assert verdict.transfers is False
-    assert verdict.efficiency is not None
     assert verdict.efficiency.high < 0
 
 
 def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferResult) -> None:
     verdict = made_up(result, CLEAR | {"native": 0.0}).verdict()
-    assert verdict.efficiency is None
+    assert verdict.efficiency.undefined == NO_NATIVE
     assert verdict.transfers is None
     assert verdict.text == "toy: undefined, the native vector does nothing at KL 0.30 and 0.30 nats per token, n = 40"
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_an_undefined_comparison_is_said_and_is_no_transfer(result: TransferResult, lost: float) -> None:
+    made = made_up(result, CLEAR)
+    arms = tuple(
+        replace(a, scores=(lost, *a.scores[1:])) if (a.arm, a.strength, a.budget) == ("shuffled", 1.0, 0.3) else a
+        for a in made.arms
+    )
+    verdict = replace(made, arms=arms).verdict()
+    (gone,) = [c for c in verdict.comparisons if c.difference.undefined]
+    assert (gone.control, gone.sign) == ("shuffled", "+") and np.isnan(gone.p) and np.isnan(gone.corrected)
+    assert verdict.transfers is None and verdict.controls["shuffled"].undefined == NOT_FINITE
+    assert verdict.text.startswith("toy: undefined: 0.7") and "shuffled undefined; paired test" in verdict.text
+    assert f"corrected for 4 comparisons; shuffled + undefined ({NOT_FINITE}); perplexity" in verdict.text
+
+
+def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: TransferResult, monkeypatch: Any) -> None:
+    given = undefined("too few", 40, 0.75)
+    monkeypatch.setattr("xmodel_steer.results.transfer_efficiency", lambda *_: given)
+    verdict = made_up(result, CLEAR).verdict()
+    assert verdict.transfers is None and max(c.corrected for c in verdict.comparisons) < 0.05
+    assert verdict.text.startswith("toy: undefined: 0.75 (interval undefined: too few) of native at KL 0.30 and 0.30")
 
 
 def test_only_directions_in_which_native_does_something_are_judged(result: TransferResult) -> None:
@@ -417,7 +438,6 @@ def test_one_direction_is_judged_alone(result: TransferResult) -> None:
     verdict = one.verdict()
     assert verdict.transfers
     assert len(verdict.comparisons) == 2
-    assert verdict.efficiency is not None
     assert verdict.efficiency.value == pytest.approx(0.75, abs=0.05)
 
 
@@ -443,7 +463,7 @@ def test_another_scorer_reads_the_same_texts(result: TransferResult) -> None:
 
 def test_a_scorer_that_tells_no_texts_apart_finds_nothing(result: TransferResult) -> None:
     verdict = result.rescored(lambda _: 0.5, label="nothing").verdict()
-    assert verdict.efficiency is None
+    assert verdict.efficiency.undefined == NO_NATIVE
     assert verdict.text.startswith("nothing: undefined")
 
 

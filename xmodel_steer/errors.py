@@ -29,6 +29,10 @@ class CacheWarning(UserWarning):
     """What was computed could not be kept in the user's cache."""
 
 
+class UndefinedWarning(UserWarning):
+    """A number of a record is NaN or infinite: it was written as null, with its place and what it was."""
+
+
 class ModelError(XModelSteerError, RuntimeError):
     """A model cannot be loaded, or does not have what the library needs."""
 
