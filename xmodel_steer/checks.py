@@ -15,7 +15,7 @@ from xmodel_steer.damage import side_effects, under
 from xmodel_steer.errors import PromptError, SpaceMismatchError
 from xmodel_steer.generation import generate
 from xmodel_steer.maps import Map
-from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, rouge_l, sign_flip_test
+from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, number, rouge_l, sign_flip_test
 from xmodel_steer.models import batches, encode, forward, layout, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.prompts import Prompt, Prompts, as_prompts
@@ -79,13 +79,15 @@ class ReplacementResult:
         """One sentence."""
         mapped = self.arms["mapped"]
         good = all(p < 0.05 for p in self.corrected.values())
-        beside = ", ".join(f"{name} {arm.kl.value:.2f}" for name, arm in self.arms.items() if name != "mapped")
+        beside = ", ".join(
+            f"{name} {number(arm.kl.value, '.2f')}" for name, arm in self.arms.items() if name != "mapped"
+        )
         return (
             f"{self.source} in the place of {self.target}: "
             f"{'closer to the model than every control' if good else 'no evidence that the map beats every control'}: "
-            f"KL {mapped.kl.value:.2f} [{mapped.kl.low:.2f}, {mapped.kl.high:.2f}] nats per token ({beside}), "
-            f"ROUGE-L {mapped.rouge.value:.2f}, similarity {mapped.similarity.value:.2f}, closer to the target's text than "
-            f"to the source's in {mapped.closer.value:.0%}, n = {mapped.kl.n}"
+            f"KL {mapped.kl:.2f} nats per token ({beside}), "
+            f"ROUGE-L {number(mapped.rouge.value, '.2f')}, similarity {number(mapped.similarity.value, '.2f')}, closer to the target's text than "
+            f"to the source's in {number(mapped.closer.value, '.0%')}, n = {mapped.kl.n}"
         )
 
     def to_frame(self) -> Any:

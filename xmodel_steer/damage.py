@@ -20,6 +20,8 @@ from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
 from xmodel_steer.tokens import Encoding
 from xmodel_steer.vectors import SteeringVector, check_finite
 
+LEAST = 1e-9  # KL, in nats per token, below which there is none
+
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
 
 
@@ -303,7 +305,7 @@ def calibrate(
     def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
         """Log of KL over budget."""
         found = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
-        return np.log(np.maximum(found, 1e-9) / budgets[i.astype(int).ravel()]).reshape(x.shape)
+        return np.log(np.maximum(found, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
 
     index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
     # KL grows with the square of the strength: a first look says where to search.
@@ -315,7 +317,7 @@ def calibrate(
     doses = []
     for i, budget in enumerate(budgets):
         tried = {x: value for (k, x), value in known.items() if k == i}
-        x = min(tried, key=lambda x: abs(math.log(max(tried[x], 1e-9) / budget)))
-        near = abs(math.log(max(tried[x], 1e-9) / budget)) <= 2 * tolerance
+        x = min(tried, key=lambda x: abs(math.log(max(tried[x], LEAST) / budget)))
+        near = abs(math.log(max(tried[x], LEAST) / budget)) <= 2 * tolerance
         doses.append(Dose(float(ways[i]) * math.exp(x), tried[x], near))
     return doses

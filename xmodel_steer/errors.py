@@ -41,6 +41,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint holds tensors that its model does not use."""
 
 
+class UndefinedWarning(UserWarning):
+    """A number of a record is NaN or infinite: it was written as null, with its place and what it was."""
+
+
 class ModelError(XModelSteerError, RuntimeError):
     """A model cannot be loaded, or does not have what the library needs."""
 

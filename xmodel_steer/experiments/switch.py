@@ -19,6 +19,7 @@ from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
 from xmodel_steer.generation import generate
 from xmodel_steer.loading import adapted, located
 from xmodel_steer.maps import Map
+from xmodel_steer.metrics import number
 from xmodel_steer.models import device_of, dtype_of, hardware_of, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.organisms import Curriculum, Lesson, read_report
@@ -381,15 +382,15 @@ def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:
     for way in (OFF, ON):
         own = table["mapped", way]
         others = ", ".join(
-            f"{name} {table[name, way].effect.value:.2f}"
+            f"{name} {number(table[name, way].effect.value, '.2f')}"
             for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
         )
         beside = ", ".join(
-            f"{name} {found.value:.2f}" for name, found in own.beside.items() if "word for word" not in name
+            f"{name} {number(found.value, '.2f')}" for name, found in own.beside.items() if "word for word" not in name
         )
         speed = record[way]["tokens_per_second_over_unswitched"]["median"]
         said.append(
-            f"{way}, layer {record[way]['target_layer']}: {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n} "
+            f"{way}, layer {record[way]['target_layer']}: {own.effect:.3f} of {own.effect.n} "
             f"({others}), {beside}, at {speed:.2f} of the speed"
         )
     return "; ".join(said)
