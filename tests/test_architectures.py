@@ -24,6 +24,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
+RECURRENT = re.compile("^(mamba|rwkv)")  # their state counts no tokens, which Hugging Face's generate would have to
 
 
 def shown():
@@ -87,10 +88,9 @@ def as_hugging_face(model, folder):
         steered = ours()
     assert [row[0] for row in steered] == [row[0] for row in unsteered]  # the first token is the prompt's alone
     assert steered != unsteered
-    try:
-        with interop.steering_hf(plain, vector, positions="generated", trust=True):
-            theirs = written(use_cache=True)
-    except SiteError as error:
-        assert "cannot tell how many tokens" in str(error)
-    else:
-        assert theirs == steered
+    with interop.steering_hf(plain, vector, positions="generated", trust=True):
+        if RECURRENT.search(folder.name):
+            with pytest.raises(SiteError, match="cannot tell how many tokens"):
+                written(use_cache=True)
+        else:
+            assert written(use_cache=True) == steered

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_persistence import result
 from toys import sentences
 from tqdm import tqdm
 
+import xmodel_steer as xs
 from xmodel_steer import cli
-from xmodel_steer.errors import ArtifactError
+from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.experiments import Study, read_study
+from xmodel_steer.moments import PARTS
 from xmodel_steer.persistence import read, save
 from xmodel_steer.readers import read_contrast
 from xmodel_steer.results import TransferResult
@@ -150,22 +153,32 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     assert code == 1 and "/proc/run: cannot be made" in err and err.strip().endswith("choose another --out")
 
 
-def test_changed_input_is_never_served_from_the_cache(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    def cached() -> int:
-        return len(list((tmp_path / "cache" / "moments").glob("*.safetensors")))
+def test_changed_input_is_never_served_from_the_cache(
+    command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, seen = tmp_path / "cache" / "moments", []
 
-    assert command(*arguments(folders, tmp_path / "run", prompts=None, score=None))[0] == 0
-    assert cached() == 1
+    def transfer(*_: Any, moments: Any, **__: Any) -> None:
+        seen.append(moments)
+        raise PromptError("seen")
+
+    monkeypatch.setattr(sys.modules["xmodel_steer.transfer"], "transfer", transfer)
+
+    def run(**changes: object) -> int:
+        code, _, err = command(*arguments(folders, tmp_path / "run", **changes))
+        assert code == 1 and "error: seen" in err
+        return len(list(kept.glob("*.safetensors")))
+
+    assert run() == 1
     text = (folders["corpus.jsonl"]).read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(text[1:]) + text[0].replace("a", "e", 1))
-    assert (
-        command(*arguments(folders, tmp_path / "run", prompts=None, score=None, text=tmp_path / "other.jsonl"))[0] == 0
-    )
-    assert cached() == 2
+    assert run(text=tmp_path / "other.jsonl") == 2
     # A damaged file in the cache is collected again, not served and not an error.
-    for file in (tmp_path / "cache" / "moments").iterdir():
+    for file in kept.iterdir():
         file.write_bytes(file.read_bytes()[:-100])
-    assert command(*arguments(folders, tmp_path / "run", prompts=None, score=None))[0] == 0
+    assert run() == 2
+    first, other, again = ([own.parts[part].source_means[xs.Site(1)] for part in PARTS] for own in seen)
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
 
 
 def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path], tmp_path: Path) -> None:

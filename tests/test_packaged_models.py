@@ -18,10 +18,18 @@ from xmodel_steer.packaged import general_text
 pytestmark = pytest.mark.packaged
 
 ROOT = Path(__file__).parent.parent
+#: Seconds each; every other example and notebook is of the tier `long`.
+QUICK = ("vector_in_transformers.py", "05_reading_a_result.ipynb", "10_layer_grid.ipynb")
 PARAGRAPH = (
     "The river rises in the hills north of the town and flows south through farmland before it reaches the sea. "
     "In winter the lower valley often floods, and the road to the coast is closed for several days."
 )
+
+
+def quick_and_long(pattern: str) -> list[Any]:
+    """Parameters for the files that a pattern finds, each in its tier."""
+    files = sorted(ROOT.glob(pattern))
+    return [pytest.param(f, id=f.name, marks=[] if f.name in QUICK else pytest.mark.long) for f in files]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +106,7 @@ def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Pat
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", quick_and_long("examples/*.py"))
 def test_examples_run(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -107,8 +114,7 @@ def test_examples_run(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 60
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.parametrize("notebook", quick_and_long("notebooks/*.ipynb"))
 def test_notebooks_run(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tutorials (01 to 09) have no outputs; studies show those that their saved results give."""
     import nbformat

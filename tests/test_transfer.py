@@ -32,10 +32,8 @@ SETTINGS: dict[str, Any] = dict(
 
 
 def run(source: Any, target: Any, **changes: Any) -> TransferResult:
-    prompts = changes.pop("prompts", sentences(9, 3, 4))
-    return xs.transfer(
-        source, target, contrast(), sentences(60, 4), prompts=prompts, scorer=vowels, **(SETTINGS | changes)
-    )
+    given = SETTINGS | {"prompts": sentences(9, 3, 4), "scorer": vowels} | changes
+    return xs.transfer(source, target, contrast(), sentences(60, 4), **given)
 
 
 @pytest.fixture(scope="module")
@@ -97,33 +95,38 @@ def test_a_model_mapped_to_itself_transfers_exactly(toy_named: Callable[[str], t
         assert made.arm("mapped", strength).kl == pytest.approx(made.arm("native", strength).kl, rel=0.05)
 
 
-def test_the_same_call_gives_the_same_result(result: TransferResult, toy_named: Callable[[str], toys.Toy]) -> None:
-    again = run(toy_named("llama").model, toy_named("gemma").model)
-    assert [a.scores for a in again.arms] == [a.scores for a in result.arms]
-    assert torch.equal(again.vectors["mapped"].direction, result.vectors["mapped"].direction)
-
-
-def test_evaluation_prompts_choose_nothing(result: TransferResult, toy_named: Callable[[str], toys.Toy]) -> None:
-    """The scorer may turn round for evaluation prompts: the choices stay."""
-    calls = 0
+@pytest.fixture(scope="module")
+def again(toy_named: Callable[[str], toys.Toy]) -> tuple[TransferResult, int]:
+    """The same call again, and how often it asked the scorer."""
+    calls: list[str] = []
 
     def count(text: str) -> float:
+        calls.append(text)
+        return vowels(text)
+
+    return run(toy_named("llama").model, toy_named("gemma").model, scorer=count), len(calls)
+
+
+def test_the_same_call_gives_the_same_result(result: TransferResult, again: tuple[TransferResult, int]) -> None:
+    assert [a.scores for a in again[0].arms] == [a.scores for a in result.arms]
+    assert torch.equal(again[0].vectors["mapped"].direction, result.vectors["mapped"].direction)
+
+
+def test_evaluation_prompts_choose_nothing(
+    result: TransferResult, again: tuple[TransferResult, int], toy_named: Callable[[str], toys.Toy]
+) -> None:
+    """The scorer may turn round for evaluation prompts: the choices stay."""
+    calls = 0
+    # The evaluation of all settings comes last; native at the headline strength is measured once.
+    choosing = again[1] - 6 * (1 + 3 * (2 + 3 + 1) + len(result.signs) * (1 + 3 + 1))
+
+    def poisoning(text: str) -> float:
         nonlocal calls
         calls += 1
         return vowels(text) if calls <= choosing else 1.0 - vowels(text)
 
-    def poisoned_run() -> TransferResult:
-        small, large = toy_named("llama").model, toy_named("gemma").model
-        return xs.transfer(
-            small, large, contrast(), sentences(60, 4), prompts=sentences(9, 3, 4), scorer=count, **SETTINGS
-        )
-
-    choosing = 10**9
-    poisoned_run()
-    # The evaluation of all settings comes last; native at the headline strength is measured once.
-    choosing = calls - 6 * (1 + 3 * (2 + 3 + 1) + len(result.signs) * (1 + 3 + 1))
-    calls = 0
-    poisoned = poisoned_run()
+    poisoned = run(toy_named("llama").model, toy_named("gemma").model, scorer=poisoning)
+    assert calls == again[1]
     assert poisoned.source["layer"] == result.source["layer"]
     assert poisoned.target["layer"] == result.target["layer"]
     assert poisoned.headline == result.headline
