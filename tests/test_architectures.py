@@ -1,5 +1,6 @@
 """Every architecture keeps the laws, or is refused, or gone round: none is silently wrong."""
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 
