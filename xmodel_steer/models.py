@@ -383,11 +383,14 @@ def prove(model: Any) -> Conduct:
     facts, device = _facts(model), device_of(model)
 
     def decoder(ids: Tensor, mask: Tensor, cache: Any, use_cache: bool) -> tuple[Tensor, Any]:
-        logits, cache = forward(model, ids.to(device), mask.to(device), cache=cache, use_cache=use_cache)
+        settings = {"cache": cache, "use_cache": use_cache, "logits": laws.LAST}
+        logits, cache = forward(model, ids.to(device), mask.to(device), **settings)
         assert logits is not None
         return logits.float().cpu(), cache
 
-    length = max(4, min(_PROOF_TOKENS, context_length(model)))
+    length = min(_PROOF_TOKENS, context_length(model))
+    if length < laws.LAST + 3:
+        return facts.conduct  # too short a context to tell anything
     ids = itertools.cycle(facts.tokenizer(_PROOF, add_special_tokens=False)["input_ids"])
     texts = [list(itertools.islice(ids, n)) for n in (length, length, length - 3)]
     conduct = laws.prove(
