@@ -2,12 +2,13 @@
 
 import itertools
 
+import datasets
 import pytest
 import torch
 from toys import CONTEXT, TEXTS
 
 from xmodel_steer.capture import capture, recording
-from xmodel_steer.errors import NonFiniteError, PromptError, SiteError
+from xmodel_steer.errors import NonFiniteError, PromptError, PromptWarning, SiteError
 from xmodel_steer.models import all_sites
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.spaces import Site
@@ -200,3 +201,33 @@ def test_nan_is_refused_by_name(toy):
     finally:
         with torch.no_grad():
             weight.copy_(good)
+
+
+STRIPS = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] | trim }}[/]{% endfor %}"
+
+
+def test_reasoning_that_the_template_strips_changes_no_activation_of_the_content(llama, monkeypatch):
+    monkeypatch.setattr(llama.tokenizer, "chat_template", STRIPS)
+    talks = [
+        [
+            {"role": "user", "content": "Call me"},
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": "the sky"},
+        ]
+        for said in ("Yes.", "<think>\nHm.\n</think>\n\nYes.")
+    ]
+    for tokens in ("last", "mean", "all"):
+        one = capture(llama.model, talks[:1], [Site(1)], tokens=tokens, progress=False)[Site(1)]
+        with pytest.warns(PromptWarning, match=r"the chat template of llama leaves out .* message 2 \(assistant\);"):
+            two = capture(llama.model, talks[1:], [Site(1)], tokens=tokens, progress=False)[Site(1)]
+        assert torch.equal(one.values, two.values)
+
+
+def test_prompts_of_every_kind_or_an_error_that_names_what_came(llama):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    one, two = (capture(llama.model, prompts, [Site(1)], progress=False)[Site(1)] for prompts in (TEXTS, rows))
+    assert torch.equal(one.values, two.values) and one.rows == two.rows
+    with pytest.raises(PromptError, match=r"DatasetDict with splits train; give one of them, data\['train'\]"):
+        capture(llama.model, datasets.DatasetDict(train=rows), [Site(1)])
+    with pytest.raises(PromptError, match=r"columns \['sentence'\]; rename one"):
+        capture(llama.model, rows.rename_column("text", "sentence"), [Site(1)])

@@ -5,12 +5,13 @@ import sys
 import warnings
 from itertools import product
 
+import datasets
 import pytest
 import torch
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
 from xmodel_steer.capture import capture, collect_moments, window_size
-from xmodel_steer.errors import AlignmentError, AlignmentWarning, ModelError, NonFiniteError, PromptError
+from xmodel_steer.errors import AlignmentError, AlignmentWarning, ModelError, NonFiniteError, PromptError, PromptWarning
 from xmodel_steer.models import encode, register
 from xmodel_steer.moments import PARTS, merge, part_of, sketch_dimensions
 from xmodel_steer.prompts import Prompt
@@ -286,3 +287,35 @@ def test_a_text_that_is_none_is_found_before_a_model_runs(llama, gemma, monkeypa
     monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "rows_at", None)
     with pytest.raises(PromptError, match="the text is empty"):
         collected(llama, gemma, [*DOCUMENTS, " "])
+
+
+def test_documents_of_every_kind_give_the_same_moments(llama, gemma):
+    rows = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    expected = collected(llama, gemma, DOCUMENTS)
+    for texts in (
+        rows,
+        rows.to_iterable_dataset(),
+        rows.to_pandas(),
+        rows.to_pandas()["text"],
+        rows["text"],
+        iter(DOCUMENTS),
+    ):
+        made = collected(llama, gemma, texts)
+        assert made.paired == expected.paired and made.parts["train"].documents == expected.parts["train"].documents
+    for texts, says in (
+        (datasets.DatasetDict(a=rows), "splits a"),
+        ({"text": DOCUMENTS}, "keys text"),
+        (set(DOCUMENTS), "order"),
+    ):
+        with pytest.raises(PromptError, match=f"collect_moments: .*{says}"):
+            collected(llama, gemma, texts)
+
+
+def test_one_warning_of_messages_that_a_template_strips_for_all_documents(llama, monkeypatch):
+    strips = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] | trim }}[/]{% endfor %}"
+    monkeypatch.setattr(llama.tokenizer, "chat_template", strips)
+    thought = [[{"role": "user", "content": f"<think>{i}</think>{text[:20]}"}] for i, text in enumerate(DOCUMENTS * 3)]
+    assert len(thought) > window_size(20)
+    with pytest.warns(PromptWarning, match=r"the chat template of llama .*, and those of other prompts") as caught:
+        collected(llama, llama, [*DOCUMENTS, *thought], max_tokens=20)
+    assert len(caught) == 2  # one for each of the two models

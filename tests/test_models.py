@@ -487,3 +487,36 @@ def test_frozen_weights_give_the_same_logits_from_rows_that_lie_together(bridge:
         handle.remove()
         model.requires_grad_(True)
     assert seen == [True] and before is not None and after is not None and torch.equal(before, after)
+
+
+def grown(tokenizer, token, special):
+    """A copy with a token more than the toys have embeddings for."""
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"<{i}>" for i in range(toys.VOCABULARY - len(other))], special)  # up to the last that there is
+    other.add_tokens([token], special)
+    assert other.convert_tokens_to_ids(token) == toys.VOCABULARY
+    return other
+
+
+def test_a_tokenizer_of_more_words_than_the_model_is_refused(toy):
+    last = toys.VOCABULARY - 1
+    says = rf"{toy.name}: its tokenizer has tokens up to id {last + 1} \('another'\), .* ids 0 to {last}; give the tokenizer"
+    with pytest.raises(ModelError, match=says):
+        register(toy.model, name=toy.name, tokenizer=grown(toy.tokenizer, "another", False))
+    assert encode(toy.model, as_prompts(TEXTS))  # it keeps the one that it had
+
+
+def test_a_special_token_without_an_embedding_is_refused_where_it_occurs(toy):
+    other = grown(toy.tokenizer, "<image>", True)
+    other.pad_token = "<image>"  # as padding is often added
+    register(toy.model, name=toy.name, tokenizer=other)
+    try:
+        assert pad_id(toy.model) < toys.VOCABULARY
+        capture(toy.model, TEXTS, [Site(0)], progress=False)
+        says = (
+            rf"holds the special token '<image>' \(id {toys.VOCABULARY}\), but {toy.name} has embeddings for ids 0 to"
+        )
+        with pytest.raises(PromptError, match=says):
+            capture(toy.model, [*TEXTS, "The sky <image> above"], [Site(0)], progress=False)
+    finally:
+        register(toy.model, name=toy.name, tokenizer=toy.tokenizer)
