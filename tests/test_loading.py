@@ -444,6 +444,9 @@ def test_weights_without_values_have_no_fingerprint():
         ("RobertaForMaskedLM", "RobertaConfig", ENCODER),
         ("T5ForConditionalGeneration", "T5Config", dict(vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)),
         ("T5EncoderModel", "T5Config", dict(vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)),
+        ("ProphetNetForConditionalGeneration", "ProphetNetConfig", dict(
+            vocab_size=VOCABULARY, hidden_size=16, encoder_ffn_dim=24, decoder_ffn_dim=24, num_encoder_layers=1,
+            num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2, max_position_embeddings=64)),
         ("LlamaForSequenceClassification", "LlamaConfig", SIZE),
         ("LlamaForTokenClassification", "LlamaConfig", SIZE | {"tie_word_embeddings": True}),
         ("Qwen2ForSequenceClassification", "Qwen2Config", SIZE | {"tie_word_embeddings": True}),
