@@ -493,7 +493,8 @@ def test_an_architecture_that_breaks_when_hooked_is_named(saved):
         get(folder)
 
 
-def test_a_model_with_code_of_its_own_is_refused(whole, edited):
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(whole, edited, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked whether to run code"))
     code = {"AutoConfig": "made_up.MadeUp", "AutoModelForCausalLM": "made_up.MadeUpLM"}
     with pytest.raises(
         ModelError, match=r"needs Python code that comes with the model \(auto_map in its config.json\)"
