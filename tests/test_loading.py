@@ -444,6 +444,9 @@ def test_weights_without_values_have_no_fingerprint():
         ("RobertaForMaskedLM", "RobertaConfig", ENCODER),
         ("T5ForConditionalGeneration", "T5Config", dict(vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)),
         ("T5EncoderModel", "T5Config", dict(vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)),
+        ("ProphetNetForConditionalGeneration", "ProphetNetConfig", dict(
+            vocab_size=VOCABULARY, hidden_size=16, encoder_ffn_dim=24, decoder_ffn_dim=24, num_encoder_layers=1,
+            num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2, max_position_embeddings=64)),
         ("LlamaForSequenceClassification", "LlamaConfig", SIZE),
         ("LlamaForTokenClassification", "LlamaConfig", SIZE | {"tie_word_embeddings": True}),
         ("Qwen2ForSequenceClassification", "Qwen2Config", SIZE | {"tie_word_embeddings": True}),
@@ -490,7 +493,8 @@ def test_an_architecture_that_breaks_when_hooked_is_named(saved):
         get(folder)
 
 
-def test_a_model_with_code_of_its_own_is_refused(whole, edited):
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(whole, edited, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked whether to run code"))
     code = {"AutoConfig": "made_up.MadeUp", "AutoModelForCausalLM": "made_up.MadeUpLM"}
     with pytest.raises(
         ModelError, match=r"needs Python code that comes with the model \(auto_map in its config.json\)"
