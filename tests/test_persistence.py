@@ -355,9 +355,8 @@ def test_whatever_the_scores_are_the_run_is_written_read_and_told(
         assert not re.search(r"\b(nan|inf)\b", words), words
     parts = [verdict.efficiency, *verdict.controls.values(), *(c.difference for c in verdict.comparisons)]
     for estimate in [*parts, *(e for arm in made.arms for e in (arm.effect, arm.change))]:
-        assert bool(estimate.undefined) == (
-            not math.isfinite(estimate.high - estimate.low) or math.isnan(estimate.value)
-        )
+        numbers = estimate.value, estimate.low, estimate.high
+        assert (not estimate.undefined) == all(map(math.isfinite, numbers))
     if verdict.efficiency.undefined or any(c.difference.undefined for c in verdict.comparisons):
         assert verdict.transfers is None and ": undefined" in verdict.text
     else:

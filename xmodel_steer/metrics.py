@@ -324,7 +324,7 @@ def transfer_efficiency(
         value, low, high = np.ldexp([table.mean() / theirs.mean(), low, high], above - below).tolist()
     if not math.isfinite(value):
         return undefined("the ratio is too large for a float", n)
-    if not math.isfinite(high - low):
+    if not (math.isfinite(low) and math.isfinite(high)):
         return undefined(f"{NO_NATIVE} in {int(silent.sum())} of {draws} resamples", n, value)
     return Estimate(value, low, high, n)
 
