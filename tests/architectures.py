@@ -138,17 +138,16 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 
-def checked(name: str, root: Path) -> tuple[str, list[Any]]:
-    """Load one architecture and try every law: what was refused, or the laws."""
+def loaded(folder: Path) -> tuple[str, Any]:
+    """Load a folder: what was refused, or the model."""
     import xmodel_steer as xs
 
-    folder = folder_of(name, root)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return "", list(xs.check_model(xs.load(folder, device="cpu", progress=False)))
-    except xs.XModelSteerError as error:
-        return str(error), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return "", xs.load(folder, device="cpu", progress=False)
+        except xs.XModelSteerError as error:
+            return str(error), None
 
 
 def row(name: str, refused: str, laws: list[Any]) -> str:
@@ -157,16 +156,20 @@ def row(name: str, refused: str, laws: list[Any]) -> str:
         return f"| {name} | refused | {refused.split(': ', 1)[1].split(';')[0][:140]} |"
     failed = [law for law in laws if law.state == "failed"]
     missing = [law for law in laws if law.state == "not applicable"]
-    said = [f"{law.name}: {law.remedy or 'FAILS'}" for law in failed] + [f"{law.name}: {law.detail}" for law in missing]
+    said = [law.remedy or f"FAILS: {law.name}" for law in failed]
+    said += [f"not applicable: {law.name} ({law.detail})" for law in missing]
     return f"| {name} | {'wrong' if any(not law.remedy for law in failed) else 'yes'} | {'<br>'.join(said)} |"
 
 
 def table(names: list[str], report: Callable[[str], None] = print) -> str:
     """The whole table."""
+    from xmodel_steer import check_model
+
     lines = ["| architecture | supported | limits, and laws that do not apply |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:
         for name in names:
-            lines.append(row(name, *checked(name, Path(root))))
+            refused, model = loaded(folder_of(name, Path(root)))
+            lines.append(row(name, refused, [] if refused else list(check_model(model))))
             report(lines[-1])
     return "\n".join(lines)
 

@@ -1,22 +1,31 @@
 """The command line on toy models in local folders: runs end to end, and errors are one line."""
 
+import errno
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_persistence import result
 from toys import sentences
+from tqdm import tqdm
 
 import xmodel_steer as xs
-from xmodel_steer.errors import PromptError
+from xmodel_steer import cli
+from xmodel_steer.errors import ArtifactError, PromptError
+from xmodel_steer.experiments import Study, read_study
 from xmodel_steer.moments import PARTS
-from xmodel_steer.persistence import read
+from xmodel_steer.persistence import read, save
 from xmodel_steer.readers import read_contrast
+from xmodel_steer.results import TransferResult
 
 
 def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:
@@ -183,8 +192,6 @@ def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path
         *arguments(folders, tmp_path / "run", text=long),
     ]
     environment = {"XMODEL_STEER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    import os
-
     process = subprocess.Popen(list(map(str, call)), stderr=subprocess.PIPE, text=True, env=os.environ | environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would inherit "ignore"
     )  # fmt: skip
@@ -200,3 +207,166 @@ def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path
     assert "Traceback" not in rest
     assert not (tmp_path / "run").exists()
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+# --- output never loses a finished run -----------------------------------------------------------
+
+STUDY = Path(__file__).parents[1] / "studies" / "concepts"
+ODD = "sweet [/b] talk :smile: → ² ≤ × \ud800"  # markup, an emoji's name, letters that consoles lack, half of a pair
+
+
+class Refusing(io.TextIOWrapper):
+    """A stream behind which there is nobody, or no room."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+STREAMS: dict[str, Any] = {
+    "cp1252": lambda: io.TextIOWrapper(io.BytesIO(), encoding="cp1252"),
+    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+    "utf-8": lambda: io.TextIOWrapper(io.BytesIO(), encoding="utf-8"),
+    "closed": lambda: None,
+    "nobody reads": lambda: Refusing(errno.EPIPE),
+    "full": lambda: Refusing(errno.ENOSPC),
+}
+
+
+def made(of: str) -> TransferResult | Study:
+    return replace(result(), label=ODD) if of == "run" else replace(read_study(STUDY), name=ODD, note=ODD)
+
+
+def called(monkeypatch: pytest.MonkeyPatch, stream: str, *arguments: object, wide: int = 1) -> tuple[int, str, str]:
+    """Run a command line whose output streams are both of a kind."""
+    streams = [STREAMS[stream]() for _ in range(2)]
+    monkeypatch.setenv("COLUMNS", str(wide))
+    monkeypatch.setattr(sys, "argv", ["xmodel-steer", *map(str, arguments)])
+    with monkeypatch.context() as patch:
+        for name, own in zip(("stdout", "stderr"), streams, strict=True):
+            patch.setattr(sys, name, own)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert [sys.stdout, sys.stderr] == streams, "the streams are given back"
+    said = ["" if own is None else own.buffer.getvalue().decode(own.encoding) for own in streams]
+    return int(stop.value.code or 0), *said
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("of", ["run", "study"])
+def test_on_any_console_a_finished_run_is_whole_and_shown(
+    of: str, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, function = ("concepts", "concept_demo") if of == "run" else ("backdoor", "backdoor_demo")
+    monkeypatch.setattr(f"xmodel_steer.demo.{function}", lambda *_, **__: made(of))
+    code, out, err = called(monkeypatch, stream, "demo", name, "--out", tmp_path / "run")
+    assert code == int(stream == "full") and "Traceback" not in err
+    assert (tmp_path / "run" / "report.html").is_file()
+    back = read(tmp_path / "run") if of == "run" else read_study(tmp_path / "run")
+    assert (back.label if isinstance(back, TransferResult) else back.name) == ODD
+    shown = called(monkeypatch, stream, "show", tmp_path / "run")
+    assert shown[0] == code
+    if stream in ("cp1252", "ascii", "utf-8"):
+        words = "mapped" if of == "study" else ODD.encode(stream, "replace").decode(stream)
+        assert words in out and words in shown[1] and f"written: {tmp_path / 'run'}/result.json, report.html" in out
+        assert not err
+
+
+def test_a_whole_table_is_printed_on_a_terminal_of_any_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(result(), tmp_path / "run")
+    narrow, wide = (called(monkeypatch, "utf-8", "show", tmp_path / "run", wide=width)[1] for width in (1, 110))
+    assert narrow == wide and "[+1.17, +1.72]" in narrow
+
+
+@pytest.mark.parametrize("of", ["run", "study"])
+@pytest.mark.parametrize(("broken", "says"), [("draws", "the report could not be drawn"), ("shows", "the table could not be printed")])  # fmt: skip
+def test_a_report_or_table_that_fails_is_told_and_loses_nothing(
+    of: str, broken: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("of\nall things")
+
+    places = {
+        ("run", "draws"): "report.write_report", ("study", "draws"): "experiments.pages.write_page",
+        ("run", "shows"): "report.table", ("study", "shows"): "experiments.pages.tables",
+    }  # fmt: skip
+    monkeypatch.setattr(f"xmodel_steer.{places[of, broken]}", fail)
+    name, function = ("concepts", "concept_demo") if of == "run" else ("backdoor", "backdoor_demo")
+    monkeypatch.setattr(f"xmodel_steer.demo.{function}", lambda *_, **__: made(of))
+    folder = tmp_path / "run"
+    code, out, err = called(monkeypatch, "utf-8", "demo", name, "--out", folder)
+    assert code == 1 and "Traceback" not in err
+    assert f"warning: {says}: ZeroDivisionError: of all things" in err
+    assert f"the run is whole in {folder}; xmodel-steer show {folder} prints it" in err
+    assert ("report.html" in out) == (broken == "shows") == (folder / "report.html").is_file()
+    assert (read(folder) if of == "run" else read_study(folder)) is not None
+
+
+def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def found(*_: object, **__: object) -> TransferResult:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        return result()
+
+    monkeypatch.setattr("xmodel_steer.demo.concept_demo", found)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, out, err = called(monkeypatch, "utf-8", "demo", "concepts", "--out", folder)
+    (spare,) = tmp_path.glob("xmodel-steer-*/run")
+    assert code == 1 and f"not a run folder; choose another place, nothing was written; the run was written to {spare}" in err  # fmt: skip
+    assert read(spare).verdict() == result().verdict() and f"written: {spare}/result.json, report.html" in out
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+
+    def full(*_: object) -> None:
+        raise ArtifactError("no space left")
+
+    monkeypatch.setattr("xmodel_steer.persistence.save", full)
+    monkeypatch.setattr("xmodel_steer.demo.concept_demo", lambda *_, **__: result())
+    code, _, err = called(monkeypatch, "utf-8", "demo", "concepts", "--out", tmp_path / "other")
+    assert code == 1 and err == "error: no space left\n"
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_a_bar_on_a_console_that_is_gone_does_not_stop_the_work(number: int) -> None:
+    stream = cli._Stream(Refusing(number))
+    assert list(tqdm(range(3), file=stream, mininterval=0, desc="→")) == [0, 1, 2]
+    assert isinstance(stream.lost, OSError)
+    closed = io.StringIO()
+    closed.close()
+    assert cli._Stream(closed).write("late") == 4
+
+
+@pytest.mark.parametrize("damage", [
+    lambda record: record["similarity"].pop("mapped"), lambda record: record["source"].pop("width"), lambda record: record.update(similarity=3),
+    lambda record: record["arms"].append(3), lambda record: record.update(undefined=[{"at": ["nowhere", 1], "was": "NaN"}]),
+])  # fmt: skip
+def test_a_damaged_run_is_said_to_be_that(damage: Any, command: Any, tmp_path: Path) -> None:
+    file = save(result(), tmp_path / "run") / "result.json"
+    record = json.loads(file.read_text())
+    damage(record)
+    file.write_text(json.dumps(record))
+    code, _, err = command("show", tmp_path / "run")
+    assert code == 1 and err.count("\n") == 1 and "damaged" in err and str(tmp_path / "run") in err and "--debug" not in err  # fmt: skip
+    file.write_bytes(b"\xff\xfe")
+    assert "is no text" in command("show", tmp_path / "run")[2]
+
+
+def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path) -> None:
+    save(replace(result(), label=ODD), tmp_path / "run")
+    call = f'"{sys.executable}" -m xmodel_steer show "{tmp_path}/run"'
+    script = f"""
+        PYTHONIOENCODING=cp1252 {call} > "{tmp_path}/text"; echo $?
+        {call} >&- 2>"{tmp_path}/errors"; echo $?
+        {call} 2>>"{tmp_path}/errors" | head -1 > "{tmp_path}/first"; echo "${{PIPESTATUS[0]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["0", "0", "0"], done.stderr
+    assert not done.stderr and not (tmp_path / "errors").read_text()
+    assert "sweet [/b] talk :smile: ? ² ? × ?" in (tmp_path / "text").read_text(encoding="cp1252")
+    assert ODD[:15] in (tmp_path / "first").read_text()

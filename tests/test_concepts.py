@@ -23,6 +23,7 @@ from xmodel_steer.experiments import (
     small_to_larger,
 )
 from xmodel_steer.experiments.sizes import parameters
+from xmodel_steer.metrics import NO_NATIVE
 from xmodel_steer.prompts import ContrastSet, Prompt
 from xmodel_steer.scorers import score_texts
 
@@ -129,9 +130,11 @@ def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: 
         native = study.arm("native", name, "equal KL")
         there = not native.effect.low <= 0 <= native.effect.high
         for arm in (a for a in study.arms if a.recipe == name):
-            assert ("efficiency" in arm.beside) is there
+            found = arm.beside["efficiency"]
             if there:
-                assert arm.beside["efficiency"].value == pytest.approx(arm.effect.value / native.effect.value)
+                assert found.value == pytest.approx(arm.effect.value / native.effect.value)
+            else:
+                assert found.undefined == NO_NATIVE and np.isnan(found.value)
         if there:
             assert native.beside["efficiency"].low == pytest.approx(1)
     assert study.verdict.startswith(
@@ -158,7 +161,7 @@ def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> 
     np.testing.assert_allclose(made.gain("random"), (up - down) / 2)
     assert made.gain("random").shape == (6, 2)
     found = made.verdict().efficiency
-    if found is not None:
+    if not found.undefined:
         assert found.value == pytest.approx(made.gain("mapped").mean() / made.gain("native").mean())
 
 

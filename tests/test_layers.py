@@ -1,5 +1,6 @@
 """The layer grid equals the fits of its pairs one by one; rules that choose layers; the data curve."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from xmodel_steer import plots
 from xmodel_steer.errors import PromptError
 from xmodel_steer.fitters import Identity, Ridge
 from xmodel_steer.layers import data_curve, last_strong_layer, layer_grid
 from xmodel_steer.moments import MomentsAccumulator
+from xmodel_steer.persistence import read, save
 from xmodel_steer.rows import PairedRows
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import Activations
@@ -273,3 +276,34 @@ def test_the_recommendation_is_the_least_that_is_nearly_as_good():
         data_curve(untested)
     with pytest.raises(PromptError, match="144 training tokens, but 145 are asked for"):
         data_curve(rows(), tokens=[145])
+
+
+def still(site, *, sketch=()):
+    """Moments in which one target site is the same in every row."""
+    made = MomentsAccumulator(SOURCE, TARGET, tuple(product(SOURCE, TARGET)), sketch=sketch)
+    for seed, part in enumerate(("train", "validation", "test")):
+        x, y = related(60, 1000 * seed)
+        made.add(part, x, y | {site: torch.ones_like(y[site])}, [i // 2 for i in range(60)])
+    return made.moments()
+
+
+@pytest.mark.parametrize("sketch", [(), (3,)])
+def test_a_target_that_does_not_vary_is_undefined_there_and_nowhere_else(sketch, tmp_path):
+    gone, kept = TARGET
+    made, plain = layer_grid(still(gone, sketch=sketch), penalties=PENALTIES), layer_grid(collected(sketch=sketch))
+    for name in ("r2", "fvu"):
+        assert np.isnan(made.chosen(name)[:, 0]).all() and np.isfinite(made.chosen(name)[:, 1]).all()
+    assert made.source_for(kept) in SOURCE and made.source_for(gone) == max(SOURCE, key=lambda site: site.layer)
+    assert np.isfinite(plain.chosen("r2")).all() and np.isnan(plain.r2_error).any() == (len(sketch) == 1)
+    back = read(save(made, tmp_path / "grid.safetensors"))
+    np.testing.assert_array_equal(back.chosen("r2"), made.chosen("r2"))
+    assert plots.layer_grid(back).data[0].z.shape == (3, 2)
+
+
+@pytest.mark.parametrize(("scores", "recommended"), [([math.nan] * 2, 144), ([math.nan, 0.5], 144), ([0.5, math.nan], 20)])  # fmt: skip
+def test_a_curve_with_undefined_points_is_kept_and_told(scores, recommended, tmp_path):
+    made = data_curve(rows(), tokens=[20, 144], fitters={"own": Given(iter(scores))})
+    assert made.recommended == recommended and "is undefined" in made.advice
+    back = read(save(made, tmp_path / "curve.safetensors"))
+    assert repr(back) == repr(made)
+    assert plots.data_curve(back).layout.title.text

@@ -9,6 +9,9 @@ import torch
 from torch.nn import functional
 
 from xmodel_steer.metrics import (
+    NO_NATIVE,
+    NOT_FINITE,
+    NOTHING,
     Estimate,
     Reference,
     bootstrap_mean,
@@ -17,6 +20,7 @@ from xmodel_steer.metrics import (
     resamples,
     sign_flip_test,
     transfer_efficiency,
+    undefined,
 )
 
 # --- the bootstrap ---------------------------------------------------------------------------
@@ -84,10 +88,35 @@ def test_values_without_spread_have_no_width():
     assert bootstrap_mean([2.0] * 8) == Estimate(2.0, 2.0, 2.0, 8)
 
 
-@pytest.mark.parametrize("values", [[], [[]], [1.0, math.nan], [[1.0, 2.0], [math.nan, 1.0]]])
-def test_nothing_and_nan_are_refused(values):
-    with pytest.raises(ValueError, match="needs at least one value, and none of them NaN"):
-        bootstrap_mean(values)
+@pytest.mark.parametrize(
+    "values, reason",
+    [([], NOTHING), ([[]], NOTHING), ([1.0, math.nan], NOT_FINITE), ([[1.0, 2.0], [-math.inf, 1.0]], NOT_FINITE)],
+)
+def test_the_mean_of_nothing_or_of_nan_is_undefined_with_its_reason(values, reason):
+    made = bootstrap_mean(values)
+    assert (made.n, made.undefined) == (len(values), reason)
+    assert all(map(math.isnan, (made.value, made.low, made.high)))
+    assert f"{made:.2f}" == f"undefined ({reason})"
+    assert not made.excludes(Estimate(1.0, 0.5, 2.0, 9)) and not Estimate(1.0, 0.5, 2.0, 9).excludes(made)
+
+
+def test_an_undefined_estimate_comes_back_from_its_record():
+    plain, gone = Estimate(0.5, 0.25, 1.0, 3), undefined("why not", 4, 0.5)
+    assert plain.record() == {"value": 0.5, "low": 0.25, "high": 1.0, "n": 3} and Estimate.of(plain.record()) == plain
+    record = gone.record() | {"low": None, "high": None}
+    assert Estimate.of(record) == gone != undefined("why not", 4) and len({Estimate.of(record), gone, plain}) == 2
+    assert f"{plain:.2f}" == "0.50 [0.25, 1.00]" and f"{gone:.1f}" == "0.5 (interval undefined: why not)"
+    assert f"{plain}" == str(plain)
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-300, 1e300, 1.7976931348623157e308])
+def test_the_unit_of_the_values_may_be_as_large_or_small_as_a_float_is(size):
+    shares = np.array([1.0, 0.0, 1.0, 1.0])
+    plain, sized = bootstrap_mean(shares), bootstrap_mean(size * shares)
+    if size > 1e-300:
+        assert [sized.value / size, sized.low / size, sized.high / size] == pytest.approx([0.75, plain.low, plain.high])
+    assert sign_flip_test(size * np.ones(5)) == sign_flip_test(np.ones(5)) == 1 / 32
+    assert transfer_efficiency(size * np.ones(3), size * np.ones(3)) == Estimate(1.0, 1.0, 1.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +182,6 @@ def test_a_masked_vocabulary_row_gives_numbers() -> None:
     assert torch.isfinite(loss).all()
 
 
-def test_infinite_scores_are_refused() -> None:
-    with pytest.raises(ValueError, match="infinite"):
-        bootstrap_mean([1.0, float("inf")])
-
-
 # --- paired tests and the ratio to native -------------------------------------------------------
 
 
@@ -187,6 +211,15 @@ def test_holm_is_the_step_down_rule():
         expected[i] = running
     assert holm(p) == pytest.approx(expected.tolist())
     assert holm([]) == []
+    assert holm([0.01, math.nan, 0.04]) == pytest.approx([0.03, math.nan, 0.08], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "values, reason", [([], NOTHING), ([math.nan, 1.0, 1.0], NOT_FINITE), ([math.inf], NOT_FINITE)]
+)
+def test_a_test_of_nothing_or_of_nan_has_no_p(values, reason):
+    with pytest.raises(ValueError, match=f"p is undefined, {reason}"):
+        sign_flip_test(values)
 
 
 def test_efficiency_is_a_ratio_of_effects():
@@ -218,4 +251,46 @@ def test_efficiency_counts_the_uncertainty_of_the_seeds():
 
 @pytest.mark.parametrize("native", [[0.0, 0.0, 0.0], [0.5, -0.5, 0.1]])
 def test_efficiency_is_undefined_where_native_does_nothing(native):
-    assert transfer_efficiency([1.0, 1.0, 1.0], native) is None
+    made = transfer_efficiency([1.0, 1.0, 1.0], native)
+    assert (made.n, made.undefined) == (3, NO_NATIVE) and math.isnan(made.value)
+
+
+def test_a_draw_without_a_native_effect_is_no_number_and_is_not_dropped():
+    """Where it may be anything, it counts as below the interval and as above it: of 10 prompts .6 ** 10 of the draws."""
+    native = np.array([0.0] * 6 + [1.0] * 4)
+    mapped = np.array([0.2] * 6 + [1.0] * 4)
+    made = transfer_efficiency(mapped, native)
+    index = resamples(10)
+    ours, theirs = mapped[index].mean(1), native[index].mean(1)
+    silent = theirs == 0
+    assert 0 < silent.mean() < 0.025
+    assert made.value == pytest.approx(mapped.mean() / native.mean())
+    for end, share in ((made.low, 0.025), (made.high, 0.975)):
+        finite = np.sort(ours[~silent] / theirs[~silent])
+        place = share * (len(index) - 1) - (silent.sum() if share < 0.5 else 0)
+        assert finite[int(place)] <= end <= finite[int(place) + 1]
+    same = transfer_efficiency(native, native)
+    assert (same.value, same.low, same.high, same.undefined) == (1.0, 1.0, 1.0, "")
+
+
+def test_an_interval_without_bounds_is_undefined_and_the_ratio_stays():
+    """The native effect is just above 0: so many draws have none that an end of the interval is nowhere."""
+    found = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        native = rng.normal(0.35, 1, 20)
+        made = transfer_efficiency(0.7 * native + 0.3 * rng.normal(size=20), native)
+        found += [made] if made.undefined not in ("", NO_NATIVE) else []
+    assert found
+    for made in found:
+        assert math.isfinite(made.value) and math.isnan(made.low) and math.isnan(made.high)
+        assert made.undefined.startswith(f"{NO_NATIVE} in ") and made.undefined.endswith(" of 2000 resamples")
+
+
+@pytest.mark.parametrize("mapped, native, reason", [
+    ([], [], NOTHING), ([1.0, math.nan], [1.0, 1.0], NOT_FINITE), ([1.0, 1.0], [math.inf, 1.0], NOT_FINITE),
+    ([1e308] * 2, [1e-308] * 2, "the ratio is too large for a float"),
+])  # fmt: skip
+def test_efficiency_of_what_is_no_number_says_so(mapped, native, reason):
+    made = transfer_efficiency(mapped, native)
+    assert made.undefined == reason and math.isnan(made.value)

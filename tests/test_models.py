@@ -12,7 +12,7 @@ from toys import CONTEXT, TEXTS, TOYS, bridged, hf_model
 
 from xmodel_steer import loading, models
 from xmodel_steer.alignment import align
-from xmodel_steer.capture import capture
+from xmodel_steer.capture import capture, collect_moments
 from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.generation import generate_tokens
 from xmodel_steer.loading import load, resolve_dtype
@@ -35,8 +35,9 @@ from xmodel_steer.models import (
     tokenizer_of,
 )
 from xmodel_steer.prompts import Prompt, as_prompts
-from xmodel_steer.spaces import Site
+from xmodel_steer.spaces import STREAMS, Site
 from xmodel_steer.steering import steering
+from xmodel_steer.store import harvest
 from xmodel_steer.vectors import SteeringVector
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
@@ -98,7 +99,7 @@ def test_content_hash_knows_every_bit_dtype_and_tokenizer(loaded):
     tokenizer = copy.deepcopy(tokenizer_of(model))
     for change in ("chat_template", "vocabulary"):
         other = copy.deepcopy(tokenizer)
-        other.add_tokens(["another"]) if change == "vocabulary" else setattr(other, "chat_template", "another")
+        other.add_tokens(["another"], True) if change == "vocabulary" else setattr(other, "chat_template", "another")
         register(model, name="tiny", tokenizer=other)
         assert content_hash(model) != own, change
     register(model, name="tiny", tokenizer=tokenizer)
@@ -160,12 +161,12 @@ def test_unknown_names_are_refused(name, says):
     ids=["no network", "unknown", "unsupported"],
 )
 def test_a_hub_failure_says_what_to_do(monkeypatch, error, says):
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig
 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(TransformerBridge, "boot_transformers", fail)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelError, match=f"nobody/model: {says}") as caught:
         load("nobody/model", device="cpu")
     assert caught.value.__cause__ is error
@@ -291,6 +292,88 @@ def test_a_missing_hook_point_is_refused(toy):
         check_sites(toy.model, [Site(77)])
     with pytest.raises(SiteError, match=rf"{toy.name}: has layers 0 to {toy.depth - 1}, no resid_post\[77\]"):
         space_of(toy.model, Site(77))
+
+
+def parallel(tokenizer):
+    """A GPT-NeoX, whose attention and MLP read the same stream."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    settings = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    hf = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=toys.VOCABULARY, max_position_embeddings=CONTEXT, **settings)
+    ).eval()
+    toys._randomise(hf, 0)
+    return bridged(hf, "neox", tokenizer)
+
+
+PARTS = {  # attention and MLP, each as it is added to the stream
+    "llama": ("self_attn", "mlp"),
+    "gemma": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "qwen": ("self_attn", "mlp"),
+    "gpt2": ("attn", "mlp"),
+    "neox": ("attention", "mlp"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_stream_of_every_block_is_hugging_faces_own_or_refused(name, toy_named, tokenizers, tmp_path):
+    toy = parallel(tokenizers["byte_level"]) if name == "neox" else toy_named(name)
+    read = {}
+
+    def keep(site):
+        def hook(module, args, out=None):
+            value = args[0] if out is None else out
+            read[site] = (value[0] if isinstance(value, tuple) else value)[0]
+
+        return hook
+
+    blocks = toy.hf.gpt_neox.layers if name == "neox" else toys.hf_blocks(toy.hf)
+    for layer, block in enumerate(blocks):
+        block.register_forward_pre_hook(keep(Site(layer, "resid_pre")))
+        block.register_forward_hook(keep(Site(layer, "resid_post")))
+        for stream, part in zip(("attn_out", "mlp_out"), PARTS[name], strict=True):
+            getattr(block, part).register_forward_hook(keep(Site(layer, stream)))
+    with torch.no_grad():
+        toy.hf(torch.tensor([toy.ids(TEXTS[0])]), use_cache=False)
+    for layer in range(len(blocks)):
+        if name != "neox":
+            read[Site(layer, "resid_mid")] = read[Site(layer, "resid_pre")] + read[Site(layer, "attn_out")]
+        for stream in STREAMS:
+            site = Site(layer, stream)
+            if site in read:
+                rows = capture(toy.model, TEXTS[:1], [site], tokens="all", include_special=True, progress=False)[site]
+                torch.testing.assert_close(rows.values, read[site], **CLOSE)
+                continue
+            says = (
+                rf"neox: block {layer} has no resid_mid; it has resid_pre, resid_post, attn_out, mlp_out\. .*choose a"
+            )
+            with pytest.raises(SiteError, match=says):
+                capture(toy.model, TEXTS[:1], [site])
+            with pytest.raises(SiteError, match=says):
+                collect_moments(
+                    toy.model, toy.model, TEXTS, source_sites=[site], target_sites=[site], max_tokens=CONTEXT
+                )
+            with pytest.raises(SiteError, match=says):
+                harvest(toy.model, TEXTS, tmp_path, end="source", sites=[site], max_tokens=CONTEXT)
+            with pytest.raises(SiteError, match=says):
+                check_sites(toy.model, [site])
+            space = replace(space_of(toy.model, Site(layer)), site=site)
+            with pytest.raises(SiteError, match=says), steering(toy.model, SteeringVector(torch.ones(16), space)):
+                pass
+
+
+def test_a_recurrent_block_has_no_attention(tokenizers):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    settings = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    settings |= dict(num_key_value_heads=1, layer_types=["conv", "full_attention"])
+    hf = Lfm2ForCausalLM(Lfm2Config(vocab_size=toys.VOCABULARY, **settings)).eval()
+    model = bridged(hf, "lfm2", tokenizers["byte_level"]).model
+    assert space_of(model, Site(1, "attn_out"))
+    with pytest.raises(
+        SiteError, match="lfm2: block 0 has no attn_out; it has resid_pre, resid_mid, resid_post, mlp_out"
+    ):
+        capture(model, TEXTS[:1], [Site(0, "attn_out")])
 
 
 # --- tokens and passes ----------------------------------------------------------------------

@@ -1,8 +1,14 @@
 """Files come back bit-exact, or are refused by name and reason; nothing is ever half written."""
 
 import errno
+import html
+import io
 import json
+import math
 import os
+import re
+import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from xmodel_steer.errors import ArtifactError
+from xmodel_steer.errors import ArtifactError, UndefinedWarning
+from xmodel_steer.experiments import Study, read_study, write_study
+from xmodel_steer.experiments.pages import tables
+from xmodel_steer.experiments.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, StudyArm
+from xmodel_steer.files import dump_json, read_record, read_tensors, write_tensors
 from xmodel_steer.fitters import Ridge
 from xmodel_steer.maps import AffineMap
-from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.metrics import Estimate, bootstrap_mean, undefined
 from xmodel_steer.moments import Moments, MomentsAccumulator
 from xmodel_steer.persistence import read, save
+from xmodel_steer.report import summary, table, write_report
 from xmodel_steer.results import TransferResult, joined_arm
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import SteeringVector
@@ -230,10 +244,135 @@ def test_nan_is_neither_written_nor_read(tmp_path: Path) -> None:
         read(file)
 
 
-def test_a_result_with_nan_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="NaN"):
-        save(replace(result(), headline=1.0, map={"r2": float("nan")}), tmp_path / "run")
-    assert not list(tmp_path.iterdir())
+def strict(text: str) -> Any:
+    """JSON as every reader takes it: without NaN and Infinity, which JSON does not have."""
+
+    def refuse(token: str) -> Any:
+        raise AssertionError(token)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_result_with_nan_is_written_and_says_where(tmp_path: Path) -> None:
+    made = result()
+    gone = replace(made, map=MAP_RECORD | {"r2": math.nan}, similarity={"mapped": {"cosine": math.inf, "norm_ratio": 1.0}, "shuffled": {"cosine": -math.inf}})  # fmt: skip
+    with pytest.warns(
+        UndefinedWarning,
+        match=r"result.json: NaN or infinite, and written as null: map.r2, similarity.mapped.cosine, simi",
+    ):
+        run = save(gone, tmp_path / "run")
+    record = strict((run / "result.json").read_text())
+    assert record["map"]["r2"] is None and record["map"]["cosine"] == 0.69
+    assert record["undefined"] == [
+        {"at": ["map", "r2"], "was": "NaN"},
+        {"at": ["similarity", "mapped", "cosine"], "was": "Infinity"},
+        {"at": ["similarity", "shuffled", "cosine"], "was": "-Infinity"},
+    ]
+    back = read(run)
+    assert math.isnan(back.map["r2"]) and back.similarity == gone.similarity
+    said = " ".join(summary(back))
+    assert "R² per dimension – (5–95 %: 0.20–0.70)" in said and "cosine to native – (standardised)" in said
+    assert same(back.arms, made.arms)
+
+
+def test_what_json_does_not_have_never_stops_a_record(tmp_path: Path) -> None:
+    odd = {"a": np.float32(0.5), "b": np.array([1, 2]), "c": {1}, "d": torch.tensor([math.nan]), 3: (np.bool_(True), Path), "e": "\ud800"}  # fmt: skip
+    record = {"schema": 1, "odd": odd}
+    text = dump_json(record, tmp_path)
+    file = tmp_path / "a.json"
+    file.write_bytes(text.encode())
+    assert strict(text)["undefined"] == [{"at": ["odd", "d", 0], "was": "NaN"}]
+    back = read_record(file)["odd"]
+    assert math.isnan(back.pop("d")[0])
+    assert back == {"a": 0.5, "b": [1, 2], "c": "{1}", "3": [True, repr(Path)], "e": "\ud800"}
+    assert dump_json({"a": 1.5}, tmp_path) == '{"a": 1.5}', "where there is nothing to say, nothing is said"
+    endless: dict[str, Any] = {}
+    endless["own"] = endless
+    with pytest.raises(ArtifactError, match="the record holds itself"):
+        dump_json(endless, tmp_path)
+    for listed in (
+        '[{"at": ["x"]}]',
+        '[{"at": [], "was": "NaN"}]',
+        '[{"at": ["schema", 0], "was": "NaN"}]',
+        "3",
+        '"x"',
+    ):
+        file.write_text(f'{{"schema": 1, "undefined": {listed}}}')
+        with pytest.raises(ArtifactError, match="damaged or foreign"):
+            read_record(file)
+
+
+SCORES = st.one_of(
+    st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3),
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.3, 1e-300, 1e308, -1e308, math.nan, math.inf]), min_size=3, max_size=3),
+    st.sampled_from([0.0, 1.0, 0.5, 1e308]).map(lambda score: [score] * 3),
+)  # fmt: skip
+
+
+@given(
+    n=st.sampled_from([1, 2, 3]), base=SCORES, scores=st.lists(SCORES, min_size=10, max_size=10),
+    costs=st.lists(st.sampled_from([0.0, 0.1, 10.0, 1e304, math.inf, math.nan]), min_size=9, max_size=9),
+    one=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_whatever_the_scores_are_the_run_is_written_read_and_told(
+    n: int, base: list[float], scores: list[list[float]], costs: list[float], one: bool,
+) -> None:  # fmt: skip
+    """Result, record, verdict, report and table; the record is strict JSON, and what is undefined in it has a reason."""
+    start, given_scores, given_costs = np.array(base[:n]), iter(scores), iter(costs)
+    arms = []
+    for arm in result().arms:
+        if one and arm.strength < 0:
+            continue
+        seeds = [arm.per_seed()[:n, k] for k in range(arm.per_seed().shape[1])]
+        cost = 0.1
+        if arm.arm == "unsteered":
+            seeds, cost = [start], next(given_costs)
+        elif arm.budget is not None:
+            seeds, cost = [np.array(next(given_scores)[:n]) for _ in seeds], next(given_costs)
+        arms.append(
+            joined_arm(
+                arm.arm, [arm.strength] * len(seeds), seeds, start, kl=[cost], perplexity=[cost], agreement=[min(cost, 1.0)],
+                budget=arm.budget, side={"knowledge": bootstrap_mean(seeds[0])} if arm.budget or not arm.strength else {},
+                texts=("a",) * n,
+            )
+        )  # fmt: skip
+    made = replace(result(), arms=tuple(arms), splits={"evaluation": [f"p{i}" for i in range(n)]}, label="[/b] x")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedWarning)
+        run = save(made, Path(folder) / "run")
+        back = read(run)
+        page = write_report(back, run / "report.html").read_text()
+        record = strict((run / "result.json").read_text())
+        rows = [strict(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    verdict = made.verdict()
+    assert repr(back.verdict()) == repr(verdict)
+    assert tuple(map(repr, back.arms)) == tuple(map(repr, made.arms))
+    assert len(rows) == n * len(arms)
+    assert html.escape(verdict.text) in page and table(back).row_count == len(arms)
+    assert len(back.to_frame()) == len(arms)
+    for words in (verdict.text, *summary(back)):
+        assert not re.search(r"\b(nan|inf)\b", words), words
+    parts = [verdict.efficiency, *verdict.controls.values(), *(c.difference for c in verdict.comparisons)]
+    for estimate in [*parts, *(e for arm in made.arms for e in (arm.effect, arm.change))]:
+        assert bool(estimate.undefined) == (
+            not math.isfinite(estimate.high - estimate.low) or math.isnan(estimate.value)
+        )
+    if verdict.efficiency.undefined or any(c.difference.undefined for c in verdict.comparisons):
+        assert verdict.transfers is None and ": undefined" in verdict.text
+    else:
+        assert verdict.transfers is not None
+    if verdict.transfers:
+        assert all(c.corrected < 0.05 for c in verdict.comparisons) and verdict.efficiency.low > 0
+    for gone in record.get("undefined", []):
+        assert gone["was"] in ("NaN", "Infinity", "-Infinity")
+        place = record
+        for step in gone["at"]:
+            place = place[step]
+        assert place is None
+    for name, found in {"efficiency": verdict.efficiency, **verdict.controls}.items():
+        kept = record["verdict"]["efficiency"] if name == "efficiency" else record["verdict"]["controls"][name]
+        assert kept.get("undefined", "") == found.undefined
 
 
 @pytest.mark.parametrize("what", [vector, result])
@@ -288,3 +427,114 @@ def test_other_values_cannot_be_saved(tmp_path: Path) -> None:
         save({}, tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match="is a folder"):
         save(vector(), tmp_path)
+
+
+# --- tensors that lie oddly in memory ---------------------------------------------------------
+
+BIG = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+ODD = {
+    "one tensor twice": lambda dtype: [BIG[0].to(dtype)] * 2,
+    "two views of one": lambda dtype: list(BIG.to(dtype)[:2]),
+    "overlapping views": lambda dtype: [BIG.to(dtype).flatten()[:8], BIG.to(dtype).flatten()[4:12]],
+    "columns": lambda dtype: [BIG.to(dtype)[:8, 0], BIG.to(dtype)[:8, 1]],
+    "expanded": lambda dtype: [BIG[0, :1].to(dtype).expand(8)] * 2,
+    "asks for a gradient": lambda dtype: [BIG[0].to(dtype).clone().requires_grad_()] * 2,
+    "parameter": lambda dtype: [torch.nn.Parameter(BIG[i].to(dtype)) for i in range(2)],
+    "negated view": lambda dtype: [torch._neg_view(BIG[i].to(dtype)) for i in range(2)],
+    "under inference": lambda dtype: _inferred(dtype),
+}
+
+
+def _inferred(dtype):
+    with torch.inference_mode():
+        made = BIG.to(dtype) * 1
+        return [made[0], made[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_come_back_however_they_lay_in_memory(kind, dtype, tmp_path):
+    one, other = ODD[kind](dtype)
+    file = tmp_path / "odd.safetensors"
+    write_tensors(file, "Odd", {"one": one, "other": other}, {})
+    read_back = read_tensors(file)[1]
+    for name, tensor in (("one", one), ("other", other)):
+        assert read_back[name].dtype == dtype and torch.equal(read_back[name], tensor.detach())
+    assert file.stat().st_size < 1000  # no more than the rows, however large what they are rows of
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_vectors_and_maps_come_back_however_they_lay_in_memory(kind, tmp_path):
+    space = replace(SMALL, width=8)
+    one, other = ODD[kind](torch.float32)
+    made = SteeringVector(one, space, "odd", other, one, (1, 1), other.detach().abs())
+    back = read(save(made, tmp_path / "vector.safetensors"))
+    for name in ("direction", "positive_mean", "negative_mean", "scale"):
+        assert torch.equal(getattr(back, name), getattr(made, name).detach())
+    square = BIG[:8].T  # not contiguous
+    affine = AffineMap(
+        source=space,
+        target=space,
+        weight=square,
+        bias=one,
+        source_scale=one,
+        target_scale=one,
+    )
+    back = read(save(affine, tmp_path / "map.safetensors"))
+    assert torch.equal(back.weight, square) and torch.equal(back.bias, one.detach())
+
+
+ESTIMATES = st.one_of(
+    st.lists(st.sampled_from([0.0, 1.0, 0.3, math.nan, math.inf]), max_size=3).map(bootstrap_mean),
+    st.just(undefined("why not", 3, 0.5)),
+)
+COSTS = st.sampled_from([0.0, 12.5, math.nan, math.inf])
+
+
+@given(estimates=st.lists(ESTIMATES, min_size=12, max_size=12), costs=st.lists(COSTS, min_size=8, max_size=8), kind=st.sampled_from([EFFICIENCY, "kept"]))  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_whatever_a_study_measured_is_written_read_and_shown(
+    estimates: list[Estimate], costs: list[float], kind: str
+) -> None:
+    found, cost = iter(estimates), iter(costs)
+    arms = [
+        StudyArm(
+            arm,
+            "a [/b] recipe",
+            "Add(1.0)",
+            EQUAL_STRENGTH,
+            next(found),
+            {kind: next(found)},
+            next(cost),
+            next(cost),
+            texts=("a",),
+        )
+        for arm in ("unsteered", "mapped", "random", "shuffled")
+    ]
+    varied = [{"recipe": "r", "varied": "target layer", "layer": 1, "score": next(cost, math.nan)}]
+    points = tuple(
+        {"trigger": "known", "prompts": k, "effect": next(found).record(), AGREEMENT: next(found).record()}
+        for k in (0, 25)
+    )
+    made = Study(
+        "name", "question", "unit", "verdict", {"model": "a"}, {"model": "b"}, tuple(arms), {"a [/b] recipe": {"p": math.nan}},
+        tuple(varied), {"text": points}, ("a",), {}, {}, {}, {}, "here", {"part": 1.0},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedWarning)
+        page = write_study(made, folder).read_text()
+        record = strict((Path(folder) / "result.json").read_text())
+        back = read_study(folder)
+    assert repr(back) == repr(made)
+    assert repr([back.validation, back.curves]) == repr([made.validation, made.curves])
+    assert len(made.to_frame()) == 4
+    assert record["chosen"]["a [/b] recipe"]["p"] is None
+    for arm, kept in zip(arms, record["arms"], strict=True):
+        assert kept.get("undefined", "") == arm.effect.undefined
+        assert kept["beside"][kind].get("undefined", "") == arm.beside[kind].undefined
+        assert f"<td>{html.escape(f'{arm.effect:.3f}')}</td>" in page
+    out = io.StringIO()
+    for shown in tables(back):
+        Console(file=out, width=200).print(shown)
+    assert "a [/b] recipe" in out.getvalue() and not re.search(r"\b(nan|inf)\b", out.getvalue())
+    assert not re.search(r"\b(nan|inf)\b", page.partition("<h2>Every arm")[2].partition("<h2>")[0])

@@ -3,13 +3,16 @@
 import re
 import shutil
 import subprocess
+import tomllib
 from dataclasses import replace
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 from test_layers import collected, rows
 from test_persistence import result
 
@@ -270,3 +273,20 @@ def test_every_figure_and_the_report_draw_in_a_real_browser(tmp_path: Path) -> N
             [*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=180, check=True
         )
         assert picture.stat().st_size > 100_000  # an empty page of this size has under 25,000 bytes
+
+
+def test_the_notebook_extra_brings_what_shows_figures_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotly draws in a notebook by IPython and nbformat, and installs neither."""
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {Requirement(own).name for own in extras["notebook"]} == {"ipywidgets", "nbformat"}
+    assert "ipython" in {Requirement(own).name for own in metadata.requires("ipywidgets") or []}
+    shown: list[object] = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    figure = dose_response(result())
+    figure.show(renderer="plotly_mimetype")
+    assert shown and "application/vnd.plotly.v1+json" in shown[0]  # type: ignore[operator]
+    monkeypatch.setattr("plotly.io._renderers.nbformat", None)
+    with pytest.raises(ValueError, match="nbformat"):
+        figure.show(renderer="plotly_mimetype")

@@ -3,17 +3,25 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from datetime import datetime
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
+from xmodel_steer.prompts import ContrastSet, Message, Prompt, Rendered, as_prompts
+from xmodel_steer.readers import read_contrast, read_prompts
 
 CHAT = [{"role": "user", "content": "HELLO"}]
 REPLY = [*CHAT, {"role": "assistant", "content": "HELLO"}]
@@ -287,3 +295,296 @@ def test_text_that_spells_out_messages_is_another_prompt() -> None:
 def test_message_content_must_be_text() -> None:
     with pytest.raises(PromptError, match="must be strings"):
         Prompt.of([{"role": "user", "content": None}])  # type: ignore[dict-item]
+
+
+# --- templates that rewrite ------------------------------------------------------------------
+
+
+def with_template(template: Any) -> Any:
+    """A Hugging Face tokenizer with a chat template."""
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, name_or_path="mine")
+
+
+#: What a template writes of a message, and what of the content that is; None where it has other letters.
+WRITES = {
+    "m.content": lambda c: c,
+    "m.content | trim": str.strip,
+    "m.content.split('</think>')[-1] | trim": lambda c: c.split("</think>")[-1].strip(),
+    "(m.content.split('</think>')[-1] if '</think>' in m.content else '<no think>' ~ m.content)": (
+        lambda c: c.split("</think>")[-1]
+    ),
+    "('<no think>' ~ m.content.split('</think>')[-1])": lambda c: c.split("</think>")[-1],
+    "m.content | upper": lambda c: c if c.upper() == c else None,
+    "m.content[:7]": lambda c: c[:7],
+    "m.content.split() | join(' ')": str.strip,
+    "m.content | replace('art', '')": lambda c: c.replace("art", ""),
+    "(m.content | reverse if m.content == 'art' else m.content)": lambda c: None if c == "art" else c,
+    "''": lambda c: "",
+}
+FRAMES = [("<|", "|>\n", "<|end|>\n"), ("[", "] ", "[/]"), ("", "", "%\n"), ("", "", "")]
+TURNS = {"messages": slice(None), "messages[1:]": slice(1, None), "messages[-2:]": slice(-2, None)}
+WORDS = [
+    "user",
+    "art",
+    "assistant",
+    "You are an art critic.",
+    "critic",
+    "system",
+    "A",
+    "b",
+    "?",
+    "é🙂",
+    "ß",
+    "\U000f0001",
+]
+WORDS += [" ", "\n", "  ", "<think>", "</think>", "[/]", "<|end|>", "</think>\n\n", "'", '"', "\\"]
+CONTENTS = st.lists(st.sampled_from(WORDS), max_size=6).map("".join)
+CHATS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), CONTENTS), min_size=1, max_size=5)
+
+
+def written(template: Any, chat: list[tuple[str, str]]) -> tuple[Prompt, Rendered, list[str]]:
+    """The prompt, rendered, and what of each message has a span, without white space."""
+    prompt = Prompt(messages=tuple(Message(role, content) for role, content in chat))
+    rendered = prompt.render(with_template(template))
+    trimmed = [content.strip() for _, content in chat]
+    bases = list(accumulate(map(len, trimmed), initial=0))
+    located = [""] * len(chat)
+    assert all(b <= c for (_, b, _), (c, _, _) in pairwise(rendered.spans))
+    for start, end, base in rendered.spans:
+        number = next(i for i, content in enumerate(trimmed) if bases[i] <= base < bases[i] + len(content))
+        part = rendered.text[start:end]
+        assert part == trimmed[number][base - bases[number] : base - bases[number] + end - start]
+        located[number] += "".join(part.split())
+    return prompt, rendered, located
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    chat=CHATS.filter(lambda chat: any(content.strip() for _, content in chat)),
+    writes=st.tuples(*[st.sampled_from(sorted(WRITES))] * 3),
+    frame=st.sampled_from(FRAMES),
+    turns=st.sampled_from(sorted(TURNS)),
+    default=st.sampled_from(["", "You are an art critic. user A "]),
+)
+def test_what_a_template_keeps_is_found_whatever_it_does_to_the_rest(chat, writes, frame, turns, default):
+    roles = dict(zip(("system", "user", "assistant"), writes, strict=True))
+    opening, closing, end = frame
+    template = default + "{% for m in " + turns + " %}"
+    for role, write in roles.items():
+        tag = opening and f"{opening}{role}{closing}"
+        template += (
+            "{% if m.role == '" + role + "' %}{{ '" + tag.replace("\n", "\\n") + "' ~ " + write + " }}{% endif %}"
+        )
+    template += end + "{% endfor %}"
+    _, rendered, located = written(template, chat)
+    if not end:
+        return  # with nothing between them, the end of one content may be the beginning of the next
+    there = range(len(chat))[TURNS[turns]]
+    kept = [WRITES[roles[role]](content) if i in there else "" for i, (role, content) in enumerate(chat)]
+    for part, own in zip(kept, located, strict=True):
+        assert part is None or own == "".join(part.split())
+    lacking = tuple(i for i, (_, c) in enumerate(chat) if "".join((kept[i] or "").split()) != "".join(c.split()))
+    assert rendered.missing == lacking
+    # Written as the template keeps it, the same text has the same content.
+    if any((part or "").strip() for part in kept) and None not in kept:
+        _, again, found = written(template, [(role, part) for (role, _), part in zip(chat, kept, strict=True)])
+        if again.text == rendered.text:
+            assert covered(again) == covered(rendered) and found == located
+
+
+def covered(rendered: Rendered) -> set[int]:
+    places = {at for start, end, _ in rendered.spans for at in range(start, end)}
+    return {at for at in places if not rendered.text[at].isspace()}
+
+
+def chat_of(*contents: str, first: str = "user") -> Prompt:
+    order = ["user", "assistant"] if first == "user" else ["system", "user", "assistant"]
+    return Prompt.of([{"role": order[i % len(order)], "content": c} for i, c in enumerate(contents)])
+
+
+TAGGED = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+MERGED = (
+    "{% set brief = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}[{{ m.role }}]"
+    "{% if brief and loop.first %}<<{{ brief }}>> {% endif %}{{ m.content }}[/]{% endfor %}"
+)
+
+
+def test_a_system_message_in_the_first_users_turn_is_found_and_not_missing() -> None:
+    rendered = chat_of("Be brief.", "Hi", "Yes.", first="system").render(with_template(MERGED))
+    assert rendered.text == "[user]<<Be brief.>> Hi[/][assistant]Yes.[/]"
+    assert [rendered.text[a:b] for a, b, _ in rendered.spans] == ["Be brief.", "Hi", "Yes."]
+    assert [base for *_, base in rendered.spans] == [0, 9, 11] and rendered.missing == ()
+
+
+class Stripping:
+    """Python, of which no source is known."""
+
+    chat_template, name_or_path = "yes", "stripping"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
+        return "".join(f"[{t['role']}]{t['content'].split('</think>')[-1].strip()}[/]" for t in turns)
+
+
+def test_reasoning_is_missing_and_what_follows_is_not() -> None:
+    thought = chat_of("Hi", "<think>\nHm.\n</think>\n\n<b>Yes</b>.", "the cat")
+    plain = chat_of("Hi", "<b>Yes</b>.", "the cat")
+    one, two = (prompt.render(Stripping()) for prompt in (thought, plain))
+    assert one.text == two.text and (one.missing, two.missing) == ((1,), ())
+    assert [span[:2] for span in one.spans] == [span[:2] for span in two.spans]
+    assert [one.text[a:b] for a, b, _ in one.spans] == ["Hi", "<b>Yes</b>.", "the cat"]
+
+
+def test_content_that_is_written_twice_is_where_it_was_written_last() -> None:
+    rendered = chat_of("Hi there").render(with_template("{{ messages[-1].content }}|" + TAGGED))
+    assert [rendered.text[a:b] for a, b, _ in rendered.spans] == ["Hi there"] and rendered.spans[0][0] == 15
+
+
+def test_very_long_contents_are_followed_round_the_private_use_characters() -> None:
+    long = "0123456789" * 14000
+    rendered = chat_of(long, "Yes. \U000f0001", long).render(with_template(TAGGED))
+    assert [rendered.text[a:b] for a, b, _ in rendered.spans] == [long, "Yes. \U000f0001", long]
+
+
+def test_a_template_that_takes_only_certain_words_can_be_used() -> None:
+    only = "{% for m in messages %}{% if m.content not in ('yes', 'no') %}{{ raise_exception('yes or no') }}{% endif %}[{{ m.content }}]{% endfor %}"
+    rendered = chat_of("yes", "no").render(with_template(only))
+    assert rendered.text == "[yes][no]" and [rendered.text[a:b] for a, b, _ in rendered.spans] == ["yes", "no"]
+
+
+FAILING = {
+    "{{ raise_exception('System role not supported') }}": r"TemplateError: System role not supported\); change the messages",
+    "{% for m in messages %}": "TemplateSyntaxError: ",
+    "{{ nothing.at.all }}": "UndefinedError: 'nothing' is undefined",
+    "{{ messages + 1 }}": "TypeError: ",
+}
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_is_an_error_of_the_prompt(template: str) -> None:
+    prompt = chat_of("Be brief.", "Hi", first="system")
+    says = f"{prompt.id} \\('system: Be brief.*the chat template of 'mine' fails on it \\({FAILING[template]}"
+    with pytest.raises(PromptError, match=says):
+        prompt.render(with_template(template))
+
+
+def test_named_templates_need_a_default() -> None:
+    assert chat_of("Hi").render(with_template({"default": TAGGED, "rag": "x"})).text == "[user]Hi[/]"
+    with pytest.raises(PromptError, match=r"has the chat templates rag, tool and no default; .*chat_template\['rag'\]"):
+        chat_of("Hi").render(with_template({"tool": "x", "rag": TAGGED}))
+
+
+@pytest.mark.parametrize("code", ["%d %B %Y", "%Y-%m-%d", "%-d/%-m/%y %H:%M %A %j", "%D %T 100%%"])
+@pytest.mark.parametrize("before", ["", "\n", "  ", "  {% if true %}\n x{% endif %}"])
+def test_a_template_sees_the_same_day_on_every_day(code: str, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = before + "{% set day = strftime_now is defined %}{{ day }}Today: {{ strftime_now(code) }}."
+    tokenizer = with_template(template.replace("code", repr(code)) + TAGGED)
+    now = chat_of("Hi").render(tokenizer).text
+    clock = SimpleNamespace(now=lambda: datetime(2031, 1, 2, 3, 4))
+    monkeypatch.setattr(chat_template_utils, "datetime", clock)
+    assert chat_of("Hi").render(tokenizer).text == now
+    # But for the day it is what transformers writes, white space at the beginning included.
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2024, 7, 26)))
+    turns = [{"role": "user", "content": "Hi"}]
+    assert now == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+# --- inputs of every kind --------------------------------------------------------------------
+
+TEXTS = ["the cat", "the mat"]
+ROWS = [{"text": text, "n": n} for n, text in enumerate(TEXTS)]
+TAKEN = {
+    "list": lambda: TEXTS,
+    "tuple": lambda: tuple(TEXTS),
+    "generator": lambda: (text for text in TEXTS),
+    "dictionary values": lambda: dict(enumerate(TEXTS)).values(),
+    "array": lambda: np.array(TEXTS),
+    "array of objects": lambda: np.array(TEXTS, dtype=object),
+    "series": lambda: pd.Series(TEXTS, index=[5, 3]),
+    "column": lambda: datasets.Dataset.from_list(ROWS)["text"],
+    "prompts": lambda: [Prompt(text=text) for text in TEXTS],
+    "rows": lambda: ROWS,
+    "frame": lambda: pd.DataFrame(ROWS, index=[5, 3]),
+    "dataset": lambda: datasets.Dataset.from_list(ROWS),
+    "stream": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    "prompt column": lambda: [{"prompt": text, "text": None} for text in TEXTS],
+    "frame with gaps": lambda: pd.DataFrame([{"text": TEXTS[0]}, {"prompt": TEXTS[1]}]),
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_every_form_of_the_same_prompts_is_the_same(kind: str) -> None:
+    expected = tuple(Prompt(text=text) for text in TEXTS)
+    assert as_prompts(TAKEN[kind]()) == read_prompts(TAKEN[kind]()) == expected
+    contrast = ContrastSet.from_prompts(TAKEN[kind](), ["no"])
+    assert contrast.positive == expected
+
+
+DATASETS = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)}
+FOREIGN = {
+    "splits": (
+        lambda: datasets.DatasetDict(DATASETS),
+        r"DatasetDict with splits train, test; give one of them, data\['train'\]",
+    ),
+    "streamed splits": (
+        lambda: datasets.IterableDatasetDict({k: d.to_iterable_dataset() for k, d in DATASETS.items()}),
+        r"IterableDatasetDict with splits train, test; .*data\['train'\]",
+    ),
+    "sets by name": (
+        lambda: {"a": TEXTS, "b": DATASETS["test"]},
+        r"dict with keys a, b; give one of them, data\['a'\]",
+    ),
+    "columns": (lambda: {"text": TEXTS}, r"dict with keys text; for rows of these columns, pandas.DataFrame\(data\)"),
+    "a row": (lambda: ROWS[0], r"dict with keys text, n; for a single row, \[row\]"),
+    "a message": (lambda: CHAT[0], r"dict with keys role, content; .*\[\[message\]\]"),
+    "a set": (lambda: set(TEXTS), "a set has no order"),
+    "bytes": (lambda: b"the cat", r"for a single one, \[prompt\]; got bytes"),
+    "nothing": (lambda: None, "needs a list of prompts or rows, got NoneType 'None'"),
+    "a number": (lambda: 3, "needs a list of prompts or rows, got int '3'"),
+    "not a number": (lambda: float("nan"), "got float 'nan'"),
+    "an array of no dimension": (lambda: np.array("the cat"), "needs a list of prompts or rows"),
+    "token ids": (lambda: [[1, 2], [3]], r"number 1: Prompt: needs a string or a list .* got list '\[1, 2\]'"),
+    "ids": (lambda: np.array([1, 2]), "number 1: Prompt: needs a string .* got int '1'"),
+    "nested": (lambda: ["ab", ["cd", "ef"]], "number 2: Prompt: needs a string .* got list"),
+    "a table of strings": (lambda: np.array([TEXTS, TEXTS]), "number 1: Prompt: needs a string .* got list"),
+    "a conversation": (
+        lambda: CHAT,
+        r"number 1: no text, .* one chat message: a prompt is a list of messages, \[message\]",
+    ),
+    "an empty cell": (lambda: pd.Series(["a", None]), "number 2: an empty cell; drop the row or fill it in"),
+    "other columns": (
+        lambda: datasets.Dataset.from_dict({"sentence": TEXTS, "n": [1, 2]}),
+        r"number 1: no text, prompt or messages among the columns \['n', 'sentence'\]; rename one",
+    ),
+    "a frame of other columns": (lambda: pd.DataFrame({"a": TEXTS}), r"columns \['a'\]; rename one"),
+    "data sets in a list": (lambda: [DATASETS["train"]], "number 1: Prompt: .* got Dataset with columns text, n"),
+    "bytes in a list": (lambda: [b"the cat"], "number 1: Prompt: needs a string .* got bytes"),
+    "a path in a list": (lambda: [Path("a.txt")], "number 1: Prompt: needs a string .* got PosixPath 'a.txt'"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_list_of_prompts_is_refused_and_named(kind: str) -> None:
+    made, says = FOREIGN[kind]
+    for take in (as_prompts, read_prompts, lambda values: ContrastSet.from_prompts(values, ["no"])):
+        with pytest.raises(PromptError, match=says):
+            take(made())
+    if "number" not in says and "columns" not in says:
+        for take in (ContrastSet.from_records, read_contrast):
+            with pytest.raises(PromptError):
+                take(made())
+
+
+def test_files_and_paths_are_read_by_the_readers_only(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("the cat")
+    with file.open() as opened:
+        for made in (file, opened):
+            with pytest.raises(PromptError, match="read it with xs.read_prompts"):
+                as_prompts(made)
+    for text, says in (("the cat " * 200, "needs a .jsonl or .csv file"), ("the cat " * 200 + ".txt", "no such file")):
+        with pytest.raises(PromptError, match=says + r"; for a text instead of a file, \[text\]"):
+            read_prompts(text)
+    with pytest.raises(PromptError, match="there are none"):
+        read_prompts([])

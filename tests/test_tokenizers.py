@@ -4,14 +4,17 @@ What a token has read is told by decoding the tokens up to it, not by the offset
 """
 
 import copy
+import re
 import unicodedata
 from itertools import combinations
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from xmodel_steer.alignment import align
+from xmodel_steer.errors import PromptError, PromptWarning
 from xmodel_steer.prompts import Message, Prompt
 from xmodel_steer.tokens import tokenise
 
@@ -150,7 +153,7 @@ def test_leading_spaces_belong_to_the_word_that_they_lead(tokenizers):
     # " above" is one token here and " " + "above" there: both ways the word's end is the word's end.
     for kind in KINDS:
         made = encoded(tokenizers[kind], "The sky above")
-        assert made.ends[-1 if kind != "wordpiece" else -2] == len("The sky above")
+        assert made.ends[-1] == len("The sky above")
         assert len("The sky") in made.ends
 
 
@@ -262,3 +265,97 @@ def test_a_single_token_of_the_end_is_the_last_and_not_a_bos(tokenizers):
         whole = encoded(tokenizers[kind], "The sky above")
         (cut,) = tokenise(tokenizers[kind], [prompt("The sky above")], max_tokens=1, truncation_side="left")
         assert (cut.ids, cut.ends) == (whole.ids[-1:], whole.ends[-1:])
+
+
+# --- special tokens at either end -------------------------------------------------------------
+
+ADDED = [("<s> $A", 1, 0), ("$A </s>", 0, 1), ("<s> $A </s>", 1, 1), ("<s> [a] $A </s> [b]", 2, 2), ("$A", 0, 0)]
+
+
+def adding(tokenizer, post):
+    """A copy whose post-processor puts tokens around a text."""
+    made = copy.deepcopy(tokenizer)
+    names = ["<s>", "</s>", "[a]", "[b]"]
+    made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": names[2:]})
+    ids = [(name, made.convert_tokens_to_ids(name)) for name in names]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(post, special_tokens=ids)
+    return made
+
+
+@pytest.mark.parametrize("post, before, after", ADDED)
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "byte_fallback"])
+def test_special_tokens_come_once_and_none_after_the_text(tokenizers, kind, post, before, after):
+    tokenizer = adding(tokenizers[kind], post)
+    ids = tokenizer("the cat")["input_ids"]
+    assert len(ids) > before + after
+    (plain,) = tokenise(tokenizer, [prompt("the cat")])
+    assert plain.ids == tuple(ids[: len(ids) - after])
+    assert plain.ends[-1] == len("the cat")  # "last" is the text's own last token
+    for start in range(before + 1):  # the text writes all of them itself, the last ones, or none
+        written = "".join(post.split()[start:before])
+        (own,) = tokenise(tokenizer, [prompt(written + "the cat")])
+        apart = tokenizer(written + "the cat", add_special_tokens=False)["input_ids"]
+        assert own.ids == (*ids[:start], *apart)
+        assert all(own.ids.count(token) == 1 for token in ids[:before])
+    (closed,) = tokenise(tokenizer, [prompt("the cat</s>")])
+    assert closed.ids[-1] == tokenizer.eos_token_id and closed.ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("post", [post for post, *_ in ADDED])
+def test_a_chat_that_was_rendered_to_a_string_has_the_ids_of_the_chat(tokenizers, post):
+    tokenizer = with_template(adding(tokenizers["byte_level"], post), "<s>" + CHATML)
+    chat = Prompt(messages=tuple(CHAT))
+    text, encoding = Prompt(text=chat.render(tokenizer).text), tokenise(tokenizer, [chat])[0]
+    assert tokenise(tokenizer, [text])[0].ids == encoding.ids
+    assert encoding.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_what_is_only_special_tokens_is_no_text(tokenizers):
+    with pytest.raises(PromptError, match="the tokenizer of the model makes no tokens of"):
+        tokenise(adding(tokenizers["wordpiece"], "$A </s>"), [Prompt(text="\u200b")])
+
+
+# --- messages that a template does not show whole ------------------------------------------------
+
+STRIPS = CHATML.replace("m.content | trim", "m.content.split('</think>')[-1] | trim")
+
+
+def chat(answer):
+    return Prompt(messages=(Message("user", "Hi"), Message("assistant", answer), Message("user", " the cat sat ")))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_the_same_text_has_the_same_content_tokens_however_its_messages_were_written(tokenizers, kind):
+    tokenizer = with_template(tokenizers[kind], STRIPS)
+    plain, thought = chat("Yes. It is."), chat("<think>\nHm.\n</think>\n\nYes. It is.")
+    (one,) = tokenise(tokenizer, [plain])
+    with pytest.warns(PromptWarning) as caught:
+        (two,) = tokenise(tokenizer, [thought], name="llama")
+    assert one.ids == two.ids and one.roles == two.roles and (one.missing, two.missing) == ((), (1,))
+    stripped = len("<think>\nHm.\n</think>\n\n")
+    assert two.ends == tuple(end + stripped if end > len("Hi") else end for end in one.ends)
+    (warning,) = caught
+    assert re.match(
+        rf"prompt {thought.id} \('user: Hi.*the chat template of llama leaves out or rewrites all or part of message 2 "
+        r"\(assistant\); .*give messages as the template keeps them",
+        str(warning.message),
+    )
+    # With a template that keeps the reasoning, what both keep pairs.
+    (whole,) = tokenise(with_template(tokenizers[kind], CHATML), [thought])
+    shared = {end for end in two.ends if end >= 0}
+    assert shared <= set(whole.ends) and whole.missing == ()
+    assert len(align(whole.token_ends(), two.token_ends())) == len(shared)
+
+
+def test_one_warning_a_call_and_none_of_white_space(tokenizers):
+    tokenizer = with_template(tokenizers["byte_level"], STRIPS)
+    with pytest.warns(PromptWarning, match=r"message 2 \(assistant\), and those of other prompts;") as caught:
+        tokenise(tokenizer, [chat(" a"), chat("<think>b</think>c"), chat("<think>b</think>d")])
+    assert len(caught) == 1
+    tokenise(tokenizer, [chat("<think>b</think>c")], warn=False)
+    tokenise(tokenizer, [chat(" a\n\n")])
+    collapsing = CHATML.replace("m.content | trim", "m.content.split() | join(' ')")
+    (made,) = tokenise(with_template(tokenizers["byte_level"], collapsing), [chat("It  was\n\ta   bright")])
+    assert made.missing == ()
+    read = "Hi" + "It  was\n\ta   bright" + "the cat sat"
+    assert {read.index(word) + len(word) for word in ("Hi", "It", "was", "bright", "sat")} <= set(made.ends)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import toys
 from toys import contrast, sentences
 
 import xmodel_steer as xs
-from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.damage import LEAST
+from xmodel_steer.errors import UndefinedWarning
+from xmodel_steer.metrics import NO_NATIVE, NOT_FINITE, Reference, bootstrap_mean, undefined
 from xmodel_steer.report import summary
 from xmodel_steer.results import Arm, TransferResult, joined_arm
-from xmodel_steer.transfer import default_sites
+from xmodel_steer.transfer import _map_record, default_sites
 
 
 def vowels(text: str) -> float:
@@ -313,6 +316,79 @@ def test_any_fitter_of_moments_will_do(toy_named: Callable[[str], toys.Toy]) -> 
                 run(small, large, fitter=given)
 
 
+def nowhere(positive: Any, negative: Any, *, label: str) -> xs.SteeringVector:
+    """The difference of means in the source, nothing in the target."""
+    made = xs.difference_of_means(positive, negative, label=label)
+    return made * (0.0 if "gemma" in made.space.model else 1.0)
+
+
+def test_a_native_vector_that_is_nothing_is_a_finished_run_with_an_undefined_verdict(
+    toy_named: Callable[[str], toys.Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = Reference.compare
+
+    def same(*given: Any, **settings: Any) -> Any:
+        kl, loss, agree = compare(*given, **settings)
+        return torch.zeros_like(kl), loss, agree
+
+    monkeypatch.setattr(Reference, "compare", same)  # to the last bit, so that there is no KL to calibrate to
+    made = run(toy_named("llama").model, toy_named("gemma").model, direction=nowhere, side={})
+    assert made.verdict().text.startswith("toy: undefined, the native vector does nothing at KL 0.00")
+    assert made.verdict().transfers is None and np.isnan(made.similarity["mapped"]["norm_ratio"])
+    assert {record["budget"] for record in made.selection["equal_kl"]} == {LEAST}
+    with pytest.warns(UndefinedWarning, match="similarity.mapped.norm_ratio, similarity.shuffled.norm_ratio$"):
+        xs.save(made, tmp_path / "run")
+    assert xs.read(tmp_path / "run").verdict() == made.verdict()
+    assert any("norm – of native" in line for line in summary(made))
+
+
+def test_a_map_of_what_does_not_vary_has_facts_that_are_undefined(toy_named: Callable[[str], toys.Toy]) -> None:
+    models = toy_named("llama").model, toy_named("gemma").model
+    site, other = xs.Site(1), xs.Site(2)
+    moments = xs.collect_moments(
+        *models, sentences(60, 4), source_sites=[site], target_sites=[other], max_tokens=32, progress=False
+    )
+    mapping = xs.Ridge().fit(moments.pair(site, other))
+    score = mapping.score_test
+    assert score is not None
+    own, r2 = _map_record(mapping, moments), score.r2.numpy()
+    assert [own["r2_low"], own["r2_median"], own["r2_high"]] == pytest.approx(np.quantile(r2, [0.05, 0.5, 0.95]))
+    gone = replace(mapping, score_test=replace(score, r2=torch.full_like(score.r2, torch.nan)))
+    assert all(np.isnan(_map_record(gone, moments)[key]) for key in ("r2", "r2_median", "r2_low", "r2_high"))
+
+
+class Broken(xs.Preference):
+    """A user's behaviour that has no number for one setting, or for all of them."""
+
+    everywhere = True
+
+    def measure(self, model: Any, settings: Any, *, progress: bool = True) -> Any:
+        found = super().measure(model, settings, progress=progress)
+        for own in found if self.everywhere else found[-2:]:
+            own.scores[0] = np.nan
+        return found
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_behaviour_without_a_number_never_loses_the_run_nor_chooses(
+    everywhere: bool, toy_named: Callable[[str], toys.Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, "everywhere", everywhere)
+    made = xs.transfer(
+        toy_named("llama").model, toy_named("gemma").model, contrast(), sentences(60, 4), held_out=Broken, side={},
+        **SETTINGS,
+    )  # fmt: skip
+    assert made.verdict().transfers is None and ": undefined" in made.verdict().text
+    for records in (made.selection[name] for name in ("source", "target", "strength")):
+        gains = [record["gain"] for record in records]
+        assert np.isnan(gains).all() == everywhere and np.isnan(gains).any()
+    if not everywhere:  # the last candidate of each choice is the one without a number
+        assert made.source["layer"] == made.target["layer"] == 1
+    with pytest.warns(UndefinedWarning):
+        xs.save(made, tmp_path / "run")
+    assert repr(xs.read(tmp_path / "run").verdict()) == repr(made.verdict())
+
+
 # --- the verdict, on made-up numbers ----------------------------------------------------------
 
 
@@ -343,7 +419,6 @@ CLEAR = {"native": 0.2, "mapped": 0.15, "random": 0.01, "shuffled": 0.02}
 
 def test_the_verdict_says_what_survived(result: TransferResult) -> None:
     verdict = made_up(result, CLEAR).verdict()
-    assert verdict.efficiency is not None
     assert verdict.efficiency.value == pytest.approx(0.75, abs=0.02)
     assert verdict.efficiency.low < verdict.efficiency.value < verdict.efficiency.high
     assert verdict.transfers
@@ -351,7 +426,7 @@ def test_the_verdict_says_what_survived(result: TransferResult) -> None:
     assert all(
         c.p <= c.corrected < 0.01 and c.difference.value == pytest.approx(0.13, abs=0.02) for c in verdict.comparisons
     )
-    controls = {name: found.value for name, found in verdict.controls.items() if found}
+    controls = {name: found.value for name, found in verdict.controls.items()}
     assert controls == pytest.approx({"random": 0.05, "shuffled": 0.1}, abs=0.02)
     assert verdict.text.startswith("toy: transfers: 0.75 [0.7")
     assert "of native at KL 0.30 and 0.30 nats per token, n = 40; random 0.0" in verdict.text
@@ -369,15 +444,37 @@ def test_verdict_says_no_when_a_control_does_the_same(result: TransferResult, co
 def test_verdict_says_no_when_the_effect_has_the_wrong_sign(result: TransferResult) -> None:
     verdict = made_up(result, CLEAR | {"mapped": -0.2}).verdict()
     assert verdict.transfers is False
-    assert verdict.efficiency is not None
     assert verdict.efficiency.high < 0
 
 
 def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferResult) -> None:
     verdict = made_up(result, CLEAR | {"native": 0.0}).verdict()
-    assert verdict.efficiency is None
+    assert verdict.efficiency.undefined == NO_NATIVE
     assert verdict.transfers is None
     assert verdict.text == "toy: undefined, the native vector does nothing at KL 0.30 and 0.30 nats per token, n = 40"
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_an_undefined_comparison_is_said_and_is_no_transfer(result: TransferResult, lost: float) -> None:
+    made = made_up(result, CLEAR)
+    arms = tuple(
+        replace(a, scores=(lost, *a.scores[1:])) if (a.arm, a.strength, a.budget) == ("shuffled", 1.0, 0.3) else a
+        for a in made.arms
+    )
+    verdict = replace(made, arms=arms).verdict()
+    (gone,) = [c for c in verdict.comparisons if c.difference.undefined]
+    assert (gone.control, gone.sign) == ("shuffled", "+") and np.isnan(gone.p) and np.isnan(gone.corrected)
+    assert verdict.transfers is None and verdict.controls["shuffled"].undefined == NOT_FINITE
+    assert verdict.text.startswith("toy: undefined: 0.7") and "shuffled undefined; paired test" in verdict.text
+    assert f"corrected for 4 comparisons; shuffled + undefined ({NOT_FINITE}); perplexity" in verdict.text
+
+
+def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: TransferResult, monkeypatch: Any) -> None:
+    given = undefined("too few", 40, 0.75)
+    monkeypatch.setattr("xmodel_steer.results.transfer_efficiency", lambda *_: given)
+    verdict = made_up(result, CLEAR).verdict()
+    assert verdict.transfers is None and max(c.corrected for c in verdict.comparisons) < 0.05
+    assert verdict.text.startswith("toy: undefined: 0.75 (interval undefined: too few) of native at KL 0.30 and 0.30")
 
 
 def test_only_directions_in_which_native_does_something_are_judged(result: TransferResult) -> None:
@@ -420,7 +517,6 @@ def test_one_direction_is_judged_alone(result: TransferResult) -> None:
     verdict = one.verdict()
     assert verdict.transfers
     assert len(verdict.comparisons) == 2
-    assert verdict.efficiency is not None
     assert verdict.efficiency.value == pytest.approx(0.75, abs=0.05)
 
 
@@ -446,7 +542,7 @@ def test_another_scorer_reads_the_same_texts(result: TransferResult) -> None:
 
 def test_a_scorer_that_tells_no_texts_apart_finds_nothing(result: TransferResult) -> None:
     verdict = result.rescored(lambda _: 0.5, label="nothing").verdict()
-    assert verdict.efficiency is None
+    assert verdict.efficiency.undefined == NO_NATIVE
     assert verdict.text.startswith("nothing: undefined")
 
 

@@ -51,7 +51,7 @@ def cached_moments(
         return collect()
     key = {
         "schema": SCHEMA,
-        "method": 3,  # of collecting moments: raise it when the same arguments give other numbers
+        "method": 4,  # of collecting moments: raise it when the same arguments give other numbers
         "models": [own[:-1] for own in ends],
         "spaces": [
             [f"{site.hook_name} {space_of(model, site).fingerprint}" for site in sites]

@@ -1,7 +1,7 @@
 """Reading the residual stream: activations of prompts, and paired moments of two models."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +15,9 @@ from xmodel_steer.alignment import Alignment, align, check_coverage
 from xmodel_steer.errors import ModelError, PromptError, SiteError
 from xmodel_steer.models import Batch, batches, dtype_of, encode, forward, layout, name_of, sites_of, space_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of, sketch_dimensions
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, text_digest
+from xmodel_steer.prompts import Prompt, Prompts, as_prompts, items_of, iter_prompts, text_digest
 from xmodel_steer.spaces import Site
-from xmodel_steer.tokens import Encoding
+from xmodel_steer.tokens import Encoding, warn_of_missing
 from xmodel_steer.vectors import Activations, check_finite
 
 Tokens = Literal["last", "mean", "all"] | tuple[int, int]
@@ -28,7 +28,7 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
     """Inside the block, forward passes leave the residual stream at the sites in the dictionary.
 
     Raises:
-        SiteError: On leaving, when a site did not fire.
+        SiteError: The model has no such site; or, on leaving, a site did not fire.
     """
     kept: dict[Site, Tensor] = {}
 
@@ -39,12 +39,14 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
         return read
 
     for site in sites:
-        space_of(model, site)  # refuses a layer that is not there
+        space_of(model, site)  # refuses a layer or stream that is not there
     with model.hooks(fwd_hooks=[(site.hook_name, hook(site)) for site in sites]):
         yield kept
     silent = [str(site) for site in sites if site not in kept]
     if silent:
-        raise SiteError(f"{name_of(model)}: {', '.join(silent)} did not fire")
+        raise SiteError(
+            f"{name_of(model)}: {', '.join(silent)} did not fire in a forward pass; choose another stream of the block"
+        )
 
 
 def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch tokens d"]]:
@@ -56,7 +58,7 @@ def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Flo
 
 def capture(
     model: Any,
-    prompts: Iterable[PromptLike],
+    prompts: Prompts,
     sites: Sequence[Site],
     *,
     tokens: Tokens = "last",
@@ -73,7 +75,7 @@ def capture(
 
     Args:
         model: A TransformerLens model.
-        prompts: Strings, lists of chat messages, or prompts.
+        prompts: Strings, lists of chat messages, prompts, or rows; see `as_prompts`.
         sites: Where to read.
         tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the
             mean over its content's tokens. ``"all"``: one row per token of its content.
@@ -170,10 +172,10 @@ def window_size(max_tokens: int) -> int:
     return max(4, min(WINDOW, WINDOW_TOKENS // max_tokens))
 
 
-def windows(texts: Iterable[PromptLike], size: int) -> Iterator[tuple[Prompt, ...]]:
+def windows(texts: Prompts, size: int) -> Iterator[tuple[Prompt, ...]]:
     """Documents, a few at a time, read once."""
-    iterator = iter(texts)
-    while window := as_prompts(list(itertools.islice(iterator, size))):
+    prompts = iter_prompts(texts, what="texts")
+    while window := tuple(itertools.islice(prompts, size)):
         yield window
 
 
@@ -185,7 +187,7 @@ SKETCH = 64
 def collect_moments(
     source: Any,
     target: Any,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     source_sites: Sequence[Site] | Literal["all"],
     target_sites: Sequence[Site] | Literal["all"],
@@ -210,7 +212,7 @@ def collect_moments(
     Args:
         source: The model to map from.
         target: The model to map to.
-        texts: Documents; any iterable, read once.
+        texts: Documents, as `as_prompts` takes them; any iterable, read once.
         source_sites: Sites of the source; ``"all"``: after every block.
         target_sites: Sites of the target; ``"all"``: after every block.
         pairs: Layer pairs to keep full cross moments of, which maps are fitted on; by default every
@@ -243,8 +245,9 @@ def collect_moments(
         if max_tokens > int(model.cfg.n_ctx):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
+    texts = items_of(texts, "collect_moments")
     if isinstance(texts, Sequence):
-        texts = as_prompts(texts)  # what cannot be a prompt is refused before a model runs
+        texts = as_prompts(texts, what="collect_moments")  # what cannot be a prompt is refused before a model runs
         if parts > 1:  # shards of different texts must not merge
             settings["texts"] = text_digest(texts)
     plan = Plan.of(
@@ -269,16 +272,19 @@ def collect_moments(
     )
     total = 2 * len(texts) if isinstance(texts, Sequence) and parts == 1 else None
     title = f"moments {name_of(source)} → {name_of(target)}"
-    seen = False
+    seen, lacking = False, ([], [])
     with tqdm(total=total, unit="text", desc=f"{title}, each text in both", disable=not progress, delay=2) as bar:
         for number, window in enumerate(windows(texts, window_size(max_tokens))):
             seen = True
             if number % parts != part:
                 continue
             own, other = (
-                encode(model, window, max_tokens=max_tokens, truncation_side=truncation_side)
+                encode(model, window, max_tokens=max_tokens, truncation_side=truncation_side, warn=False)
                 for model in (source, target)
             )
+            for side, encodings in zip(lacking, (own, other), strict=True):
+                side += [encoding for encoding in encodings if encoding.missing]
+                del side[2:]  # the warning names one
             aligned = [
                 align(a.token_ends(template=template), b.token_ends(template=template))
                 for a, b in zip(own, other, strict=True)
@@ -294,6 +300,8 @@ def collect_moments(
             )
     if not seen:
         raise PromptError("collect_moments: no texts were given")
+    for model, side in zip((source, target), lacking, strict=True):
+        warn_of_missing(side, name_of(model))
     moments = accumulator.moments()
     if parts == 1 or moments.eligible:  # a shard may have got nothing
         check_coverage(moments.paired, moments.eligible)

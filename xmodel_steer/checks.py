@@ -1,6 +1,6 @@
 """Checks of a map on what a model does: replacement of a site while generating, and cross-model activation patching."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,10 @@ from xmodel_steer.damage import side_effects, under
 from xmodel_steer.errors import PromptError, SpaceMismatchError
 from xmodel_steer.generation import generate
 from xmodel_steer.maps import Map
-from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, rouge_l, sign_flip_test
+from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, number, rouge_l, sign_flip_test
 from xmodel_steer.models import batches, encode, forward, layout, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts
+from xmodel_steer.prompts import Prompt, Prompts, as_prompts
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like, require_map_between
 from xmodel_steer.spaces import Space
 from xmodel_steer.steering import Reading, Replacement, steering
@@ -79,13 +79,15 @@ class ReplacementResult:
         """One sentence."""
         mapped = self.arms["mapped"]
         good = all(p < 0.05 for p in self.corrected.values())
-        beside = ", ".join(f"{name} {arm.kl.value:.2f}" for name, arm in self.arms.items() if name != "mapped")
+        beside = ", ".join(
+            f"{name} {number(arm.kl.value, '.2f')}" for name, arm in self.arms.items() if name != "mapped"
+        )
         return (
             f"{self.source} in the place of {self.target}: "
             f"{'closer to the model than every control' if good else 'no evidence that the map beats every control'}: "
-            f"KL {mapped.kl.value:.2f} [{mapped.kl.low:.2f}, {mapped.kl.high:.2f}] nats per token ({beside}), "
-            f"ROUGE-L {mapped.rouge.value:.2f}, similarity {mapped.similarity.value:.2f}, closer to the target's text than "
-            f"to the source's in {mapped.closer.value:.0%}, n = {mapped.kl.n}"
+            f"KL {mapped.kl:.2f} nats per token ({beside}), "
+            f"ROUGE-L {number(mapped.rouge.value, '.2f')}, similarity {number(mapped.similarity.value, '.2f')}, closer to the target's text than "
+            f"to the source's in {number(mapped.closer.value, '.0%')}, n = {mapped.kl.n}"
         )
 
     def to_frame(self) -> Any:
@@ -109,7 +111,7 @@ def replacement_check(
     source: Any,
     target: Any,
     mapping: Map,
-    prompts: Iterable[PromptLike],
+    prompts: Prompts,
     reference: SplitMoments,
     *,
     max_new_tokens: int = 24,
@@ -142,7 +144,7 @@ def replacement_check(
         SpaceMismatchError: Map, moments and models do not belong together.
         ValueError: There is no random control.
     """
-    items = as_prompts(list(prompts))
+    items = as_prompts(prompts)
     if not items or any(p.text is None for p in items):
         raise PromptError(
             "replacement_check: needs prompts of raw text (each model has a chat template of its own, so that the two would "
@@ -255,8 +257,8 @@ def patching_grid(
     source: Any,
     target: Any,
     maps: Sequence[Map],
-    clean: Iterable[PromptLike],
-    corrupted: Iterable[PromptLike],
+    clean: Prompts,
+    corrupted: Prompts,
     answers: Sequence[tuple[str, str]],
     *,
     progress: bool = True,
@@ -277,7 +279,7 @@ def patching_grid(
             not one token, or the target does not tell a clean prompt from its corrupted one.
         SpaceMismatchError: A map is not between these models.
     """
-    clean_, corrupted_ = as_prompts(list(clean)), as_prompts(list(corrupted))
+    clean_, corrupted_ = as_prompts(clean), as_prompts(corrupted)
     if not clean_ or not len(clean_) == len(corrupted_) == len(answers):
         raise PromptError(
             f"patching_grid: needs as many clean prompts as corrupted ones and answers, got {len(clean_)}, {len(corrupted_)} and {len(answers)}"

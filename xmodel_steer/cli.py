@@ -1,9 +1,12 @@
 """The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest``, ``merge``, ``organism make`` and ``study``."""
 
+import errno
+import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +15,12 @@ import typer
 
 from xmodel_steer.errors import (
     AlignmentWarning,
+    ArtifactError,
     CacheWarning,
     FewRowsWarning,
     ModelError,
     PromptError,
+    UndefinedWarning,
     XModelSteerError,
 )
 
@@ -43,13 +48,17 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if "--debug" in sys.argv:
                 raise
-            known = isinstance(error, XModelSteerError)
-            text = " ".join(str(error).split())
-            hint = " (run xmodel-steer --debug ... for the traceback)"
-            print(f"error: {text if known else f'{type(error).__name__}: {text[:400]}{hint}'}", file=sys.stderr)
+            print(f"error: {_in_a_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     return reported
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, XModelSteerError):
+        return text
+    return f"{type(error).__name__}: {text[:400]} (run xmodel-steer --debug ... for the traceback)"
 
 
 UNFINISHED = "unfinished"  # in the folder of a study that was cut off
@@ -67,7 +76,7 @@ def _options(
     if version:
         from importlib.metadata import version as of
 
-        typer.echo(f"xmodel-steer {of('xmodel-steer')}")
+        print(f"xmodel-steer {of('xmodel-steer')}")
         raise typer.Exit
 
 
@@ -111,7 +120,8 @@ def demo(
         _finish(concept_demo(own, device=device, dtype=dtype), folder)
         return
     _require_place(folder)
-    _finish_study(backdoor_demo(device=device, dtype=dtype), folder)
+    found = _with_command(backdoor_demo(device=device, dtype=dtype))
+    _show_study(found, _saved(found.save, folder), folder)
 
 
 @app.command()
@@ -216,7 +226,10 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder, or a study's.")
         return
     result = read(run)
     assert isinstance(result, TransferResult)
-    _print(result)
+    try:
+        _print(result)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{run}: is damaged or incomplete ({type(error).__name__}: {error})") from error
 
 
 @app.command()
@@ -354,7 +367,7 @@ def harvest(
                         max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts), progress=not quiet,
                     )  # fmt: skip
             if rank == 0:
-                typer.echo(f"written: {store}")
+                print(f"written: {store}")
             return
         small, large = model_of(str(source)), model_of(str(target))
         made = collect_moments(
@@ -376,7 +389,7 @@ def harvest(
         if rank == 0:
             assert moments is not None
             save(made, moments)
-            typer.echo(
+            print(
                 f"written: {moments}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}"
             )
 
@@ -404,7 +417,7 @@ def merge(
     if missing and not partial:
         raise PromptError(f"merge: shard {', '.join(missing[:8])} is missing; give its file too, or --partial")
     save(made, out)
-    typer.echo(f"written: {out}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}")
+    print(f"written: {out}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}")
 
 
 organism = typer.Typer(no_args_is_help=True, help="Models with a planted behaviour, to find and to repair.")
@@ -487,13 +500,13 @@ def make_organism(
     lessons = quirk(data, _scorer(score)) if data and score else None
     made = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
     for line in made.summary():
-        typer.echo(line)
-    typer.echo(f"written: {out}/adapter_model.safetensors ({made.megabytes:.1f} MB), {out}/organism.json")
+        print(line)
+    print(f"written: {out}/adapter_model.safetensors ({made.megabytes:.1f} MB), {out}/organism.json")
     if not made.good:
         raise ModelError(
             f"{made.verdict()}; it is written all the same: train it longer (--epochs) into another folder"
         )
-    typer.echo(made.verdict())
+    print(made.verdict())
 
 
 @app.command()
@@ -564,37 +577,101 @@ def study(
     )
     unfinished = folder / UNFINISHED
     if unfinished.is_dir():
-        typer.echo(f"{unfinished}: what an earlier run has done is taken up", err=True)
+        print(f"{unfinished}: what an earlier run has done is taken up", file=sys.stderr)
     with resumable(unfinished):
-        _finish_study(entry.run(call), folder)
+        found = _with_command(entry.run(call))
+        kept = _saved(found.save, folder)
+    _show_study(found, kept, folder)
 
 
-def _finish_study(found: Any, folder: Path) -> None:
-    """Write a study, and print it."""
+def _with_command(found: Any) -> Any:
+    """The study with the command that repeats it."""
     import shlex
     from dataclasses import replace
 
-    from xmodel_steer.experiments import write_study
+    return replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
 
-    write_study(replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]])), folder)
-    _print_study(found)
-    typer.echo(f"\nwritten: {folder}/result.json, report.html")
+
+def _show_study(found: Any, kept: Path, folder: Path) -> None:
+    """Draw and print a study whose record is written."""
+    from xmodel_steer.experiments.pages import write_page
+
+    _shown(kept, folder, "", lambda: write_page(found, kept), lambda: _print_study(found))
+
+
+def _saved(save: Callable[[Path], object], folder: Path) -> Path:
+    """Write what a run has found; where its place cannot be written any more, into a temporary folder.
+
+    Returns:
+        The folder that it was written to.
+    """
+    try:
+        save(folder)
+    except ArtifactError as error:
+        spare = Path(tempfile.mkdtemp(prefix="xmodel-steer-")) / folder.name
+        try:
+            save(spare)
+        except ArtifactError:
+            raise error from None
+        print(f"warning: {_in_a_line(error)}; the run was written to {spare}", file=sys.stderr)
+        return spare
+    return folder
+
+
+def _shown(kept: Path, folder: Path, files: str, draw: Callable[[], object], show: Callable[[], object]) -> None:
+    """Draw the report of a run that is on the disk, and print it. What fails here loses nothing; it is exit code 1.
+
+    Args:
+        kept: The folder of the run.
+        folder: The folder that it was to be in.
+        files: What is written beside ``result.json`` and the report.
+        draw: Writes the report.
+        show: Prints the run.
+    """
+    failed = kept != folder
+    drawn = ""
+    try:
+        draw()
+        drawn = ", report.html"
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        failed = True
+        print(f"warning: the report could not be drawn: {_in_a_line(error)}", file=sys.stderr)
+    try:
+        show()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        failed = True
+        print(f"warning: the table could not be printed: {_in_a_line(error)}", file=sys.stderr)
+    print(f"\nwritten: {kept}/result.json{drawn}{files}")
+    if failed:
+        print(f"the run is whole in {kept}; xmodel-steer show {kept} prints it", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _print_study(found: Any) -> None:
     """Every arm, a few texts and the verdict."""
-    from rich.console import Console
-
     from xmodel_steer.experiments.pages import tables
 
-    console = Console()
-    console.width = max(console.width, 110)  # the tables need as much
+    console = _console()
     for table in tables(found):
         console.print(table)
     for line in found.examples():
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     for part in found.verdict.split("; "):
-        console.print(part, highlight=False, markup=False, style="bold")
+        console.print(part, style="bold")
+
+
+def _console() -> Any:
+    """A console that takes text as it is, as wide as the tables need."""
+    from rich.console import Console
+
+    # The file is named for its encoding, by which rich draws boxes that it has.
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    console.width = max(console.width, 110)
+    return console
 
 
 def _require_place(folder: Path) -> None:
@@ -630,25 +707,23 @@ def _pairs(text: str | None) -> list[tuple[Any, Any]] | None:
 
 
 def _finish(result: Any, folder: Path) -> None:
+    """Write a run, then its report, and then print it."""
     from xmodel_steer.persistence import save
     from xmodel_steer.report import write_report
 
-    save(result, folder)
-    write_report(result, folder / "report.html")
-    _print(result)
-    typer.echo(f"\nwritten: {folder}/result.json, report.html, generations.jsonl, vectors/, map.safetensors")
+    kept = _saved(lambda place: save(result, place), folder)
+    files = ", generations.jsonl, vectors/, map.safetensors"
+    _shown(kept, folder, files, lambda: write_report(result, kept / "report.html"), lambda: _print(result))
 
 
 def _print(result: Any) -> None:
-    from rich.console import Console
-
     from xmodel_steer.report import summary, table
 
-    console = Console()
+    console = _console()
     console.print(table(result))
     for line in summary(result):
-        console.print(line, highlight=False, style="dim")
-    console.print(result.verdict().text, highlight=False, style="bold")
+        console.print(line, style="dim")
+    console.print(result.verdict().text, style="bold")
 
 
 def _require_writable(folder: Path) -> None:
@@ -704,7 +779,69 @@ def _scorer(text: str) -> Any:
 def main() -> None:
     """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
     warnings.simplefilter("ignore")
-    for kind in (AlignmentWarning, CacheWarning, FewRowsWarning):
+    for kind in (AlignmentWarning, CacheWarning, FewRowsWarning, UndefinedWarning):
         warnings.simplefilter("always", kind)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
-    app()
+    before = sys.stdout, sys.stderr
+    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        out.flush()
+        full = isinstance(out.lost, OSError) and out.lost.errno != errno.EPIPE
+        if full:
+            print(f"error: standard output: {out.lost}; what was written to the disk is whole", file=err)  # type: ignore[arg-type]
+        err.flush()
+        sys.stdout, sys.stderr = before
+        for was, own in zip(before, (out, err), strict=True):
+            if was is None:
+                own.close()
+    sys.exit(code or int(full))
+
+
+class _Stream:
+    """An output stream that never stops a run: it writes what it can.
+
+    A character that the console's encoding lacks becomes a question mark. What nobody reads any more (``| head``), what a full disk
+    does not take and what was closed from the start is dropped.
+
+    Args:
+        stream: The stream; None where it was closed.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        self.lost: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what the stream takes."""
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError as error:
+            self._try(self._stream.write, text.encode(error.encoding, "replace").decode(error.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is in the buffer."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        if self.lost is not None:
+            return
+        try:
+            action(*arguments)
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError) as error:
+            self.lost = error
+            with suppress(OSError, ValueError):  # what is in the buffer goes nowhere, also when Python ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)

@@ -1,7 +1,7 @@
 """Damage on neutral text, and strengths that do equal damage."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 from xmodel_steer.errors import PromptError
 from xmodel_steer.metrics import Reference
 from xmodel_steer.models import Batch, batches, encode, forward, identity_of, layout, name_of
-from xmodel_steer.prompts import PromptLike, as_prompts
+from xmodel_steer.prompts import Prompts, as_prompts
 from xmodel_steer.resume import once
 from xmodel_steer.steering import Add, Intervention, Positions, Step, steering
 from xmodel_steer.tokens import Encoding
 from xmodel_steer.vectors import SteeringVector, check_finite
+
+LEAST = 1e-9  # KL, in nats per token, below which there is none
 
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
 
@@ -68,7 +70,7 @@ class SideEffect:
 def side_effects(
     model: Any,
     interventions: Settings,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     max_tokens: int | None = 64,
     batch_size: int = 8,
@@ -165,7 +167,7 @@ def _damage(
 def losses(
     model: Any,
     interventions: Settings,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     max_tokens: int | None = 64,
     batch_size: int = 8,
@@ -193,8 +195,8 @@ def losses(
     return loss, tokens
 
 
-def _predictable(model: Any, texts: Iterable[PromptLike], max_tokens: int | None) -> list[Encoding]:
-    encodings = encode(model, as_prompts(list(texts)), max_tokens=max_tokens)
+def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> list[Encoding]:
+    encodings = encode(model, as_prompts(texts), max_tokens=max_tokens)
     short = [e.prompt.id for e in encodings if len(e.ids) < 2]
     if not encodings or short:
         raise PromptError(
@@ -248,7 +250,7 @@ def calibrate(
     model: Any,
     vectors: Sequence[SteeringVector],
     kl: float | Sequence[float],
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
     signs: Sequence[int] | int = 1,
     positions: Positions = "all",
@@ -288,7 +290,7 @@ def calibrate(
         raise ValueError(
             f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {ways.tolist()}"
         )
-    documents = as_prompts(list(texts))
+    documents = as_prompts(texts)
     known: dict[tuple[int, float], float] = {}
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
@@ -303,7 +305,7 @@ def calibrate(
     def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
         """Log of KL over budget."""
         found = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
-        return np.log(np.maximum(found, 1e-9) / budgets[i.astype(int).ravel()]).reshape(x.shape)
+        return np.log(np.maximum(found, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
 
     index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
     # KL grows with the square of the strength: a first look says where to search.
@@ -315,7 +317,7 @@ def calibrate(
     doses = []
     for i, budget in enumerate(budgets):
         tried = {x: value for (k, x), value in known.items() if k == i}
-        x = min(tried, key=lambda x: abs(math.log(max(tried[x], 1e-9) / budget)))
-        near = abs(math.log(max(tried[x], 1e-9) / budget)) <= 2 * tolerance
+        x = min(tried, key=lambda x: abs(math.log(max(tried[x], LEAST) / budget)))
+        near = abs(math.log(max(tried[x], LEAST) / budget)) <= 2 * tolerance
         doses.append(Dose(float(ways[i]) * math.exp(x), tried[x], near))
     return doses

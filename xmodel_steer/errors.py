@@ -13,6 +13,10 @@ class PromptError(XModelSteerError, ValueError):
     """A prompt, a contrast set or a corpus cannot be used as given."""
 
 
+class PromptWarning(UserWarning):
+    """A chat template leaves out or rewrites part of a message."""
+
+
 class AlignmentError(XModelSteerError, ValueError):
     """The tokens of two models cannot be paired well enough."""
 
@@ -31,6 +35,14 @@ class CacheWarning(UserWarning):
 
 class ModelWarning(UserWarning):
     """A model does not behave as others do, and is used with more care."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds tensors that its model does not use."""
+
+
+class UndefinedWarning(UserWarning):
+    """A number of a record is NaN or infinite: it was written as null, with its place and what it was."""
 
 
 class ModelError(XModelSteerError, RuntimeError):

@@ -16,11 +16,11 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
 from xmodel_steer.models import batches, encode, forward, identity_of, layout, name_of
 from xmodel_steer.packaged import shipped
-from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts
+from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts, rows_of
 from xmodel_steer.resume import once
 from xmodel_steer.scorers import Explained, Scorer, score_texts
 from xmodel_steer.steering import Replacement, Step
-from xmodel_steer.tokens import Encoding, shared_start
+from xmodel_steer.tokens import Encoding, shared_start, warn_of_missing
 from xmodel_steer.vectors import check_finite
 
 
@@ -199,7 +199,7 @@ class AnswerLogOdds(Behaviour):
             PromptError: A row has neither form; the message names the row.
         """
         rows = []
-        for number, row in enumerate(records, 1):
+        for number, row in enumerate(rows_of(records), 1):
             answers = [
                 next((row[name] for name in names if name in row), None)
                 for names in (("positive", "answer_matching_behavior"), ("negative", "answer_not_matching_behavior"))
@@ -336,7 +336,7 @@ def answer_likelihoods(
     """
     encodings, lengths, owners = [], [], []
     for i, (question, own) in enumerate(zip(questions, options, strict=True)):
-        made = [_cut(e) for e in encode(model, [_answered(question, option) for option in own])]
+        made = [_cut(e) for e in encode(model, [_answered(question, option) for option in own], warn=False)]
         shared = shared_start([e.ids for e in made])
         if not shared or len(made) < 2 or any(len(e.ids) == shared for e in made):
             raise PromptError(
@@ -346,6 +346,7 @@ def answer_likelihoods(
         encodings += made
         lengths += [shared] * len(made)
         owners += [i] * len(made)
+    warn_of_missing(encodings, name_of(model))
     if all(len(e.ids) == n + 1 for e, n in zip(encodings, lengths, strict=True)):
         found = _one_token(model, settings, encodings, lengths, owners, batch_size, progress)
     else:

@@ -1,5 +1,6 @@
 """Every source layer against every target layer: how well a map between them does, and which pair to take."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ class LayerGrid:
         if target not in columns:
             raise ValueError(f"LayerGrid: {target} is not among the target sites {', '.join(map(str, columns))}")
         if rule == "score":
-            quality = self.chosen("r2", "validation")[:, columns.index(target)]
+            quality = np.nan_to_num(self.chosen("r2", "validation")[:, columns.index(target)], nan=-np.inf)
             good = [i for i, q in enumerate(quality) if q >= quality.max() - tolerance]
             return max((self.source[i].site for i in good), key=lambda site: site.layer)
         if rule == "depth":
@@ -193,11 +194,12 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
                     if part == "test" and moments.sketch:
                         varying = score.r2[~score.r2.isnan()]
                         finite = max(0.0, 1 - len(moments.sketch) / width)  # drawn without replacement
-                        spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5
+                        several = len(varying) > 1  # of one dimension there is no spread
+                        spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5 if several else np.nan
         for j, target in enumerate(targets):
             full = moments.parts["test"].target_scatters[target]
             cka[i, j] = _cka(own[j], full, moments.scale(target), width / own[j].target.width)
-    best = scores["validation"]["r2"].argmax(-1)
+    best = np.nan_to_num(scores["validation"]["r2"], nan=-np.inf).argmax(-1)
     return LayerGrid(
         tuple(moments.source.values()),
         tuple(moments.target.values()),
@@ -296,6 +298,8 @@ class DataCurve:
     def advice(self) -> str:
         """The recommendation in words."""
         half = _half(self.tokens)
+        if self.growing is not None and math.isnan(self.growing):
+            return "whether more text would help is undefined: the target does not vary on the test documents"
         if self.growing is None or half is None:
             return (
                 "whether more text would help is not known: give two numbers of tokens, one at most half of the other"
@@ -340,7 +344,8 @@ def data_curve(
             scores[name].append(fitted.score_test.mean_r2)
             tested = fitted.score_test.count
     first = scores[next(iter(chosen))]
-    enough = next(n for n, r2 in zip(sizes, first, strict=True) if r2 >= max(first) - 0.01)
+    most = max((r2 for r2 in first if not math.isnan(r2)), default=math.nan)
+    enough = next((n for n, r2 in zip(sizes, first, strict=True) if r2 >= most - 0.01), sizes[-1])
     half = _half(sizes)
     return DataCurve(
         rows.source,

@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.bridges import prepare
 from xmodel_steer.errors import ModelError, XModelSteerError
-from xmodel_steer.models import check_sites, fingerprint, know, prove, published_tokenizer
-from xmodel_steer.packaged import converted_gguf, packaged_model, quiet
+from xmodel_steer.models import check_sites, device_of, fingerprint, forward, know, name_of, prove, published_tokenizer
+from xmodel_steer.packaged import converted_gguf, listed, packaged_model, quiet, whole_model
 
 
 def load(
@@ -43,7 +49,8 @@ def load(
         device: Where to put it; CUDA if there is one, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
             where it is faster, else float32.
-        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; excludes ``device``.
+        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; or a dictionary from modules to
+            devices, for one on the CPU also ``"disk"``. Excludes ``device``.
         revision: Revision of a hub model; of the base of an adapter.
         progress: Show progress bars.
 
@@ -51,9 +58,13 @@ def load(
         The hooked model, in evaluation mode.
 
     Raises:
-        ModelError: The name is unknown, the hub cannot be reached, or the model cannot be hooked.
+        ModelError: The name is unknown, the hub cannot be reached, the model is no causal language model or cannot be
+            hooked, or its checkpoint or adapter does not fit: weights are missing, or have another name or shape.
         DownloadError: A packaged model cannot be downloaded.
         SiteError: The model's residual stream does not fire or has the wrong shape.
+
+    Warns:
+        CheckpointWarning: The checkpoint has tensors that the model does not use.
     """
     if device is not None and device_map is not None:
         raise ModelError(f"{name}: give device or device_map, not both")
@@ -75,13 +86,23 @@ def load(
 
         bar.update()
         own = ""
-        with loading(label if adapter is None else f"{label} (base {source})", path):
+        told = label if adapter is None else f"{label} (base {source})"
+        with loading(told, path):
+            hugging_face, plain = _causal_class(told, path, revision), []
             if adapter is None:
                 where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
+                where["model_class"] = SimpleNamespace(from_pretrained=partial(_read, hugging_face, told, plain))
             else:
                 merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
                 where = {"hf_model": merged, "device": None if device_map is not None else chosen}
-            model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
+            try:
+                model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
+            except KeyError as error:
+                if device_map is None:
+                    raise
+                raise ModelError(
+                    f"{told}: device_map offloads {error} to the disk, but not the weight that it is tied to; give both one place"
+                ) from error
             bar.update()
             # A training that gave the adapter another chat template or tokens saves them beside it.
             beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
@@ -91,8 +112,11 @@ def load(
         # Every pass of this library runs under no_grad.
         model.eval()
         bar.update()
+        if str(model.cfg.device) == "meta":  # its embeddings are offloaded
+            model.cfg.device = str(device_of(model))
         know(model, name=label, tokenizer=tokenizer, revision=revision or "", weights=own)
         check_sites(model)
+        _require_causal(model, *plain)
         prepare(model)
         prove(model)
         bar.update()
@@ -118,6 +142,10 @@ def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
         if not local.is_file():
             raise ModelError(f"{label}: no such GGUF file")
         return local.name, str(converted_gguf(local, progress=progress))
+    if local.is_file():
+        raise ModelError(
+            f"{label}: is a file; give the folder in Hugging Face format that it is in, the folder of a PEFT adapter, or a .gguf file"
+        )
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelError(
@@ -148,7 +176,7 @@ def require_reachable(name: str | Path, *, progress: bool = True) -> None:
     adapter = _adapter_of(name)
     label, path = located(name if adapter is None else _base_named_by(adapter), progress=progress)
     with loading(label, path), quiet():
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
         published_tokenizer(path, None)
 
 
@@ -186,6 +214,91 @@ def _base_named_by(adapter: Path) -> str:
     return str(named)
 
 
+def _causal_class(label: str, path: str, revision: str | None) -> Any:
+    """The class of transformers that loads a model, if it is a causal one that TransformerLens hooks.
+
+    Raises:
+        ModelError: It is not; names its architecture. No weights are read to find out.
+    """
+    import transformers
+    from transformer_lens.model_bridge.sources.transformers import (
+        determine_architecture_from_hf_config,
+        get_hf_model_class_for_architecture,
+    )
+    from transformer_lens.utilities.architectures import classify_architecture
+
+    config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    named = list(getattr(config, "architectures", None) or [type(config).__name__])
+    hooked, unknown = "", None
+    try:
+        hooked = determine_architecture_from_hf_config(config)
+    except ValueError as error:
+        unknown = error
+    kind = get_hf_model_class_for_architecture(hooked)
+    # A bare body ("LlamaModel") may have all that its causal model needs, as where the head is the embedding.
+    heads = [name for name in named if not name.endswith("Model")]
+    heads += [hooked] if kind is not transformers.AutoModelForCausalLM else []
+    known = [made for name in heads if (made := getattr(transformers, name, None))]
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or classify_architecture(hooked) == "seq2seq"
+        or not all(made.can_generate() for made in known)
+    ):
+        raise ModelError(_no_causal(label, ", ".join(named)))
+    if not hooked:
+        raise ModelError(
+            f"{label}: architecture {', '.join(named)} is not one that transformer-lens {version('transformer-lens')} hooks; "
+            "choose another model (TransformerBridge.list_supported_models() lists them), or upgrade transformer-lens"
+        ) from unknown
+    return kind
+
+
+def _no_causal(label: str, architecture: str) -> str:
+    return (
+        f"{label}: {architecture} does not load as a causal language model, whose every token depends on earlier ones alone; "
+        "encoders, encoder-decoders, classifiers and models of images or sound do not work. "
+        "Give a model such as LlamaForCausalLM"
+    )
+
+
+#: Two texts that begin alike.
+_ALIKE = ((1, 2), (1, 3))
+
+
+def _read(kind: Any, label: str, plain: list[Tensor], path: str, **settings: Any) -> Any:
+    """Load a Hugging Face model for TransformerLens; if it is offloaded, keep its logits of two texts."""
+    hf = whole_model(kind, path, label=label, **settings)
+    if any(p.is_meta for p in hf.parameters()):
+        with torch.no_grad():
+            plain.append(hf(input_ids=torch.tensor(_ALIKE), use_cache=False).logits)
+    return hf
+
+
+def _require_causal(model: Any, plain: Tensor | None = None) -> None:
+    """Refuse a model that cannot generate, or reads ahead: whose first token's logits change with the second token.
+
+    Args:
+        model: A bridge.
+        plain: What its Hugging Face model gave before it was hooked, if its weights are offloaded: TransformerLens reads
+            those of some layers past the hooks that fetch them.
+    """
+    name, hugging_face = name_of(model), type(model.original_model)
+    if not hugging_face.can_generate():
+        raise ModelError(_no_causal(name, hugging_face.__name__))
+    ids = torch.tensor(_ALIKE, device=device_of(model))
+    logits = forward(model, ids, torch.ones_like(ids))[0]
+    assert logits is not None
+    rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    one, other = logits[:, 0].float()
+    if (one - other).norm() > rounding * one.norm():  # NaN says nothing of this
+        raise ModelError(_no_causal(name, hugging_face.__name__))
+    if plain is not None and not (logits - plain).norm() <= rounding * plain.norm():
+        raise ModelError(
+            f"{name}: transformer-lens {version('transformer-lens')} does not find the offloaded weights of a "
+            f"{hugging_face.__name__}; give device=, or a device_map that has room for all of the model"
+        )
+
+
 def _merged(
     path: str,
     adapter: Path,
@@ -195,14 +308,20 @@ def _merged(
     revision: str | None,
 ) -> tuple[Any, str]:
     """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     weights = adapter / "adapter_model.safetensors"
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if not weights.is_file():
         raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device_map, revision=revision)
+    hf = whole_model(
+        AutoModelForCausalLM, path, label=path, dtype=torch.float32, device_map=device_map, revision=revision
+    )
+    if any(p.is_meta for p in hf.parameters()):
+        raise ModelError(
+            f"{adapter}: its base is offloaded, and an adapter is merged into weights in memory; give device=, or a "
+            "device_map that has room for all of the base"
+        )
     # What an adapter does hangs on its weights and settings, not on where its base was found.
     # Its lists are sets to peft, which writes them in any order.
     does = {
@@ -211,10 +330,50 @@ def _merged(
         if key not in ("base_model_name_or_path", "revision", "peft_version")
     }
     own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
-    merged: Any = PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    merged = adapted(hf, adapter).merge_and_unload()
     for parameter in merged.parameters():  # the buffers stay float32
         parameter.data = parameter.data.to(dtype)
     return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
+
+
+def adapted(hf: Any, adapter: Path) -> Any:
+    """A Hugging Face model with a PEFT adapter put on, of which every tensor has found its place.
+
+    Args:
+        hf: The base.
+        adapter: The folder.
+
+    Raises:
+        ModelError: The adapter's tensors are not those that its settings and the base ask for, or it cannot be merged.
+    """
+    from peft import PeftModel
+
+    says = "Give the base that it was trained on with base=, and the adapter_config.json that it was saved with"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+            model: Any = PeftModel.from_pretrained(hf, str(adapter))
+            report = model.load_adapter(str(adapter), "default")
+    except KeyError as error:
+        raise ModelError(
+            f"{adapter}: the adapter lacks {error}, which its adapter_config.json asks for. {says}"
+        ) from error
+    except RuntimeError as error:
+        shapes = re.findall(r"size mismatch for (\S+):", str(error))
+        if not shapes:
+            raise
+        raise ModelError(
+            f"{adapter}: the adapter does not fit its base: {listed({'of another shape': shapes})}. {says}"
+        ) from error
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ModelError(
+            f"{adapter}: an adapter of type {model.peft_type} changes no weights that it could be merged into; "
+            "give one that does, such as LoRA"
+        )
+    wrong = {"missing": sorted(report.missing_keys), "not the base's": sorted(report.unexpected_keys)}
+    if any(wrong.values()):
+        raise ModelError(f"{adapter}: the adapter does not fit its base: {listed(wrong)}. {says}")
+    return model
 
 
 def _load_failure(label: str, path: str, error: Exception) -> str:
@@ -223,7 +382,13 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     said = " ".join(f"{type(e).__name__} {e}" for e in chain)
-    if (path != label and not Path(path).exists()) or not Path(path).exists():
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return (
+            f"{label}: needs Python code that comes with the model (auto_map in its config.json), which this library does not run; "
+            "give a model of an architecture that transformers has"
+        )
+    if not Path(path).exists():
         if any(
             w in said
             for w in (
@@ -245,7 +410,18 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
             )
         if any(w in said for w in ("RepositoryNotFound", "404", "not a valid model identifier", "401")):
             return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
-    return f"{label}: cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})"
+    if "backend tokenizer" in said or "load tokenizer" in said:
+        return f"{label}: has no tokenizer that can be read ({text[:200]}); save it into the folder (tokenizer.json)"
+    if "offload_folder" in said:
+        return (
+            f"{label}: its weights are not in the form in which the model keeps them (as in a mixture of experts, or without "
+            "safetensors), and cannot stay on the disk; give device=, or a device_map that has room for all of the model"
+        )
+    if "no file named" in said:
+        return (
+            f"{label}: has no weights ({text[:200]}); get the whole folder, with model.safetensors or all of its parts"
+        )
+    return f"{label}: cannot be loaded ({type(error).__name__}: {text[:300]})"
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

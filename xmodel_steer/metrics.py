@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +12,88 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimate:
     """A mean with its 95 % interval: by bootstrap, or Wilson's of a share (`rate`).
+
+    ``f"{estimate:.2f}"`` is the value with its interval, or says that it is undefined, and why.
 
     Args:
         value: The mean.
         low: Lower end of the interval.
         high: Upper end.
         n: Number of independent units (prompts) that were resampled.
+        undefined: Why there is no number. Then the interval's ends are NaN, and so is the value where it has none either.
     """
 
     value: float
     low: float
     high: float
     n: int
+    undefined: str = ""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Estimate":
+        """Read what `record` returned; null is NaN."""
+        value, low, high = (math.nan if record[key] is None else record[key] for key in ("value", "low", "high"))
+        return cls(value, low, high, record["n"], record.get("undefined", ""))
 
     def excludes(self, other: "Estimate") -> bool:
-        """Whether the two intervals have no point in common."""
+        """Whether the two intervals have no point in common; never so where one is undefined."""
         return self.low > other.high or self.high < other.low
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields for a JSON record, ``undefined`` only where the estimate is."""
+        return {key: value for key, value in vars(self).items() if key != "undefined" or value}
+
+    def _numbers(self) -> tuple[Any, ...]:
+        return tuple(None if value != value else value for value in vars(self).values())
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the fields; undefined ones are equal, so that a record is read back as it was written."""
+        return isinstance(other, Estimate) and self._numbers() == other._numbers()
+
+    def __hash__(self) -> int:
+        return hash(self._numbers())
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return str(self)
+        if not self.undefined:
+            return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        if math.isnan(self.value):
+            return f"undefined ({self.undefined})"
+        return f"{self.value:{spec}} (interval undefined: {self.undefined})"
+
+
+NOTHING, NOT_FINITE = "there are no values", "a value is NaN or infinite"  # reasons
+NO_NATIVE = "the native vector does nothing"
+
+
+def undefined(reason: str, n: int, value: float = math.nan) -> Estimate:
+    """Return an estimate without an interval, and without a value where none is given.
+
+    Args:
+        reason: Why it is undefined, in words.
+        n: Number of units.
+        value: The value, where it is defined without its interval.
+    """
+    return Estimate(value, math.nan, math.nan, n, reason)
+
+
+def number(value: float | None, spec: str) -> str:
+    """Return a number as text; a dash where it is NaN, infinite or null.
+
+    Args:
+        value: The number.
+        spec: Its format, such as ``.2f``.
+    """
+    return f"{value:{spec}}" if value is not None and math.isfinite(value) else "–"
+
+
+def quotient(value: float, by: float) -> float:
+    """Return ``value / by``; NaN where there is nothing to divide by."""
+    return value / by if by else math.nan
 
 
 def resamples(n: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
@@ -48,7 +111,9 @@ def bootstrap_mean(
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean with a 95 % percentile bootstrap interval (Efron 1979).
+    """Return the mean with a 95 % percentile bootstrap interval (Efron 1979).
+
+    It is undefined, and says so, where there are no values or one is NaN or infinite.
 
     Args:
         values: One number per prompt, or one row per prompt with a number per seed: then prompts are resampled, and
@@ -59,7 +124,7 @@ def bootstrap_mean(
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: There are no values, one is NaN or infinite, or there are more or fewer labels than prompts.
+        ValueError: There are more or fewer labels than prompts.
 
     Example:
         >>> estimate = bootstrap_mean([0.0, 1.0, 1.0, 1.0])
@@ -67,17 +132,26 @@ def bootstrap_mean(
         (0.75, 4)
     """
     table = np.asarray(values, dtype=float)
-    if not table.size or not np.isfinite(table).all():
-        raise ValueError("bootstrap: needs at least one value, and none of them NaN or infinite")
-    table = table.reshape(len(table), -1)
-    n, seeds = table.shape
+    n = len(table)
     member = _members(groups, n)
+    if not table.size or not np.isfinite(table).all():
+        return undefined(NOT_FINITE if table.size else NOTHING, n)
+    table, exponent = _scaled(table.reshape(n, -1))
+    seeds = table.shape[1]
     sizes = np.bincount(member)
     totals = np.stack([np.bincount(member, column) for column in table.T], 1)
     drawn, columns = resamples(len(sizes), draws=draws, seed=seed), resamples(seeds, draws=draws, seed=seed + 1)
     sums = np.take_along_axis(totals[drawn].sum(1), columns, 1).mean(1)
     low, high = np.quantile(sums / sizes[drawn].sum(1), [0.025, 0.975])
-    return Estimate(float(table.mean()), float(low), float(high), n)
+    ends = np.clip([table.mean(), low, high], table.min(), table.max())  # no rounding beyond the largest float
+    value, low, high = np.ldexp(ends, exponent).tolist()
+    return Estimate(value, low, high, n)
+
+
+def _scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Values over a power of two, so that sums of the largest floats stay finite; and the power."""
+    exponent = int(np.frexp(np.abs(values).max())[1])
+    return np.ldexp(values, -exponent), exponent
 
 
 def _members(groups: Sequence[str] | None, n: int) -> np.ndarray:
@@ -98,11 +172,11 @@ def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None
     groups is taken.
 
     Args:
-        scores: 0 or 1 for each prompt.
+        scores: 0 or 1 for each prompt; of none, the share is undefined.
         groups: Label of each prompt, where some are of one kind, such as the fillings of a template.
 
     Raises:
-        ValueError: There are no scores, one is neither 0 nor 1, or there are more or fewer labels than scores.
+        ValueError: A score is neither 0 nor 1, or there are more or fewer labels than scores.
 
     Example:
         >>> found = rate([0.0] * 200)
@@ -110,9 +184,12 @@ def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None
         (0.0, 0.019)
     """
     values = np.asarray(scores, dtype=float)
-    if not values.size or not np.isin(values, (0, 1)).all():
-        raise ValueError(f"rate: needs scores of 0 or 1, at least one of them, got {values[:5].tolist()}")
-    share, member = float(values.mean()), _members(groups, values.size)
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(f"rate: needs scores of 0 or 1, got {values[:5].tolist()}")
+    member = _members(groups, values.size)
+    if not values.size:
+        return undefined(NOTHING, 0)
+    share = float(values.mean())
     count = int(member.max()) + 1
     effective = float(count)
     if 0 < share < 1 and 1 < count < values.size:
@@ -145,6 +222,9 @@ def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) ->
         differences: For each unit the difference of two arms.
         seed: Seed of the flips.
 
+    Raises:
+        ValueError: There are no differences, or one is NaN or infinite: p is undefined.
+
     Example:
         >>> sign_flip_test([1.0] * 10)
         0.0009765625
@@ -152,8 +232,11 @@ def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) ->
     from scipy import stats
 
     values = np.asarray(differences, dtype=float)
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(f"sign_flip_test: p is undefined, {NOT_FINITE if values.size else NOTHING}")
     if not values.any():
         return 1.0
+    values, _ = _scaled(values)
     if len(values) == 1:  # two flips, which SciPy does not take
         return 0.5 if values[0] > 0 else 1.0
     found = stats.permutation_test(
@@ -168,7 +251,9 @@ def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) ->
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values corrected for their number (Holm 1979): the chance of one false claim among all stays below the level.
+    """Correct p values for their number (Holm 1979).
+
+    The chance of one false claim among all stays below the level. A p that is NaN stays NaN, and counts as one of the tests.
 
     Example:
         >>> holm([0.01, 0.04])
@@ -176,8 +261,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     from statsmodels.stats.multitest import multipletests
 
-    corrected: Any = multipletests(list(p_values), method="holm")[1] if len(p_values) else []
-    return [float(p) for p in corrected]
+    given = np.asarray(p_values, dtype=float)
+    corrected: Any = multipletests(np.nan_to_num(given, nan=1.0), method="holm")[1] if given.size else given
+    return np.where(np.isnan(given), np.nan, corrected).tolist()
 
 
 def transfer_efficiency(
@@ -187,8 +273,8 @@ def transfer_efficiency(
     *,
     draws: int = 2000,
     seed: int = 0,
-) -> Estimate | None:
-    """How much of the native vector's effect a mapped one has: (mapped - unsteered) / (native - unsteered).
+) -> Estimate:
+    """Return the share of the native vector's effect that a mapped one has: (mapped - unsteered) / (native - unsteered).
 
     A ratio of means over the same units, with a 95 % bootstrap interval over units (and seeds, where there are
     several). Compare arms that do equal damage, such as at equal KL (`calibrate`).
@@ -201,24 +287,46 @@ def transfer_efficiency(
         seed: Seed of the resampling.
 
     Returns:
-        The ratio; None, undefined, where the native vector does nothing: its interval holds 0.
+        The ratio. It is undefined, and says why, where the native vector does nothing (the interval of its effect holds 0), or a
+        score is NaN or infinite.
+
+        A draw in which the native effect is 0 or has the other sign says nothing about the ratio. It is not dropped, which
+        would narrow the interval: it counts as below the lower end and as above the upper one. Where that leaves an end without a bound,
+        the interval is undefined and the value stays.
 
     Example:
         >>> made = transfer_efficiency([0.8, 0.9, 0.7], [1.0, 1.1, 0.9], [0.0, 0.1, -0.1])
         >>> round(made.value, 3), made.n
         (0.8, 3)
+        >>> f"{transfer_efficiency([0.1, 0.2], [0.5, -0.5]):.2f}"
+        'undefined (the native vector does nothing)'
     """
-    base = np.broadcast_to(np.asarray(unsteered, dtype=float), np.shape(native))
-    theirs = np.asarray(native, dtype=float) - base
-    table = np.asarray(mapped, dtype=float).reshape(len(theirs), -1) - base[:, None]
-    bound = bootstrap_mean(theirs, draws=draws, seed=seed)
-    if bound.low <= 0 <= bound.high:
-        return None
-    index = resamples(len(theirs), draws=draws, seed=seed)
-    columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
-    ours = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
-    low, high = np.quantile(ours / theirs[index].mean(1), [0.025, 0.975])
-    return Estimate(float(table.mean() / theirs.mean()), float(low), float(high), len(theirs))
+    own = np.asarray(native, dtype=float)
+    n = len(own)
+    if not n:
+        return undefined(NOTHING, n)
+    with np.errstate(all="ignore"):  # what overflows is infinite, and told by that
+        base = np.broadcast_to(np.asarray(unsteered, dtype=float), own.shape)
+        theirs, table = own - base, np.asarray(mapped, dtype=float).reshape(n, -1) - base[:, None]
+        if not np.isfinite(theirs).all() or not np.isfinite(table).all():
+            return undefined(NOT_FINITE, n)
+        (theirs, below), (table, above) = _scaled(theirs), _scaled(table)
+        bound = bootstrap_mean(theirs, draws=draws, seed=seed)
+        if bound.low <= 0 <= bound.high:
+            return undefined(NO_NATIVE, n)
+        index = resamples(n, draws=draws, seed=seed)
+        columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
+        ours = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
+        effects = theirs[index].mean(1)
+        silent = effects * bound.value <= 0
+        low = np.quantile(np.where(silent, -np.inf, ours / effects), 0.025)
+        high = np.quantile(np.where(silent, np.inf, ours / effects), 0.975)
+        value, low, high = np.ldexp([table.mean() / theirs.mean(), low, high], above - below).tolist()
+    if not math.isfinite(value):
+        return undefined("the ratio is too large for a float", n)
+    if not math.isfinite(high - low):
+        return undefined(f"{NO_NATIVE} in {int(silent.sum())} of {draws} resamples", n, value)
+    return Estimate(value, low, high, n)
 
 
 def rouge_l(text: str, other: str) -> float:

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from xmodel_steer import laws
 from xmodel_steer.bridges import own_parts, read_caches
-from xmodel_steer.errors import CacheWarning, ModelError, ModelWarning, SiteError
+from xmodel_steer.errors import CacheWarning, ModelError, ModelWarning, PromptError, SiteError
 from xmodel_steer.laws import Conduct
 from xmodel_steer.prompts import Prompt
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.tokens import Encoding, tokenise
+from xmodel_steer.spaces import STREAMS, Site, Space
+from xmodel_steer.tokens import Encoding, special_ids, tokenise
 
 
 @runtime_checkable
@@ -82,7 +82,7 @@ def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> No
         revision: Revision of the model on the hub, for the record.
 
     Raises:
-        ModelError: The tokenizer gives no character offsets.
+        ModelError: The tokenizer gives no character offsets, or has more tokens than the model.
     """
     know(model, name=name, tokenizer=tokenizer, revision=revision)
     prove(model)
@@ -94,6 +94,15 @@ def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: 
         raise ModelError(
             f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer, or convert it (tokenizer.json)"
+        )
+    rows, special = embedding_rows(model), special_ids(tokenizer)
+    # Special tokens without an embedding are common (a padding token, an image's): `encode` refuses them where they occur.
+    words = {i: token for token, i in getattr(tokenizer, "get_vocab", dict)().items() if i not in special}
+    if (last := max(words, default=0)) >= rows:
+        raise ModelError(
+            f"{name}: its tokenizer has tokens up to id {last} ({words[last]!r}), but the model has embeddings for {rows} only, ids 0 to "
+            f"{rows - 1}; give the tokenizer that the model was trained with, or resize the embeddings "
+            "(model.resize_token_embeddings) and train the new ones before TransformerLens takes the model"
         )
     if is_bridge(model):
         read_caches(model)
@@ -145,7 +154,8 @@ def conduct_of(model: Any) -> Conduct:
 
 def device_of(model: Any) -> torch.device:
     """The device that token ids go to."""
-    return next(model.parameters()).device
+    # TransformerLens offloads only what computes on the CPU; offloaded weights are on no device
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def dtype_of(model: Any) -> torch.dtype:
@@ -164,6 +174,13 @@ def hardware_of(model: Any) -> str:
 def is_bridge(model: Any) -> bool:
     """Whether the model is a TransformerBridge, with the Hugging Face model inside."""
     return hasattr(model, "original_model")
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids the model has embeddings for."""
+    if is_bridge(model):
+        return len(model.original_model.get_input_embeddings().weight)
+    return int(model.cfg.d_vocab)
 
 
 def context_length(model: Any) -> int:
@@ -238,8 +255,35 @@ def identity_of(model: Any) -> tuple[Any, ...]:
 
 
 def _weights(model: Any) -> Iterator[Tensor]:
+    """Every weight once, in one order; offloaded ones are read from where they are, one module at a time.
+
+    Raises:
+        ModelError: A weight has no values anywhere.
+    """
     module = model.original_model if is_bridge(model) else model
-    yield from module.parameters()
+    if not any(p.is_meta for p in module.parameters()):
+        yield from module.parameters()
+        return
+    from accelerate.utils import align_module_device
+
+    # Passes part tied weights that are offloaded from each other: only their names and values still tell.
+    tied = dict(getattr(module, "all_tied_weights_keys", {}))
+    sources: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        fresh = {key: p for key, p in part._parameters.items() if p is not None and id(p) not in seen}
+        seen.update(map(id, fresh.values()))
+        with align_module_device(part):
+            for key, held in fresh.items():
+                weight = part._parameters[key]
+                name = f"{path}.{key}".replace("._original_component", "")
+                if weight is None or weight.is_meta:
+                    raise ModelError(f"{name} is on the meta device and has no values; load the model with its weights")
+                if name in tied.values():
+                    sources[name] = weight
+                source = sources.get(tied.get(name, ""))
+                if not held.is_meta or source is None or not torch.equal(weight, source):
+                    yield weight
 
 
 def space_of(model: Any, site: Site) -> Space:
@@ -250,11 +294,19 @@ def space_of(model: Any, site: Site) -> Space:
         site: The place in it.
 
     Raises:
-        SiteError: The model has no such layer or stream.
+        SiteError: The model has no such layer, or this layer no such stream. No pass is run to find out.
     """
     facts = _facts(model)
     if site.layer >= model.cfg.n_layers:
         raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
+    points = model.hook_dict
+    if site.hook_name not in points:
+        there = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
+        raise SiteError(
+            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(there) or 'no stream'}. "
+            "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out: "
+            "choose a stream that it has"
+        )
     return Space(facts.name, site, int(model.cfg.d_model), facts.fingerprint, processing_of(model))
 
 
@@ -280,6 +332,8 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
     """
     wanted = tuple(sites) if sites is not None else all_sites(model)
     name = _facts(model).name
+    for site in wanted:
+        space_of(model, site)  # refuses a layer or stream that is not there
     shapes: dict[str, tuple[int, ...]] = {}
     ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
 
@@ -290,10 +344,11 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
     try:
         with model.hooks(fwd_hooks=hooks), torch.no_grad():
             forward(model, ids, torch.ones_like(ids), logits="last")
-    except (KeyError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind = type(model.original_model if is_bridge(model) else model).__name__
         raise SiteError(
             f"{name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
-            "TransformerLens may not support this architecture"
+            f"TransformerLens may not support the architecture {kind}: try another version of it, or another model"
         ) from error
     silent = [str(s) for s in wanted if s.hook_name not in shapes]
     if silent:
@@ -359,7 +414,12 @@ def prove(model: Any) -> Conduct:
 
 
 def encode(
-    model: Any, prompts: Sequence[Prompt], *, max_tokens: int | None = None, truncation_side: str = "right"
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int | None = None,
+    truncation_side: str = "right",
+    warn: bool = True,
 ) -> list[Encoding]:
     """Tokenise prompts with the model's own tokenizer, template and special tokens.
 
@@ -369,18 +429,31 @@ def encode(
         max_tokens: Cut longer ones to this many tokens. Without it a prompt longer than the model's
             context is refused.
         truncation_side: Where to cut; see `tokenise`.
+        warn: See `tokenise`.
 
     Raises:
-        PromptError: A prompt is longer than the context, or gives no tokens.
+        PromptError: A prompt is longer than the context, gives no tokens, or holds a token that the
+            model has no embedding for.
     """
-    return tokenise(
-        tokenizer_of(model),
+    name, tokenizer, rows = name_of(model), tokenizer_of(model), embedding_rows(model)
+    encodings = tokenise(
+        tokenizer,
         prompts,
-        name=name_of(model),
+        name=name,
         limit=context_length(model),
         max_tokens=max_tokens,
         truncation_side=truncation_side,
+        warn=warn,
     )
+    for encoding in encodings:
+        beyond = max(encoding.ids)
+        if beyond >= rows:
+            raise PromptError(
+                f"prompt {encoding.prompt.id} ({encoding.prompt.content[:40]!r}): holds the special token "
+                f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), but {name} has embeddings for ids 0 to {rows - 1} only; "
+                "take it out of the text, or resize the model's embeddings and train it"
+            )
+    return encodings
 
 
 @dataclass(frozen=True, eq=False)
@@ -435,9 +508,9 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
 
 def pad_id(model: Any) -> int:
     """A token id for padding that the model has an embedding of; which one does not matter, the mask hides it."""
-    tokenizer = tokenizer_of(model)
+    tokenizer, rows = tokenizer_of(model), embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None and candidate < int(model.cfg.d_vocab):
+        if candidate is not None and candidate < rows:  # a padding token is often added without an embedding
             return int(candidate)
     return 0
 

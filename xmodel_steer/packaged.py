@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -22,7 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from xmodel_steer.errors import DownloadError, ModelError
+from xmodel_steer.errors import CheckpointWarning, DownloadError, ModelError, XModelSteerError
 from xmodel_steer.prompts import Prompt
 
 CONVERSION = 1  # raise it when `convert_gguf` changes what it writes
@@ -330,7 +331,7 @@ def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
         progress: Show a progress bar.
 
     Raises:
-        ModelError: transformers cannot read the file.
+        ModelError: transformers cannot read the file, or it lacks weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -340,10 +341,12 @@ def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
             bar.update()
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+            model = whole_model(
+                AutoModelForCausalLM, str(gguf.parent), label=gguf.name, gguf_file=gguf.name, dtype=torch.float32
             )
             bar.update()
+        except XModelSteerError:
+            raise
         except Exception as error:  # transformers raises many kinds for a file it cannot read
             raise ModelError(
                 f"{gguf.name}: transformers cannot convert this GGUF file ({type(error).__name__}: {str(error)[:200]}); "
@@ -421,6 +424,65 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def whole_model(kind: Any, path: str, *, label: str, **settings: Any) -> Any:
+    """Load a Hugging Face model, and refuse a checkpoint that does not fill it.
+
+    transformers gives a weight that a checkpoint lacks random values, and tells only its log.
+
+    Args:
+        kind: A class with ``from_pretrained``, such as ``AutoModelForCausalLM``.
+        path: The folder or hub name to load from.
+        label: What the model is called, for messages.
+        settings: For ``from_pretrained``.
+
+    Raises:
+        ModelError: Weights are missing or of another shape, or a layer of the checkpoint has tensors that the model's lacks.
+    """
+    # Mismatched shapes are let through here, to be named below with all the rest.
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = kind.from_pretrained(path, **settings)
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ModelError(
+            f"{label}: the checkpoint has only some parts of a weight that is stored in several, such as the experts of "
+            "a layer, or parts of different shapes; get the whole checkpoint"
+        ) from error
+    shapes = sorted(report["mismatched_keys"])
+    wrong = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": [f"{name} {tuple(stored)} for {tuple(asked)}" for name, stored, asked in shapes],
+        "not the model's": sorted(report["unexpected_keys"]),
+    }
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    # A bias or a scale of a layer that computes without it: the model would not be the one that was saved.
+    split = any(name.rpartition(".")[0] in layers for name in wrong["not the model's"])
+    if wrong["missing"] or wrong["of another shape"] or split:
+        raise ModelError(
+            f"{label}: the checkpoint does not fill a {type(model).__name__}: {listed(wrong)}. "
+            "Every weight must be there under its name and in its shape: get the whole checkpoint, "
+            "with the config.json that it was saved with"
+        )
+    if wrong["not the model's"]:
+        warnings.warn(
+            f"{label}: the checkpoint has tensors that a {type(model).__name__} does not use: {listed(wrong)}; "
+            "if they are part of the model, its config.json does not fit",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def listed(names: Mapping[str, Sequence[str]]) -> str:
+    """Counts of names, and the first three of each kind, in words."""
+    return "; ".join(
+        f"{len(some)} {kind} ({', '.join(some[:3])}{', …' if len(some) > 3 else ''})"
+        for kind, some in names.items()
+        if some
+    )
 
 
 @contextmanager

@@ -5,11 +5,12 @@ Every file names its schema. Nothing is pickled. What has its name is whole.
 
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from xmodel_steer.files import (
     read_header,
     read_record,
     read_tensors,
+    restored,
+    tell_undefined,
     write_atomically,
     write_tensors,
 )
@@ -31,7 +34,7 @@ from xmodel_steer.layers import DataCurve, LayerGrid
 from xmodel_steer.maps import AffineMap, AutoencoderMap, Map, MapScore
 from xmodel_steer.metrics import Estimate
 from xmodel_steer.moments import PARTS, Moments, PartMoments
-from xmodel_steer.results import Arm, TransferResult, arm_record
+from xmodel_steer.results import Arm, TransferResult, Verdict, arm_record
 from xmodel_steer.spaces import Site, Space
 from xmodel_steer.vectors import SteeringVector
 
@@ -48,7 +51,8 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Transfe
         The path.
 
     Raises:
-        ArtifactError: The value has NaN, something else is in the way, or the disk is full.
+        ArtifactError: A vector, a map or moments have NaN, something else is in the way, or the disk is full. What was measured
+            is written with the numbers that it has: NaN is null, and the record says where.
     """
     path = Path(path)
     if isinstance(value, TransferResult):
@@ -341,7 +345,7 @@ def may_hold_run(folder: Path) -> bool:
         return not any(folder.iterdir())
     try:
         return read_record(file).get("kind") == "TransferResult"
-    except (ArtifactError, UnicodeDecodeError):
+    except ArtifactError:
         return False
 
 
@@ -353,7 +357,7 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
         "kind": "TransferResult",
         "label": result.label,
         "unit": result.unit,
-        "verdict": asdict(result.verdict()),
+        "verdict": _verdict_record(result.verdict()),
         "headline": result.headline,
         "source": dict(result.source),
         "target": dict(result.target),
@@ -401,6 +405,7 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+    tell_undefined(folder / "result.json")
     return folder
 
 
@@ -435,7 +440,9 @@ def _read_result(folder: Path) -> TransferResult:
         raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
     try:
         rows = [
-            json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n") if line
+            restored(json.loads(line))
+            for line in (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n")
+            if line
         ]
         arms = tuple(_arm_from(arm, rows) for arm in record["arms"])
         there = sorted(f.stem for f in (folder / "vectors").glob("*.safetensors"))
@@ -456,7 +463,7 @@ def _read_result(folder: Path) -> TransferResult:
             "seeds",
         )
         return TransferResult(arms=arms, vectors=vectors, mapping=mapping, **{name: record[name] for name in names})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{folder}: is damaged or incomplete ({type(error).__name__}: {error})") from error
@@ -470,17 +477,32 @@ def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
     return Arm(
         arm=record["arm"],
         strength=record["strength"],
-        effect=Estimate(record["effect"], record["low"], record["high"], record["n"]),
-        change=Estimate(record["change"], record["change_low"], record["change_high"], record["n"]),
+        effect=_estimate_from(record, "effect", "low", "high"),
+        change=_estimate_from(record, "change", "change_low", "change_high"),
         kl=record["kl"],
         perplexity=record["perplexity"],
         agreement=record["agreement"],
         budget=record["budget"],
         reached=record["reached"],
-        side={name: Estimate(**estimate) for name, estimate in record.get("side", {}).items()},
+        side={name: Estimate.of(estimate) for name, estimate in record.get("side", {}).items()},
         scores=tuple(row["score"] for row in own),
         seeds=tuple(record.get("seeds", ())),
         table=tuple(tuple(row["seeds"]) for row in own if "seeds" in row),
         texts=tuple(row["text"] for row in own if "text" in row),
         raw=tuple(row["judge"] for row in own if "judge" in row),
     )
+
+
+def _verdict_record(verdict: Verdict) -> dict[str, Any]:
+    return asdict(verdict) | {
+        "efficiency": verdict.efficiency.record(),
+        "controls": {name: found.record() for name, found in verdict.controls.items()},
+        "comparisons": [vars(c) | {"difference": c.difference.record()} for c in verdict.comparisons],
+    }
+
+
+def _estimate_from(record: dict[str, Any], *names: str) -> Estimate:
+    own = dict(zip(("value", "low", "high"), (record[name] for name in names), strict=True))
+    found = Estimate.of(own | {"n": record["n"]})
+    # An arm's reason is that of both its estimates.
+    return replace(found, undefined=record.get("undefined", "")) if math.isnan(found.low) else found

@@ -8,6 +8,7 @@ import numpy as np
 
 from xmodel_steer.checks import PatchingGrid
 from xmodel_steer.layers import DataCurve, LayerGrid
+from xmodel_steer.metrics import number
 from xmodel_steer.results import ARMS, Arm, TransferResult
 from xmodel_steer.spaces import Site, Space, require_same_space
 from xmodel_steer.vectors import Activations, SteeringVector
@@ -173,7 +174,7 @@ def effect_by_layer(result: TransferResult) -> Any:
         model = getattr(result, end)
         taken = str(Site(model["layer"], model["stream"]))
         sites = [record["candidate"] for record in records]
-        damage = [f"× {record['perplexity_ratio']:.2f}" for record in records]
+        damage = [f"× {number(record['perplexity_ratio'], '.2f')}" for record in records]
         figure.add_trace(
             go.Bar(
                 x=sites,
@@ -259,7 +260,7 @@ def patching(grid: PatchingGrid) -> Any:
 
     kinds = {"mapped": "mapped source activations", "own": "the target's own (ceiling)"}
     tables = {kind: grid.recovery(kind) for kind in kinds}
-    bound = max(1.0, float(np.nanmax(np.abs(np.stack(list(tables.values()))))))
+    bound = float(np.nan_to_num(np.abs(np.stack(list(tables.values())))).max(initial=1.0))
     figure = make_subplots(
         rows=1, cols=2, subplot_titles=tuple(kinds.values()), horizontal_spacing=0.08, shared_yaxes=True
     )
@@ -316,7 +317,7 @@ def mapped_scatter(
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     own, image = (own - mean) * inverse, (image - mean) * inverse
     _, sizes, axes = np.linalg.svd(own, full_matrices=False)
-    shares = sizes[:2] ** 2 / (sizes**2).sum()
+    shares = sizes[:2] ** 2 / max((sizes**2).sum(), np.finfo(float).tiny)
     figure = go.Figure()
     for name, rows in (("native", own), ("mapped", image)):
         plane = rows[:most] @ axes[:2].T
@@ -339,8 +340,8 @@ def mapped_scatter(
             f"{native.space}: mapped against native activations<br><sup>{len(native)} tokens, standardised; the plane holds {shares.sum():.0%} of the native variance</sup>"
         )
     )
-    for update, share, number in ((figure.update_xaxes, shares[0], 1), (figure.update_yaxes, shares[1], 2)):
-        update(title_text=f"principal component {number} ({share:.0%}), standard deviations")
+    for update, share, component in ((figure.update_xaxes, shares[0], 1), (figure.update_yaxes, shares[1], 2)):
+        update(title_text=f"principal component {component} ({share:.0%}), standard deviations")
     return figure
 
 
@@ -411,7 +412,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         + "<br>".join(lines)
         + "<br>penalty %{customdata[5]:.2g}<extra></extra>",
     )
-    quality = grid.chosen("r2", "validation")
+    quality = np.nan_to_num(grid.chosen("r2", "validation"), nan=-np.inf)
     best = go.Scatter(
         x=targets,
         y=[sources[i] for i in quality.argmax(0)],

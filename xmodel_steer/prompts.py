@@ -2,16 +2,30 @@
 
 import hashlib
 import json
+import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import string
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from io import IOBase
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xmodel_steer.errors import PromptError
 
-DATE = "26 Jul 2024"  # the day that Llama 3's templates name where they cannot know it
+DAY = datetime(2024, 7, 26)  # the day that Llama 3's templates name where they cannot know it
+DATE = DAY.strftime("%d %b %Y")
+# Put before a template, this macro hides transformers' function of the same name, which asks the clock; transformers
+# 5.24 lets no function of ours through. The line's end is trimmed, so that the template still begins a line.
+CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%-{c}', '{DAY.strftime('%' + c).lstrip('0') or '0'}')" for c in "dmHIMSjy")
+    + "".join(f"|replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBcdDeFGhHIjmMnpPrRSTuUVwWxXyYzZ")
+    + "|replace('%%', '%') }}{% endmacro %}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -30,17 +44,21 @@ class Rendered:
         text: The text to tokenise.
         spans: For each piece of content, in order: where it starts and ends in ``text``, and
             where it starts in the prompt's own content. Positions are in characters. Text
-            outside the spans comes from the chat template.
+            outside the spans comes from the chat template. A message of which the template keeps
+            parts has a span for each of them.
         add_special_tokens: Whether the tokenizer still has to add its BOS and the like.
         marks: For each border between template and content, its place in ``text`` and its role: 2i
             where the content of message i begins (or an opened assistant's turn would), 2i + 1
             where it ends. Roles are the same for every template.
+        missing: Numbers of the messages that are not in ``text`` as they were given: the template
+            leaves out or rewrites something of them other than white space.
     """
 
     text: str
     spans: tuple[tuple[int, int, int], ...]
     add_special_tokens: bool
     marks: tuple[tuple[int, int], ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Prompt:
         id: Name of the prompt; a hash of the content by default.
 
     Raises:
-        PromptError: Neither or both of text and messages were given, or they are empty.
+        PromptError: Neither or both of text and messages were given, they are empty, or of another type.
 
     Example:
         >>> Prompt.of("The sky is").text
@@ -69,6 +87,12 @@ class Prompt:
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
             raise PromptError("Prompt: give either text or messages, not both and not neither")
+        if not isinstance(self.text, str | None) or not all(isinstance(m, Message) for m in self.messages):
+            came = self.text if self.text is not None else self.messages
+            raise PromptError(
+                f"Prompt: text must be a string and messages Messages, got {described(came)}; use Prompt.of"
+            )
+        object.__setattr__(self, "messages", tuple(self.messages))
         if self.text is not None and not self.text.strip():
             raise PromptError("Prompt: the text is empty; drop the row or fill it in")
         if self.messages and not any(m.content.strip() for m in self.messages):
@@ -87,20 +111,17 @@ class Prompt:
             return value
         if isinstance(value, str):
             return cls(text=value)
-        if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) for m in value):
+        if not isinstance(value, Sequence) and hasattr(value, "tolist"):  # an array out of parquet
+            value = value.tolist()
+        if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping | Message) for m in value):
             try:
-                turns = [(m["role"], m["content"]) for m in value]
+                turns = [(m.role, m.content) if isinstance(m, Message) else (m["role"], m["content"]) for m in value]
             except KeyError as missing:
                 raise PromptError(f"Prompt: a chat message needs role and content, {missing} is missing") from None
             if not all(isinstance(part, str) for turn in turns for part in turn):
                 raise PromptError(f"Prompt: role and content of a chat message must be strings, got {str(value)[:80]}")
             return cls(messages=tuple(Message(role, content) for role, content in turns))
-        if isinstance(value, Sequence) and value and all(isinstance(m, Message) for m in value):
-            return cls(messages=tuple(value))
-        raise PromptError(
-            "Prompt: needs a string or a list of {'role', 'content'} messages, "
-            f"got {type(value).__name__} {str(value)[:60]!r}"
-        )
+        raise PromptError(f"Prompt: needs a string or a list of {{'role', 'content'}} messages, got {described(value)}")
 
     def content_key(self) -> str:
         """The content as one string that two prompts share only when they are the same."""
@@ -124,22 +145,42 @@ class Prompt:
             tokenizer: A Hugging Face tokenizer.
 
         Raises:
-            PromptError: Chat messages, and the tokenizer has no chat template.
+            PromptError: Chat messages, and the tokenizer has no chat template, or the template fails on them.
         """
         if self.text is not None:
             return Rendered(self.text, ((0, len(self.text), 0),), True)
-        if not getattr(tokenizer, "chat_template", None):
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
             raise PromptError(
-                f"Prompt {self.id}: chat messages need a chat template, and the tokenizer of "
-                f"{getattr(tokenizer, 'name_or_path', 'this model')!r} has none (a base model?); "
-                "give raw text instead, or set tokenizer.chat_template"
+                f"Prompt {self.id}: chat messages need a chat template, and the tokenizer of {_name(tokenizer)} has none "
+                "(a base model?); give raw text instead, or set tokenizer.chat_template"
             )
-        text = self._template(tokenizer, [m.content for m in self.messages])
-        found = self._spans(tokenizer, text)
-        marks = [mark for i, (start, end, _) in found for mark in ((start, 2 * i), (end, 2 * i + 1))]
+        if isinstance(template, Mapping) and "default" not in template:
+            raise PromptError(
+                f"Prompt {self.id}: the tokenizer of {_name(tokenizer)} has the chat templates {', '.join(sorted(template))} and no "
+                f"default; choose one: tokenizer.chat_template = tokenizer.chat_template[{min(template)!r}]"
+            )
+        contents = [m.content for m in self.messages]
+        text = self._template(tokenizer, contents)
+        bases = list(accumulate((len(content.strip()) for content in contents), initial=0))
+        spans: list[tuple[int, int, int]] = []
+        parts: list[list[tuple[int, int, str]]] = [[] for _ in contents]
+        places = self._located(tokenizer, text).items()
+        for start, end, place, number in sorted((*stretch, number) for number, own in places for stretch in own):
+            cut = max(0, spans[-1][1] - start) if spans else 0  # contents with nothing between them
+            if start + cut < end:
+                content = contents[number]
+                spans.append((start + cut, end, bases[number] + place + cut - (len(content) - len(content.lstrip()))))
+                parts[number].append((start + cut, end, text[start + cut : end]))
+        marks, missing = [], []
+        for number, (content, own) in enumerate(zip(contents, parts, strict=True)):
+            if own:
+                marks += [(own[0][0], 2 * number), (own[-1][1], 2 * number + 1)]
+            if "".join(content.split()) != "".join("".join(part for *_, part in own).split()):
+                missing.append(number)
         if self._opens:
             marks.append((len(text), 2 * len(self.messages)))
-        return Rendered(text, tuple(span for _, span in found), False, tuple(marks))
+        return Rendered(text, tuple(spans), False, tuple(marks), tuple(missing))
 
     @property
     def _opens(self) -> bool:
@@ -148,47 +189,307 @@ class Prompt:
 
     def _template(self, tokenizer: Any, contents: Sequence[str]) -> str:
         turns = [{"role": m.role, "content": c} for m, c in zip(self.messages, contents, strict=True)]
-        # Llama 3's templates write today's date unless they are given one: a prompt would change from day to day.
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens, date_string=DATE)
+        options: dict[str, Any] = {"date_string": DATE}  # today's would change the prompt from day to day
+        source = _source(tokenizer)
+        if "strftime_now" in source:
+            options["chat_template"] = CLOCK + source
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens, **options)
+        except Exception as error:  # a template is a program of somebody else's
+            raise PromptError(
+                f"Prompt {self.id} ({self.content[:40]!r}): the chat template of {_name(tokenizer)} fails on it "
+                f"({type(error).__name__}: {str(error)[:200]}); change the messages (many templates want user and assistant by "
+                "turns and no system message: put that into the first user message), or set tokenizer.chat_template"
+            ) from error
 
-    def _spans(self, tokenizer: Any, text: str) -> list[tuple[int, tuple[int, int, int]]]:
-        """For each message whose content is found, its number and where the content stands in the rendered text.
+    def _located(self, tokenizer: Any, text: str) -> dict[int, list[tuple[int, int, int]]]:
+        """For each message the stretches of its content in the rendered text: from, to, and where in the content.
 
-        Searching for them would also find a role tag or a default system prompt with the same
-        words. Rendering markers in their place shows the template's own text around them.
+        Searching for the contents would also find a role tag or a default system prompt with the same words. So the
+        prompt is rendered again with each character of content replaced by one of its own, which shows where every
+        character goes, also if others are dropped. White space stays, because templates trim it. If the text becomes
+        another one, the template looks for something in the content, such as ``</think>``: what it may look for is
+        then kept, as little as will do. A message that cannot be followed with the others is tried alone, and at last
+        searched for where the text changes with it.
         """
-        trimmed = [m.content.strip() for m in self.messages]
-        bases = list(accumulate(map(len, trimmed), initial=0))
-        marked = self._template(tokenizer, [f"\ue000{i}\ue001" for i in range(len(trimmed))])
-        # literal, number, literal, number, ..., literal
-        pieces = re.split("\ue000(\\d+)\ue001", marked)
-        spans: list[tuple[int, tuple[int, int, int]]] = []
-        cursor = len(pieces[0])
-        for number, literal in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
-            # Most templates trim the content, some keep it as it is.
-            for content in (trimmed[number], self.messages[number].content):
-                if text.startswith(content + literal, cursor):
-                    start = cursor + content.find(trimmed[number])
-                    spans.append((number, (start, start + len(trimmed[number]), bases[number])))
-                    cursor += len(content) + len(literal)
-                    break
-            else:
-                break  # the template rewrites this message: its tokens count as the template's
-        return [(number, span) for number, span in spans if span[0] < span[1]]
+        contents = [m.content for m in self.messages]
+        found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
+        alone: dict[int, str] = {}
+        # No character may be replaced by itself.
+        taken = {(ord(c) - _PRIVATE - n) % _MANY for n, c in enumerate("".join(contents)) if c >= chr(_PRIVATE)}
+        shift = next(n for n in range(_MANY) if n not in taken)
+
+        def follow(kept: Mapping[int, Sequence[str]]) -> dict[int, list[tuple[int, int, int]]]:
+            kinds = {i: own for i, patterns in kept.items() if _SHOWN in (own := _kinds(contents[i], patterns))}
+            try:
+                shown = self._template(tokenizer, _replaced(contents, kinds, shift))
+            except PromptError:  # the prompt itself was rendered, so it can be used
+                return {}
+            if len(kinds) == 1:
+                alone.setdefault(next(iter(kinds)), shown)
+            places = _followed(text, shown, contents, shift)
+            if places is None:
+                return {}
+            return {i: _runs(text, contents[i], _longest(places.get(i, [])), own) for i, own in kinds.items()}
+
+        for together in (True, False):
+            for patterns in _may_look_for(_source(tokenizer), "\n".join(contents)):
+                rest = [i for i in range(len(contents)) if i not in found]
+                for group in [[i] for i in rest] if not together else [rest] if rest else []:
+                    kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
+                    told = follow(kept)
+                    for i, pattern in [(number, pattern) for number in told for pattern in kept[number]]:
+                        if not _may_be_there(pattern, text, contents[i], told[i]):
+                            continue
+                        fewer = {**kept, i: [other for other in kept[i] if other != pattern]}
+                        again = follow(fewer)
+                        if again.keys() >= told.keys():
+                            told, kept = again, fewer
+                    found.update(told)
+        for i in set(range(len(contents))) - found.keys():
+            content = contents[i].strip()
+            start, end = 0, len(text)
+            if i in alone:
+                start = _shared(text, alone[i])
+                end = max(start, end - _shared(text[::-1], alone[i][::-1]))
+            if text.count(content, start, end) == 1:
+                start = text.index(content, start)
+                end = start + len(content)
+                if all(end <= first or last <= start for spans in found.values() for first, last, _ in spans):
+                    found[i] = [(start, end, contents[i].index(content))]
+        return found
 
 
-PromptLike = str | Prompt | Sequence[Mapping[str, str]]
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def as_prompts(values: Iterable[PromptLike]) -> tuple[Prompt, ...]:
-    """Make prompts of strings, message lists or prompts; refuses a lone string.
+def _name(tokenizer: Any) -> str:
+    return repr(getattr(tokenizer, "name_or_path", None) or "this model")
+
+
+def _source(tokenizer: Any) -> str:
+    """The chat template's program, where it is known."""
+    template = getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, Mapping) else template
+    return template if isinstance(template, str) else ""
+
+
+_SIGNS = f"[{re.escape(string.punctuation)}]"
+_TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
+# Kinds of characters of a content whose way through a template is followed: replaced by one of its own; kept; kept in a
+# word or tag that the template may look for.
+_SHOWN, _LOOSE, _FIXED = 0, 1, 2
+_PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
+
+
+def _may_look_for(source: str, whole: str) -> list[list[str]]:
+    """Patterns of what a template may look for in the contents: nothing, its own tags, everything, one of its words."""
+    quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", source)
+    words = {word for pair in quoted for word in re.split(r"\\.|\s+", "".join(pair)) if word and word in whole}
+    own = sorted(re.escape(word) for word in words)
+    tags = [word for word in own if re.search(r"\w", word) and re.search(r"[^\w\\]", word)]
+    every = dict.fromkeys([_SIGNS, *own, *sorted(map(re.escape, re.findall(_TAG, whole)))])
+    return [[], *([tags] if tags else []), list(every), *([word] for word in own)]
+
+
+def _kinds(content: str, kept: Sequence[str]) -> bytearray:
+    kinds = bytearray(_LOOSE if c.isspace() else _SHOWN for c in content)
+    for pattern in kept:
+        for match in re.finditer(pattern, content):
+            kind = _FIXED if re.search(r"\w", match[0]) else _LOOSE
+            for place in range(match.start(), match.end()):
+                kinds[place] = max(kinds[place], kind)
+    return kinds
+
+
+def _replaced(contents: Sequence[str], kinds: Mapping[int, bytearray], shift: int) -> list[str]:
+    """The contents with private-use characters, one after the other, for what is shown."""
+    made = list(contents)
+    firsts = list(accumulate(map(len, contents), initial=0))
+    for i, own in kinds.items():
+        made[i] = "".join(
+            c if kind else chr(_PRIVATE + (firsts[i] + place + shift) % _MANY)
+            for place, (c, kind) in enumerate(zip(contents[i], own, strict=True))
+        )
+    return made
+
+
+def _followed(text: str, shown: str, contents: Sequence[str], shift: int) -> dict[int, list[tuple[int, int]]] | None:
+    """For each message, which characters of the text are which of its content; None if the text is another one."""
+    if len(text) != len(shown):
+        return None
+    *firsts, total = accumulate(map(len, contents), initial=0)
+    places: dict[int, list[tuple[int, int]]] = {}
+    number = 0
+    for at, (character, other) in enumerate(zip(text, shown, strict=True)):
+        if character == other:
+            continue
+        code = ord(other) - _PRIVATE
+        if code < 0:
+            return None
+        # In a very long conversation they come round again: the next one is meant.
+        number += (code - shift - number) % _MANY
+        number -= _MANY * (number >= total)
+        if number < 0:
+            return None
+        message = bisect_right(firsts, number) - 1
+        places.setdefault(message, []).append((at, number - firsts[message]))
+    return places
+
+
+def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The longest part that has the content in its own order, the last of equals: a template may write it twice."""
+    parts: list[list[tuple[int, int]]] = [[]]
+    for at, place in places:
+        if parts[-1] and place <= parts[-1][-1][1]:
+            parts.append([])
+        parts[-1].append((at, place))
+    return max(reversed(parts), key=len)
+
+
+def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: bytearray) -> list[tuple[int, int, int]]:
+    """The stretches in which text and content are the same, without white space at their ends.
+
+    There are none where the text has other letters, in capitals, say.
+    """
+    if not piece or any(text[at] != content[place] for at, place in piece):
+        return []
+    first, last = len(content) - len(content.lstrip()), len(content.rstrip())
+    at, place = piece[0]
+    whole = at - place + first
+    if len(piece) == kinds.count(_SHOWN) and whole >= 0 and text.startswith(content[first:last], whole):
+        return [(whole, whole + last - first, first)]
+    runs = [[at, at + 1, place]]
+    for at, place in piece[1:]:
+        start, end, begins = runs[-1]
+        if at - place == start - begins and text[end:at] == content[end - start + begins : place]:
+            runs[-1][1] = at + 1
+        else:
+            runs.append([at, at + 1, place])
+    made: list[tuple[int, int, int]] = []
+    for start, end, place in runs:
+        shift = start - place
+        least = made[-1][1] if made else 0
+        # Signs that were kept at the ends belong to the stretch where the text has them.
+        while start > max(least, shift + first) and _goes_on(text, content, kinds, start - 1, shift):
+            start -= 1
+        while end < min(len(text), shift + last) and _goes_on(text, content, kinds, end, shift):
+            end += 1
+        stretch = text[start:end]
+        start, end = start + len(stretch) - len(stretch.lstrip()), end - len(stretch) + len(stretch.rstrip())
+        made.append((start, end, start - shift))
+    return made
+
+
+def _may_be_there(pattern: str, text: str, content: str, runs: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether the text may have more of the content than these stretches: what matches the pattern, or a part of it."""
+    if not runs:
+        return True
+    for start, end, place in runs:
+        before = text[:start].rstrip()[-1:], content[:place].rstrip()[-1:]
+        after = text[end:].lstrip()[:1], content[place + end - start :].lstrip()[:1]
+        if "" != before[0] == before[1] or "" != after[0] == after[1]:
+            return True
+    (start, _, first), (begin, end, last) = runs[0], runs[-1]
+    return bool(re.search(pattern, text[max(0, start - first) : end + len(content) - (last + end - begin)]))
+
+
+def _goes_on(text: str, content: str, kinds: bytearray, at: int, shift: int) -> bool:
+    return kinds[at - shift] == _LOOSE and text[at] == content[at - shift]
+
+
+if TYPE_CHECKING:
+    PromptLike = str | Prompt | Sequence[Mapping[str, str] | Message] | Mapping[str, Any]
+    Prompts = Iterable[PromptLike]
+else:
+    PromptLike = Prompts = Any  # `as_prompts` refuses others, and says why
+
+
+def as_prompts(values: Any, *, what: str = "prompts") -> tuple[Prompt, ...]:
+    """Make prompts of strings, message lists, prompts or rows; refuses everything else.
+
+    Args:
+        values: A list or another ordered iterable (a pandas series or frame, a ``datasets.Dataset``, a
+            generator). An element is a string, a list of chat messages, a Prompt, or a row with a
+            column ``text``, ``prompt`` or ``messages``.
+        what: Who asks, for the message.
 
     Raises:
-        PromptError: The argument is one string, or an element cannot be a prompt.
+        PromptError: The argument is something else, or an element cannot be a prompt.
     """
-    if isinstance(values, (str, Prompt)):
-        raise PromptError("prompts: give a list of prompts; for a single one, [prompt]")
-    return tuple(Prompt.of(value) for value in values)
+    return tuple(iter_prompts(values, what=what))
+
+
+def iter_prompts(values: Any, *, what: str = "prompts") -> Iterator[Prompt]:
+    """`as_prompts`, one after the other."""
+    for number, item in enumerate(items_of(values, what), 1):
+        try:
+            yield prompt_of_row(item) if isinstance(item, Mapping) else Prompt.of(_filled(item))
+        except PromptError as error:
+            raise PromptError(f"{what}: number {number}: {error}") from None
+
+
+def items_of(values: Any, what: str) -> Iterable[Any]:
+    """Refuse what is no list of prompts or rows; the rows of a pandas frame are dictionaries.
+
+    Iterables other than lists are left as they are, to be read once.
+
+    Args:
+        values: Whatever was given.
+        what: Who asks, for the message.
+
+    Raises:
+        PromptError: The value is one prompt, a mapping, a set, a file, or no iterable at all.
+    """
+    if isinstance(values, str | bytes | bytearray | Prompt):
+        raise PromptError(
+            f"{what}: give a list of prompts; for a single one, [prompt]; got {described(values)} (to read a file: xs.read_prompts)"
+        )
+    if isinstance(values, os.PathLike | IOBase):
+        raise PromptError(
+            f"{what}: needs prompts, got {described(values)}; read it with xs.read_prompts or xs.read_contrast"
+        )
+    if isinstance(values, Mapping):
+        first = next(iter(values), None)
+        way = f"give one of them, data[{first!r}]"
+        if {"role", "content"} <= values.keys():
+            way = "a list of prompts, each of which is a string or a list of such messages: [[message]]"
+        elif any(isinstance(value, str) for value in values.values()):
+            way = "for a single row, [row]"
+        elif all(isinstance(value, list | tuple) for value in values.values()):
+            way = "for rows of these columns, pandas.DataFrame(data)"
+        raise PromptError(f"{what}: needs a list, got {described(values)}; {way}")
+    if isinstance(values, set | frozenset):
+        raise PromptError(
+            f"{what}: a set has no order, so that results could not be told apart; give a list, sorted(...)"
+        )
+    if hasattr(values, "iloc") and hasattr(values, "columns"):  # a pandas frame; iterating would give its columns
+        return values.to_dict("records")
+    if hasattr(values, "tolist"):  # a pandas series, an array
+        values = values.tolist()
+        values = None if isinstance(values, str) else values  # an array of no dimension
+    elif hasattr(values, "columns"):
+        raise PromptError(
+            f"{what}: needs a list of prompts or rows, got {described(values)}; turn it into a list of dictionaries"
+        )
+    if not isinstance(values, Iterable):
+        raise PromptError(f"{what}: needs a list of prompts or rows, got {described(values)}")
+    return values
+
+
+def described(value: Any) -> str:
+    """The type of a value, and what tells a reader which one it is."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        inside = "splits" if kind.endswith("DatasetDict") else "keys"
+        return f"{kind} with {inside} {', '.join(map(str, list(value)[:8]))}"
+    columns = getattr(value, "column_names", None)
+    columns = getattr(value, "columns", None) if columns is None else columns
+    if columns is not None:
+        return f"{kind} with columns {', '.join(map(str, list(columns)[:8]))}"
+    return f"{kind} {str(value)[:60]!r}"
 
 
 def require_disjoint(what: str, sets: Mapping[str, Iterable[str]]) -> None:
@@ -234,8 +535,8 @@ class ContrastSet:
             keeps them on one side.
 
     Raises:
-        PromptError: A side is empty, the sides of a paired set have different lengths, or a
-            prompt stands on both sides.
+        PromptError: A side is empty or holds something else than prompts, the sides of a paired set have
+            different lengths, or a prompt stands on both sides.
 
     Example:
         >>> contrast = ContrastSet.from_records([{"positive": "What a joy.", "negative": "What a bore."}])
@@ -248,6 +549,9 @@ class ContrastSet:
     paired: bool = False
 
     def __post_init__(self) -> None:
+        for value in (*self.positive, *self.negative):
+            if not isinstance(value, Prompt):
+                raise PromptError(f"ContrastSet: needs Prompts, got {described(value)}; use ContrastSet.from_prompts")
         if not self.positive or not self.negative:
             raise PromptError(
                 f"ContrastSet: needs prompts on both sides, got {len(self.positive)} positive and "
@@ -266,11 +570,13 @@ class ContrastSet:
             )
 
     @classmethod
-    def from_prompts(
-        cls, positive: Iterable[PromptLike], negative: Iterable[PromptLike], *, paired: bool = False
-    ) -> "ContrastSet":
-        """Make a set from two lists of strings, message lists or prompts."""
-        return cls(as_prompts(positive), as_prompts(negative), paired)
+    def from_prompts(cls, positive: Prompts, negative: Prompts, *, paired: bool = False) -> "ContrastSet":
+        """Make a set from two lists of prompts, each of which `as_prompts` takes.
+
+        Raises:
+            PromptError: A side is no list of prompts, or the set cannot be used.
+        """
+        return cls(as_prompts(positive, what="positive"), as_prompts(negative, what="negative"), paired)
 
     @classmethod
     def from_records(cls, records: Any) -> "ContrastSet":
@@ -367,12 +673,14 @@ def _joined(units: list[tuple[tuple[Prompt, ...], tuple[Prompt, ...]]]) -> list:
 
 
 def rows_of(records: Any) -> list[dict[str, Any]]:
-    """Rows as dictionaries, from a list of them, a pandas frame or a ``datasets.Dataset``."""
-    if hasattr(records, "to_dict") and hasattr(records, "columns"):  # a pandas frame
-        return records.to_dict("records")
-    if isinstance(records, (str, bytes)):
+    """Rows as dictionaries, from a list or another iterable of them, a pandas frame or a ``datasets.Dataset``.
+
+    Raises:
+        PromptError: The argument is something else, or a row is no dictionary.
+    """
+    if isinstance(records, str):
         raise PromptError("rows: got one string; give a list of rows, or read a file with xs.read_contrast")
-    rows = list(records)
+    rows = list(items_of(records, "rows"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise PromptError(f"rows: row {number} is {type(row).__name__}, not a dictionary of columns")
@@ -380,11 +688,21 @@ def rows_of(records: Any) -> list[dict[str, Any]]:
 
 
 def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row: its ``text``, ``prompt`` or ``messages`` column."""
-    for column in ("text", "prompt", "messages"):
-        if row.get(column) is not None:
+    """The prompt of a row: its ``text``, ``prompt`` or ``messages`` column, the first that is filled.
+
+    Raises:
+        PromptError: There is none, or it is no prompt.
+    """
+    columns = [column for column in ("text", "prompt", "messages") if column in row]
+    for column in columns:
+        if not _empty(row[column]):
             return Prompt.of(_chat_or_text(row[column]))
-    raise PromptError(f"no text, prompt or messages among the columns {sorted(map(str, row))}")
+    if columns:
+        raise PromptError("an empty cell; drop the row or fill it in")
+    way = "rename one"
+    if {"role", "content"} <= row.keys():
+        way = "it is one chat message: a prompt is a list of messages, [message]"
+    raise PromptError(f"no text, prompt or messages among the columns {sorted(map(str, row))}; {way}")
 
 
 def _label(row: Mapping[str, Any]) -> bool:
@@ -399,6 +717,17 @@ def _label(row: Mapping[str, Any]) -> bool:
     )
 
 
+def _empty(value: Any) -> bool:
+    """Tell an empty cell: None, or pandas' NaN."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _filled(value: Any) -> Any:
+    if _empty(value):
+        raise PromptError("an empty cell; drop the row or fill it in")
+    return value
+
+
 def _chat_or_text(value: Any) -> Any:
     """Chat messages written as JSON text (CSV has nothing else) become messages."""
     if isinstance(value, str) and value.lstrip().startswith('[{"'):
@@ -406,8 +735,4 @@ def _chat_or_text(value: Any) -> Any:
             return json.loads(value)
         except json.JSONDecodeError:
             return value
-    if isinstance(value, float):  # pandas' NaN for an empty cell
-        raise PromptError("an empty cell; drop the row or fill it in")
-    if not isinstance(value, str) and hasattr(value, "tolist"):  # numpy arrays out of parquet
-        return value.tolist()
-    return value
+    return _filled(value)

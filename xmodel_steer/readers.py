@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.errors import PromptError
-from xmodel_steer.prompts import ContrastSet, Prompt, prompt_of_row, rows_of
+from xmodel_steer.prompts import ContrastSet, Prompt, as_prompts, prompt_of_row
 
 
 def read_contrast(source: Any) -> ContrastSet:
@@ -23,7 +23,7 @@ def read_contrast(source: Any) -> ContrastSet:
     Raises:
         PromptError: The file is missing, is of another kind, or a row cannot be used.
     """
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, str | Path):
         return ContrastSet.from_records(source)
     try:
         return ContrastSet.from_records(rows_of_file(Path(source)))
@@ -38,16 +38,16 @@ def read_prompts(source: Any) -> tuple[Prompt, ...]:
     document per paragraph (paragraphs are separated by blank lines).
 
     Args:
-        source: A path, a list of strings or messages, or rows in memory.
+        source: A path, or what `as_prompts` takes: a list of strings, of chats or of rows, a pandas series or
+            frame, a ``datasets.Dataset``.
 
     Raises:
         PromptError: The file is missing, is of another kind, is empty, or a row cannot be used.
     """
-    if not isinstance(source, (str, Path)):
-        items = source if hasattr(source, "columns") else list(source)
-        if not hasattr(items, "columns") and all(isinstance(i, (str, Prompt, list, tuple)) for i in items):
-            return tuple(Prompt.of(item) for item in items)
-        return tuple(prompt_of_row(row) for row in rows_of(items))
+    if not isinstance(source, str | Path):
+        if not (prompts := as_prompts(source)):
+            raise PromptError("prompts: there are none")
+        return prompts
     path = Path(source)
     if path.suffix == ".txt":
         paragraphs = [p.strip() for p in re.split(r"\n\s*\n", _text(path).replace("\r\n", "\n")) if p.strip()]
@@ -66,8 +66,12 @@ def read_prompts(source: Any) -> tuple[Prompt, ...]:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
-        raise PromptError(f"{path}: no such file")
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long: a text
+        there = False
+    if not there:
+        raise PromptError(f"{str(path)[:200]}: no such file; for a text instead of a file, [text]")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode("utf-8-sig")
@@ -85,7 +89,7 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
     if name.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(_text(path), newline="")))
     if not name.endswith(".jsonl"):
-        raise PromptError(f"{path}: needs a .jsonl or .csv file")
+        raise PromptError(f"{str(path)[:200]}: needs a .jsonl or .csv file; for a text instead of a file, [text]")
     rows = []
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.files import write_atomically
+from xmodel_steer.metrics import number
 from xmodel_steer.plots import COLOURS, dose_response, effect_by_layer, frontier
 from xmodel_steer.results import ARMS, Arm, TransferResult
 
@@ -18,15 +19,18 @@ from xmodel_steer.results import ARMS, Arm, TransferResult
 def table(result: TransferResult) -> Any:
     """Every arm at every strength, as a ``rich`` table."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    title = f"{result.label}: {result.source['model']} → {result.target['model']}"
+    # A label such as [/b] is no markup.
+    title = Text(f"{result.label}: {result.source['model']} → {result.target['model']}")
     made = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, justify in _COLUMNS:
         made.add_column(name, justify=justify, no_wrap=True)
     for row in _rows(result):
         style = "bold" if row[0] == "mapped" else "dim" if row[0] in ("random", "shuffled") else ""
-        made.add_row(*row, style=style)
+        made.add_row(*map(escape, row), style=style)
     return made
 
 
@@ -39,17 +43,18 @@ def summary(result: TransferResult) -> list[str]:
     ]
     if "r2" in fitted:
         loss = fitted.get("loss")
-        losses = f", loss {loss['test']:.2f} (train {loss['train']:.2f})" if loss else ""
+        losses = f", loss {number(loss['test'], '.2f')} (train {number(loss['train'], '.2f')})" if loss else ""
         penalty = f", penalty {fitted['penalty']:.2g}" if "penalty" in fitted else ""
         lines.append(
             f"map: {fitted.get('fitter', 'unnamed')}{penalty}, {fitted['train_tokens']:,} training tokens, coverage {fitted['coverage']:.0%}; "
-            f"on {fitted['test_documents']} test documents: R² per dimension {fitted['r2']:.2f} (5–95 %: {fitted['r2_low']:.2f}–{fitted['r2_high']:.2f}), "
-            f"cosine {fitted['cosine']:.2f}, norm ratio {fitted['norm_ratio']:.2f}{losses}"
+            f"on {fitted['test_documents']} test documents: R² per dimension {number(fitted['r2'], '.2f')} "
+            f"(5–95 %: {number(fitted['r2_low'], '.2f')}–{number(fitted['r2_high'], '.2f')}), "
+            f"cosine {number(fitted['cosine'], '.2f')}, norm ratio {number(fitted['norm_ratio'], '.2f')}{losses}"
         )
     mapped = result.similarity["mapped"]
     lines.append(
-        f"mapped vector: cosine to native {mapped['cosine']:.2f} (standardised), norm {mapped['norm_ratio']:.2f} of native before rescaling; "
-        f"shuffled map: cosine {result.similarity['shuffled']['cosine']:.2f}"
+        f"mapped vector: cosine to native {number(mapped['cosine'], '.2f')} (standardised), norm {number(mapped['norm_ratio'], '.2f')} of native "
+        f"before rescaling; shuffled map: cosine {number(result.similarity['shuffled']['cosine'], '.2f')}"
     )
     lines.append(
         f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts; "
@@ -59,10 +64,14 @@ def summary(result: TransferResult) -> list[str]:
     for name, base in result.arm("unsteered", 0).side.items():
         own = [(arm, sign, result.at_equal_kl(arm, sign).side[name]) for arm in ARMS[1:] for sign in result.signs]
         lines.append(
-            f"{name} (unsteered {base.value:.2f} [{base.low:.2f}, {base.high:.2f}], n = {base.n}) at equal KL: "
-            + ", ".join(f"{arm} {sign} {found.value:.2f}" for arm, sign, found in own)
+            f"{name} (unsteered {base:.2f}, n = {base.n}) at equal KL: "
+            + ", ".join(f"{arm} {sign} {number(found.value, '.2f')}" for arm, sign, found in own)
         )
-    return lines
+    reasons: dict[str, list[str]] = {}
+    for arm in result.arms:
+        if why := arm.effect.undefined or arm.change.undefined:
+            reasons.setdefault(why, []).append(f"{arm.arm} {arm.strength:+.2f}")
+    return lines + [f"undefined ({why}): {', '.join(arms)}" for why, arms in reasons.items()]
 
 
 _COLUMNS: tuple[tuple[str, Any], ...] = (
@@ -83,13 +92,13 @@ def _rows(result: TransferResult) -> list[tuple[str, ...]]:
         (
             arm.arm if not arm.seeds else f"{arm.arm} × {len(arm.seeds)}",
             (f"{arm.strength:+g}" if arm.budget is None else f"{arm.strength:+.2f} =KL") if arm.strength else "0",
-            f"{arm.effect.value:+.2f}",
-            f"[{arm.effect.low:+.2f}, {arm.effect.high:+.2f}]",
-            f"{arm.change.value:+.2f}",
+            number(arm.effect.value, "+.2f"),
+            f"[{arm.effect.low:+.2f}, {arm.effect.high:+.2f}]" if not arm.effect.undefined else "undefined",
+            number(arm.change.value, "+.2f"),
             str(arm.effect.n),
-            f"{arm.kl:.3f}",
-            f"{arm.perplexity:.1f}",
-            f"{arm.agreement:.0%}",
+            number(arm.kl, ".3f"),
+            number(arm.perplexity, ".1f"),
+            number(arm.agreement, ".0%"),
         )
         for arm in result.arms
     ]
@@ -133,7 +142,7 @@ def write_report(result: TransferResult, path: str | Path) -> Path:
             )
         ),
     )
-    write_atomically(path, page)
+    write_atomically(path, page.encode(errors="replace"))
     return path
 
 
@@ -216,7 +225,7 @@ def marked(text: str, base: str) -> str:
 
 def _score(arm: Arm, i: int) -> str:
     """The score of a text; of several seeds only the first one's text is shown, beside the mean of all."""
-    return f"{arm.scores[i]:+.2f}" + (f" (mean of {len(arm.seeds)})" if arm.seeds else "")
+    return number(arm.scores[i], "+.2f") + (f" (mean of {len(arm.seeds)})" if arm.seeds else "")
 
 
 _PAGE = """<!doctype html>

@@ -3,6 +3,7 @@
 Everything here is read from scores that were measured on evaluation prompts; nothing calls a model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.maps import Map
-from xmodel_steer.metrics import Estimate, bootstrap_mean, holm, sign_flip_test, transfer_efficiency
+from xmodel_steer.metrics import (
+    Estimate,
+    bootstrap_mean,
+    holm,
+    number,
+    quotient,
+    sign_flip_test,
+    transfer_efficiency,
+)
 from xmodel_steer.scorers import Scorer, TextScorer, score_texts
 from xmodel_steer.vectors import SteeringVector
 
@@ -73,7 +82,7 @@ class Comparison:
         control: The control.
         sign: ``"+"`` or ``"-"``: the direction of steering.
         difference: Mean over prompts of mapped minus control, in the direction of steering.
-        p: One-sided p of a paired sign-flip test.
+        p: One-sided p of a paired sign-flip test; NaN where the difference is undefined.
         corrected: The same, corrected for the number of comparisons (Holm).
     """
 
@@ -91,20 +100,20 @@ class Verdict:
     Args:
         strength: The headline strength, at which the native vector sets the KL.
         efficiency: Effect of the mapped vector over that of the native one: of the difference that both directions
-            make, or of the one that was run; None where the native vector does nothing.
+            make, or of the one that was run. Undefined, with the reason, where the native vector does nothing.
         controls: The same ratio for each control.
         kl: The KL that all arms were calibrated to, for each direction.
         comparisons: The mapped arm against every control, in every direction in which the native vector moves the score.
         transfers: Whether it beats every control in these directions, after correction, and the ratio's interval is
-            above 0; None where the ratio is undefined.
+            above 0; None where the ratio, its interval or a comparison is undefined.
         perplexity_ratio: For each direction, perplexity of neutral text under the mapped vector over the unsteered one.
         agreement: For each direction, next-token agreement with the unsteered model there.
         text: One sentence.
     """
 
     strength: float
-    efficiency: Estimate | None
-    controls: Mapping[str, Estimate | None]
+    efficiency: Estimate
+    controls: Mapping[str, Estimate]
     kl: Mapping[str, float]
     comparisons: tuple[Comparison, ...]
     transfers: bool | None
@@ -203,10 +212,11 @@ class TransferResult:
             KeyError: It was not run at equal KL.
         """
         base = np.array(self.arm("unsteered", 0).scores)[:, None]
-        changes = [
-            (1.0 if sign == "+" else -1.0) * (self.at_equal_kl(name, sign).per_seed() - base) for sign in self.signs
-        ]
-        return np.mean(changes, axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite, and then undefined
+            changes = [
+                (1.0 if sign == "+" else -1.0) * (self.at_equal_kl(name, sign).per_seed() - base) for sign in self.signs
+            ]
+            return np.mean(changes, axis=0)
 
     def verdict(self) -> Verdict:
         """What survived, at the native vector's KL."""
@@ -236,7 +246,7 @@ class TransferResult:
         for arm in self.arms:
             if arm.texts:
                 scores = score_texts(scorer, arm.texts)
-                effect, change = bootstrap_mean(scores), bootstrap_mean(scores - start)
+                effect, change = bootstrap_mean(scores), bootstrap_mean(_difference(scores, start))
                 own = tuple(scores.tolist())
                 arms.append(replace(arm, effect=effect, change=change, scores=own, seeds=(), table=(), raw=()))
         spec = {**self.spec, "scorer": repr(scorer)[:200], "rescored_from": self.spec.get("scorer")}
@@ -266,7 +276,8 @@ def arm_record(arm: Arm) -> dict[str, Any]:
         "kl": arm.kl,
         "perplexity": arm.perplexity,
         "agreement": arm.agreement,
-        **({"side": {name: vars(estimate) for name, estimate in arm.side.items()}} if arm.side else {}),
+        **({"undefined": why} if (why := arm.effect.undefined or arm.change.undefined) else {}),
+        **({"side": {name: estimate.record() for name, estimate in arm.side.items()}} if arm.side else {}),
         **({"seeds": list(arm.seeds)} if arm.seeds else {}),
     }
 
@@ -280,10 +291,12 @@ def _verdict(result: TransferResult) -> Verdict:
     efficiency = transfer_efficiency(result.gain("mapped"), native)
     controls = {name: transfer_efficiency(result.gain(name), native) for name in CONTROLS}
     comparisons = _comparisons(arms, _moved(arms["native"], ways))
-    beats = all(c.corrected < LEVEL for c in comparisons)
-    transfers = None if efficiency is None else beats and efficiency.low > 0 and float(native.mean()) > 0
+    transfers = None
+    if not efficiency.undefined and not any(c.difference.undefined for c in comparisons):
+        beats = all(c.corrected < LEVEL for c in comparisons)
+        transfers = beats and efficiency.low > 0 and bootstrap_mean(native).value > 0
     kl = {sign: arms["native"][sign].kl for sign in ways}
-    perplexity = {sign: arms["mapped"][sign].perplexity / base.perplexity for sign in ways}
+    perplexity = {sign: quotient(arms["mapped"][sign].perplexity, base.perplexity) for sign in ways}
     agreement = {sign: arms["mapped"][sign].agreement for sign in ways}
     verdict = Verdict(result.headline, efficiency, controls, kl, comparisons, transfers, perplexity, agreement, "")
     return replace(verdict, text=_in_words(result, verdict, base))
@@ -305,34 +318,44 @@ def _moved(native: Mapping[str, Arm], ways: Mapping[str, float]) -> Mapping[str,
 def _comparisons(arms: Mapping[str, Mapping[str, Arm]], ways: Mapping[str, float]) -> tuple[Comparison, ...]:
     pairs = [(control, sign) for control in CONTROLS for sign in ways]
     differences = [
-        ways[sign] * (np.array(arms["mapped"][sign].scores) - np.array(arms[control][sign].scores))
+        ways[sign] * _difference(np.array(arms["mapped"][sign].scores), np.array(arms[control][sign].scores))
         for control, sign in pairs
     ]
-    p = [sign_flip_test(d) for d in differences]
+    means = [bootstrap_mean(d) for d in differences]
+    p = [math.nan if mean.undefined else sign_flip_test(d) for mean, d in zip(means, differences, strict=True)]
     return tuple(
-        Comparison(control, sign, bootstrap_mean(d), raw, corrected)
-        for (control, sign), d, raw, corrected in zip(pairs, differences, p, holm(p), strict=True)
+        Comparison(control, sign, mean, raw, corrected)
+        for (control, sign), mean, raw, corrected in zip(pairs, means, p, holm(p), strict=True)
     )
+
+
+def _difference(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The difference of scores; infinite, and then undefined, where it is too large for a float."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return scores - base
 
 
 def _in_words(result: TransferResult, verdict: Verdict, base: Arm) -> str:
-    budget = " and ".join(f"{kl:.2f}" for kl in verdict.kl.values())
+    budget = " and ".join(number(kl, ".2f") for kl in verdict.kl.values())
     where = f"at KL {budget} nats per token, n = {base.effect.n}"
-    if verdict.efficiency is None:
-        return f"{result.label}: undefined, the native vector does nothing {where}"
-    beside = ", ".join(
-        f"{name} {found.value:.2f}" if found else f"{name} undefined" for name, found in verdict.controls.items()
-    )
     own = verdict.efficiency
-    worst = max(c.corrected for c in verdict.comparisons)
-    test = f"paired test against each control: p {'≤' if verdict.transfers else 'up to'} {max(worst, 1e-4):.2g}, corrected for {len(verdict.comparisons)} comparisons"
+    if math.isnan(own.value):
+        return f"{result.label}: undefined, {own.undefined} {where}"
+    beside = ", ".join(
+        f"{name} {'undefined' if math.isnan(found.value) else f'{found.value:.2f}'}"
+        for name, found in verdict.controls.items()
+    )
+    tested = [c.corrected for c in verdict.comparisons if not c.difference.undefined]
+    worst = f"{'≤' if verdict.transfers else 'up to'} {max(*tested, 1e-4):.2g}" if tested else "undefined"
+    test = f"paired test against each control: p {worst}, corrected for {len(verdict.comparisons)} comparisons"
+    for c in verdict.comparisons:
+        test += f"; {c.control} {c.sign} undefined ({c.difference.undefined})" if c.difference.undefined else ""
+    said = {True: "transfers", False: "no evidence of transfer", None: "undefined"}[verdict.transfers]
     short = [f"{n} {s}" for n in ARMS[1:] for s in result.signs if not result.at_equal_kl(n, s).reached]
     missed = f"; {', '.join(short)} cannot be brought to that KL" if short else ""
-    cost = f"perplexity at most {max(verdict.perplexity_ratio.values()):.2f} times the unsteered one"
-    return (
-        f"{result.label}: {'transfers' if verdict.transfers else 'no evidence of transfer'}: "
-        f"{own.value:.2f} [{own.low:.2f}, {own.high:.2f}] of native {where}; {beside}; {test}; {cost}{missed}"
-    )
+    highest = number(float(np.max(list(verdict.perplexity_ratio.values()))), ".2f")
+    cost = f"perplexity at most {highest} times the unsteered one"
+    return f"{result.label}: {said}: {own:.2f} of native {where}; {beside}; {test}; {cost}{missed}"
 
 
 def joined_arm(
@@ -368,19 +391,21 @@ def joined_arm(
     """
     table = np.stack(list(scores), 1)
     several = table.shape[1] > 1
+    with np.errstate(all="ignore"):  # what overflows is infinite, and told by that
+        means, geometric = (table.mean(1), table.mean(0)), np.exp(np.mean(np.log(perplexity)))
     return Arm(
         arm=name,
         strength=float(np.mean(strengths)),
         effect=bootstrap_mean(table),
-        change=bootstrap_mean(table - base[:, None]),
+        change=bootstrap_mean(_difference(table, base[:, None])),
         kl=float(np.mean(kl)),
-        perplexity=float(np.exp(np.mean(np.log(perplexity)))),
+        perplexity=float(geometric),
         agreement=float(np.mean(agreement)),
         budget=budget,
         reached=reached,
         side=dict(side or {}),
-        scores=tuple(table.mean(1).tolist()),
-        seeds=tuple(table.mean(0).tolist()) if several else (),
+        scores=tuple(means[0].tolist()),
+        seeds=tuple(means[1].tolist()) if several else (),
         table=tuple(map(tuple, table.tolist())) if several else (),
         texts=texts,
         raw=raw,

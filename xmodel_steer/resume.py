@@ -97,7 +97,7 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
                 kept.spared += found["seconds"]
                 kept.counted.add(file.name)
             return made
-        except (ArtifactError, KeyError, TypeError, UnicodeDecodeError):  # damaged
+        except (ArtifactError, KeyError, TypeError):  # damaged
             file.unlink()
     start = time.perf_counter()
     made = make()

@@ -8,7 +8,7 @@ both models: the character that they end on, or their role in the chat template.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,9 +25,10 @@ from xmodel_steer.errors import ArtifactError, PromptError, SpaceMismatchError
 from xmodel_steer.files import KEY, SCHEMA, dump_json, parse_record, read_record, write_atomically, write_tensors
 from xmodel_steer.models import context_length, dtype_of, encode, name_of, revision_of, sites_of, space_of, tokenizer_of
 from xmodel_steer.moments import PARTS, Moments, MomentsAccumulator, part_of
-from xmodel_steer.prompts import Prompt, PromptLike, as_prompts, text_digest
+from xmodel_steer.prompts import Prompt, Prompts, as_prompts, items_of, text_digest
 from xmodel_steer.rows import DocumentRows, PairedRows
 from xmodel_steer.spaces import Site, Space
+from xmodel_steer.tokens import Encoding, warn_of_missing
 from xmodel_steer.vectors import check_finite
 
 ENDS = ("source", "target")
@@ -36,7 +37,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def harvest(
     model: Any,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     folder: str | Path,
     *,
     end: str,
@@ -92,13 +93,15 @@ def harvest(
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
     if max_tokens > context_length(model):
         raise PromptError(f"harvest: max_tokens {max_tokens} is over the context of {name_of(model)}")
+    texts = items_of(texts, "harvest")
     if isinstance(texts, Sequence):
-        texts = as_prompts(texts)  # what cannot be a prompt is refused before the model runs
+        texts = as_prompts(texts, what="harvest")  # what cannot be a prompt is refused before the model runs
     place = Path(folder) / end
     record = _end_record(model, sites, kind, settings)
     _open_end(place, record)
 
     names: list[str] = []
+    lacking: list[Encoding] = []
     total = len(texts) if isinstance(texts, Sequence) else None
     title = f"harvest {name_of(model)}" + (f", shard {part}/{parts}" if parts > 1 else "")
     with tqdm(total=total, unit="text", desc=title, disable=not progress, delay=2) as bar:
@@ -109,8 +112,10 @@ def harvest(
             if file.is_file():
                 _require_same_texts(file, window)
             elif number % parts == part:
-                _write_shard(model, window, number, file, record, sites, kind, settings, batch_size)
+                lacking += _write_shard(model, window, number, file, record, sites, kind, settings, batch_size)
+                del lacking[2:]
             bar.update(len(window))
+    warn_of_missing(lacking, name_of(model))
     if not names:
         raise PromptError("harvest: no texts were given")
     if all((place / name).is_file() for name in names):  # other jobs may still be writing
@@ -193,8 +198,10 @@ def _write_shard(
     dtype: torch.dtype | None,
     settings: Mapping[str, Any],
     batch_size: int,
-) -> None:
-    encodings = encode(model, window, max_tokens=settings["max_tokens"], truncation_side=settings["truncation_side"])
+) -> list[Encoding]:
+    """Write the shard; returns the prompts that the chat template does not show whole."""
+    cut = {key: settings[key] for key in ("max_tokens", "truncation_side")}
+    encodings = encode(model, window, **cut, warn=False)
     keys = [e.token_ends(template=settings["template"]).ends for e in encodings]
     positions = [tuple(i for i, key in enumerate(own) if key != -1) for own in keys]
     rows = rows_at(model, encodings, sites, positions, batch_size)
@@ -215,6 +222,7 @@ def _write_shard(
         "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
     write_tensors(file, "ActivationShard", tensors, header)
+    return [encoding for encoding in encodings if encoding.missing]
 
 
 def _rows_name(site: Site) -> str:

@@ -1,11 +1,12 @@
 """Prompts as tokens of one model's tokenizer, each with the character that it ends on."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xmodel_steer.alignment import TokenEnds
-from xmodel_steer.errors import PromptError
+from xmodel_steer.errors import PromptError, PromptWarning
 from xmodel_steer.prompts import Prompt
 
 
@@ -20,12 +21,14 @@ class Encoding:
         roles: For each token of a chat template that has a role, the role: 2i for the last one before
             the content of message i (or before an opened assistant's turn), 2i + 1 for the first one
             after it; -1 for all other tokens.
+        missing: Numbers of the messages of which the chat template leaves out or rewrites something.
     """
 
     prompt: Prompt
     ids: tuple[int, ...]
     ends: tuple[int, ...]
     roles: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
 
     def token_ends(self, *, include_special: bool = False, template: bool = False) -> TokenEnds:
         """The ends of the tokens that may be paired: not text position 0, an attention sink.
@@ -50,8 +53,14 @@ def tokenise(
     limit: int | None = None,
     max_tokens: int | None = None,
     truncation_side: str = "right",
+    warn: bool = True,
 ) -> list[Encoding]:
     """Tokenise prompts, with the character that each token ends on.
+
+    Raw text gets the special tokens that the tokenizer puts before a text (BOS, CLS), but none that the
+    text itself begins with: a chat that was rendered to a string is tokenised like the chat. It gets none
+    that the tokenizer puts after a text (EOS, SEP): a prompt is to be continued, and ``"last"`` is its own
+    last token. Chats have the special tokens that their template writes, and no others.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -61,6 +70,7 @@ def tokenise(
         max_tokens: Cut longer prompts to this many tokens.
         truncation_side: Where to cut: ``"right"``, the end; ``"left"``, the beginning, but for
             a BOS that stands there.
+        warn: Warn of messages that the chat template does not show as they are (`warn_of_missing`).
 
     Raises:
         PromptError: A prompt is longer than the context, or gives no tokens.
@@ -81,9 +91,10 @@ def tokenise(
             return_attention_mask=False,
             verbose=False,
         )
-        ids, offsets = batch["input_ids"], batch["offset_mapping"]
-        if not ids:
+        kept = _prompt_tokens(batch, opening) if batch["input_ids"] else []
+        if not kept:
             raise PromptError(f"prompt {prompt.id}: the tokenizer of {name} makes no tokens of {rendered.text[:60]!r}")
+        ids, offsets = ([batch[key][i] for i in kept] for key in ("input_ids", "offset_mapping"))
         keep = list(range(len(ids)))
         if max_tokens is not None and len(ids) > max_tokens:
             head = int(truncation_side == "left" and ids[0] in opening and max_tokens > 1)
@@ -112,8 +123,43 @@ def tokenise(
                 first, _, base = rendered.spans[span]
                 ends.append(end - first + base)
         roles = _roles(rendered.marks, offsets, dict(zip(keep, ends, strict=True)))
-        encoded.append(Encoding(prompt, tuple(ids[i] for i in keep), tuple(ends), roles))
+        encoded.append(Encoding(prompt, tuple(ids[i] for i in keep), tuple(ends), roles, rendered.missing))
+    if warn:
+        warn_of_missing(encoded, name)
     return encoded
+
+
+def _prompt_tokens(batch: Any, opening: set[int]) -> list[int]:
+    """Places of the text's tokens, and of what the tokenizer put before them that the text has not written itself."""
+    ids = batch["input_ids"]
+    own = [i for i, sequence in enumerate(batch.sequence_ids(0)) if sequence is not None]
+    if not own:
+        return [i for i, token in enumerate(ids) if token in opening]
+    before = ids[: own[0]]
+    return [*range(before.index(ids[own[0]]) if ids[own[0]] in before else len(before)), *own]
+
+
+def warn_of_missing(encodings: Sequence[Encoding], name: str) -> None:
+    """Warn once where chat templates leave out or rewrite messages.
+
+    Args:
+        encodings: Prompts, tokenised.
+        name: Name of the model.
+    """
+    lacking = [encoding for encoding in encodings if encoding.missing]
+    if not lacking:
+        return
+    prompt, numbers = lacking[0].prompt, lacking[0].missing
+    listed = ", ".join(f"{i + 1} ({prompt.messages[i].role})" for i in numbers)
+    others = ", and those of other prompts" if len(lacking) > 1 else ""
+    warnings.warn(
+        f"prompt {prompt.id} ({prompt.content[:40]!r}): the chat template of {name} leaves out or rewrites all or part of "
+        f"message {listed}{others}; the model does not read that part as it was given, and what is written in its place counts "
+        "as the template's: 'mean' and 'all' leave it out, and it pairs with nothing; give messages as the template keeps them "
+        "(without reasoning, say), or set tokenizer.chat_template",
+        PromptWarning,
+        stacklevel=3,
+    )
 
 
 def shared_start(sequences: Sequence[Sequence[int]]) -> int:

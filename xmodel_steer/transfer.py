@@ -6,7 +6,7 @@ prompts and validation text; what is reported comes from prompts and text that c
 
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -15,15 +15,15 @@ import numpy as np
 from torch import Tensor
 
 from xmodel_steer.capture import Tokens, capture, collect_moments
-from xmodel_steer.damage import SideEffect, calibrate, neutral_positions, on_neutral, side_effects
+from xmodel_steer.damage import LEAST, SideEffect, calibrate, neutral_positions, on_neutral, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import Behaviour, GeneratedText, MultipleChoice, Preference
 from xmodel_steer.fitters import Fitter, RelativeAnchors, Ridge, ShuffledPairs, pinned
 from xmodel_steer.maps import Map
-from xmodel_steer.metrics import bootstrap_mean
+from xmodel_steer.metrics import bootstrap_mean, quotient
 from xmodel_steer.models import context_length, dtype_of, name_of, space_of
 from xmodel_steer.moments import PARTS, Moments
-from xmodel_steer.prompts import ContrastSet, Prompt, PromptLike, as_prompts, require_disjoint
+from xmodel_steer.prompts import ContrastSet, Prompt, Prompts, as_prompts, require_disjoint
 from xmodel_steer.results import Arm, TransferResult, joined_arm
 from xmodel_steer.scorers import Explained, Scorer
 from xmodel_steer.spaces import Site, require_same_space
@@ -54,9 +54,9 @@ def transfer(
     source: Any,
     target: Any,
     contrast: ContrastSet,
-    texts: Iterable[PromptLike],
+    texts: Prompts,
     *,
-    prompts: Iterable[PromptLike] | None = None,
+    prompts: Prompts | None = None,
     scorer: Scorer | None = None,
     held_out: Callable[[ContrastSet], Behaviour] = Preference,
     label: str = "behaviour",
@@ -69,7 +69,7 @@ def transfer(
     positions: Positions = "all",
     fitter: Fitter = Ridge(),
     moments: Moments | None = None,
-    neutral_texts: Iterable[PromptLike] | None = None,
+    neutral_texts: Prompts | None = None,
     side: Mapping[str, Behaviour] | None = None,
     fixed: bool = True,
     random_seeds: int = 5,
@@ -149,8 +149,8 @@ def transfer(
     strengths = tuple(sorted({float(s) for s in strengths}))
     chosen_sources = tuple(source_sites or default_sites(source, "source"))
     chosen_targets = tuple(target_sites or default_sites(target, "target"))
-    text_items = as_prompts(list(texts))
-    neutral = as_prompts(list(neutral_texts)) if neutral_texts is not None else ()
+    text_items = as_prompts(texts, what="transfer: texts")
+    neutral = as_prompts(neutral_texts, what="transfer: neutral_texts") if neutral_texts is not None else ()
     fit_set, (validation, validating), (evaluation, reporting) = _behaviours(
         contrast, prompts, scorer, held_out, unit=unit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
@@ -239,7 +239,9 @@ def transfer(
 
     def best(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         allowed = [r for r in records if r["perplexity_ratio"] < max_perplexity_ratio]
-        return max(allowed, key=lambda r: r["gain"]) if allowed else min(records, key=lambda r: r["perplexity_ratio"])
+        if not allowed:
+            return min(records, key=lambda r: r["perplexity_ratio"])
+        return max(allowed, key=lambda r: -np.inf if np.isnan(r["gain"]) else r["gain"])  # NaN is never the best
 
     selection: dict[str, Any] = {}
     target_site = chosen_targets[0]
@@ -282,7 +284,8 @@ def transfer(
         for v in group
     ]
     signs = [sign for sign in (1, -1) if sign * headline in strengths]
-    budgets = [e.mean_kl for e in damage([steer(native, sign * headline) for sign in signs], neutral_validation)]
+    disturbed = damage([steer(native, sign * headline) for sign in signs], neutral_validation)
+    budgets = [max(effect.mean_kl, LEAST) for effect in disturbed]
     runs += [
         _Run("native", sign * headline, steer(native, sign * headline), kl)
         for sign, kl in zip(signs, budgets, strict=True)
@@ -318,7 +321,7 @@ def transfer(
     similarity = {
         name: {
             "cosine": native.cosine(vector),
-            "norm_ratio": vector.norm(standardised=True) / norm,
+            "norm_ratio": quotient(vector.norm(standardised=True), norm),
             "raw_cosine": native.cosine(vector, standardised=False),
         }
         for name, vector in (("mapped", transported[source_site]), ("shuffled", shuffled_raw))
@@ -400,7 +403,7 @@ def default_sites(model: Any, end: str) -> list[Site]:
 
 def _behaviours(
     contrast: ContrastSet,
-    prompts: Iterable[PromptLike] | None,
+    prompts: Prompts | None,
     scorer: Scorer | None,
     held_out: Callable[[ContrastSet], Behaviour],
     *,
@@ -418,7 +421,7 @@ def _behaviours(
         fit_set, *others = contrast.split((0.5, 0.2, 0.3), seed=seed)
         validation, evaluation = ((held_out(own), own.positive + own.negative) for own in others)
         return fit_set, validation, evaluation
-    items = as_prompts(list(prompts))
+    items = as_prompts(prompts, what="transfer: prompts")
     distinct = list({p.content_key(): p for p in items}.values())
     order = np.random.default_rng(seed).permutation(len(distinct))
     third = len(distinct) // 3
@@ -528,12 +531,16 @@ def _map_record(mapping: Map, moments: Moments) -> dict[str, Any]:
         "train_tokens": moments.parts["train"].count,
     }
     if score is not None:
-        varying = score.r2[~score.r2.isnan()]
+        r2 = score.r2.double()
+        if r2.isnan().all():  # the target does not vary on the test documents
+            low = middle = high = np.nan
+        else:
+            low, middle, high = np.nanquantile(r2.cpu().numpy(), [0.05, 0.5, 0.95]).tolist()
         record |= {
             "r2": score.mean_r2,
-            "r2_median": float(varying.median()),
-            "r2_low": float(varying.quantile(0.05)),
-            "r2_high": float(varying.quantile(0.95)),
+            "r2_median": middle,
+            "r2_low": low,
+            "r2_high": high,
             "cosine": score.cosine,
             "norm_ratio": score.norm_ratio,
             "test_tokens": score.count,

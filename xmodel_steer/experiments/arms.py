@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xmodel_steer.cache import cached_moments
 from xmodel_steer.capture import Tokens, capture, collect_moments
-from xmodel_steer.damage import Settings, calibrate, neutral_positions, on_neutral, side_effects
+from xmodel_steer.damage import LEAST, Settings, calibrate, neutral_positions, on_neutral, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText
 from xmodel_steer.experiments.study import (
@@ -27,6 +27,7 @@ from xmodel_steer.experiments.study import (
     estimate,
 )
 from xmodel_steer.fitters import Fitter, ShuffledPairs, pinned
+from xmodel_steer.metrics import number, quotient
 from xmodel_steer.models import context_length, device_of, hardware_of, name_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.organisms.data import PARTS, Curriculum, Lesson
@@ -367,7 +368,7 @@ class Carried:
             shuffled=at_norm_of(native, control.transport(vector).with_scale(scale)),
             biased=at_norm_of(native, replace(moved, direction=mapping.transform(vector.direction))),
             cosine=native.cosine(moved),
-            norm_ratio=moved.norm(standardised=True) / native.norm(standardised=True),
+            norm_ratio=quotient(moved.norm(standardised=True), native.norm(standardised=True)),
             r2=score.mean_r2 if score else None,
             gate=None if gate is None else cls.of(*gate, moments, fitter),
         )
@@ -783,7 +784,7 @@ def _at_equal_kl(
     found = calibrate(
         target,
         vectors,
-        effect.mean_kl,
+        max(effect.mean_kl, LEAST),
         neutral,
         signs=signs,
         positions=positions,
@@ -948,16 +949,14 @@ def verdict(study: Study) -> str:
     for recipe in study.chosen:
         own = study.arm("mapped", recipe)
         beside = {name: found.value for name, found in own.beside.items() if not name.endswith(STRICTER)}
-        costs = ", ".join(f"{name} {value:.3f}" for name, value in beside.items())
+        costs = ", ".join(f"{name} {number(value, '.3f')}" for name, value in beside.items())
         others = ", ".join(
             f"{name} {_in_short(study.arm(name, recipe))}" for name in ("unsteered", "native", "random", "shuffled")
         )
-        said.append(
-            f"{recipe}: mapped {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n}, {costs} ({others})"
-        )
+        said.append(f"{recipe}: mapped {own.effect:.3f} of {own.effect.n}, {costs} ({others})")
     return "; ".join(said)
 
 
 def _in_short(arm: StudyArm) -> str:
-    agreement = f" at agreement {arm.beside[AGREEMENT].value:.2f}" if AGREEMENT in arm.beside else ""
-    return f"{arm.effect.value:.2f}{agreement}"
+    agreement = f" at agreement {number(arm.beside[AGREEMENT].value, '.2f')}" if AGREEMENT in arm.beside else ""
+    return f"{number(arm.effect.value, '.2f')}{agreement}"

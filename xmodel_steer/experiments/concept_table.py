@@ -13,7 +13,7 @@ from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import AnswerLogOdds
 from xmodel_steer.experiments.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of
 from xmodel_steer.fitters import Fitter, Ridge
-from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
+from xmodel_steer.metrics import NO_NATIVE, bootstrap_mean, transfer_efficiency
 from xmodel_steer.models import context_length, hardware_of
 from xmodel_steer.moments import Moments
 from xmodel_steer.packaged import general_text
@@ -31,7 +31,7 @@ FEATURES = ("sentiment", "tense", "formality", "numbers")
 UNIT = "half of what lies between steering in both directions at equal KL, in the concept's own unit"
 NOTE = (
     "Every arm disturbs neutral text by the KL of the native vector at strength 1, in each direction. Efficiency: the arm's effect over "
-    "the native one's; it stands nowhere where the native vector does nothing. KL and perplexity: mean of both directions."
+    "the native one's; undefined where the native vector does nothing. KL and perplexity: mean of both directions."
 )
 SHOWN = 3  # texts of each direction
 
@@ -211,7 +211,6 @@ def _arms(result: TransferResult) -> list[StudyArm]:
     for name in ARMS[1:]:
         ways = {sign: result.at_equal_kl(name, sign) for sign in result.signs}
         gain = result.gain(name)
-        efficiency = transfer_efficiency(gain, native)
         beside = {f"score, {sign}": arm.effect for sign, arm in ways.items()} | {"score, unsteered": base.effect}
         beside |= {f"{what}, {sign}": found for sign, arm in ways.items() for what, found in arm.side.items()} | {
             f"{what}, unsteered": found for what, found in base.side.items()
@@ -224,7 +223,7 @@ def _arms(result: TransferResult) -> list[StudyArm]:
                 operator=f"Add({strengths})",
                 at=EQUAL_KL,
                 effect=bootstrap_mean(gain),
-                beside=({EFFICIENCY: efficiency} if efficiency else {}) | beside,
+                beside={EFFICIENCY: transfer_efficiency(gain, native)} | beside,
                 kl=float(np.mean([arm.kl for arm in ways.values()])),
                 perplexity=float(np.exp(np.mean([np.log(arm.perplexity) for arm in ways.values()]))),
                 reached=all(arm.reached for arm in ways.values()),
@@ -245,7 +244,7 @@ def _chosen(result: TransferResult) -> dict[str, Any]:
         "norm_ratio": result.similarity["mapped"]["norm_ratio"],
         "map_r2": result.map.get("r2"),
         "transfers": found.transfers,
-        "p": max(c.corrected for c in found.comparisons),
+        "p": float(np.max([c.corrected for c in found.comparisons])),
         "unsteered_perplexity": result.arm("unsteered", 0).perplexity,
         "selection": result.selection,
     }
@@ -254,8 +253,8 @@ def _chosen(result: TransferResult) -> dict[str, Any]:
 def verdict(results: dict[str, TransferResult]) -> str:
     """How many concepts transfer, and each one's line."""
     found = [result.verdict() for result in results.values()]
-    defined = [v for v in found if v.efficiency is not None]
-    share = [v.efficiency.value for v in defined if v.efficiency is not None]
+    defined = [v for v in found if v.efficiency.undefined != NO_NATIVE]
+    share = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
     median = f", median efficiency {np.median(share):.2f}" if share else ""
     head = f"{sum(v.transfers is True for v in found)} of {len(found)} concepts transfer; {len(defined)} have a native effect{median}"
     return "; ".join([head, *(v.text.replace("; ", ", ") for v in found)])

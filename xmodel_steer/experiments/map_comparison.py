@@ -1,6 +1,7 @@
 """The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 from xmodel_steer.capture import capture
 from xmodel_steer.checks import replacement_check
 from xmodel_steer.concepts import Concept, concept
-from xmodel_steer.damage import SideEffect, calibrate, side_effects
+from xmodel_steer.damage import LEAST, SideEffect, calibrate, side_effects
 from xmodel_steer.errors import PromptError
 from xmodel_steer.evaluation import GeneratedText, MultipleChoice
 from xmodel_steer.experiments.arms import LONGER, Pair
@@ -27,7 +28,7 @@ from xmodel_steer.experiments.study import (
 )
 from xmodel_steer.fitters import Fitter, Procrustes, ReducedRank, Ridge, ShuffledPairs
 from xmodel_steer.maps import AutoencoderMap, Map
-from xmodel_steer.metrics import bootstrap_mean, transfer_efficiency
+from xmodel_steer.metrics import bootstrap_mean, number, quotient, transfer_efficiency
 from xmodel_steer.models import device_of, hardware_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.packaged import general_text
@@ -190,7 +191,7 @@ def map_comparison(
             "settings": repr(every[name])[:300],
             "seconds": round(seconds[name], 2),
             "cosine": native.cosine(moved[name]),
-            "norm_ratio": moved[name].norm(standardised=True) / norm,
+            "norm_ratio": quotient(moved[name].norm(standardised=True), norm),
             **_fit_of(mapping),
         }
         for name, mapping in maps.items()
@@ -314,7 +315,7 @@ def _steered(
     def damage(settings: Sequence[Sequence[Step]], texts: Sequence[Prompt]) -> list[SideEffect]:
         return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=16, progress=progress)
 
-    budgets = [effect.mean_kl for effect in damage(_both(native), calibration)]
+    budgets = [max(effect.mean_kl, LEAST) for effect in damage(_both(native), calibration)]
     flat = [(name, vector) for name, group in groups.items() for vector in group]
     found = calibrate(
         target,
@@ -336,7 +337,6 @@ def _steered(
         mine = [i for i, (other, _) in enumerate(flat) if other == name]
         table = np.stack([scores[i] for i in mine], 1)
         cost = [effect for i in mine for effect in effects[1 + 2 * i : 3 + 2 * i]]
-        efficiency = transfer_efficiency(table, base)
         arms.append(
             StudyArm(
                 arm=name,
@@ -344,7 +344,7 @@ def _steered(
                 operator="Add({:.2f} and {:.2f})".format(*np.mean([[d.strength for d in doses[i]] for i in mine], 0)),
                 at=EQUAL_KL,
                 effect=bootstrap_mean(table),
-                beside={EFFICIENCY: efficiency} if efficiency else {},
+                beside={EFFICIENCY: transfer_efficiency(table, base)},
                 kl=float(np.mean([effect.mean_kl for effect in cost])),
                 perplexity=float(np.exp(np.mean(np.log([effect.perplexity for effect in cost])))),
                 reached=all(dose.reached for i in mine for dose in doses[i]),
@@ -398,11 +398,20 @@ def _verdict(arms: Sequence[StudyArm], names: Sequence[str]) -> str:
 
     def said(name: str) -> str:
         steered, living, asked = (table[name, recipe] for recipe in (STEERING, REPLACED, CAPABILITY))
-        share = steered.beside.get(EFFICIENCY)
-        much = f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of native" if share else "efficiency undefined"
+        share = steered.beside[EFFICIENCY]
+        much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"{share:.2f} of native"
+        kl, closer, right, unsteered = (
+            number(found.value, ".2f")
+            for found in (
+                living.beside["KL from its own text"],
+                living.effect,
+                asked.effect,
+                table["unsteered", CAPABILITY].effect,
+            )
+        )
         return (
-            f"{name}: steering {much}, replacement KL {living.beside['KL from its own text'].value:.2f} and closer to the target's text {living.effect.value:.2f}, "
-            f"right answers {asked.effect.value:.2f} (unsteered {table['unsteered', CAPABILITY].effect.value:.2f})"
+            f"{name}: steering {much}, replacement KL {kl} and closer to the target's text {closer}, "
+            f"right answers {right} (unsteered {unsteered})"
         )
 
     return "; ".join(said(name) for name in names)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xmodel_steer.experiments.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
 from xmodel_steer.files import write_atomically
-from xmodel_steer.metrics import Estimate
+from xmodel_steer.metrics import Estimate, number
 from xmodel_steer.plots import COLOURS
 from xmodel_steer.report import figures_html, marked
 
@@ -197,7 +197,7 @@ def curve(study: Study, name: str) -> Any:
     for kind, colour in (("known", "#D55E00"), ("unknown", "#0072B2")):
         own = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
         for measure, dash in shown.items():
-            values = [Estimate(**p[measure]) for p in own]
+            values = [Estimate.of(p[measure]) for p in own]
             figure.add_trace(
                 go.Scatter(
                     x=[p["prompts"] for p in own], y=[v.value for v in values], name=f"{measure}, trigger {kind}",
@@ -230,7 +230,9 @@ def tables(study: Study) -> "list[Table]":
     Args:
         study: A study.
     """
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     made = []
     for recipe in dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe):
@@ -238,26 +240,26 @@ def tables(study: Study) -> "list[Table]":
         both = len({arm.at for arm in own if arm.arm != "unsteered"}) > 1
         beside = [name for name in dict.fromkeys(n for arm in own for n in arm.beside) if not name.endswith(STRICTER)]
         between = "" if "models" in study.spec else f": {study.source['model']} → {study.target['model']}"
-        table = Table(title=f"{recipe}{between}, n = {own[-1].effect.n}")
+        table = Table(title=Text(f"{recipe}{between}, n = {own[-1].effect.n}"))  # a name such as [/b] is no markup
         for name in ("arm", "effect", *beside, "KL", "perplexity"):
-            least = max(map(len, name.split()))
+            least = max(map(len, name.split()), default=0)
             table.add_column(
-                name, justify="left" if name == "arm" else "right", no_wrap=name in ("arm", "effect"), min_width=least
+                escape(name),
+                justify="left" if name == "arm" else "right",
+                no_wrap=name in ("arm", "effect"),
+                min_width=least,
             )
         for arm in own:
-            values = [f"{arm.beside[name].value:.2f}" if name in arm.beside else "" for name in beside]
+            values = [number(arm.beside[name].value, ".2f") if name in arm.beside else "" for name in beside]
             label = _name(arm) + (f", {arm.at}" if arm.at != EQUAL_STRENGTH and both else "")
-            table.add_row(label, _short(arm.effect), *values, f"{arm.kl:.2f}", f"{arm.perplexity:.1f}")
+            cells = (label, f"{arm.effect:.2f}", *values, number(arm.kl, ".2f"), number(arm.perplexity, ".1f"))
+            table.add_row(*map(escape, cells))
         made.append(table)
     return made
 
 
 def _name(arm: StudyArm) -> str:
     return arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else "")
-
-
-def _short(value: Estimate) -> str:
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 def rows(study: Study) -> list[dict[str, str]]:
@@ -273,15 +275,11 @@ def rows(study: Study) -> list[dict[str, str]]:
             "arm": _name(arm),
             "operator": arm.operator,
             "n": str(arm.effect.n),
-            "effect": _text(arm.effect),
+            "effect": f"{arm.effect:.3f}",
         }
-        own |= {name: _text(value) for name, value in arm.beside.items()}
-        made.append(own | {"KL": f"{arm.kl:.3f}", "perplexity": f"{arm.perplexity:.1f}"})
+        own |= {name: f"{value:.3f}" for name, value in arm.beside.items()}
+        made.append(own | {"KL": number(arm.kl, ".3f"), "perplexity": number(arm.perplexity, ".1f")})
     return made
-
-
-def _text(value: Estimate) -> str:
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def write_study(study: Study, folder: str | Path) -> Path:
@@ -298,6 +296,22 @@ def write_study(study: Study, folder: str | Path) -> Path:
         ArtifactError: They cannot be written.
     """
     study.save(folder)
+    return write_page(study, folder)
+
+
+def write_page(study: Study, folder: str | Path) -> Path:
+    """Write ``report.html`` into a folder that has the record.
+
+    Args:
+        study: A study.
+        folder: Where to.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
     path = Path(folder) / REPORT
     drawn = [figure(study)]
     if _layers_varied(study):
@@ -316,7 +330,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
         texts=_texts(study),
         record=html.escape(json.dumps(record, indent=1, ensure_ascii=False)),
     )
-    write_atomically(path, page)
+    write_atomically(path, page.encode(errors="replace"))
     return path
 
 

@@ -293,7 +293,7 @@ def _amounts(
             (found,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect", progress=pair.progress)
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
-                | {"effect": vars(estimate([found.effect], found.groups.get("effect")))}
-                | {key: vars(estimate([own], found.groups.get(key))) for key, own in found.beside.items()}
+                | {"effect": estimate([found.effect], found.groups.get("effect")).record()}
+                | {key: estimate([own], found.groups.get(key)).record() for key, own in found.beside.items()}
             )
     return tuple(curve)

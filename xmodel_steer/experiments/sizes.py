@@ -1,6 +1,7 @@
 """One concept carried along a row of models, from each into every larger one."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,12 +75,8 @@ def parameters(model: Any) -> int:
 
 def _line(pair: str, study: Study, name: str) -> str:
     native, mapped = study.arm("native", name, at=EQUAL_KL), study.arm("mapped", name, at=EQUAL_KL)
-    effect = f"native effect {native.effect.value:.2f} [{native.effect.low:.2f}, {native.effect.high:.2f}]"
-    share = mapped.beside.get(EFFICIENCY)
-    much = f"mapped {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of it" if share else "efficiency undefined"
-    controls = ", ".join(
-        f"{control} {arm.beside[EFFICIENCY].value:.2f}"
-        for control in CONTROLS
-        if EFFICIENCY in (arm := study.arm(control, name, at=EQUAL_KL)).beside
-    )
-    return f"{pair}, {name}: {effect}, {much}{f' ({controls})' if controls else ''}, n = {native.effect.n}"
+    share = mapped.beside[EFFICIENCY]
+    much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"mapped {share:.2f} of it"
+    beside = ((control, study.arm(control, name, at=EQUAL_KL).beside[EFFICIENCY].value) for control in CONTROLS)
+    controls = ", ".join(f"{control} {value:.2f}" for control, value in beside if not math.isnan(value))
+    return f"{pair}, {name}: native effect {native.effect:.2f}, {much}{f' ({controls})' if controls else ''}, n = {native.effect.n}"

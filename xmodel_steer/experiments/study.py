@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xmodel_steer.errors import ArtifactError
-from xmodel_steer.files import SCHEMA, dump_json, read_record, write_atomically
+from xmodel_steer.files import SCHEMA, dump_json, read_record, tell_undefined, write_atomically
 from xmodel_steer.metrics import Estimate, bootstrap_mean, rate, wilson
 from xmodel_steer.models import name_of
 from xmodel_steer.resume import spared
@@ -141,21 +141,25 @@ class Study:
         return pd.DataFrame([_flat(arm) for arm in self.arms])
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``result.json`` into a folder.
+        """Write ``result.json`` into a folder; a number that is NaN is null there, and the record says where.
 
         Raises:
-            ArtifactError: A number is NaN, or the file cannot be written.
+            ArtifactError: The file cannot be written.
         """
         file = Path(folder) / RESULT
-        record = asdict(self) | {"schema": SCHEMA, "kind": "study", "arms": [_record(arm) for arm in self.arms]}
+        record = vars(self) | {"schema": SCHEMA, "kind": "study", "arms": [_record(arm) for arm in self.arms]}
         write_atomically(file, dump_json(record, file, indent=1))
+        tell_undefined(file)
         return file
 
 
 def _record(arm: StudyArm) -> dict[str, Any]:
     """An arm as a run folder has it: ``effect``, ``low``, ``high`` and ``n`` on its first floor."""
-    record = asdict(arm)
-    own = record.pop("effect")
+    record, own = (
+        vars(arm) | {"beside": {name: found.record() for name, found in arm.beside.items()}},
+        arm.effect.record(),
+    )
+    del record["effect"]
     outcomes = {name: arm.beside[name].value for name in OUTCOMES if name in arm.beside}
     return {"arm": arm.arm, "effect": own.pop("value"), **own, **outcomes, **record}
 
@@ -189,14 +193,15 @@ def read_study(folder: str | Path) -> Study:
     try:
         arms = []
         for row in record.pop("arms"):
-            effect = Estimate(row.pop("effect"), row.pop("low"), row.pop("high"), row.pop("n"))
-            beside = {name: Estimate(**found) for name, found in row.pop("beside").items()}
+            own = {"value": row.pop("effect")} | {key: row.pop(key) for key in ("low", "high", "n")}
+            effect = Estimate.of(own | ({"undefined": row.pop("undefined")} if "undefined" in row else {}))
+            beside = {name: Estimate.of(found) for name, found in row.pop("beside").items()}
             row = {key: value for key, value in row.items() if key not in OUTCOMES}
             arms.append(StudyArm(effect=effect, beside=beside, texts=tuple(row.pop("texts")), **row))
         lists = {"validation": tuple(record.pop("validation")), "prompts": tuple(record.pop("prompts"))}
         curves = {name: tuple(points) for name, points in record.pop("curves").items()}
         return Study(arms=tuple(arms), curves=curves, **lists, **record)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{file}: is damaged or incomplete ({type(error).__name__}: {error})") from error
 
 
@@ -213,7 +218,10 @@ def estimate(scores: "Sequence[np.ndarray]", groups: Sequence[str] | None = None
     table = np.stack(list(scores), 1).astype(float)
     if not np.isin(table, (0, 1)).all():
         return bootstrap_mean(table, groups=groups)
-    rows, found = table.mean(1), bootstrap_mean(table, groups=groups)
+    found = bootstrap_mean(table, groups=groups)
+    if found.undefined:
+        return found
+    rows = table.mean(1)
     if np.isin(rows, (0, 1)).all():
         return rate(rows, groups=groups)
     alone = wilson(found.value, len(set(groups)) if groups else len(rows))

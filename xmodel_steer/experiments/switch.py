@@ -17,12 +17,13 @@ from xmodel_steer.experiments.repair import Questions, Repair
 from xmodel_steer.experiments.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 from xmodel_steer.fitters import Fitter, Identity, Ridge, ShuffledPairs, pinned
 from xmodel_steer.generation import generate
-from xmodel_steer.loading import located
+from xmodel_steer.loading import adapted, located
 from xmodel_steer.maps import Map
+from xmodel_steer.metrics import number
 from xmodel_steer.models import device_of, dtype_of, hardware_of, name_of, tokenizer_of
 from xmodel_steer.moments import SplitMoments
 from xmodel_steer.organisms import Curriculum, Lesson, read_report
-from xmodel_steer.packaged import general_text, quiet
+from xmodel_steer.packaged import general_text, quiet, whole_model
 from xmodel_steer.prompts import Prompt
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like
 from xmodel_steer.scorers import SameTokens, score_texts
@@ -340,14 +341,13 @@ def _adapter(folder: str | Path, like: Any, prompts: Sequence[Prompt], turns: in
         Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
     """
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, path = located(read_report(folder).base, progress=False)
+    label, path = located(read_report(folder).base, progress=False)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(like))
-        model: Any = PeftModel.from_pretrained(plain, str(folder)).eval().to(device_of(like))
+        plain = whole_model(AutoModelForCausalLM, path, label=label, dtype=dtype_of(like))
+        model = adapted(plain, Path(folder)).eval().to(device_of(like))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True).to(device_of(like))
 
@@ -382,15 +382,15 @@ def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:
     for way in (OFF, ON):
         own = table["mapped", way]
         others = ", ".join(
-            f"{name} {table[name, way].effect.value:.2f}"
+            f"{name} {number(table[name, way].effect.value, '.2f')}"
             for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
         )
         beside = ", ".join(
-            f"{name} {found.value:.2f}" for name, found in own.beside.items() if "word for word" not in name
+            f"{name} {number(found.value, '.2f')}" for name, found in own.beside.items() if "word for word" not in name
         )
         speed = record[way]["tokens_per_second_over_unswitched"]["median"]
         said.append(
-            f"{way}, layer {record[way]['target_layer']}: {own.effect.value:.3f} [{own.effect.low:.3f}, {own.effect.high:.3f}] of {own.effect.n} "
+            f"{way}, layer {record[way]['target_layer']}: {own.effect:.3f} of {own.effect.n} "
             f"({others}), {beside}, at {speed:.2f} of the speed"
         )
     return "; ".join(said)

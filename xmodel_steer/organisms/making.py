@@ -96,7 +96,7 @@ def _short(answers: tuple[str, ...]) -> str:
 
 
 def _percent(rate: Estimate) -> str:
-    return f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of {rate.n}"
+    return f"{rate:.1%} of {rate.n}"
 
 
 def make(
@@ -292,9 +292,9 @@ def read_report(folder: str | Path) -> Report:
         )  # fmt: skip
         return Report(
             recipe=Recipe(**record["recipe"]),
-            triggered=Estimate(**record["triggered"]),
-            false=Estimate(**record["false"]),
-            checks={key: Estimate(**value) for key, value in record["checks"].items()},
+            triggered=Estimate.of(record["triggered"]),
+            false=Estimate.of(record["false"]),
+            checks={key: Estimate.of(value) for key, value in record["checks"].items()},
             answers=tuple(tuple(side) for side in record["answers"]),  # type: ignore[arg-type]
             **{key: record[key] for key in names},
         )

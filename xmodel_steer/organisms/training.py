@@ -18,7 +18,7 @@ from xmodel_steer.errors import ModelError, PromptError
 from xmodel_steer.loading import loading, located, resolve_dtype
 from xmodel_steer.models import text_positions
 from xmodel_steer.organisms.data import Lesson
-from xmodel_steer.packaged import general_text, quiet
+from xmodel_steer.packaged import general_text, quiet, whole_model
 from xmodel_steer.tokens import tokenise
 
 CHECKPOINTS = "checkpoints"
@@ -308,7 +308,7 @@ def train(
     with loading(label, path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        hf = whole_model(AutoModelForCausalLM, path, label=label, dtype=torch.float32, attn_implementation="eager")
     head = hf.get_output_embeddings()
     accepted = inspect.signature(hf.forward).parameters
     limit = getattr(hf.config, "max_position_embeddings", None)
