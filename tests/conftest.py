@@ -30,7 +30,7 @@ NO_CLASS = "HookedTransformer was removed in transformer-lens 4: run these rows 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Share a run of the whole suite between the cores; run named files and tests in this process.
+    """Share a run of a whole folder between the cores; run named files and tests in this process.
 
     Not in `addopts`: with that, one test would wait for the start of every worker, and ``-p no:xdist`` would fail.
     """
@@ -38,7 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):  # a worker has no workers
         return
     watched = option.usepdb or option.trace or option.capture == "no"
-    whole = config.args_source is not config.ArgsSource.ARGS
+    whole = any(Path(argument).is_dir() for argument in config.args)
     if option.numprocesses is None and not option.tx and whole and not watched:
         option.numprocesses = "auto"
     if option.numprocesses and option.dist == "no":
