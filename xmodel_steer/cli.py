@@ -13,16 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from xmodel_steer.errors import (
-    AlignmentWarning,
-    ArtifactError,
-    CacheWarning,
-    FewRowsWarning,
-    ModelError,
-    PromptError,
-    UndefinedWarning,
-    XModelSteerError,
-)
+from xmodel_steer import errors
+from xmodel_steer.errors import ArtifactError, ModelError, PromptError, XModelSteerError
 
 app = typer.Typer(
     name="xmodel-steer",
@@ -779,8 +771,9 @@ def _scorer(text: str) -> Any:
 def main() -> None:
     """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
     warnings.simplefilter("ignore")
-    for kind in (AlignmentWarning, CacheWarning, FewRowsWarning, UndefinedWarning):
-        warnings.simplefilter("always", kind)
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, Warning):
+            warnings.simplefilter("always", kind)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
     before = sys.stdout, sys.stderr
     out, err = _Stream(sys.stdout), _Stream(sys.stderr)
