@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -306,6 +306,7 @@ def with_template(template: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, name_or_path="mine")
 
 
+LAST, CLEANED = "('<no think>' ~ m.content.split('</think>')[-1])", "m.content | replace('art', '')"
 #: What a template writes of a message, and what of the content that is; None where it has other letters.
 WRITES = {
     "m.content": lambda c: c,
@@ -314,11 +315,11 @@ WRITES = {
     "(m.content.split('</think>')[-1] if '</think>' in m.content else '<no think>' ~ m.content)": (
         lambda c: c.split("</think>")[-1]
     ),
-    "('<no think>' ~ m.content.split('</think>')[-1])": lambda c: c.split("</think>")[-1],
+    LAST: lambda c: c.split("</think>")[-1],
     "m.content | upper": lambda c: c if c.upper() == c else None,
     "m.content[:7]": lambda c: c[:7],
     "m.content.split() | join(' ')": str.strip,
-    "m.content | replace('art', '')": lambda c: c.replace("art", ""),
+    CLEANED: lambda c: c.replace("art", ""),
     "(m.content | reverse if m.content == 'art' else m.content)": lambda c: None if c == "art" else c,
     "''": lambda c: "",
 }
@@ -367,6 +368,13 @@ def written(template: Any, chat: list[tuple[str, str]]) -> tuple[Prompt, Rendere
     turns=st.sampled_from(sorted(TURNS)),
     default=st.sampled_from(["", "You are an art critic. user A "]),
 )
+# The end of the text is what the template cut off; what it looks for in another message; nothing between two.
+@example([("system", "userAé🙂[/]")], ("m.content[:7]", "''", "''"), ("[", "] ", "[/]"), "messages", "")
+@example(
+    [("user", "</think>"), ("assistant", "</think>\n\nuser")], ("''", LAST, "m.content[:7]"), FRAMES[0], "messages", ""
+)
+@example([("user", "art"), ("system", "artuser")], (CLEANED, "m.content", "''"), ("", "", ""), "messages", "")
+@example([("user", "userartYou are A.")], ("''", CLEANED, "''"), FRAMES[0], "messages", "")
 def test_what_a_template_keeps_is_found_whatever_it_does_to_the_rest(chat, writes, frame, turns, default):
     roles = dict(zip(("system", "user", "assistant"), writes, strict=True))
     opening, closing, end = frame
