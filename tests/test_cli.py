@@ -272,7 +272,7 @@ def test_on_any_console_a_finished_run_is_whole_and_shown(
     if stream in ("cp1252", "ascii", "utf-8"):
         words = "mapped" if of == "study" else ODD.encode(stream, "replace").decode(stream)
         assert words in out and words in shown[1] and f"written: {tmp_path / 'run'}/result.json, report.html" in out
-        assert not err
+        assert not err and "???" not in out + shown[1], "boxes are drawn of letters that there are"
 
 
 def test_a_whole_table_is_printed_on_a_terminal_of_any_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,10 +363,9 @@ def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path)
     script = f"""
         PYTHONIOENCODING=cp1252 {call} > "{tmp_path}/text"; echo $?
         {call} >&- 2>"{tmp_path}/errors"; echo $?
-        {call} 2>>"{tmp_path}/errors" | head -1 > "{tmp_path}/first"; echo "${{PIPESTATUS[0]}}"
+        {call} 2>>"{tmp_path}/errors" | true; echo "${{PIPESTATUS[0]}}"
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["0", "0", "0"], done.stderr
     assert not done.stderr and not (tmp_path / "errors").read_text()
     assert "sweet [/b] talk :smile: ? ² ? × ?" in (tmp_path / "text").read_text(encoding="cp1252")
-    assert ODD[:15] in (tmp_path / "first").read_text()

@@ -365,6 +365,7 @@ def test_whatever_the_scores_are_the_run_is_written_read_and_told(
         assert all(c.corrected < 0.05 for c in verdict.comparisons) and verdict.efficiency.low > 0
     for gone in record.get("undefined", []):
         assert gone["was"] in ("NaN", "Infinity", "-Infinity")
+        assert "reason" in gone or gone["at"][-1] in {"kl", "perplexity", "agreement", "+", "-"} | {*range(2)}
         place = record
         for step in gone["at"]:
             place = place[step]

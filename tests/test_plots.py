@@ -1,5 +1,6 @@
 """Figures and report say what the record says."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from rich.console import Console
 from test_layers import collected, rows
 from test_persistence import result
 
@@ -51,6 +53,9 @@ def test_dose_response_draws_every_arm_with_its_interval() -> None:
 
 def test_the_table_has_a_row_per_arm() -> None:
     assert table(result()).row_count == len(result().arms)
+    said = io.StringIO()
+    Console(file=said, width=150).print(table(replace(result(), label="sweet [/b] talk :smile:")))
+    assert "sweet [/b] talk :smile:: small → large" in said.getvalue()
 
 
 def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:

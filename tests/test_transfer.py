@@ -364,7 +364,7 @@ class Broken(xs.Preference):
 
     def measure(self, model: Any, settings: Any, *, progress: bool = True) -> Any:
         found = super().measure(model, settings, progress=progress)
-        for own in found if self.everywhere else found[-2:]:
+        for own in found if self.everywhere else found[:2]:
             own.scores[0] = np.nan
         return found
 
@@ -382,8 +382,8 @@ def test_a_behaviour_without_a_number_never_loses_the_run_nor_chooses(
     for records in (made.selection[name] for name in ("source", "target", "strength")):
         gains = [record["gain"] for record in records]
         assert np.isnan(gains).all() == everywhere and np.isnan(gains).any()
-    if not everywhere:  # the last candidate of each choice is the one without a number
-        assert made.source["layer"] == made.target["layer"] == 1
+    if not everywhere:  # the first candidate of each choice is the one without a number
+        assert (made.source["layer"], made.target["layer"], made.headline) == (2, 2, 1.0)
     with pytest.warns(UndefinedWarning):
         xs.save(made, tmp_path / "run")
     assert repr(xs.read(tmp_path / "run").verdict()) == repr(made.verdict())

@@ -199,7 +199,7 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
         for j, target in enumerate(targets):
             full = moments.parts["test"].target_scatters[target]
             cka[i, j] = _cka(own[j], full, moments.scale(target), width / own[j].target.width)
-    best = np.nan_to_num(scores["validation"]["r2"], nan=-np.inf).argmax(-1)
+    best = scores["validation"]["r2"].argmax(-1)
     return LayerGrid(
         tuple(moments.source.values()),
         tuple(moments.target.values()),

@@ -497,7 +497,12 @@ def _verdict_record(verdict: Verdict) -> dict[str, Any]:
     return asdict(verdict) | {
         "efficiency": verdict.efficiency.record(),
         "controls": {name: found.record() for name, found in verdict.controls.items()},
-        "comparisons": [vars(c) | {"difference": c.difference.record()} for c in verdict.comparisons],
+        "comparisons": [
+            vars(c)
+            | {"difference": c.difference.record()}
+            | ({"undefined": why} if (why := c.difference.undefined) else {})
+            for c in verdict.comparisons
+        ],
     }
 
 

@@ -412,7 +412,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         + "<br>".join(lines)
         + "<br>penalty %{customdata[5]:.2g}<extra></extra>",
     )
-    quality = np.nan_to_num(grid.chosen("r2", "validation"), nan=-np.inf)
+    quality = grid.chosen("r2", "validation")
     best = go.Scatter(
         x=targets,
         y=[sources[i] for i in quality.argmax(0)],
