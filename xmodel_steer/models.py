@@ -65,7 +65,7 @@ def published_tokenizer(path: str, revision: str | None = None) -> Any:
     """A tokenizer as its folder or hub name has it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, revision=revision)
+    return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
 def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> None:
