@@ -9,9 +9,9 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BEGIN, END, PAGE
 
-from xmodel_steer import SiteError, check_model, interop
+from xmodel_steer import SiteError, interop
 from xmodel_steer.capture import capture
-from xmodel_steer.conformance import TEXTS
+from xmodel_steer.conformance import TEXTS, check_model
 from xmodel_steer.generation import generate_tokens
 from xmodel_steer.models import space_of
 from xmodel_steer.spaces import Site

@@ -18,7 +18,7 @@ import xmodel_steer as xs
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # An example runs where a comment before it says so: "run" needs nothing, "run on toys" has the names of `prelude`.
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 MARKS = {None, "run", "run on toys"}
 
 

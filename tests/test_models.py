@@ -448,7 +448,7 @@ def test_a_bridge_that_stops_early_keeps_no_cache(llama):
 def test_empty_encodings_are_refused(llama):
     class Nothing:
         all_special_ids, added_tokens_decoder, is_fast = [], {}, True
-        bos_token_id = cls_token_id = None
+        bos_token_id = cls_token_id = pad_token_id = eos_token_id = None
 
         def __call__(self, text, **kwargs):
             return {"input_ids": [], "offset_mapping": []}

@@ -12,7 +12,6 @@ from xmodel_steer.capture import capture as capture
 from xmodel_steer.capture import collect_moments as collect_moments
 from xmodel_steer.checks import patching_grid as patching_grid
 from xmodel_steer.checks import replacement_check as replacement_check
-from xmodel_steer.conformance import check_model as check_model
 from xmodel_steer.damage import calibrate as calibrate
 from xmodel_steer.damage import side_effects as side_effects
 from xmodel_steer.errors import AlignmentError as AlignmentError

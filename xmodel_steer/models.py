@@ -389,9 +389,10 @@ def prove(model: Any) -> Conduct:
         return logits.float().cpu(), cache
 
     length = min(_PROOF_TOKENS, context_length(model))
-    if length < laws.LAST + 3:
-        return facts.conduct  # too short a context to tell anything
-    ids = itertools.cycle(facts.tokenizer(_PROOF, add_special_tokens=False)["input_ids"])
+    words = facts.tokenizer(_PROOF, add_special_tokens=False)["input_ids"]
+    if length < laws.LAST + 3 or not words:
+        return facts.conduct  # too short a context, or no tokens, to tell anything by
+    ids = itertools.cycle(words)
     texts = [list(itertools.islice(ids, n)) for n in (length, length, length - 3)]
     conduct = laws.prove(
         decoder,
