@@ -538,6 +538,7 @@ def test_an_adapter_is_another_model_than_its_base(llama: toys.Toy) -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch 2.13's own, when it first compiles
 def test_other_wrappers_are_refused_with_the_way_out(llama: toys.Toy) -> None:
     for wrapped in (torch.compile(llama.hf), torch.nn.DataParallel(llama.hf)):
         says = rf"{type(wrapped).__name__} wraps a model, and hooks may not see what it calls; give the model of transformers inside"
