@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import TEXTS, VOCABULARY, hf_model
 
+from xmodel_steer import loading
 from xmodel_steer.capture import capture
 from xmodel_steer.errors import CheckpointWarning, ModelError, SiteError
 from xmodel_steer.generation import generate
@@ -402,7 +403,9 @@ def test_weights_that_are_not_found_on_the_disk_are_not_passed_off_as_read(saved
     linear |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
     layers = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
     folder = saved("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **linear, **layers)
-    with pytest.raises(ModelError, match="does not find the offloaded weights of a Qwen3_5ForCausalLM; give device="):
+    with pytest.raises(
+        ModelError, match="does not find the offloaded weights of a Qwen3_5ForCausalLM of transformers .*; give device="
+    ):
         get(folder, device_map={"": "disk"})
 
 
@@ -468,7 +471,19 @@ def test_a_decoder_of_an_encoders_kind_loads(saved):
     assert len(rows_of(get(folder))) == 1
 
 
-def test_a_text_model_inside_a_multimodal_one_loads(saved):
+def test_a_model_that_is_hooked_wrong_is_refused(whole, monkeypatch):
+    right = loading.forward
+    monkeypatch.setattr(loading, "forward", lambda *args, **more: (1.01 * right(*args, **more)[0], None))
+    says = r"transformer-lens [\d.]+ does not compute what transformers computes in a \w+ of transformers [\d.]+ \(logits differ by 1e-02\); give another version"
+    with pytest.raises(ModelError, match=says):
+        get(whole)
+
+
+def test_a_text_model_inside_a_multimodal_one_loads_and_installs_nothing(saved, monkeypatch):
+    monkeypatch.setattr(
+        "subprocess.check_call", lambda *_, **__: pytest.fail("TransformerLens had pip install something")
+    )
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
     tower = {k: v for k, v in ENCODER.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
     size = {"text_config": SIZE | {"head_dim": 8}, "vision_config": tower, "mm_tokens_per_image": 4}
     model = get(saved("Gemma3ForConditionalGeneration", "Gemma3Config", size=size))

@@ -346,7 +346,7 @@ def steering_hf(
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[None]:
         return _hooked([(stack[site.layer], write) for site, write in writes])
 
-    with steered(inner, steps, attach, name=_hf_name(inner)):
+    with steered(inner, steps, attach, name=_hf_name(inner), wrapper=model):  # older PEFT calls inner.forward
         yield model
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from xmodel_steer import laws
 from xmodel_steer.bridges import prepare
 from xmodel_steer.errors import ModelError, XModelSteerError
 from xmodel_steer.models import check_sites, device_of, fingerprint, forward, know, name_of, prove, published_tokenizer
@@ -94,9 +95,11 @@ def load(
                 where["model_class"] = SimpleNamespace(from_pretrained=partial(_read, hugging_face, told, plain))
             else:
                 merged, own = _merged(path, adapter, chosen, kind, device_map, revision)
+                plain.append(_logits(merged))
                 where = {"hf_model": merged, "device": None if device_map is not None else chosen}
             try:
-                model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
+                with _without_processors():
+                    model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
             except KeyError as error:
                 if device_map is None:
                     raise
@@ -262,25 +265,49 @@ def _no_causal(label: str, architecture: str) -> str:
 
 
 #: Two texts that begin alike.
-_ALIKE = ((1, 2), (1, 3))
+_ALIKE = ((1, 2, 3, 4, 5), (1, 3, 2, 5, 4))
+
+
+def _logits(hf: Any) -> Tensor:
+    """The logits of two texts, by a Hugging Face model that nobody has hooked."""
+    with torch.no_grad():
+        device = next((p.device for p in hf.parameters() if not p.is_meta), torch.device("cpu"))
+        return hf(input_ids=torch.tensor(_ALIKE, device=device), use_cache=False).logits
 
 
 def _read(kind: Any, label: str, plain: list[Tensor], path: str, **settings: Any) -> Any:
-    """Load a Hugging Face model for TransformerLens; if it is offloaded, keep its logits of two texts."""
+    """Load a Hugging Face model for TransformerLens, and keep its logits of two texts."""
     hf = whole_model(kind, path, label=label, **settings)
-    if any(p.is_meta for p in hf.parameters()):
-        with torch.no_grad():
-            plain.append(hf(input_ids=torch.tensor(_ALIKE), use_cache=False).logits)
+    if hf.can_generate():
+        plain.append(_logits(hf))
     return hf
 
 
+@contextmanager
+def _without_processors() -> Iterator[None]:
+    """Let TransformerLens load none of what reads images.
+
+    Where that fails, it has pip install torchvision, which may put another torch in the place of the one that is running.
+    """
+    from transformers import AutoProcessor
+
+    before = vars(AutoProcessor)["from_pretrained"]
+    AutoProcessor.from_pretrained = classmethod(lambda *_, **__: None)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        AutoProcessor.from_pretrained = before
+
+
 def _require_causal(model: Any, plain: Tensor | None = None) -> None:
-    """Refuse a model that cannot generate, or reads ahead: whose first token's logits change with the second token.
+    """Refuse a model that cannot generate, reads ahead, or does not compute what it did before it was hooked.
+
+    One that reads ahead has other logits for the first token when the second one changes.
 
     Args:
         model: A bridge.
-        plain: What its Hugging Face model gave before it was hooked, if its weights are offloaded: TransformerLens reads
-            those of some layers past the hooks that fetch them.
+        plain: What its Hugging Face model gave before it was hooked: TransformerLens computes some layers itself, and may
+            be wrong about them, or read offloaded weights past the hooks that fetch them.
     """
     name, hugging_face = name_of(model), type(model.original_model)
     if not hugging_face.can_generate():
@@ -292,10 +319,18 @@ def _require_causal(model: Any, plain: Tensor | None = None) -> None:
     one, other = logits[:, 0].float()
     if (one - other).norm() > rounding * one.norm():  # NaN says nothing of this
         raise ModelError(_no_causal(name, hugging_face.__name__))
-    if plain is not None and not (logits - plain).norm() <= rounding * plain.norm():
+    if plain is None:
+        return
+    off = float((logits.float() - plain.to(logits.device).float()).norm() / plain.float().norm())
+    if not off <= (laws.ROUNDED if logits.dtype == torch.bfloat16 else laws.EXACT):
+        offloaded = any(p.is_meta for p in model.original_model.parameters())
+        why = (
+            "does not find the offloaded weights of" if offloaded else "does not compute what transformers computes in"
+        )
+        way = "a device_map that has room for all of the model" if offloaded else "another version of one of them"
         raise ModelError(
-            f"{name}: transformer-lens {version('transformer-lens')} does not find the offloaded weights of a "
-            f"{hugging_face.__name__}; give device=, or a device_map that has room for all of the model"
+            f"{name}: transformer-lens {version('transformer-lens')} {why} a {hugging_face.__name__} of transformers "
+            f"{version('transformers')} (logits differ by {off:.0e}); give {'device=, or ' if offloaded else ''}{way}"
         )
 
 

@@ -269,7 +269,6 @@ class _Tracker:
         self.passes = 0
         self.prompts: tuple[int, int] | None = None  # how many, how wide: while Hugging Face's generate runs
         self._prompt_lengths: Tensor | None = None
-        self._signature: inspect.Signature | None = None
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
@@ -318,14 +317,14 @@ class _Tracker:
         self.now = _Pass(position, lengths[:, None], rows, ids)
         self.passes += 1
 
-    def _arguments(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, also those that were given by position."""
         if not args:
             return kwargs
-        if self._signature is None:
-            self._signature = inspect.signature(module.forward)
-        bound = self._signature.bind_partial(*args, **kwargs)
-        rest = next((p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        signature = inspect.signature(module.forward)
+        bound = signature.bind_partial(*args, **kwargs)
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
         return {**bound.arguments, **bound.arguments.get(rest, {})}
 
     def after(self, *_: Any) -> None:
@@ -490,6 +489,7 @@ def steered(
     attach: Callable[[Sequence[tuple[Site, Write]]], AbstractContextManager[Any]],
     *,
     name: str,
+    wrapper: Any = None,
 ) -> Iterator[None]:
     """Steer the forward passes of a model of any kind: what `steering` does once the spaces are checked.
 
@@ -498,6 +498,7 @@ def steered(
         steps: The interventions; those at one site act in this order.
         attach: Puts functions at sites, in their order, for as long as its context lasts.
         name: The model's name, for messages.
+        wrapper: A module around the model, if its calls may go past the model's own.
 
     Raises:
         SiteError: On leaving, when a site did not fire although the model ran.
@@ -529,8 +530,12 @@ def steered(
 
     writes = [(step.space.site, writer(step)) for step in steps]
     handles = [
-        inner.register_forward_pre_hook(tracker.before, with_kwargs=True),
-        inner.register_forward_hook(tracker.after, always_call=True),
+        handle
+        for module in (inner, *([] if wrapper is None or wrapper is inner else [wrapper]))
+        for handle in (
+            module.register_forward_pre_hook(tracker.before, with_kwargs=True),
+            module.register_forward_hook(tracker.after, always_call=True),
+        )
     ]
     try:
         with _generate_tells_prompts(inner, tracker), attach(writes):
