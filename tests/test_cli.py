@@ -275,6 +275,13 @@ def test_on_any_console_a_finished_run_is_whole_and_shown(
         assert not err and "???" not in out + shown[1], "boxes are drawn of letters that there are"
 
 
+def test_letters_that_a_code_page_has_stay() -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    cli._Stream(console).write("→ – € ²\n")
+    console.flush()
+    assert console.buffer.getvalue().decode("cp1252") == "? – € ²\n"  # type: ignore[attr-defined]
+
+
 def test_a_whole_table_is_printed_on_a_terminal_of_any_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(result(), tmp_path / "run")
     narrow, wide = (called(monkeypatch, "utf-8", "show", tmp_path / "run", wide=width)[1] for width in (1, 110))
@@ -355,6 +362,15 @@ def test_a_damaged_run_is_said_to_be_that(damage: Any, command: Any, tmp_path: P
     assert code == 1 and err.count("\n") == 1 and "damaged" in err and str(tmp_path / "run") in err and "--debug" not in err  # fmt: skip
     file.write_bytes(b"\xff\xfe")
     assert "is no text" in command("show", tmp_path / "run")[2]
+
+
+@pytest.mark.parametrize("damage", [lambda record: record["source"].pop("model"), lambda record: record["arms"][0].pop("kl"), lambda record: record.update(arms=[3])])  # fmt: skip
+def test_a_damaged_study_is_said_to_be_that(damage: Any, command: Any, tmp_path: Path) -> None:
+    record = json.loads((STUDY / "result.json").read_text())
+    damage(record)
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    code, _, err = command("show", tmp_path)
+    assert code == 1 and err.count("\n") == 1 and "is damaged or incomplete" in err and "--debug" not in err
 
 
 def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path) -> None:

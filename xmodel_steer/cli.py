@@ -209,18 +209,17 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder, or a study's.")
     """Print the table and the verdict of a run folder or of a study."""
     from xmodel_steer.experiments import is_study, read_study
     from xmodel_steer.persistence import read
-    from xmodel_steer.results import TransferResult
 
     if not run.is_dir():
         raise PromptError(f"{run}: no such run folder")
-    if is_study(run):
-        _print_study(read_study(run))
-        return
-    result = read(run)
-    assert isinstance(result, TransferResult)
     try:
-        _print(result)
+        if is_study(run):
+            _print_study(read_study(run))
+        else:
+            _print(read(run))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, XModelSteerError):
+            raise
         raise ArtifactError(f"{run}: is damaged or incomplete ({type(error).__name__}: {error})") from error
 
 
@@ -817,8 +816,9 @@ class _Stream:
         """Write what the stream takes."""
         try:
             self._try(self._stream.write, text)
-        except UnicodeEncodeError as error:
-            self._try(self._stream.write, text.encode(error.encoding, "replace").decode(error.encoding))
+        except UnicodeEncodeError:
+            own = self._stream.encoding  # the error names another: charmap for every code page
+            self._try(self._stream.write, text.encode(own, "replace").decode(own))
         return len(text)
 
     def flush(self) -> None:
