@@ -377,6 +377,7 @@ def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path)
     save(replace(result(), label=ODD), tmp_path / "run")
     call = f'"{sys.executable}" -m xmodel_steer show "{tmp_path}/run"'
     script = f"""
+        unset PYTHONUNBUFFERED
         PYTHONIOENCODING=cp1252 {call} > "{tmp_path}/text"; echo $?
         {call} >&- 2>"{tmp_path}/errors"; echo $?
         {call} 2>>"{tmp_path}/errors" | true; echo "${{PIPESTATUS[0]}}"

@@ -104,7 +104,13 @@ def test_an_undefined_estimate_comes_back_from_its_record():
     plain, gone = Estimate(0.5, 0.25, 1.0, 3), undefined("why not", 4, 0.5)
     assert plain.record() == {"value": 0.5, "low": 0.25, "high": 1.0, "n": 3} and Estimate.of(plain.record()) == plain
     record = gone.record() | {"low": None, "high": None}
-    assert Estimate.of(record) == gone != undefined("why not", 4) and len({Estimate.of(record), gone, plain}) == 2
+    assert (
+        Estimate(0.5, float("nan"), float("nan"), 4, "why not")
+        == Estimate.of(record)
+        == gone
+        != undefined("why not", 4)
+        and len({Estimate.of(record), gone, plain}) == 2
+    )
     assert f"{plain:.2f}" == "0.50 [0.25, 1.00]" and f"{gone:.1f}" == "0.5 (interval undefined: why not)"
     assert f"{plain}" == str(plain)
 
