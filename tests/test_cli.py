@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import xmodel_steer as xs
 from xmodel_steer import cli
+from xmodel_steer.console import Stream
 from xmodel_steer.errors import ArtifactError, PromptError
 from xmodel_steer.experiments import Study, read_study
 from xmodel_steer.moments import PARTS
@@ -277,7 +278,7 @@ def test_on_any_console_a_finished_run_is_whole_and_shown(
 
 def test_letters_that_a_code_page_has_stay() -> None:
     console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    cli._Stream(console).write("→ – € ²\n")
+    Stream(console).write("→ – € ²\n")
     console.flush()
     assert console.buffer.getvalue().decode("cp1252") == "? – € ²\n"  # type: ignore[attr-defined]
 
@@ -341,12 +342,12 @@ def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
 def test_a_bar_on_a_console_that_is_gone_does_not_stop_the_work(number: int) -> None:
-    stream = cli._Stream(Refusing(number))
+    stream = Stream(Refusing(number))
     assert list(tqdm(range(3), file=stream, mininterval=0, desc="→")) == [0, 1, 2]
     assert isinstance(stream.lost, OSError)
     closed = io.StringIO()
     closed.close()
-    assert cli._Stream(closed).write("late") == 4
+    assert Stream(closed).write("late") == 4
 
 
 @pytest.mark.parametrize("damage", [

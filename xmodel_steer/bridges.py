@@ -38,7 +38,7 @@ class _Block:
     inner: tuple[dict[Any, Any], ...]
 
 
-_READING: "weakref.WeakSet[Any]" = weakref.WeakSet()  # bridges that `read_caches` has seen
+_TOLD: "weakref.WeakSet[Any]" = weakref.WeakSet()  # bridges that `read_caches` has seen
 _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyDictionary()
 
 
@@ -72,9 +72,9 @@ def read_caches(model: Any) -> None:
     splits, latent attention, gated delta nets) looks for the former names and would see the newest token alone.
     A bridge that was given before stays as it is.
     """
-    if model in _READING:
+    if model in _TOLD:
         return
-    _READING.add(model)
+    _TOLD.add(model)
     for part in model.original_model.modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
         if "GatedDeltaNetBridge" in kinds:

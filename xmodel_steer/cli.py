@@ -1,12 +1,10 @@
-"""The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``harvest``, ``merge``, ``organism make`` and ``study``."""
+"""The command line: ``xmodel-steer demo``, ``transfer``, ``show``, ``check``, ``harvest``, ``merge``, ``organism make`` and ``study``."""
 
 import errno
-import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from xmodel_steer import errors
+from xmodel_steer.console import Stream
 from xmodel_steer.errors import ArtifactError, ModelError, PromptError, XModelSteerError
 
 app = typer.Typer(
@@ -775,7 +774,7 @@ def main() -> None:
             warnings.simplefilter("always", kind)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
     before = sys.stdout, sys.stderr
-    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     code: Any = 0
     try:
@@ -793,48 +792,3 @@ def main() -> None:
             if was is None:
                 own.close()
     sys.exit(code or int(full))
-
-
-class _Stream:
-    """An output stream that never stops a run: it writes what it can.
-
-    A character that the console's encoding lacks becomes a question mark. What nobody reads any more (``| head``), what a full disk
-    does not take and what was closed from the start is dropped.
-
-    Args:
-        stream: The stream; None where it was closed.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
-        self.lost: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write what the stream takes."""
-        try:
-            self._try(self._stream.write, text)
-        except UnicodeEncodeError:
-            own = self._stream.encoding  # the error names another: charmap for every code page
-            self._try(self._stream.write, text.encode(own, "replace").decode(own))
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is in the buffer."""
-        self._try(self._stream.flush)
-
-    def _try(self, action: Callable[..., object], *arguments: str) -> None:
-        if self.lost is not None:
-            return
-        try:
-            action(*arguments)
-        except UnicodeEncodeError:
-            raise
-        except (OSError, ValueError) as error:
-            self.lost = error
-            with suppress(OSError, ValueError):  # what is in the buffer goes nowhere, also when Python ends
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.capture import recording
+from xmodel_steer.errors import SiteError
 from xmodel_steer.generation import generate_tokens
 from xmodel_steer.laws import Law
 from xmodel_steer.models import (
@@ -101,7 +102,7 @@ def _streams(model: Any, *names: str) -> dict[str, list[Tensor]] | None:
     sites = {name: list(all_sites(model, name)) for name in names}
     try:
         kept, _ = _pass(model, [site for own in sites.values() for site in own])
-    except Exception:  # TransformerLens raises several kinds for a hook point that is not there, or does not fire
+    except SiteError:  # a block has no such stream, or it did not fire
         return None
     return {name: [kept[site] for site in own] for name, own in sites.items()}
 

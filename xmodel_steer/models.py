@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -627,7 +628,7 @@ CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 def _cache_argument(inner: Any) -> str:
     """The name under which a Hugging Face model takes and returns its cache; the newest that it knows."""
-    accepted = inspect.signature(inner.forward).parameters
+    accepted = _parameters(type(inner))
     return next((name for name in CACHES if name in accepted), CACHES[0])
 
 
@@ -684,4 +685,10 @@ def _rows_together(model: Any) -> Iterator[None]:
 
 
 def _accepts(model: Any, argument: str) -> bool:
-    return argument in inspect.signature(model.original_model.forward).parameters
+    return argument in _parameters(type(model.original_model))
+
+
+@lru_cache
+def _parameters(kind: type) -> frozenset[str]:
+    """Return the names of the arguments of a class's forward pass; asked at every step of a decode."""
+    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]

@@ -529,14 +529,9 @@ def steered(
         return write
 
     writes = [(step.space.site, writer(step)) for step in steps]
-    handles = [
-        handle
-        for module in (inner, *([] if wrapper is None or wrapper is inner else [wrapper]))
-        for handle in (
-            module.register_forward_pre_hook(tracker.before, with_kwargs=True),
-            module.register_forward_hook(tracker.after, always_call=True),
-        )
-    ]
+    called = (inner,) if wrapper is None or wrapper is inner else (inner, wrapper)
+    handles = [module.register_forward_pre_hook(tracker.before, with_kwargs=True) for module in called]
+    handles += [module.register_forward_hook(tracker.after, always_call=True) for module in called]
     try:
         with _generate_tells_prompts(inner, tracker), attach(writes):
             yield

@@ -1,0 +1,51 @@
+"""Standard output that never stops a run."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+
+class Stream:
+    """An output stream that never stops a run: it writes what it can.
+
+    A character that the console's encoding lacks becomes a question mark. What nobody reads any more (``| head``), what a full disk
+    does not take and what was closed from the start is dropped.
+
+    Args:
+        stream: The stream; None where it was closed.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        self.lost: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what the stream takes."""
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError:
+            own = self._stream.encoding  # the error names another: charmap for every code page
+            self._try(self._stream.write, text.encode(own, "replace").decode(own))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is in the buffer."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        if self.lost is not None:
+            return
+        try:
+            action(*arguments)
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError) as error:
+            self.lost = error
+            with suppress(OSError, ValueError):  # what is in the buffer goes nowhere, also when Python ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
