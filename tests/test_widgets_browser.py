@@ -161,7 +161,8 @@ class Page:
     def press(self, label: str) -> None:
         # The page may replace the button between finding and pressing it: one script does both.
         found = "[...document.querySelectorAll('button')].find(b => b.textContent.trim() === arguments[0])"
-        assert self.driver.execute_script(f"const b = {found}; b?.click(); return !!b", label), label
+        script = f"const b = {found}; b?.click(); return !!b"
+        self.wait(lambda: self.driver.execute_script(script, label), f"the button {label!r}", 20)
 
     def generate(self) -> None:
         self.press("Generate")
