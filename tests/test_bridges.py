@@ -8,6 +8,7 @@ import torch
 import toys
 
 import xmodel_steer as xs
+from xmodel_steer import bridges
 from xmodel_steer.bridges import _BLOCKS, own_parts, prepare
 from xmodel_steer.models import forward
 
@@ -20,12 +21,9 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def through_components(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The logits where nothing is passed by."""
-    kept = _BLOCKS.pop(model, None)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridges, "enabled", False)
         return logits(model, ids)
-    finally:
-        if kept is not None:
-            _BLOCKS[model] = kept
 
 
 def structure(model: Any) -> list[tuple[str, int]]:
@@ -59,6 +57,10 @@ def test_the_parts_are_passed_by_and_put_back(model: Any, ids: torch.Tensor) -> 
         inside = structure(model)
     assert (len(inside) < len(before)) == (model in _BLOCKS)
     assert structure(model) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridges, "enabled", False)
+        with own_parts(model, whole_blocks=True):
+            assert structure(model) == before
     with pytest.raises(KeyError), own_parts(model, whole_blocks=True):
         raise KeyError
     assert structure(model) == before

@@ -242,6 +242,9 @@ def test_a_bridge_that_the_user_made_is_accepted_with_its_published_tokenizer(na
     ).eval()
     if name != "gemma":
         assert model.tokenizer(TEXTS[0])["input_ids"] != known.ids(TEXTS[0])
+    with pytest.raises(ModelError, match=r"mine: this model is not known yet; .* xs\.register\(model\)"):
+        name_of(model)
+    register(model)
     made = capture(model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
     references = [known.reference(known.ids(text))[0][1] for text in TEXTS]
     torch.testing.assert_close(made.values, torch.cat(references), **CLOSE)
@@ -255,7 +258,7 @@ def test_a_model_without_a_tokenizer_is_refused_until_it_has_one(tokenizers):
     hf = hf_model("qwen", tokenizers["byte_level"])
     model = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name="bare")
     with pytest.raises(ModelError, match="bare: the model has no tokenizer; give it one with xs.register"):
-        capture(model, TEXTS, [Site(0)])
+        register(model)
     register(model, name="dressed", tokenizer=tokenizers["byte_level"])
     assert name_of(model) == "dressed" and capture(model, TEXTS, [Site(0)], progress=False)
 

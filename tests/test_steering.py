@@ -12,6 +12,7 @@ from toys import CONTEXT, NO_STOP, cache_in, cached, spellings
 from xmodel_steer.capture import capture
 from xmodel_steer.errors import SiteError, SpaceMismatchError
 from xmodel_steer.generation import generate_tokens
+from xmodel_steer.interop import steering_hf
 from xmodel_steer.models import all_sites, batches, encode, forward, space_of, text_positions
 from xmodel_steer.prompts import as_prompts
 from xmodel_steer.spaces import Site
@@ -648,9 +649,16 @@ def test_operators_refuse_vectors_they_cannot_use(llama):
     ):
         with pytest.raises(ValueError, match=says), steering(llama.model, unfit, operator=operator):
             pass
-    with pytest.raises(ValueError, match="at least one vector"), steering(llama.model, []):
-        pass
     assert not llama.model.original_model._forward_pre_hooks
+
+
+def test_nothing_to_do_is_nothing_done(bridge):
+    ids, hooked = torch.tensor([bridge.ids(TEXTS[0])]), bridge.model.original_model
+    before = bridge.model(ids)
+    for context in (steering(bridge.model, []), steering_hf(hooked, [])):
+        with context:
+            assert not hooked._forward_pre_hooks
+            assert torch.equal(bridge.model(ids), before)
 
 
 def test_a_mask_that_hides_positions_is_refused(bridge):

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+#: The off switch: set it to False, and every pass goes through every component.
+enabled = True
 _LOCK = threading.RLock()
 
 
@@ -54,7 +56,7 @@ def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
         whole_blocks: Also whole blocks; not where the pass stops early, for a block's component does that.
     """
     with _LOCK:
-        free = [e for block in _BLOCKS.get(model, ()) for e in _free(block, whole_blocks)]
+        free = [e for block in _BLOCKS.get(model, ()) for e in _free(block, whole_blocks)] if enabled else []
         made = [e for e in free if e.modules.get(e.name) is e.component]
         try:
             for exchange in made:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from xmodel_steer.alignment import align
 from xmodel_steer.capture import residuals
-from xmodel_steer.damage import side_effects, under
+from xmodel_steer.damage import side_effects
 from xmodel_steer.errors import PromptError, SpaceMismatchError
 from xmodel_steer.generation import generate
 from xmodel_steer.maps import Map
@@ -298,7 +298,7 @@ def patching_grid(
 
     def difference(pair: int, ids: Tensor, step: Replacement | None = None) -> np.ndarray:
         mask = torch.ones_like(ids)
-        with under(target, [step] if step else []), layout(range(len(ids)), mask.sum(1)):
+        with steering(target, [step] if step else []), layout(range(len(ids)), mask.sum(1)):
             logits, _ = forward(target, ids, mask, logits="last")
         assert logits is not None
         a, b = tokens[pair]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +22,6 @@ from xmodel_steer.vectors import SteeringVector, check_finite
 LEAST = 1e-9  # KL, in nats per token, below which there is none
 
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
-
-
-def under(model: Any, setting: Sequence[Step]) -> AbstractContextManager[Any]:
-    """The model under one setting: steered, or as it is where there is nothing to do."""
-    return steering(model, setting) if setting else nullcontext()
 
 
 def perplexity_of(loss: np.ndarray, tokens: np.ndarray) -> float:
@@ -219,7 +213,7 @@ def _by_row(values: Tensor, row: Tensor, rows: int) -> np.ndarray:
 
 def _predictions(model: Any, batch: Batch, setting: Sequence[Step] = ()) -> Tensor:
     """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
-    with under(model, setting), layout(batch.rows, batch.mask.sum(-1)):
+    with steering(model, setting), layout(batch.rows, batch.mask.sum(-1)):
         made, _ = forward(model, batch.ids, batch.mask, logits="all")
     assert made is not None
     return made[:, :-1][batch.mask[:, 1:].bool()]

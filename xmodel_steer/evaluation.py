@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xmodel_steer.damage import Settings, losses, under
+from xmodel_steer.damage import Settings, losses
 from xmodel_steer.errors import PromptError
 from xmodel_steer.generation import generate
 from xmodel_steer.models import batches, encode, forward, identity_of, layout, name_of
@@ -19,7 +19,7 @@ from xmodel_steer.packaged import shipped
 from xmodel_steer.prompts import ContrastSet, Message, Prompt, as_prompts, rows_of
 from xmodel_steer.resume import once
 from xmodel_steer.scorers import Explained, Scorer, score_texts
-from xmodel_steer.steering import Replacement, Step
+from xmodel_steer.steering import Replacement, Step, steering
 from xmodel_steer.tokens import Encoding, shared_start, warn_of_missing
 from xmodel_steer.vectors import check_finite
 
@@ -109,7 +109,7 @@ class GeneratedText(Behaviour):
         length, size = self.max_new_tokens, self.batch_size
 
         def write() -> list[str]:
-            with under(model, steps):
+            with steering(model, steps):
                 return generate(model, prompts, max_new_tokens=length, batch_size=size, progress=False)
 
         return once(lambda: ("texts", identity_of(model), steps, prompts, length, size), write)
@@ -386,7 +386,7 @@ def _one_token(
         for batch in batches(model, prompts, batch_size, padding_side="left"):
             for k, setting in enumerate(settings):
                 rows = [numbers[r] for r in batch.rows]
-                with under(model, setting), layout(rows, batch.mask.sum(-1)):
+                with steering(model, setting), layout(rows, batch.mask.sum(-1)):
                     logits, _ = forward(model, batch.ids, batch.mask, logits="last")
                 assert logits is not None
                 logs = logits[:, -1].float().log_softmax(-1)
@@ -415,7 +415,7 @@ def _many_tokens(
             row = counted.nonzero()[:, 0].cpu()
             prompts = torch.tensor([lengths[r] for r in batch.rows], device=batch.ids.device)
             for k, setting in enumerate(settings):
-                with under(model, setting), layout([owners[r] for r in batch.rows], prompts):
+                with steering(model, setting), layout([owners[r] for r in batch.rows], prompts):
                     logits, _ = forward(model, batch.ids, batch.mask, logits=longest + 1)
                 assert logits is not None
                 logs = logits[:, :-1][counted].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]

@@ -337,8 +337,11 @@ def steering_hf(
             f"steering_hf: needs a causal language model of transformers, got {type(model).__name__}; "
             "for a model of TransformerLens use xs.steering"
         )
-    inner = _unwrapped(model)
     steps = interventions(vector, operator, positions)
+    if not steps:
+        yield model
+        return
+    inner = _unwrapped(model)
     stack = _decoder_blocks(inner, blocks)
     for step in steps:
         _require_hf_space(inner, len(stack), step.space, trust, named=inner is model)

@@ -69,23 +69,37 @@ def published_tokenizer(path: str, revision: str | None = None) -> Any:
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
-def register(model: Any, *, name: str, tokenizer: Any, revision: str = "") -> None:
-    """Tell the library a model's name and its own tokenizer.
-
-    `load` does this. For a hooked model made elsewhere it happens on first use, with the name in
-    ``model.cfg.model_name`` and the tokenizer loaded afresh from where the model's came from:
-    TransformerLens changes a tokenizer's handling of BOS when it takes it over.
+def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str = "") -> None:
+    """Tell the library of a hooked model that was made elsewhere; `load` does this.
 
     Args:
         model: A TransformerLens model.
-        name: Its name, for messages and results.
-        tokenizer: A fast Hugging Face tokenizer, as published with the model.
+        name: Its name, for messages and results; ``model.cfg.model_name`` by default.
+        tokenizer: A fast Hugging Face tokenizer, as published with the model. By default the model's own, loaded afresh from
+            where it came from: TransformerLens changes a tokenizer's handling of BOS when it takes it over.
         revision: Revision of the model on the hub, for the record.
 
     Raises:
-        ModelError: The tokenizer gives no character offsets, or has more tokens than the model.
+        ModelError: It is no TransformerLens model, or the tokenizer is missing, gives no character offsets, or has more tokens
+            than the model.
+        SiteError: A site does not fire, or is misshapen.
     """
+    if not isinstance(model, HookedModel):
+        raise ModelError(
+            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
+            "load it with xs.load(name)"
+        )
+    name = name or str(getattr(model.cfg, "model_name", None) or "model")
+    if tokenizer is None:
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise ModelError(
+                f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)"
+            )
+        with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
+            tokenizer = published_tokenizer(tokenizer.name_or_path)
     know(model, name=name, tokenizer=tokenizer, revision=revision)
+    check_sites(model)
     prove(model)
 
 
@@ -112,25 +126,18 @@ def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: 
 
 def _facts(model: Any) -> _Facts:
     known = _FACTS.get(model) if isinstance(model, torch.nn.Module) else None
-    if known is not None:
-        return known
-    if not isinstance(model, HookedModel):
+    if known is None:
+        if isinstance(model, HookedModel):
+            name = getattr(model.cfg, "model_name", None) or type(model).__name__
+            raise ModelError(
+                f"{name}: this model is not known yet; tell the library of it with xs.register(model), or load it with "
+                "xs.load(name)"
+            )
         raise ModelError(
             f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
             "load it with xs.load(name)"
         )
-    name = str(getattr(model.cfg, "model_name", None) or "model")
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ModelError(
-            f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)"
-        )
-    with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
-        tokenizer = published_tokenizer(tokenizer.name_or_path)
-    know(model, name=name, tokenizer=tokenizer)
-    check_sites(model)
-    prove(model)
-    return _FACTS[model]
+    return known
 
 
 def name_of(model: Any) -> str:

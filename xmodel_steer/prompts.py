@@ -7,7 +7,7 @@ import random
 import re
 import string
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from io import IOBase
@@ -165,7 +165,7 @@ class Prompt:
         bases = list(accumulate((len(content.strip()) for content in contents), initial=0))
         spans: list[tuple[int, int, int]] = []
         parts: list[list[tuple[int, int, str]]] = [[] for _ in contents]
-        places = self._located(tokenizer, text).items()
+        places = locate(contents, text, _source(tokenizer), lambda others: self._template(tokenizer, others)).items()
         for start, end, place, number in sorted((*stretch, number) for number, own in places for stretch in own):
             cut = max(0, spans[-1][1] - start) if spans else 0  # contents with nothing between them
             if start + cut < end:
@@ -202,63 +202,6 @@ class Prompt:
                 "turns and no system message: put that into the first user message), or set tokenizer.chat_template"
             ) from error
 
-    def _located(self, tokenizer: Any, text: str) -> dict[int, list[tuple[int, int, int]]]:
-        """For each message the stretches of its content in the rendered text: from, to, and where in the content.
-
-        Searching for the contents would also find a role tag or a default system prompt with the same words. So the
-        prompt is rendered again with each character of content replaced by one of its own, which shows where every
-        character goes, also if others are dropped. White space stays, because templates trim it. If the text becomes
-        another one, the template looks for something in the content, such as ``</think>``: what it may look for is
-        then kept, as little as will do. A message that cannot be followed with the others is tried alone, and at last
-        searched for where the text changes with it.
-        """
-        contents = [m.content for m in self.messages]
-        found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
-        alone: dict[int, str] = {}
-        # No character may be replaced by itself.
-        taken = {(ord(c) - _PRIVATE - n) % _MANY for n, c in enumerate("".join(contents)) if c >= chr(_PRIVATE)}
-        shift = next(n for n in range(_MANY) if n not in taken)
-
-        def follow(kept: Mapping[int, Sequence[str]]) -> dict[int, list[tuple[int, int, int]]]:
-            kinds = {i: own for i, patterns in kept.items() if _SHOWN in (own := _kinds(contents[i], patterns))}
-            try:
-                shown = self._template(tokenizer, _replaced(contents, kinds, shift))
-            except PromptError:  # the prompt itself was rendered, so it can be used
-                return {}
-            if len(kinds) == 1:
-                alone.setdefault(next(iter(kinds)), shown)
-            places = _followed(text, shown, contents, shift)
-            if places is None:
-                return {}
-            return {i: _runs(text, contents[i], _longest(places.get(i, [])), own) for i, own in kinds.items()}
-
-        for together in (True, False):
-            for patterns in _may_look_for(_source(tokenizer), "\n".join(contents)):
-                rest = [i for i in range(len(contents)) if i not in found]
-                for group in [[i] for i in rest] if not together else [rest] if rest else []:
-                    kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
-                    told = follow(kept)
-                    for i, pattern in [(number, pattern) for number in told for pattern in kept[number]]:
-                        if not _may_be_there(pattern, text, contents[i], told[i]):
-                            continue
-                        fewer = {**kept, i: [other for other in kept[i] if other != pattern]}
-                        again = follow(fewer)
-                        if again.keys() >= told.keys():
-                            told, kept = again, fewer
-                    found.update(told)
-        for i in set(range(len(contents))) - found.keys():
-            content = contents[i].strip()
-            start, end = 0, len(text)
-            if i in alone:
-                start = _shared(text, alone[i])
-                end = max(start, end - _shared(text[::-1], alone[i][::-1]))
-            if text.count(content, start, end) == 1:
-                start = text.index(content, start)
-                end = start + len(content)
-                if all(end <= first or last <= start for spans in found.values() for first, last, _ in spans):
-                    found[i] = [(start, end, contents[i].index(content))]
-        return found
-
 
 def _shared(one: str, other: str) -> int:
     """How many characters both begin with."""
@@ -282,6 +225,71 @@ _TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
 # word or tag that the template may look for.
 _SHOWN, _LOOSE, _FIXED = 0, 1, 2
 _PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
+
+
+def locate(
+    contents: Sequence[str], text: str, source: str, render: Callable[[Sequence[str]], str]
+) -> dict[int, list[tuple[int, int, int]]]:
+    """For each message the stretches of its content in the rendered text: from, to, and where in the content.
+
+    Searching for the contents would also find a role tag or a default system prompt with the same words. So the
+    prompt is rendered again with each character of content replaced by one of its own, which shows where every
+    character goes, also if others are dropped. White space stays, because templates trim it. If the text becomes
+    another one, the template looks for something in the content, such as ``</think>``: what it may look for is
+    then kept, as little as will do. A message that cannot be followed with the others is tried alone, and at last
+    searched for where the text changes with it.
+
+    Args:
+        contents: The content of each message.
+        text: The conversation as the template renders it.
+        source: The template's program, where it is known.
+        render: Renders the conversation with other contents; may raise `PromptError`.
+    """
+    found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
+    alone: dict[int, str] = {}
+    # No character may be replaced by itself.
+    taken = {(ord(c) - _PRIVATE - n) % _MANY for n, c in enumerate("".join(contents)) if c >= chr(_PRIVATE)}
+    shift = next(n for n in range(_MANY) if n not in taken)
+
+    def follow(kept: Mapping[int, Sequence[str]]) -> dict[int, list[tuple[int, int, int]]]:
+        kinds = {i: own for i, patterns in kept.items() if _SHOWN in (own := _kinds(contents[i], patterns))}
+        try:
+            shown = render(_replaced(contents, kinds, shift))
+        except PromptError:  # the prompt itself was rendered, so it can be used
+            return {}
+        if len(kinds) == 1:
+            alone.setdefault(next(iter(kinds)), shown)
+        places = _followed(text, shown, contents, shift)
+        if places is None:
+            return {}
+        return {i: _runs(text, contents[i], _longest(places.get(i, [])), own) for i, own in kinds.items()}
+
+    for together in (True, False):
+        for patterns in _may_look_for(source, "\n".join(contents)):
+            rest = [i for i in range(len(contents)) if i not in found]
+            for group in [[i] for i in rest] if not together else [rest] if rest else []:
+                kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
+                told = follow(kept)
+                for i, pattern in [(number, pattern) for number in told for pattern in kept[number]]:
+                    if not _may_be_there(pattern, text, contents[i], told[i]):
+                        continue
+                    fewer = {**kept, i: [other for other in kept[i] if other != pattern]}
+                    again = follow(fewer)
+                    if again.keys() >= told.keys():
+                        told, kept = again, fewer
+                found.update(told)
+    for i in set(range(len(contents))) - found.keys():
+        content = contents[i].strip()
+        start, end = 0, len(text)
+        if i in alone:
+            start = _shared(text, alone[i])
+            end = max(start, end - _shared(text[::-1], alone[i][::-1]))
+        if text.count(content, start, end) == 1:
+            start = text.index(content, start)
+            end = start + len(content)
+            if all(end <= first or last <= start for spans in found.values() for first, last, _ in spans):
+                found[i] = [(start, end, contents[i].index(content))]
+    return found
 
 
 def _may_look_for(source: str, whole: str) -> list[list[str]]:

@@ -425,7 +425,7 @@ def steering(
     Args:
         model: The model to steer.
         vector: A vector of one of this model's spaces; or several, or `Intervention` and `Replacement` values that
-            carry their own operator and positions. Those at one site act in the order given.
+            carry their own operator and positions. Those at one site act in the order given. With none, nothing is done.
         operator: What to do, for bare vectors.
         positions: Where in the text, for bare vectors; see `Intervention`.
 
@@ -450,6 +450,9 @@ def steering(
             fwd_hooks=[(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
         )
 
+    if not steps:
+        yield model
+        return
     inner = model.original_model if is_bridge(model) else model
     with _uncached_generate_refused(model, steps), steered(inner, steps, attach, name=name_of(model)):
         yield model
@@ -471,14 +474,8 @@ def interventions(
     operator: Operator,
     positions: Positions,
 ) -> list[Step]:
-    """What `steering` was given, each vector with its operator and positions.
-
-    Raises:
-        ValueError: Nothing was given.
-    """
+    """Give each vector its operator and positions."""
     given = (vector,) if isinstance(vector, SteeringVector | Intervention | Replacement) else tuple(vector)
-    if not given:
-        raise ValueError("steering: give at least one vector")
     return [Intervention(v, operator, positions) if isinstance(v, SteeringVector) else v for v in given]
 
 

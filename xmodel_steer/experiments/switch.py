@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.damage import side_effects, under
+from xmodel_steer.damage import side_effects
 from xmodel_steer.errors import SpaceMismatchError
 from xmodel_steer.evaluation import MultipleChoice
 from xmodel_steer.experiments.arms import Outcome, Pair, answers_of, layers, require_apart, scored
@@ -28,7 +28,7 @@ from xmodel_steer.prompts import Prompt
 from xmodel_steer.replacement import mapped_source, mean_of, noise_like
 from xmodel_steer.scorers import SameTokens, score_texts
 from xmodel_steer.spaces import Site
-from xmodel_steer.steering import Step
+from xmodel_steer.steering import Step, steering
 from xmodel_steer.transfer import versions
 
 OFF, ON = "off: the base's activations in the organism", "on: the organism's activations in the base"
@@ -293,7 +293,7 @@ def _speeds(
     for turn in range(turns + 1):
         seconds = []
         for setting in ([], switch):
-            with under(model, setting):
+            with steering(model, setting):
                 begun = time.perf_counter()
                 generate(
                     model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
@@ -320,7 +320,7 @@ def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tok
 
     plain = texts()
     chosen = frozenset(range(0, len(prompts), 2))
-    with under(model, [replace(step, prompts=chosen) for step in switch]):
+    with steering(model, [replace(step, prompts=chosen) for step in switch]):
         mixed = texts()
     after = texts()
     others = [i for i in range(len(prompts)) if i not in chosen]
