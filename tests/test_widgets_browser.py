@@ -168,6 +168,14 @@ class Page:
         self.press("Generate")
         self.wait(lambda: self.message().endswith("…"), "the beginning")
 
+    def set_strength(self, value: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        slider = self.all(".widget-readout")[0]
+        slider.click()
+        self.driver.execute_script("document.execCommand('selectAll')")
+        slider.send_keys(value, Keys.ENTER)
+
     def texts(self) -> list[str]:
         return self.driver.execute_script("return [...document.querySelectorAll('.xs-text')].map(e => e.textContent)")
 
@@ -210,8 +218,12 @@ def page(
     return made
 
 
+# Each test sets what it needs: two workers may share them, each with a page of its own, in any order.
+
+
 def test_a_click_writes_both_texts_and_no_error_is_on_the_page(page: Page) -> None:
     expected, _ = json.loads((page.server.folder / "expected.json").read_text())
+    page.set_strength("1")
     page.generate()
     partial = page.has_written() and page.texts()
     page.wait(page.idle, "the end")
@@ -228,6 +240,9 @@ def test_the_copied_code_is_on_the_clipboard(page: Page) -> None:
     page.driver.execute_cdp_cmd(
         "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     )
+    page.set_strength("1")
+    page.generate()
+    page.wait(page.idle, "the end")
     page.press("Copy code")
     page.wait(lambda: any(b.text == "Copied" for b in page.all(".widget-html button")), "the copy")
     copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
@@ -235,15 +250,10 @@ def test_the_copied_code_is_on_the_clipboard(page: Page) -> None:
 
 
 def test_a_second_click_takes_over_and_stop_stops(page: Page) -> None:
-    from selenium.webdriver.common.keys import Keys
-
     _, expected = json.loads((page.server.folder / "expected.json").read_text())
     page.generate()
     page.has_written()
-    slider = page.all(".widget-readout")[0]
-    slider.click()
-    page.driver.execute_script("document.execCommand('selectAll')")
-    slider.send_keys("-4", Keys.ENTER)
+    page.set_strength("-4")
     page.generate()
     page.wait(page.idle, "the end")
     assert page.texts() == list(expected)
@@ -258,6 +268,7 @@ def test_a_second_click_takes_over_and_stop_stops(page: Page) -> None:
 
 def test_the_kernels_interrupt_stops_it_and_the_kernel_lives(page: Page) -> None:
     _, expected = json.loads((page.server.folder / "expected.json").read_text())
+    page.set_strength("-4")
     page.generate()
     page.wait(lambda: page.message() == "Writing …" and len(page.texts()[0]) > 3, "a text")
     for kernel in page.server.ask("/api/kernels"):
@@ -278,3 +289,4 @@ def test_an_empty_prompt_is_said_on_the_page(page: Page) -> None:
     page.press("Generate")
     page.wait(lambda: page.message().startswith("The prompt is empty"), "the message")
     assert page.texts() == before
+    box.send_keys(PROMPT)
