@@ -25,7 +25,7 @@ def main(source: str = "packaged:smollm2-135m-instruct", target: str = "packaged
         label="sentiment",
         source_sites=[xs.Site(round(0.6 * small.cfg.n_layers))],
         target_sites=[xs.Site(round(0.5 * large.cfg.n_layers))],
-        strengths=(-1.0, 1.0),
+        strengths=(1.0,),  # as it was found in the source; -1.0 would turn it round
         random_seeds=2,
         side={},  # by default also whether common knowledge stays
         map_tokens=96,
