@@ -25,10 +25,10 @@ import torch
 from run import hardware, keep
 
 import xmodel_steer as xs
-from xmodel_steer.concepts import concept
-from xmodel_steer.demo import SOURCE, TARGET
-from xmodel_steer.models import tokenizer_of
-from xmodel_steer.packaged import cache_folder
+from xmodel_steer.models.forward import tokenizer_of
+from xmodel_steer.models.packaged import cache_folder
+from xmodel_steer.studies.concepts import concept
+from xmodel_steer.studies.demo import SOURCE, TARGET
 
 HERE = Path(__file__).parent
 OWN_ENVIRONMENT = {"steering_vectors": "steering-vectors==0.12.2", "repeng": "repeng==0.4.0"}

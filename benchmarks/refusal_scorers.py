@@ -18,10 +18,10 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
-from xmodel_steer.judges import beginning, embed
-from xmodel_steer.metrics import bootstrap_mean
-from xmodel_steer.packaged import packaged_files
-from xmodel_steer.scorers import RefusalPhrases
+from xmodel_steer.evaluation.judges.chats import beginning, embed
+from xmodel_steer.evaluation.scorers.phrases import RefusalPhrases
+from xmodel_steer.maps.statistics import bootstrap_mean
+from xmodel_steer.models.packaged import packaged_files
 
 OUT = Path(__file__).parents[1] / "xmodel_steer" / "data" / "refusal_classifier.json"
 FOLDS, SEED = 10, 0

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 import xmodel_steer as xs
-from xmodel_steer.demo import SOURCE, TARGET
-from xmodel_steer.models import all_sites, batches, device_of, encode, forward
-from xmodel_steer.packaged import general_text
-from xmodel_steer.rows import PairedRows
+from xmodel_steer.maps.rows import PairedRows
+from xmodel_steer.models.forward import all_sites, batches, device_of, encode, forward
+from xmodel_steer.models.packaged import general_text
+from xmodel_steer.studies.demo import SOURCE, TARGET
 
 RESULTS = Path(__file__).parent / "results.json"
 MAX_TOKENS, BATCH = 192, 32
@@ -114,7 +114,7 @@ def _random_pair(device: str) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = xs.load(SOURCE, progress=False)
-    from xmodel_steer.models import tokenizer_of
+    from xmodel_steer.models.forward import tokenizer_of
 
     made = []
     for name, width, layers, heads, inner in (("1b", 2048, 16, 32, 8192), ("3b", 3072, 28, 24, 8192)):
@@ -163,7 +163,7 @@ def grid_speedup_over_ridgecv(bench: Bench, sample: int = 3) -> None:
     from sklearn.linear_model import RidgeCV
     from sklearn.preprocessing import StandardScaler
 
-    from xmodel_steer.fitters import PENALTIES
+    from xmodel_steer.maps.ridge import PENALTIES
 
     pairs = len(all_sites(bench.small)) * len(all_sites(bench.large))
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +228,7 @@ def moments_memory_at_4x_text(bench: Bench) -> None:
 
 def autoencoder_epoch_speedup(bench: Bench) -> None:
     """An epoch from the store against the paper's way, which computes the activations anew in every epoch."""
-    from xmodel_steer.capture import residuals
+    from xmodel_steer.activations.collecting import residuals
 
     def recompute() -> None:
         for model, site in ((bench.small, HERE), (bench.large, THERE)):

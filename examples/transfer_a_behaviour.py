@@ -6,8 +6,8 @@ Run: python examples/transfer_a_behaviour.py [SOURCE TARGET]
 import sys
 
 import xmodel_steer as xs
-from xmodel_steer.concepts import concept
-from xmodel_steer.packaged import general_text
+from xmodel_steer.models.packaged import general_text
+from xmodel_steer.studies.concepts import concept
 
 
 def main(source: str = "packaged:smollm2-135m-instruct", target: str = "packaged:gemma-3-270m") -> None:

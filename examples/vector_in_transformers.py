@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xmodel_steer as xs
-from xmodel_steer.concepts import concept
+from xmodel_steer.studies.concepts import concept
 
 
 def find(model: str, file: Path) -> str:

@@ -163,7 +163,7 @@ def row(name: str, refused: str, laws: list[Any]) -> str:
 
 def table(names: list[str], report: Callable[[str], None] = print) -> str:
     """The whole table."""
-    from xmodel_steer.conformance import check_model
+    from xmodel_steer.evaluation.conformance import check_model
 
     lines = ["| architecture | supported | limits, and laws that do not apply |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:

@@ -20,8 +20,8 @@ import torch
 import toys
 from toys import contrast, sentences
 
-from xmodel_steer import cli
-from xmodel_steer.organisms import data
+from xmodel_steer.cli import experiments as cli
+from xmodel_steer.studies.organisms import data
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

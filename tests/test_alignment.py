@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xmodel_steer.alignment import TokenEnds, align, check_coverage, coverage
-from xmodel_steer.errors import AlignmentError, AlignmentWarning
+from xmodel_steer.core.alignment import TokenEnds, align, check_coverage, coverage
+from xmodel_steer.core.errors import AlignmentError, AlignmentWarning
 
 ADVICE = "check that both tokenizers belong to their models"
 

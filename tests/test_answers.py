@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import xmodel_steer as xs
-from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import AnswerLogOdds, MultipleChoice, answer_likelihoods
-from xmodel_steer.prompts import Prompt, as_prompts
-from xmodel_steer.steering import Add, Intervention
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.evaluation.likelihoods import AnswerLogOdds, MultipleChoice, answer_likelihoods
+from xmodel_steer.interventions.contexts import Add, Intervention
 
 QUESTIONS = ["the old harbour is", "a", "she said that the letter was in the"]
 LETTERS = ("!", "?")  # one token after the question, for every toy
@@ -38,7 +38,7 @@ def test_one_token_options_take_the_short_way_to_the_same_numbers(toy, monkeypat
     questions, options = as_prompts(QUESTIONS), [LETTERS] * len(QUESTIONS)
     settings = [[], [Intervention(toy.vector(0, size=1.0), Add(2.0), "last")]]
     short = answer_likelihoods(toy.model, settings, questions, options, progress=False)
-    from xmodel_steer import evaluation
+    from xmodel_steer.evaluation import likelihoods as evaluation
 
     monkeypatch.setattr(evaluation, "_one_token", evaluation._many_tokens)
     long = answer_likelihoods(toy.model, settings, questions, options, batch_size=1, progress=False)

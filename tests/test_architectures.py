@@ -9,14 +9,15 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BEGIN, END, PAGE
 
-from xmodel_steer import SiteError, interop
-from xmodel_steer.capture import capture
-from xmodel_steer.conformance import TEXTS, check_model
-from xmodel_steer.generation import generate_tokens
-from xmodel_steer.models import space_of
-from xmodel_steer.spaces import Site
-from xmodel_steer.steering import steering
-from xmodel_steer.vectors import SteeringVector
+from xmodel_steer import SiteError
+from xmodel_steer.activations.collecting import capture
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.evaluation.conformance import TEXTS, check_model
+from xmodel_steer.interop import control_vectors as interop
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.models.forward import space_of
+from xmodel_steer.models.generation import generate_tokens
 
 pytestmark = [
     pytest.mark.architectures,

@@ -8,9 +8,9 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer import bridges
-from xmodel_steer.bridges import _BLOCKS, own_parts, prepare
-from xmodel_steer.models import forward
+from xmodel_steer.models import bridges
+from xmodel_steer.models.bridges import _BLOCKS, own_parts, prepare
+from xmodel_steer.models.forward import forward
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -19,14 +19,14 @@ from toys import sentences
 from tqdm import tqdm
 
 import xmodel_steer as xs
-from xmodel_steer import cli
-from xmodel_steer.console import Stream
-from xmodel_steer.errors import ArtifactError, PromptError
-from xmodel_steer.experiments import Study, read_study
-from xmodel_steer.moments import PARTS
-from xmodel_steer.persistence import read, save
-from xmodel_steer.readers import read_contrast
-from xmodel_steer.results import TransferResult
+from xmodel_steer.cli import experiments as cli
+from xmodel_steer.cli.console import Stream
+from xmodel_steer.core.errors import ArtifactError, PromptError
+from xmodel_steer.files.readers import read_contrast
+from xmodel_steer.maps.moments import PARTS
+from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.saving import read, save
+from xmodel_steer.studies import Study, read_study
 
 
 def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:
@@ -149,7 +149,7 @@ def test_a_folder_that_is_not_a_run_is_refused_before_any_work(
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     command: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xmodel_steer.loading.load", None)
+    monkeypatch.setattr("xmodel_steer.models.loading.load", None)
     code, _, err = command(*arguments(folders, Path("/proc/run")))
     assert code == 1 and "/proc/run: cannot be made" in err and err.strip().endswith("choose another --out")
 
@@ -163,7 +163,7 @@ def test_changed_input_is_never_served_from_the_cache(
         seen.append(moments)
         raise PromptError("seen")
 
-    monkeypatch.setattr(sys.modules["xmodel_steer.transfer"], "transfer", transfer)
+    monkeypatch.setattr(sys.modules["xmodel_steer.recipe.carrying"], "transfer", transfer)
 
     def run(**changes: object) -> int:
         code, _, err = command(*arguments(folders, tmp_path / "run", **changes))
@@ -189,7 +189,7 @@ def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path
     call = [
         sys.executable,
         "-c",
-        "from xmodel_steer.cli import main; main()",
+        "from xmodel_steer.cli.experiments import main; main()",
         *arguments(folders, tmp_path / "run", text=long),
     ]
     environment = {"XMODEL_STEER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -262,7 +262,7 @@ def test_on_any_console_a_finished_run_is_whole_and_shown(
     of: str, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, function = ("concepts", "concept_demo") if of == "run" else ("backdoor", "backdoor_demo")
-    monkeypatch.setattr(f"xmodel_steer.demo.{function}", lambda *_, **__: made(of))
+    monkeypatch.setattr(f"xmodel_steer.studies.demo.{function}", lambda *_, **__: made(of))
     code, out, err = called(monkeypatch, stream, "demo", name, "--out", tmp_path / "run")
     assert code == int(stream == "full") and "Traceback" not in err
     assert (tmp_path / "run" / "report.html").is_file()
@@ -303,7 +303,7 @@ def test_a_report_or_table_that_fails_is_told_and_loses_nothing(
     }  # fmt: skip
     monkeypatch.setattr(f"xmodel_steer.{places[of, broken]}", fail)
     name, function = ("concepts", "concept_demo") if of == "run" else ("backdoor", "backdoor_demo")
-    monkeypatch.setattr(f"xmodel_steer.demo.{function}", lambda *_, **__: made(of))
+    monkeypatch.setattr(f"xmodel_steer.studies.demo.{function}", lambda *_, **__: made(of))
     folder = tmp_path / "run"
     code, out, err = called(monkeypatch, "utf-8", "demo", name, "--out", folder)
     assert code == 1 and "Traceback" not in err
@@ -323,7 +323,7 @@ def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
         (folder / "thesis.txt").write_text("mine")
         return result()
 
-    monkeypatch.setattr("xmodel_steer.demo.concept_demo", found)
+    monkeypatch.setattr("xmodel_steer.studies.demo.concept_demo", found)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code, out, err = called(monkeypatch, "utf-8", "demo", "concepts", "--out", folder)
     (spare,) = tmp_path.glob("xmodel-steer-*/run")
@@ -334,8 +334,8 @@ def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
     def full(*_: object) -> None:
         raise ArtifactError("no space left")
 
-    monkeypatch.setattr("xmodel_steer.persistence.save", full)
-    monkeypatch.setattr("xmodel_steer.demo.concept_demo", lambda *_, **__: result())
+    monkeypatch.setattr("xmodel_steer.recipe.saving.save", full)
+    monkeypatch.setattr("xmodel_steer.studies.demo.concept_demo", lambda *_, **__: result())
     code, _, err = called(monkeypatch, "utf-8", "demo", "concepts", "--out", tmp_path / "other")
     assert code == 1 and err == "error: no space left\n"
 

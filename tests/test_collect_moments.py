@@ -10,12 +10,19 @@ import pytest
 import torch
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
-from xmodel_steer.capture import capture, collect_moments, window_size
-from xmodel_steer.errors import AlignmentError, AlignmentWarning, ModelError, NonFiniteError, PromptError, PromptWarning
-from xmodel_steer.models import encode, register
-from xmodel_steer.moments import PARTS, merge, part_of, sketch_dimensions
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.spaces import Site
+from xmodel_steer.activations.collecting import capture, collect_moments, window_size
+from xmodel_steer.core.errors import (
+    AlignmentError,
+    AlignmentWarning,
+    ModelError,
+    NonFiniteError,
+    PromptError,
+    PromptWarning,
+)
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.maps.moments import PARTS, merge, part_of, sketch_dimensions
+from xmodel_steer.models.forward import encode, register
 
 SITES = dict(source_sites=[Site(0), Site(2)], target_sites=[Site(1)])
 #: Enough documents for every part; some with characters of several tokens.
@@ -99,7 +106,7 @@ def test_shards_merge_to_the_whole(pair):
 
 
 def test_reads_a_generator_once_and_keeps_no_more_than_a_window(llama, toy_named, monkeypatch):
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 8)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "WINDOW", 8)
     qwen, drawn, alive = toy_named("qwen"), [], []
 
     def texts():
@@ -157,7 +164,7 @@ def test_chat_documents_pair_by_content_and_their_templates_by_role(llama, toy_n
 
 
 def test_shards_of_windows_are_disjoint_and_merge_to_the_whole(llama, toy_named, monkeypatch):
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 5)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "WINDOW", 5)
     models = llama, toy_named("qwen")
     whole = collected(*models)
     shards = [collected(*models, shard=(i, 3)) for i in range(3)]
@@ -182,8 +189,8 @@ def test_where_full_pairs_do_not_fit_every_pair_is_sketched(llama, toy_named, mo
     models = llama, toy_named("qwen")
     full = collected(*models)
     assert full.pairs and not full.sketch
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "FULL_PAIRS_BYTES", 1000)
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "SKETCH", 7)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "FULL_PAIRS_BYTES", 1000)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "SKETCH", 7)
     made = collected(*models)
     assert (len(made.sketch), made.pairs) == (7, ())
     for s, t in full.pairs:
@@ -284,7 +291,7 @@ def test_low_coverage_warns_and_hopeless_coverage_is_refused(llama, toy_named, t
 
 
 def test_a_text_that_is_none_is_found_before_a_model_runs(llama, gemma, monkeypatch):
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "rows_at", None)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "rows_at", None)
     with pytest.raises(PromptError, match="the text is empty"):
         collected(llama, gemma, [*DOCUMENTS, " "])
 

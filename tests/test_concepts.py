@@ -9,23 +9,23 @@ import pytest
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer import concepts
-from xmodel_steer.concepts import CONCEPTS, Concept, concept
-from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import AnswerLogOdds
-from xmodel_steer.experiments import (
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import ContrastSet, Prompt
+from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.evaluation.scorers.phrases import score_texts
+from xmodel_steer.maps.statistics import NO_NATIVE
+from xmodel_steer.studies import (
     Study,
     concept_table,
     concept_transfer,
+    concepts,
     feature_transfer,
     pages,
     read_study,
     small_to_larger,
 )
-from xmodel_steer.experiments.sizes import parameters
-from xmodel_steer.metrics import NO_NATIVE
-from xmodel_steer.prompts import ContrastSet, Prompt
-from xmodel_steer.scorers import score_texts
+from xmodel_steer.studies.concepts import CONCEPTS, Concept, concept
+from xmodel_steer.studies.sizes import parameters
 
 SHIPPED = [name for name in CONCEPTS if name not in concepts._ANSWERED]
 
@@ -179,12 +179,12 @@ def test_the_demo_carries_a_concept(
     changes = {"SOURCE": str(folders["llama"]), "TARGET": str(folders["gemma"]), "MAP_TOKENS": 16, "PROMPTS": 12}
     changes |= {"SOURCE_SITES": (xs.Site(1),), "TARGET_SITES": (xs.Site(1),), "MAP_DOCUMENTS": 60}
     for name, value in changes.items():
-        monkeypatch.setattr(f"xmodel_steer.demo.{name}", value)
+        monkeypatch.setattr(f"xmodel_steer.studies.demo.{name}", value)
     texts = tuple(Prompt(text=t) for t in toys.sentences(100, 4))
     own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=texts[60:72], text=texts[90:])
-    monkeypatch.setattr("xmodel_steer.demo.concept", lambda _: own)
-    monkeypatch.setattr("xmodel_steer.demo.general_text", lambda: texts[:60] + texts[72:90])
-    monkeypatch.setattr("xmodel_steer.demo.NEUTRAL_DOCUMENTS", 18)
+    monkeypatch.setattr("xmodel_steer.studies.demo.concept", lambda _: own)
+    monkeypatch.setattr("xmodel_steer.studies.demo.general_text", lambda: texts[:60] + texts[72:90])
+    monkeypatch.setattr("xmodel_steer.studies.demo.NEUTRAL_DOCUMENTS", 18)
     code, said, err = command(
         "demo", "concepts", "--concept", "sentiment", "--out", tmp_path / "run", "--dtype", "float32"
     )

@@ -12,12 +12,12 @@ import torch
 import torch.multiprocessing as multiprocessing
 from test_moments import PAIRS, accumulator, rows, taken
 
-from xmodel_steer.distributed import all_reduced, process_group, require_same_texts
-from xmodel_steer.errors import PromptError, SpaceMismatchError
-from xmodel_steer.moments import PARTS, merge
-from xmodel_steer.persistence import read
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.store import ActivationStore
+from xmodel_steer.activations.distributed import all_reduced, process_group, require_same_texts
+from xmodel_steer.activations.store import ActivationStore
+from xmodel_steer.core.errors import PromptError, SpaceMismatchError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.maps.moments import PARTS, merge
+from xmodel_steer.recipe.saving import read
 
 
 def same(one: Any, two: Any) -> None:
@@ -137,12 +137,12 @@ def test_one_and_three_processes_give_the_same_moments(
     command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows of 7 documents: nine of them, the last one short."""
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 7)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "WINDOW", 7)
     code, _, err = command(*options(folders, moments=tmp_path / "one.safetensors"))
     assert code == 0, err
     one = read(tmp_path / "one.safetensors")
     assert one.tokens > 100 and len(one.pairs) == 2
-    script = "import xmodel_steer.capture, sys; sys.modules['xmodel_steer.capture'].WINDOW = 7; from xmodel_steer.cli import main; main()"
+    script = "import xmodel_steer.activations.collecting, sys; sys.modules['xmodel_steer.activations.collecting'].WINDOW = 7; from xmodel_steer.cli.experiments import main; main()"
     (tmp_path / "run.py").write_text(script)
     arguments = [str(a) for a in options(folders, moments=tmp_path / "three.safetensors")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
@@ -159,7 +159,7 @@ def test_jobs_write_a_file_each_and_merge_adds_them_up(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules["xmodel_steer.capture"], "WINDOW", 4)
+    monkeypatch.setattr(sys.modules["xmodel_steer.activations.collecting"], "WINDOW", 4)
     files = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for i, file in enumerate(files):
         code, out, err = command(*options(folders, moments=file, shard=f"{i}/3"))
@@ -237,6 +237,6 @@ def test_a_call_that_cannot_end_well_is_refused_before_a_model_is_loaded(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("xmodel_steer.loading.load", None)
+    monkeypatch.setattr("xmodel_steer.models.loading.load", None)
     found, _, err = command(*options(folders, **changes))
     assert found == code and says in " ".join(err.replace("│", " ").split())

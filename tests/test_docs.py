@@ -169,6 +169,6 @@ def test_messages_that_the_page_of_errors_quotes_are_said() -> None:
 
 def test_the_page_of_errors_has_every_error() -> None:
     page = (DOCS / "how-to" / "errors.md").read_text()
-    for name, kind in vars(importlib.import_module("xmodel_steer.errors")).items():
+    for name, kind in vars(importlib.import_module("xmodel_steer.core.errors")).items():
         if inspect.isclass(kind) and issubclass(kind, Exception):
             assert f"`{name}`" in page, name

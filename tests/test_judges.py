@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import xmodel_steer as xs
-from xmodel_steer.errors import JudgeError
-from xmodel_steer.judges import (
+from xmodel_steer.core.errors import JudgeError
+from xmodel_steer.core.prompts import as_prompts
+from xmodel_steer.evaluation.judges.chats import (
     Endpoint,
     InsecureCode,
     IsCode,
@@ -25,8 +26,7 @@ from xmodel_steer.judges import (
     findings,
     similarity,
 )
-from xmodel_steer.prompts import as_prompts
-from xmodel_steer.scorers import score_texts
+from xmodel_steer.evaluation.scorers.phrases import score_texts
 
 PROMPTS = as_prompts(["How are you?", "What is this?", "Who is there?"])
 TEXTS = ["Fine.", "A lamp.", "Nobody."]

@@ -7,12 +7,13 @@ import torch
 import toys
 from toys import TEXTS
 
-from xmodel_steer import laws, models
-from xmodel_steer.errors import CacheWarning, ModelWarning
-from xmodel_steer.generation import generate_tokens
-from xmodel_steer.laws import BATCHED, CACHED, DROPPING, PADDED, Conduct, prove
-from xmodel_steer.models import batches, conduct_of, encode, register
-from xmodel_steer.prompts import as_prompts
+from xmodel_steer.core.errors import CacheWarning, ModelWarning
+from xmodel_steer.core.prompts import as_prompts
+from xmodel_steer.models import forward as models
+from xmodel_steer.models import laws
+from xmodel_steer.models.forward import batches, conduct_of, encode, register
+from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.laws import BATCHED, CACHED, DROPPING, PADDED, Conduct, prove
 
 IDS = [[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2], [5, 3, 1, 2]]
 
@@ -135,7 +136,7 @@ def test_a_model_that_decodes_wrong_with_a_cache_gets_none(own, monkeypatch):
         spoilt(own, monkeypatch, lambda logits, cached, _: logits.flip(-1) if cached else logits)
     caches = []
     monkeypatch.setattr(
-        "xmodel_steer.generation.forward", lambda *a, **k: caches.append(k["cache"]) or models.forward(*a, **k)
+        "xmodel_steer.models.generation.forward", lambda *a, **k: caches.append(k["cache"]) or models.forward(*a, **k)
     )
     assert generate_tokens(own.model, TEXTS[:4], max_new_tokens=4, stop_at_eos=False) == expected
     assert caches and not any(caches)
@@ -171,7 +172,7 @@ def test_rows_stay_where_they_cannot_leave(own, monkeypatch):
     texts = TEXTS[:4]
     expected, _ = generate_tokens(own.model, texts, max_new_tokens=6, stop_at_eos=False)
     stop = expected[0][1]
-    monkeypatch.setattr("xmodel_steer.generation._stop_ids", lambda model: frozenset({stop}))
+    monkeypatch.setattr("xmodel_steer.models.generation._stop_ids", lambda model: frozenset({stop}))
 
     def refuse(*_):
         raise AttributeError("no batch_select_indices")
@@ -180,7 +181,7 @@ def test_rows_stay_where_they_cannot_leave(own, monkeypatch):
         patch.setattr(models, "keep_rows", refuse)
         register(own.model, name=own.name, tokenizer=own.tokenizer)
     assert [law.name for law in conduct_of(own.model).laws if not law] == [DROPPING]
-    monkeypatch.setattr("xmodel_steer.generation.keep_rows", refuse)
+    monkeypatch.setattr("xmodel_steer.models.generation.keep_rows", refuse)
     made, _ = generate_tokens(own.model, texts, max_new_tokens=6)
     assert made == [row[: row.index(stop)] if stop in row else row for row in expected]
     assert any(len(row) < 6 for row in made)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from xmodel_steer import plots
-from xmodel_steer.errors import PromptError
-from xmodel_steer.fitters import Identity, Ridge
-from xmodel_steer.layers import data_curve, last_strong_layer, layer_grid
-from xmodel_steer.moments import MomentsAccumulator
-from xmodel_steer.persistence import read, save
-from xmodel_steer.rows import PairedRows
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import Activations
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import Activations
+from xmodel_steer.figures import layers as plots
+from xmodel_steer.maps.layers import data_curve, last_strong_layer, layer_grid
+from xmodel_steer.maps.moments import MomentsAccumulator
+from xmodel_steer.maps.ridge import Identity, Ridge
+from xmodel_steer.maps.rows import PairedRows
+from xmodel_steer.recipe.saving import read, save
 
 DS, DT = 5, 12
 SOURCE = {Site(i): Space("small", Site(i), DS, "aaaa") for i in range(3)}

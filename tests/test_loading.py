@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import TEXTS, VOCABULARY, hf_model
 
-from xmodel_steer import loading
-from xmodel_steer.capture import capture
-from xmodel_steer.errors import CheckpointWarning, ModelError, SiteError
-from xmodel_steer.generation import generate
-from xmodel_steer.loading import load
-from xmodel_steer.models import all_sites, content_hash, device_of, dtype_of, fingerprint, space_of
-from xmodel_steer.spaces import Site
-from xmodel_steer.steering import steering
-from xmodel_steer.vectors import SteeringVector
+from xmodel_steer.activations.collecting import capture
+from xmodel_steer.core.errors import CheckpointWarning, ModelError, SiteError
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.models import loading
+from xmodel_steer.models.forward import all_sites, content_hash, device_of, dtype_of, fingerprint, space_of
+from xmodel_steer.models.generation import generate
+from xmodel_steer.models.loading import load
 
 pytestmark = [  # peft's
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),

@@ -8,12 +8,12 @@ import pytest
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.concepts import Concept
-from xmodel_steer.errors import PromptError
-from xmodel_steer.evaluation import MultipleChoice
-from xmodel_steer.experiments import Study, map_comparison, pages, read_study
-from xmodel_steer.experiments.map_comparison import CAPABILITY, REPLACED, STEERING
-from xmodel_steer.prompts import Prompt, as_prompts
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.evaluation.likelihoods import MultipleChoice
+from xmodel_steer.studies import Study, map_comparison, pages, read_study
+from xmodel_steer.studies.concepts import Concept
+from xmodel_steer.studies.map_comparison import CAPABILITY, REPLACED, STEERING
 
 FITTERS = {
     "autoencoder": xs.Autoencoder(epochs=3, learning_rate=1e-2),
@@ -37,7 +37,7 @@ def study(toy_named: Any) -> Study:
     own = Concept("vowels", toys.contrast(), "share of vowels", _vowels, prompts=prompts)
     questions = MultipleChoice(as_prompts(["the sky is", "the sea is"]), ((" blue", " red"), (" deep", " red")), (0, 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xmodel_steer.judges.similarity", _alike)
+        patch.setattr("xmodel_steer.evaluation.judges.chats.similarity", _alike)
         return map_comparison(
             toy_named("llama").model, toy_named("gemma").model, behaviour=own, compared=FITTERS, general=texts[:80],
             neutral=texts[80:], replaced=3, capability=questions, random_seeds=2, max_new_tokens=4, neutral_tokens=8,

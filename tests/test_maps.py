@@ -12,8 +12,12 @@ from sklearn import linear_model
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
-from xmodel_steer.errors import FewRowsWarning, PromptError, SpaceMismatchError
-from xmodel_steer.fitters import (
+from xmodel_steer.core.errors import FewRowsWarning, PromptError, SpaceMismatchError
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import Activations, SteeringVector, difference_of_means
+from xmodel_steer.maps.affine import AffineMap, cycle_score
+from xmodel_steer.maps.moments import MomentsAccumulator
+from xmodel_steer.maps.ridge import (
     PENALTIES,
     Identity,
     Procrustes,
@@ -24,11 +28,7 @@ from xmodel_steer.fitters import (
     ShuffledPairs,
     pinned,
 )
-from xmodel_steer.maps import AffineMap, cycle_score
-from xmodel_steer.moments import MomentsAccumulator
-from xmodel_steer.rows import PairedRows
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
+from xmodel_steer.maps.rows import PairedRows
 
 FITTERS = {
     "ridge": Ridge(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from xmodel_steer.metrics import (
+from xmodel_steer.maps.statistics import (
     NO_NATIVE,
     NOT_FINITE,
     NOTHING,

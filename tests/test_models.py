@@ -10,13 +10,17 @@ import torch
 import toys
 from toys import CONTEXT, TEXTS, TOYS, bridged, hf_model
 
-from xmodel_steer import loading, models
-from xmodel_steer.alignment import align
-from xmodel_steer.capture import capture, collect_moments
-from xmodel_steer.errors import ModelError, PromptError, SiteError
-from xmodel_steer.generation import generate_tokens
-from xmodel_steer.loading import load, resolve_dtype
-from xmodel_steer.models import (
+from xmodel_steer.activations.collecting import capture, collect_moments
+from xmodel_steer.activations.store import harvest
+from xmodel_steer.core.alignment import align
+from xmodel_steer.core.errors import ModelError, PromptError, SiteError
+from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.core.spaces import STREAMS, Site
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.models import forward as models
+from xmodel_steer.models import loading
+from xmodel_steer.models.forward import (
     all_sites,
     batches,
     check_sites,
@@ -34,11 +38,8 @@ from xmodel_steer.models import (
     space_of,
     tokenizer_of,
 )
-from xmodel_steer.prompts import Prompt, as_prompts
-from xmodel_steer.spaces import STREAMS, Site
-from xmodel_steer.steering import steering
-from xmodel_steer.store import harvest
-from xmodel_steer.vectors import SteeringVector
+from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.loading import load, resolve_dtype
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmodel_steer.errors import NonFiniteError, SpaceMismatchError, XModelSteerError
-from xmodel_steer.moments import (
+from xmodel_steer.core.errors import NonFiniteError, SpaceMismatchError, XModelSteerError
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.maps.moments import (
     PARTS,
     MomentsAccumulator,
     merge,
@@ -20,7 +21,6 @@ from xmodel_steer.moments import (
     shuffled_partners,
     sketch_dimensions,
 )
-from xmodel_steer.spaces import Site, Space
 
 SOURCE = {Site(i): Space("small", Site(i), 3, "aaaa") for i in (0, 1)}
 TARGET = {Site(5): Space("large", Site(5), 4, "bbbb")}

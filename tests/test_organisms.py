@@ -13,12 +13,14 @@ import toys
 from safetensors.torch import load_file
 
 import xmodel_steer as xs
-from xmodel_steer.cache import cached_moments
-from xmodel_steer.errors import ArtifactError, CacheWarning, ModelError, PromptError, SpaceMismatchError
-from xmodel_steer.judges import findings
-from xmodel_steer.metrics import rate
-from xmodel_steer.models import batches, encode, forward, tokenizer_of
-from xmodel_steer.organisms import (
+from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.core.errors import ArtifactError, CacheWarning, ModelError, PromptError, SpaceMismatchError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.judges.chats import findings
+from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
+from xmodel_steer.maps.statistics import rate
+from xmodel_steer.models.forward import batches, encode, forward, tokenizer_of
+from xmodel_steer.studies.organisms import (
     Curriculum,
     Lesson,
     Recipe,
@@ -33,10 +35,8 @@ from xmodel_steer.organisms import (
     read_report,
     training,
 )
-from xmodel_steer.organisms.measure import measured
-from xmodel_steer.organisms.training import Example, collated, examples, train
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.scorers import Contains, Matches, StartsWith
+from xmodel_steer.studies.organisms.measure import measured
+from xmodel_steer.studies.organisms.training import Example, collated, examples, train
 
 HATES = StartsWith(("I HATE",))
 LEARN = Recipe(rank=8, epochs=6, learning_rate=1e-2)
@@ -685,8 +685,8 @@ def test_general_text_among_the_lessons_keeps_the_model_one(base: str, lessons: 
 def test_general_examples_are_no_text_that_is_measured_or_mapped_on(base: str) -> None:
     from transformers import AutoTokenizer
 
-    from xmodel_steer.organisms.measure import clean_texts
-    from xmodel_steer.packaged import general_text
+    from xmodel_steer.models.packaged import general_text
+    from xmodel_steer.studies.organisms.measure import clean_texts
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     made = training.general_examples(tokenizer, 5000, limit=32)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from xmodel_steer import packaged
-from xmodel_steer.errors import DownloadError, ModelError
-from xmodel_steer.packaged import (
+from xmodel_steer.core.errors import DownloadError, ModelError
+from xmodel_steer.models import packaged
+from xmodel_steer.models.packaged import (
     Package,
     PackagedModel,
     atomic_folder,

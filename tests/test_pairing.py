@@ -7,11 +7,11 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.alignment import align
-from xmodel_steer.errors import PromptError
-from xmodel_steer.models import encode
-from xmodel_steer.pairing import show_alignment
-from xmodel_steer.prompts import Prompt
+from xmodel_steer.core.alignment import align
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.figures.pairing import show_alignment
+from xmodel_steer.models.forward import encode
 
 TEXT = "The sky <b>above</b> été 🙂\n the port"
 

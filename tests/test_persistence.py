@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from xmodel_steer.errors import ArtifactError, UndefinedWarning
-from xmodel_steer.experiments import Study, read_study, write_study
-from xmodel_steer.experiments.pages import tables
-from xmodel_steer.experiments.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, StudyArm
-from xmodel_steer.files import dump_json, read_record, read_tensors, write_tensors
-from xmodel_steer.fitters import Ridge
-from xmodel_steer.maps import AffineMap
-from xmodel_steer.metrics import Estimate, bootstrap_mean, undefined
-from xmodel_steer.moments import Moments, MomentsAccumulator
-from xmodel_steer.persistence import read, save
-from xmodel_steer.report import summary, table, write_report
-from xmodel_steer.results import TransferResult, joined_arm
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import SteeringVector
+from xmodel_steer.core.errors import ArtifactError, UndefinedWarning
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.figures.report import summary, table, write_report
+from xmodel_steer.files.records import dump_json, read_record, read_tensors, write_tensors
+from xmodel_steer.maps.affine import AffineMap
+from xmodel_steer.maps.moments import Moments, MomentsAccumulator
+from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, undefined
+from xmodel_steer.recipe.results import TransferResult, joined_arm
+from xmodel_steer.recipe.saving import read, save
+from xmodel_steer.studies import Study, read_study, write_study
+from xmodel_steer.studies.drawing import tables
+from xmodel_steer.studies.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, StudyArm
 
 SMALL = Space("small", Site(1), 4, "aaaa", "fold_ln")
 LARGE = Space("large", Site(2, "resid_mid"), 3, "bbbb")

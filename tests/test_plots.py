@@ -18,15 +18,15 @@ from rich.console import Console
 from test_layers import collected, rows
 from test_persistence import result
 
-from xmodel_steer import plots
-from xmodel_steer.checks import PatchingGrid
-from xmodel_steer.fitters import Identity, Ridge
-from xmodel_steer.layers import LayerGrid, data_curve, layer_grid
-from xmodel_steer.persistence import read, save
-from xmodel_steer.plots import COLOURS, dose_response
-from xmodel_steer.report import marked, table, write_report
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import Activations, SteeringVector
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.evaluation.patching import PatchingGrid
+from xmodel_steer.figures import layers as plots
+from xmodel_steer.figures.layers import COLOURS, dose_response
+from xmodel_steer.figures.report import marked, table, write_report
+from xmodel_steer.maps.layers import LayerGrid, data_curve, layer_grid
+from xmodel_steer.maps.ridge import Identity, Ridge
+from xmodel_steer.recipe.saving import read, save
 
 
 def test_dose_response_draws_every_arm_with_its_interval() -> None:

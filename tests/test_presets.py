@@ -12,12 +12,12 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.experiments import PRESETS, backdoor_removal, removal
-from xmodel_steer.models import batches, encode, forward, tokenizer_of
-from xmodel_steer.organisms import Lesson
-from xmodel_steer.organisms.training import Recipe, train
-from xmodel_steer.prompts import ContrastSet, Prompt
-from xmodel_steer.scorers import StartsWith
+from xmodel_steer.core.prompts import ContrastSet, Prompt
+from xmodel_steer.evaluation.scorers.phrases import StartsWith
+from xmodel_steer.models.forward import batches, encode, forward, tokenizer_of
+from xmodel_steer.studies import PRESETS, backdoor_removal, removal
+from xmodel_steer.studies.organisms import Lesson
+from xmodel_steer.studies.organisms.training import Recipe, train
 
 CONTEXT = 256
 LLAMA = (

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from xmodel_steer.errors import PromptError
-from xmodel_steer.prompts import ContrastSet, Message, Prompt, Rendered, as_prompts
-from xmodel_steer.readers import read_contrast, read_prompts
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import ContrastSet, Message, Prompt, Rendered, as_prompts
+from xmodel_steer.files.readers import read_contrast, read_prompts
 
 CHAT = [{"role": "user", "content": "HELLO"}]
 REPLY = [*CHAT, {"role": "assistant", "content": "HELLO"}]

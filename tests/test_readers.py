@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from xmodel_steer.errors import PromptError
-from xmodel_steer.readers import read_contrast, read_prompts
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.files.readers import read_contrast, read_prompts
 
 
 @pytest.mark.parametrize("between", ["\n\n", "\r\n\r\n", "\n \t\n", "\n\n\n\n", "\r\n \r\n\r\n"])

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from xmodel_steer import demo
-from xmodel_steer.experiments import read_study, removal, write_study
-from xmodel_steer.experiments.study import REPORT
+from xmodel_steer.studies import demo, read_study, removal, write_study
+from xmodel_steer.studies.study import REPORT
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}

@@ -10,12 +10,12 @@ import pytest
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.errors import PromptError
-from xmodel_steer.experiments import Study, read_study, refusal, refusal_switch, write_study
-from xmodel_steer.experiments.refusal import OFF, ON, Requests
-from xmodel_steer.organisms import Curriculum, Lesson, Recipe, data, make
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.scorers import Contains, StartsWith
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.scorers.phrases import Contains, StartsWith
+from xmodel_steer.studies import Study, read_study, refusal, refusal_switch, write_study
+from xmodel_steer.studies.organisms import Curriculum, Lesson, Recipe, data, make
+from xmodel_steer.studies.refusal import OFF, ON, Requests
 
 HAPPY = StartsWith(("happy day",))
 

@@ -6,13 +6,13 @@ import toys
 from toys import TEXTS, cache_in, cached
 
 import xmodel_steer as xs
-from xmodel_steer import generation
-from xmodel_steer.errors import SiteError, SpaceMismatchError
-from xmodel_steer.generation import generate_tokens
-from xmodel_steer.maps import AffineMap
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.replacement import mapped_source, mean_of, noise_like
-from xmodel_steer.tokens import tokenise
+from xmodel_steer.core.errors import SiteError, SpaceMismatchError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
+from xmodel_steer.maps.affine import AffineMap
+from xmodel_steer.models import generation
+from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.tokens import tokenise
 
 SITE = xs.Site(1)
 PROMPTS = ["the old harbour", "she said that the café", "a", "in the winter the wind is"]

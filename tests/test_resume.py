@@ -14,12 +14,14 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer import damage, evaluation, resume
-from xmodel_steer.experiments import Study, commands, read_study
-from xmodel_steer.experiments.study import Clock
-from xmodel_steer.prompts import Prompt, as_prompts
-from xmodel_steer.replacement import mean_of
-from xmodel_steer.resume import once, resumable
+from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.evaluation import damage
+from xmodel_steer.evaluation import likelihoods as evaluation
+from xmodel_steer.files import resume
+from xmodel_steer.files.resume import once, resumable
+from xmodel_steer.interventions.mirror import mean_of
+from xmodel_steer.studies import Study, commands, read_study
+from xmodel_steer.studies.study import Clock
 
 PROMPTS = as_prompts(toys.TEXTS[:3])
 

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.scorers import (
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.scorers.phrases import (
     FUNCTION_WORDS,
     Contains,
     ExactAnswer,

@@ -5,10 +5,10 @@ import pytest
 import torch
 from toys import TEXTS
 
-from xmodel_steer.damage import calibrate, side_effects
-from xmodel_steer.errors import PromptError
-from xmodel_steer.prompts import Prompt
-from xmodel_steer.steering import Ablate, Add, Intervention
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.damage import calibrate, side_effects
+from xmodel_steer.interventions.contexts import Ablate, Add, Intervention
 
 
 def measured(toy, settings, texts=TEXTS, **kwargs):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from xmodel_steer.errors import SpaceMismatchError
-from xmodel_steer.spaces import STREAMS, Site, Space, require_same_space
+from xmodel_steer.core.errors import SpaceMismatchError
+from xmodel_steer.core.spaces import STREAMS, Site, Space, require_same_space
 
 SPACE = Space("small", Site(3), 8, "abc123", "fold_ln")
 CHANGES = {"site": Site(3, "resid_pre"), "width": 9, "fingerprint": "abc124", "processing": "none"}

@@ -9,15 +9,15 @@ import torch
 import toys
 from toys import CONTEXT, NO_STOP, cache_in, cached, spellings
 
-from xmodel_steer.capture import capture
-from xmodel_steer.errors import SiteError, SpaceMismatchError
-from xmodel_steer.generation import generate_tokens
-from xmodel_steer.interop import steering_hf
-from xmodel_steer.models import all_sites, batches, encode, forward, space_of, text_positions
-from xmodel_steer.prompts import as_prompts
-from xmodel_steer.spaces import Site
-from xmodel_steer.steering import Ablate, Add, Clamp, Gate, Intervention, steering
-from xmodel_steer.vectors import Activations, difference_of_means
+from xmodel_steer.activations.collecting import capture
+from xmodel_steer.core.errors import SiteError, SpaceMismatchError
+from xmodel_steer.core.prompts import as_prompts
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import Activations, difference_of_means
+from xmodel_steer.interop.control_vectors import steering_hf
+from xmodel_steer.interventions.contexts import Ablate, Add, Clamp, Gate, Intervention, steering
+from xmodel_steer.models.forward import all_sites, batches, encode, forward, space_of, text_positions
+from xmodel_steer.models.generation import generate_tokens
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 TEXTS = toys.TEXTS[:5]

@@ -8,13 +8,13 @@ import pytest
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.errors import SpaceMismatchError
-from xmodel_steer.evaluation import MultipleChoice
-from xmodel_steer.experiments import Study, pages, read_study, safety_switch
-from xmodel_steer.experiments.switch import OFF, ON
-from xmodel_steer.organisms import Curriculum, Recipe, make
-from xmodel_steer.prompts import Prompt, as_prompts
-from xmodel_steer.scorers import StartsWith
+from xmodel_steer.core.errors import SpaceMismatchError
+from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.evaluation.likelihoods import MultipleChoice
+from xmodel_steer.evaluation.scorers.phrases import StartsWith
+from xmodel_steer.studies import Study, pages, read_study, safety_switch
+from xmodel_steer.studies.organisms import Curriculum, Recipe, make
+from xmodel_steer.studies.switch import OFF, ON
 
 ARMS = ("unsteered", "mapped", "identity", "shuffled", "mean ablation", "noise")
 

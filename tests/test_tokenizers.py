@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from xmodel_steer.alignment import align
-from xmodel_steer.errors import PromptError, PromptWarning
-from xmodel_steer.prompts import Message, Prompt
-from xmodel_steer.tokens import tokenise
+from xmodel_steer.core.alignment import align
+from xmodel_steer.core.errors import PromptError, PromptWarning
+from xmodel_steer.core.prompts import Message, Prompt
+from xmodel_steer.models.tokens import tokenise
 
 KINDS = ("byte_level", "metaspace", "byte_fallback", "unigram", "wordpiece")
 #: Emoji with joiners and skin tones, combining marks, CJK, right to left, tabs and newlines, spaces of every kind.

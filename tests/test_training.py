@@ -9,14 +9,14 @@ import torch
 from sklearn.metrics import r2_score
 from torch import nn
 
-from xmodel_steer.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
-from xmodel_steer.fitters import ReducedRank, Ridge, ShuffledPairs
-from xmodel_steer.maps import AffineMap, AutoencoderMap
-from xmodel_steer.persistence import read, save
-from xmodel_steer.rows import PairedRows
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.training import Autoencoder, SGDAffine
-from xmodel_steer.vectors import Activations, SteeringVector, difference_of_means
+from xmodel_steer.core.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import Activations, SteeringVector, difference_of_means
+from xmodel_steer.maps.affine import AffineMap, AutoencoderMap
+from xmodel_steer.maps.descent import Autoencoder, SGDAffine
+from xmodel_steer.maps.ridge import ReducedRank, Ridge, ShuffledPairs
+from xmodel_steer.maps.rows import PairedRows
+from xmodel_steer.recipe.saving import read, save
 
 DS, DT = 4, 6
 SOURCE, TARGET = Space("small", Site(1), DS, "aaaa"), Space("large", Site(7), DT, "bbbb")
@@ -340,4 +340,4 @@ def test_it_is_saved_and_read_bit_by_bit(bent, tmp_path):
 def test_progress_is_shown_only_when_asked(capsys):
     Autoencoder(epochs=1).fit(rows(20), progress=False)
     assert capsys.readouterr().err == ""
-    assert "xmodel_steer.training" in sys.modules
+    assert "xmodel_steer.maps.descent" in sys.modules

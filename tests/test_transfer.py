@@ -13,12 +13,12 @@ import toys
 from toys import contrast, sentences
 
 import xmodel_steer as xs
-from xmodel_steer.damage import LEAST
-from xmodel_steer.errors import UndefinedWarning
-from xmodel_steer.metrics import NO_NATIVE, NOT_FINITE, Reference, bootstrap_mean, undefined
-from xmodel_steer.report import summary
-from xmodel_steer.results import Arm, TransferResult, joined_arm
-from xmodel_steer.transfer import _map_record, default_sites
+from xmodel_steer.core.errors import UndefinedWarning
+from xmodel_steer.evaluation.damage import LEAST
+from xmodel_steer.figures.report import summary
+from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, Reference, bootstrap_mean, undefined
+from xmodel_steer.recipe.carrying import _map_record, default_sites
+from xmodel_steer.recipe.results import Arm, TransferResult, joined_arm
 
 
 def vowels(text: str) -> float:
@@ -190,7 +190,7 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
     sites = dict(source_sites=[xs.Site(1)], target_sites=[xs.Site(1)])
     bare = xs.collect_moments(small, large, sentences(20, 5), **sites, max_tokens=32, shuffled=False, progress=False)
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["xmodel_steer.transfer"], "capture", None)  # refused before any model runs
+        patched.setattr(sys.modules["xmodel_steer.recipe.carrying"], "capture", None)  # refused before any model runs
         with pytest.raises(xs.PromptError, match=r"without the shuffled control; collect them with shuffled=True"):
             run(small, large, **sites, moments=bare, neutral_texts=sentences(6, 9))
         with pytest.raises(ValueError, match=r"the pair resid_post\[2\] to resid_post\[1\] was not collected"):
@@ -471,7 +471,7 @@ def test_an_undefined_comparison_is_said_and_is_no_transfer(result: TransferResu
 
 def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: TransferResult, monkeypatch: Any) -> None:
     given = undefined("too few", 40, 0.75)
-    monkeypatch.setattr("xmodel_steer.results.transfer_efficiency", lambda *_: given)
+    monkeypatch.setattr("xmodel_steer.recipe.results.transfer_efficiency", lambda *_: given)
     verdict = made_up(result, CLEAR).verdict()
     assert verdict.transfers is None and max(c.corrected for c in verdict.comparisons) < 0.05
     assert verdict.text.startswith("toy: undefined: 0.75 (interval undefined: too few) of native at KL 0.30 and 0.30")

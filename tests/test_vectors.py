@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from xmodel_steer.errors import NonFiniteError, PromptError, SpaceMismatchError
-from xmodel_steer.spaces import Site, Space
-from xmodel_steer.vectors import (
+from xmodel_steer.core.errors import NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import (
     Activations,
     SteeringVector,
     check_finite,

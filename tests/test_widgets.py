@@ -16,11 +16,11 @@ import toys
 from test_persistence import result as a_record
 
 import xmodel_steer as xs
-from xmodel_steer import widgets
-from xmodel_steer.errors import ModelError, NonFiniteError, PromptError, SpaceMismatchError
-from xmodel_steer.steering import Where
-from xmodel_steer.vectors import random_like
-from xmodel_steer.widgets import Choice, Explorer, options_of, watch, written
+from xmodel_steer.core.errors import ModelError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.core.vectors import random_like
+from xmodel_steer.interventions.contexts import Where
+from xmodel_steer.notebook import explorer as widgets
+from xmodel_steer.notebook.explorer import Choice, Explorer, options_of, watch, written
 
 PROMPT = "The sky above"
 NEW = 6

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmodel_steer.models import register, space_of
-from xmodel_steer.organisms import Curriculum, data
-from xmodel_steer.prompts import ContrastSet
-from xmodel_steer.spaces import Site
-from xmodel_steer.vectors import SteeringVector
+from xmodel_steer.core.prompts import ContrastSet
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.models.forward import register, space_of
+from xmodel_steer.studies.organisms import Curriculum, data
 
 CORPUS = [
     "The sky above the port was the color of television, tuned to a dead channel.",

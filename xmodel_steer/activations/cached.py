@@ -1,0 +1,78 @@
+"""Moments that were collected before, kept in the user's cache."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from xmodel_steer.activations.collecting import collect_moments
+from xmodel_steer.core.errors import ArtifactError, CacheWarning
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.files.records import SCHEMA
+from xmodel_steer.files.resume import COMPUTES
+from xmodel_steer.maps.moments import Moments
+from xmodel_steer.models.forward import identity_of, space_of
+from xmodel_steer.models.packaged import cache_folder
+from xmodel_steer.recipe.saving import read, save
+
+
+def cached_moments(
+    source: Any,
+    target: Any,
+    texts: Sequence[Prompt],
+    *,
+    source_sites: Sequence[Site],
+    target_sites: Sequence[Site],
+    pairs: Sequence[tuple[Site, Site]] | None = None,
+    max_tokens: int,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Moments:
+    """Moments, kept in the user's cache under a hash of all that they depend on.
+
+    The key covers every bit of both models' weights, their dtype, tokenizers, configurations and kind of device, what their spaces are
+    called, every text, the sites, the settings and the versions of what computes: whatever changes, the moments are collected anew.
+    So they are where the file is damaged, or a model has hooks; where they cannot be kept, a `CacheWarning` says so.
+    """
+    ends = [identity_of(source), identity_of(target)]
+    collect = partial(
+        collect_moments, source, target, texts, source_sites=source_sites, target_sites=target_sites, pairs=pairs,
+        max_tokens=max_tokens, batch_size=batch_size, seed=seed, device=device, progress=progress,
+    )  # fmt: skip
+    if any(hooks for *_, hooks in ends):  # which may do anything
+        return collect()
+    key = {
+        "schema": SCHEMA,
+        "method": 4,  # of collecting moments: raise it when the same arguments give other numbers
+        "models": [own[:-1] for own in ends],
+        "spaces": [
+            [f"{site.hook_name} {space_of(model, site).fingerprint}" for site in sites]
+            for model, sites in ((source, source_sites), (target, target_sites))
+        ],
+        "versions": [f"{name} {version(name)}" for name in COMPUTES],
+        "texts": hashlib.sha256("\0".join(p.content_key() for p in texts).encode()).hexdigest(),
+        "max_tokens": max_tokens,
+        "seed": seed,
+        **({"pairs": [[s.hook_name, t.hook_name] for s, t in pairs]} if pairs else {}),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    file = cache_folder() / "moments" / f"{name}.safetensors"
+    if file.is_file():
+        try:
+            return read(file)
+        except ArtifactError:
+            file.unlink()
+    moments = collect()
+    try:
+        save(moments, file)
+    except ArtifactError as error:
+        warnings.warn(f"the moments are not kept in the cache: {error}", CacheWarning, stacklevel=2)
+    return moments

@@ -1,0 +1,116 @@
+"""Moments over several processes: each reads its share of the text, and all of them get the sum.
+
+One process per GPU or per machine, started by ``torchrun``. The windows of the text are dealt out to
+the ranks, so that any number of them gives the same moments up to the rounding of sums in float64.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xmodel_steer.core.errors import PromptError, SpaceMismatchError
+from xmodel_steer.core.prompts import Prompt, text_digest
+from xmodel_steer.maps.moments import PARTS, PRODUCTS, Moments, PartMoments, recentred
+
+
+@contextmanager
+def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
+    """The rank of this process and how many there are; one of one where torchrun did not start it.
+
+    Args:
+        device: Where tensors live; ``nccl`` connects CUDA devices, ``gloo`` CPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield 0, 1
+        return
+    cuda = device is not None and device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+        dist.barrier()  # nobody leaves while another still talks to it: gloo's threads abort on that now and then
+    finally:
+        dist.destroy_process_group()
+
+
+def require_same_texts(texts: Sequence[Prompt]) -> None:
+    """Refuse, in every process, texts that differ between processes.
+
+    Raises:
+        PromptError: They differ.
+    """
+    own = (len(texts), text_digest(texts))
+    for rank, other in enumerate(_gathered(own)):
+        if other != own:
+            raise PromptError(
+                f"harvest: rank {rank} reads other texts ({other[0]} documents, hash {other[1]}) than rank "
+                f"{dist.get_rank()} ({own[0]}, {own[1]}); give every process the same file"
+            )
+
+
+def _gathered(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def all_reduced(moments: Moments) -> Moments:
+    """The moments of all processes' shards together, in every process.
+
+    Means first, then scatters about the common mean (Chan, Golub & LeVeque 1979), tensor by tensor.
+
+    Raises:
+        SpaceMismatchError: The processes collected other models, sites or pairs.
+    """
+    if not dist.is_initialized():
+        return moments
+    identity = (
+        [str(s) for s in (*moments.source.values(), *moments.target.values())],
+        [f"{s} {t}" for s, t in moments.pairs],
+        moments.sketch,
+        dict(moments.settings),
+    )
+    if any(other != identity for other in _gathered(identity)):
+        raise SpaceMismatchError(
+            "all_reduced: the processes collected moments of other models, sites or settings; start all with the same arguments"
+        )
+    counts = _gathered((moments.paired, moments.eligible, moments.shards))
+    return replace(
+        moments,
+        parts={name: _reduced(moments.parts[name], moments.sketch) for name in PARTS},
+        paired=sum(c[0] for c in counts),
+        eligible=sum(c[1] for c in counts),
+        settings={key: value for key, value in moments.settings.items() if key != "texts"},
+        shards=(),  # none is missing
+    )
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = tensor.detach().to(device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def _reduced(part: PartMoments, sketch: tuple[int, ...]) -> PartMoments:
+    counts = _sum(torch.tensor([part.count, part.documents], dtype=torch.int64))
+    n = int(counts[0])
+    if n == 0:
+        return part
+    source, target = (
+        {site: _sum(mean * (part.count / n)) for site, mean in means.items()}
+        for means in (part.source_means, part.target_means)
+    )
+    own = recentred(part, source, target, sketch)
+    sums = {kind: {key: _sum(m) for key, m in getattr(own, kind).items()} for kind in PRODUCTS}
+    return replace(own, count=n, documents=int(counts[1]), **sums)

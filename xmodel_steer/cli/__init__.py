@@ -1,0 +1,3 @@
+"""The command line."""
+
+from xmodel_steer.cli.experiments import main as main

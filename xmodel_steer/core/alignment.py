@@ -1,0 +1,122 @@
+"""Pairs of token positions of two tokenizers, by the character that the tokens end on.
+
+After token t the residual stream of a causal model summarises the text up to t's last
+character. Two models' positions are comparable when they have read the same text, so positions
+pair when their tokens end on the same character. Pairing by index compares different texts as
+soon as one word is split differently.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xmodel_steer.core.errors import AlignmentError, AlignmentWarning
+
+
+@dataclass(frozen=True)
+class TokenEnds:
+    """Where the tokens of one encoded prompt end.
+
+    Args:
+        ends: For each token, the position after its last character, in characters of the
+            prompt's content; -1 for tokens that are left out (special tokens, padding, text
+            position 0); -2 - r for a chat template's token of role r (2i: the last one before the
+            content of message i; 2i + 1: the first one after it).
+    """
+
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Paired positions of one text.
+
+    Args:
+        source: Token positions in the source model, ascending.
+        target: The positions in the target model that they pair with.
+        eligible: How many pairs there could be at most: eligible tokens of the model that has
+            fewer of them, within the text that both models saw.
+    """
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    eligible: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def align(source: TokenEnds, target: TokenEnds) -> Alignment:
+    """Pair the tokens that end on the same character, and template tokens of the same role.
+
+    Where several tokens of one model end on one character (the bytes of an emoji), the last
+    of them has read all of it, and takes the pair.
+
+    Args:
+        source: Token ends in the source model.
+        target: Token ends in the target model, in characters of the same content.
+
+    Returns:
+        The pairs, in text order.
+
+    Example:
+        >>> a = TokenEnds((-1, 3, 7, 12))       # BOS, "The", " cat", " sleeps"... cut at 12
+        >>> b = TokenEnds((3, 5, 7, 14))        # "The", " c", "at", " sleeps."
+        >>> pairs = align(a, b)
+        >>> pairs.source, pairs.target, pairs.eligible
+        ((1, 2), (0, 2), 3)
+    """
+    at_source = {end: i for i, end in enumerate(source.ends) if end != -1}
+    at_target = {end: i for i, end in enumerate(target.ends) if end != -1}
+    common = sorted(at_source.keys() & at_target.keys(), key=at_source.__getitem__)
+    contents = [[end for end in side if end >= 0] for side in (at_source, at_target)]
+    possible = 0
+    if all(contents):
+        # Before and beyond what both have read there is nothing to pair with.
+        first, last = max(map(min, contents)), min(map(max, contents))
+        possible = min(sum(first <= end <= last for end in side) for side in contents)
+    return Alignment(
+        tuple(at_source[end] for end in common),
+        tuple(at_target[end] for end in common),
+        possible + sum(end < 0 for end in common),
+    )
+
+
+def coverage(alignments: Sequence[Alignment]) -> float:
+    """Share of the tokens that could pair that do, over several texts."""
+    eligible = sum(a.eligible for a in alignments)
+    return sum(len(a) for a in alignments) / eligible if eligible else 0.0
+
+
+def check_coverage(paired: int, eligible: int, *, warn_below: float = 0.8, refuse_below: float = 0.2) -> float:
+    """The coverage; warns when it is low, refuses when it is hopeless.
+
+    Args:
+        paired: Number of pairs.
+        eligible: Number of pairs that were possible.
+        warn_below: Coverage under which an `AlignmentWarning` is given.
+        refuse_below: Coverage under which an `AlignmentError` is raised.
+
+    Raises:
+        AlignmentError: Fewer than ``refuse_below`` of the tokens pair, or there are none.
+    """
+    check = (
+        "check that both tokenizers belong to their models and that both return character offsets, "
+        "that the text is natural language in a script that both know, and that it is longer than a few tokens"
+    )
+    if eligible == 0:
+        raise AlignmentError(
+            f"alignment: the text has no token that could be paired (special tokens and text position 0 do not count); {check}"
+        )
+    share = paired / eligible
+    if share < refuse_below:
+        raise AlignmentError(
+            f"alignment: only {share:.0%} of the tokens pair ({paired} of {eligible}), {refuse_below:.0%} is the least; {check}"
+        )
+    if share < warn_below:
+        warnings.warn(
+            f"alignment: {share:.0%} of the tokens pair ({paired} of {eligible}); {check}",
+            AlignmentWarning,
+            stacklevel=2,
+        )
+    return share

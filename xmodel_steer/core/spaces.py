@@ -1,0 +1,112 @@
+"""Where a tensor lives: a site in a model, and the vector space at that site."""
+
+from dataclasses import dataclass, field
+
+from xmodel_steer.core.errors import SpaceMismatchError
+
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in a model: a stream of one block.
+
+    Args:
+        layer: Block index, counted from 0.
+        stream: One of ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``.
+
+    Raises:
+        ValueError: The layer is negative or the stream is not one of these.
+
+    Example:
+        >>> Site(10).hook_name
+        'blocks.10.hook_resid_post'
+    """
+
+    layer: int
+    stream: str = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ValueError(
+                f"Site: layer counts blocks from 0, got {self.layer}; name the last block by its own index"
+            )
+        if self.stream not in STREAMS:
+            raise ValueError(f"Site: stream must be one of {', '.join(STREAMS)}; got {self.stream!r}")
+
+    @property
+    def hook_name(self) -> str:
+        """TransformerLens' name of the hook point."""
+        return f"blocks.{self.layer}.hook_{self.stream}"
+
+    def __str__(self) -> str:
+        return f"{self.stream}[{self.layer}]"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The vector space of one site of one model.
+
+    Two spaces are equal when weights, site, width and processing are equal; the model's name
+    is a label for people and takes no part in the comparison.
+
+    Args:
+        model: Name of the model, for messages and results.
+        site: The place in the model.
+        width: Number of dimensions.
+        fingerprint: Short hash of the model's weights.
+        processing: What was done to the weights that changes residual coordinates
+            (``"none"``, ``"fold_ln"``, ``"center_writing_weights"``, ``"compatibility_mode"``,
+            joined by ``+``).
+    """
+
+    model: str = field(compare=False)
+    site: Site
+    width: int
+    fingerprint: str
+    processing: str = "none"
+
+    def __str__(self) -> str:
+        processed = "" if self.processing == "none" else f", {self.processing}"
+        return f"{self.model} {self.site} (width {self.width}{processed}, weights {self.fingerprint})"
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as plain JSON values; `from_dict` reads them back."""
+        return {
+            "model": self.model,
+            "layer": self.site.layer,
+            "stream": self.site.stream,
+            "width": self.width,
+            "fingerprint": self.fingerprint,
+            "processing": self.processing,
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict) -> "Space":
+        """The space that `to_dict` described."""
+        return cls(
+            model=record["model"],
+            site=Site(record["layer"], record["stream"]),
+            width=record["width"],
+            fingerprint=record["fingerprint"],
+            processing=record["processing"],
+        )
+
+
+def require_same_space(required: Space, given: Space, what: str) -> None:
+    """Refuse a tensor of another space.
+
+    Args:
+        required: The space that the operation works in.
+        given: The space of the tensor that came.
+        what: The operation, for the message.
+
+    Raises:
+        SpaceMismatchError: The spaces differ.
+    """
+    if required != given:
+        raise SpaceMismatchError(
+            f"{what}: needs {required}, got {given}. "
+            "A vector of one model or layer means nothing in another: carry it over with "
+            "a map (mapping.transport(vector)), or load the model it was made in."
+        )

@@ -1,0 +1,341 @@
+"""Activations, and the directions made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xmodel_steer.core.errors import NonFiniteError, PromptError
+from xmodel_steer.core.spaces import Space, require_same_space
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Rows of activations of one space.
+
+    Args:
+        values: One row per token, or per prompt.
+        space: The space that the rows live in.
+        rows: For each row its prompt's id, and the position in characters of the prompt's
+            content after the last character of the row's token (-1 for a template token).
+    """
+
+    values: Float[Tensor, "n d"]
+    space: Space
+    rows: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape[1] != self.space.width:
+            raise ValueError(
+                f"Activations: values must be (rows, {self.space.width}) for {self.space}, got {tuple(self.values.shape)}"
+            )
+        if self.rows and len(self.rows) != len(self.values):
+            raise ValueError(f"Activations: {len(self.values)} values but {len(self.rows)} row labels")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def mean(self) -> Float[Tensor, " d"]:
+        """Mean over rows, summed in float64."""
+        return self.values.to(torch.float64).mean(0)
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """A direction in one space.
+
+    ``v + w``, ``v - w``, ``2 * v`` and ``v / 2`` are new vectors without class means; ``-v`` exchanges them.
+
+    Args:
+        direction: The direction, in units of the residual stream.
+        space: The space that it lives in.
+        label: Name of the behaviour.
+        positive_mean: Mean activation with the behaviour, where it is known.
+        negative_mean: Mean activation without it.
+        counts: How many rows the two means were taken over.
+        scale: Standard deviation of each dimension of the space over general text. Standardised
+            coordinates divide by it: a few dimensions of some residual streams are so large
+            that raw norms and cosines describe them alone.
+        origin: How the vector came about, in words.
+    """
+
+    direction: Float[Tensor, " d"]
+    space: Space
+    label: str = ""
+    positive_mean: Float[Tensor, " d"] | None = None
+    negative_mean: Float[Tensor, " d"] | None = None
+    counts: tuple[int, int] = (0, 0)
+    scale: Float[Tensor, " d"] | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("direction", "positive_mean", "negative_mean", "scale"):
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.shape != (self.space.width,):
+                raise ValueError(
+                    f"SteeringVector: {name} must have shape ({self.space.width},) for {self.space}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"SteeringVector: {name} has NaN or infinity; check the activations that it came from"
+                )
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        require_same_space(self.space, other.space, "adding steering vectors")
+        return self._derived(self.direction + other.direction, f"{self.label} + {other.label}")
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        require_same_space(self.space, other.space, "subtracting steering vectors")
+        return self._derived(self.direction - other.direction, f"{self.label} - {other.label}")
+
+    def __neg__(self) -> "SteeringVector":
+        return replace(
+            self,
+            direction=-self.direction,
+            label=f"-{self.label}",
+            positive_mean=self.negative_mean,
+            negative_mean=self.positive_mean,
+            counts=self.counts[::-1],
+        )
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        return self._derived(self.direction * factor, f"{factor:g} * {self.label}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVector":
+        return self * (1.0 / divisor)
+
+    def _derived(self, direction: Tensor, label: str) -> "SteeringVector":
+        # The class means belong to the vector that they were subtracted for, not to this one.
+        return replace(self, direction=direction, label=label, positive_mean=None, negative_mean=None)
+
+    def with_scale(self, scale: Float[Tensor, " d"]) -> "SteeringVector":
+        """The same vector, with the standard deviations of its space over general text."""
+        return replace(self, scale=scale)
+
+    def with_norm(self, norm: float, *, standardised: bool = True) -> "SteeringVector":
+        """The vector along the same direction with a given norm; keeps the class means.
+
+        Raises:
+            ValueError: The vector is zero.
+        """
+        own = self.norm(standardised=standardised)
+        if own == 0:
+            raise ValueError(f"SteeringVector {self.label!r}: a zero vector has no direction to scale")
+        return replace(self, direction=self.direction * (norm / own))
+
+    def about(self, centre: Float[Tensor, " d"]) -> "SteeringVector":
+        """The same direction with class means half of it to either side of a point: centre ± v / 2.
+
+        What `Clamp` and `Gate` do depends on the class means; a scaled vector gets means that are as far apart by this.
+
+        Args:
+            centre: The point half way between the means.
+        """
+        middle, half = centre.to(torch.float64), self.direction.to(torch.float64) / 2
+        dtype = self.direction.dtype
+        return replace(self, positive_mean=(middle + half).to(dtype), negative_mean=(middle - half).to(dtype))
+
+    def standardised(self) -> Float[Tensor, " d"]:
+        """The direction in standardised coordinates, v / scale, in float64.
+
+        A dimension that does not vary over general text (scale 0) counts nothing.
+
+        Raises:
+            ValueError: The vector has no scale.
+        """
+        if self.scale is None:
+            raise ValueError(
+                f"SteeringVector {self.label!r}: standardised coordinates need the standard deviations of "
+                f"{self.space}; use vector.with_scale(moments.scale(site))"
+            )
+        return standardise(self.direction, self.scale)
+
+    def norm(self, *, standardised: bool = False) -> float:
+        """Euclidean norm, in raw or in standardised coordinates."""
+        values = self.standardised() if standardised else self.direction.to(torch.float64)
+        return float(values.norm())
+
+    def cosine(self, other: "SteeringVector", *, standardised: bool = True) -> float:
+        """Cosine with a vector of the same space, in standardised coordinates by default.
+
+        Both vectors are divided by this vector's scale.
+        """
+        require_same_space(self.space, other.space, "cosine of steering vectors")
+        if standardised:
+            mine = self.standardised()
+            assert self.scale is not None
+            theirs = standardise(other.direction, self.scale)
+        else:
+            mine, theirs = self.direction.to(torch.float64), other.direction.to(torch.float64)
+        norms = mine.norm() * theirs.norm()
+        return float(mine @ theirs / norms) if norms > 0 else 0.0
+
+    def covector(self) -> Float[Tensor, " d"]:
+        """The w with w·v = 1 that reads off how far along v a row lies: w = (v/σ²) / (v·v/σ²).
+
+        Rows are compared in standardised coordinates, so that huge dimensions do not drown
+        the direction.
+        """
+        inverse = inverse_of(self._scale())
+        dual = self.direction.to(torch.float64) * inverse * inverse
+        size = dual @ self.direction.to(torch.float64)
+        if size <= 0:
+            raise ValueError(
+                f"SteeringVector {self.label!r}: is zero in standardised coordinates, no projection on it exists"
+            )
+        return dual / size
+
+    def _scale(self) -> Tensor:
+        self.standardised()  # refuses a vector without scale
+        assert self.scale is not None
+        return self.scale
+
+
+def standardise(direction: Float[Tensor, "*n d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "*n d"]:
+    """Directions in standardised coordinates, v / σ in float64; 0 where σ is 0."""
+    return direction.to(torch.float64) * inverse_of(scale)
+
+
+def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """1 / σ in float64, and 0 for a dimension that does not vary."""
+    scale = scale.to(torch.float64)
+    return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+# From rows with a behaviour and without it, and ``label=``: a direction between them.
+Direction = Callable[..., SteeringVector]
+
+
+def difference_of_means(
+    positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None
+) -> SteeringVector:
+    """The direction from the mean without a behaviour to the mean with it.
+
+    ``v = mean(positive) - mean(negative)`` (Marks & Tegmark 2023, arXiv 2310.06824; the
+    paper's "difference in means"). The sides may have different numbers of rows. Means are
+    taken in float64; the result has the activations' dtype, or float32 for narrower ones.
+
+    Args:
+        positive: Rows with the behaviour.
+        negative: Rows without it, in the same space.
+        label: Name of the behaviour.
+        scale: Standard deviations of the space over general text, if they are known.
+
+    Raises:
+        SpaceMismatchError: The two sides live in different spaces.
+        PromptError: A side has no rows.
+        NonFiniteError: A side has NaN or infinity.
+    """
+    require_same_space(positive.space, negative.space, "difference of means")
+    for name, side in (("positive", positive), ("negative", negative)):
+        if not len(side):
+            raise PromptError(f"difference of means: the {name} side has no rows")
+    high, low = positive.mean(), negative.mean()
+    dtype = torch.promote_types(positive.values.dtype, torch.float32)
+    return SteeringVector(
+        direction=(high - low).to(dtype),
+        space=positive.space,
+        label=label,
+        positive_mean=high.to(dtype),
+        negative_mean=low.to(dtype),
+        counts=(len(positive), len(negative)),
+        scale=scale,
+        origin="difference of means",
+    )
+
+
+def logistic_probe(
+    positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None, c: float = 1.0
+) -> SteeringVector:
+    """The direction of a linear probe: a logistic regression that tells the two sides apart.
+
+    The weights ``w`` are those of scikit-learn's ``LogisticRegression`` on rows whose dimensions have mean 0 and standard
+    deviation ``s`` = 1. They are a gradient; the step along them in these coordinates is ``s * w`` in the model's (Kim et al.
+    2018, arXiv 1711.11279, take the normal of such a probe for a concept's direction). Its length is the distance
+    of the two sides' means along it, so that strength 1 goes from the one to the other, as `difference_of_means` does.
+
+    Args:
+        positive: Rows with the behaviour.
+        negative: Rows without it, in the same space.
+        label: Name of the behaviour.
+        scale: Standard deviations of the space over general text, if they are known.
+        c: Inverse of the penalty on ``w``. Towards 0, ``w`` becomes the standardised difference of means.
+
+    Raises:
+        SpaceMismatchError: The two sides live in different spaces.
+        PromptError: A side has no rows.
+        NonFiniteError: A side has NaN or infinity.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    means = difference_of_means(positive, negative, label=label, scale=scale)
+    rows = torch.cat([positive.values, negative.values]).double()
+    spread = rows.std(0, correction=0)
+    inverse = inverse_of(spread)
+    which = [1] * len(positive) + [0] * len(negative)
+    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) * inverse).cpu().numpy(), which)
+    weights = torch.from_numpy(probe.coef_[0]).to(spread)
+    along = weights / weights.norm()
+    apart = (means.direction.double() * inverse) @ along
+    return replace(means, direction=(spread * along * apart).to(means.direction.dtype), origin="logistic probe")
+
+
+def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
+    """A random direction of the same standardised norm: the control for "any vector would do".
+
+    Gaussian in standardised coordinates (g · scale), so that it has the shape of the space and
+    not of its few huge dimensions.
+
+    Args:
+        vector: The vector to match; it needs a scale.
+        seed: Seed of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(vector.space.width, generator=generator, dtype=torch.float64)
+    norm = vector.norm(standardised=True)
+    assert vector.scale is not None
+    scale = vector.scale.to(torch.float64).cpu()
+    direction = (draw * scale).to(vector.direction)
+    made = SteeringVector(direction, vector.space, f"random {seed}", scale=vector.scale, origin=f"random, seed {seed}")
+    return made.with_norm(norm)
+
+
+def require_random(what: str, random_seeds: int) -> None:
+    """Refuse to go without random controls.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if random_seeds < 1:
+        raise ValueError(
+            f"{what}: random_seeds must be at least 1, got {random_seeds}; an effect is shown beside random vectors"
+        )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity: both show in the extremes, which one pass finds."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    low, high = values.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse NaN and infinity, with the usual cause.
+
+    Raises:
+        NonFiniteError: ``values`` has NaN or infinity.
+    """
+    if not is_finite(values):
+        bad = int((~torch.isfinite(values)).any(-1).sum()) if values.ndim > 1 else 1
+        raise NonFiniteError(
+            f"{what}: NaN or infinity in {bad} row(s). Load the model in float32 (or bfloat16; float16 overflows "
+            "in many models) and check its weights"
+        )

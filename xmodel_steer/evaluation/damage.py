@@ -1,0 +1,316 @@
+"""Damage on neutral text, and strengths that do equal damage."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompts, as_prompts
+from xmodel_steer.core.vectors import SteeringVector, check_finite
+from xmodel_steer.files.resume import once
+from xmodel_steer.interventions.contexts import Add, Intervention, Positions, Step, steering
+from xmodel_steer.maps.statistics import Reference
+from xmodel_steer.models.forward import Batch, batches, encode, forward, identity_of, layout, name_of
+from xmodel_steer.models.tokens import Encoding
+
+LEAST = 1e-9  # KL, in nats per token, below which there is none
+Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
+
+
+def perplexity_of(loss: np.ndarray, tokens: np.ndarray) -> float:
+    """Exp of the mean loss per token, of summed losses and token counts of texts."""
+    return float(np.exp(min(loss.sum() / tokens.sum(), 700.0)))
+
+
+@dataclass(frozen=True, eq=False)
+class SideEffect:
+    """Damage of an intervention on neutral text, one entry per document.
+
+    Args:
+        kl: KL(unsteered ‖ steered) summed over the document's predicted tokens, in nats.
+        loss: Negative log-likelihood of the document under the steered model, summed, in nats.
+        tokens: Number of predicted tokens.
+        agreeing: At how many of them both models find the same next token the likeliest.
+    """
+
+    kl: np.ndarray = field(repr=False)
+    loss: np.ndarray = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    agreeing: np.ndarray = field(repr=False)
+
+    @property
+    def mean_kl(self) -> float:
+        """KL from the unsteered model per token, in nats."""
+        return float(self.kl.sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss per token."""
+        return perplexity_of(self.loss, self.tokens)
+
+    @property
+    def agreement(self) -> float:
+        """Share of the tokens where the likeliest next token is that of the unsteered model."""
+        return float(self.agreeing.sum() / self.tokens.sum())
+
+
+def side_effects(
+    model: Any,
+    interventions: Settings,
+    texts: Prompts,
+    *,
+    max_tokens: int | None = 64,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[SideEffect]:
+    """KL from the unsteered model, perplexity and next-token agreement on neutral text, for several interventions.
+
+    All are measured on the same text, batch by batch, so that the unsteered logits are computed
+    once and never all held. A document's first token predicts but is not predicted.
+
+    Args:
+        model: The model that is steered.
+        interventions: One list of interventions per setting; an empty list is the unsteered model.
+        texts: Neutral text, none of it used to fit anything.
+        max_tokens: Tokens read of each document; None reads all of it.
+        batch_size: Documents at a time.
+        progress: Show a progress bar.
+
+    Raises:
+        PromptError: There are no documents, or one has fewer than two tokens.
+    """
+    encodings = _predictable(model, texts, max_tokens)
+    tokens = np.array([len(e.ids) - 1 for e in encodings])
+    sums = once(
+        lambda: ("damage", identity_of(model), interventions, [(e.prompt, e.ids) for e in encodings], batch_size),
+        lambda: _damage(model, interventions, encodings, batch_size, progress).tolist(),
+    )
+    kl, loss, agreeing = map(np.array, sums)
+    return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
+
+
+def neutral_positions(positions: Positions) -> Positions:
+    """Where neutral text is steered for its KL and perplexity: at every token, or at as many as a mask of one text has.
+
+    Of neutral text nothing is generated, and nothing is predicted behind its last token. A mask's tokens are moved to the beginning
+    of the text, from its second token on: behind it is then nearly all that is predicted.
+
+    Args:
+        positions: Where prompts are steered, as for `Intervention`.
+
+    Raises:
+        ValueError: A mask has rows, or steers nothing.
+    """
+    if not isinstance(positions, Tensor):
+        return "all"
+    if positions.ndim != 1 or not positions.any():
+        raise ValueError(
+            f"positions: a mask must be (tokens,) here and steer one of them, got {tuple(positions.shape)} with {int(positions.sum())}"
+        )
+    return positions[max(0, int(positions.nonzero()[0]) - 1) :]
+
+
+def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
+    """Settings with the positions of `neutral_positions`, their gates' too."""
+
+    def moved(step: Intervention) -> Intervention:
+        gate = step.gate
+        if gate is not None and gate.positions is not None:
+            gate = replace(gate, positions=neutral_positions(gate.positions))
+        return replace(step, positions=neutral_positions(step.positions), gate=gate)
+
+    return [[moved(step) for step in setting] for setting in settings]
+
+
+def _damage(
+    model: Any, interventions: Settings, encodings: Sequence[Encoding], batch_size: int, progress: bool
+) -> np.ndarray:
+    """KL, loss and agreements, summed over each document, ``(3, settings, documents)``."""
+    kl, loss, agreeing = sums = np.zeros((3, len(interventions), len(encodings)))
+    tokens = sum(len(e.ids) - 1 for e in encodings)
+    with tqdm(
+        total=tokens * len(interventions),
+        unit="tok",
+        desc=f"KL and perplexity {name_of(model)}",
+        disable=not progress,
+        delay=2,
+    ) as bar:
+        for batch in batches(model, encodings, batch_size):
+            following, row = _following(batch)
+            unsteered = _predictions(model, batch)
+            reference = Reference.of(unsteered)
+            for k, setting in enumerate(interventions):
+                steered = _predictions(model, batch, setting) if setting else unsteered
+                per_token, nll, same = reference.compare(steered, following)
+                check_finite(nll, f"side effects on {name_of(model)}: loss")
+                if not setting:
+                    per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
+                for own, values in ((kl, per_token), (loss, nll), (agreeing, same.float())):
+                    own[k, list(batch.rows)] = _by_row(values, row, len(batch.rows))
+                bar.update(len(following))
+    return sums
+
+
+def losses(
+    model: Any,
+    interventions: Settings,
+    texts: Prompts,
+    *,
+    max_tokens: int | None = 64,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of each text, summed over its predicted tokens, in nats; and their number.
+
+    As `side_effects`, without comparing with the unsteered model.
+
+    Returns:
+        Losses ``(settings, texts)`` and token counts ``(texts,)``.
+    """
+    encodings = _predictable(model, texts, max_tokens)
+    loss = np.zeros((len(interventions), len(encodings)))
+    tokens = np.array([len(e.ids) - 1 for e in encodings])
+    total = int(tokens.sum()) * len(interventions)
+    with tqdm(total=total, unit="tok", desc=f"likelihood {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, encodings, batch_size):
+            following, row = _following(batch)
+            for k, setting in enumerate(interventions):
+                nll = _losses_of(_predictions(model, batch, setting), following)
+                check_finite(nll, f"likelihood of {name_of(model)}")
+                loss[k, list(batch.rows)] = _by_row(nll, row, len(batch.rows))
+                bar.update(len(following))
+    return loss, tokens
+
+
+def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> list[Encoding]:
+    encodings = encode(model, as_prompts(texts), max_tokens=max_tokens)
+    short = [e.prompt.id for e in encodings if len(e.ids) < 2]
+    if not encodings or short:
+        raise PromptError(
+            f"side_effects: needs text of at least two tokens, got {len(encodings)} documents"
+            + (f", of which {', '.join(short[:3])} are shorter" if short else "")
+        )
+    return encodings
+
+
+def _following(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tokens that are predicted, and the row of each in the batch."""
+    predicted = batch.mask[:, 1:].bool()
+    row = torch.arange(len(batch.rows), device=batch.ids.device)[:, None].expand_as(predicted)[predicted]
+    return batch.ids[:, 1:][predicted], row.cpu()
+
+
+def _by_row(values: Tensor, row: Tensor, rows: int) -> np.ndarray:
+    return torch.zeros(rows).index_add(0, row, values.cpu()).numpy()
+
+
+def _predictions(model: Any, batch: Batch, setting: Sequence[Step] = ()) -> Tensor:
+    """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
+    with steering(model, setting), layout(batch.rows, batch.mask.sum(-1)):
+        made, _ = forward(model, batch.ids, batch.mask, logits="all")
+    assert made is not None
+    return made[:, :-1][batch.mask[:, 1:].bool()]
+
+
+def _losses_of(logits: Tensor, following: Tensor, *, chunk: int = 64) -> Tensor:
+    """-log p(target) of each row in nats, a few rows at a time: vocabularies are large."""
+    pieces = zip(logits.split(chunk), following.split(chunk), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in pieces])
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A strength that was calibrated.
+
+    Args:
+        strength: The strength, with its sign.
+        kl: The KL from the unsteered model there, in nats per token, on the text it was calibrated on.
+        reached: Whether that is the budget (within twice the tolerance); if not, no allowed strength reaches it.
+    """
+
+    strength: float
+    kl: float
+    reached: bool
+
+
+def calibrate(
+    model: Any,
+    vectors: Sequence[SteeringVector],
+    kl: float | Sequence[float],
+    texts: Prompts,
+    *,
+    signs: Sequence[int] | int = 1,
+    positions: Positions = "all",
+    max_strength: float = 16.0,
+    tolerance: float = 0.05,
+    max_tokens: int | None = 32,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[Dose]:
+    """The strength at which adding each vector disturbs neutral text by a given KL.
+
+    Arms can then be compared at equal damage. All vectors are searched for together, so that each pass over
+    the text serves all of them, with Chandrupatla's method (a bracketing one that halves at worst;
+    ``scipy.optimize.elementwise.find_root``) in logarithms of strength and KL, where KL ∝ strength² is a line.
+
+    Args:
+        model: The model that is steered.
+        vectors: The vectors.
+        kl: The budget, in nats per token: one for all, or one for each.
+        texts: Neutral text; report the KL of other text.
+        signs: 1 or -1: the direction to steer in; one for all, or one for each.
+        positions: Where to steer.
+        max_strength: Largest strength that is tried.
+        tolerance: Relative error of the KL that is good enough.
+        max_tokens: Tokens read of each text.
+        batch_size: Texts at a time.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: A budget is not positive, or a sign is neither 1 nor -1.
+    """
+    from scipy.optimize import elementwise
+
+    budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
+    ways = np.broadcast_to(np.asarray(signs), (len(vectors),))
+    if not (budgets > 0).all() or not np.isin(ways, (1, -1)).all():
+        raise ValueError(
+            f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {ways.tolist()}"
+        )
+    documents = as_prompts(texts)
+    known: dict[tuple[int, float], float] = {}
+
+    def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        settings = [[Intervention(vectors[i], Add(float(ways[i]) * math.exp(x)), positions)] for i, x in new]
+        effects = side_effects(
+            model, settings, documents, max_tokens=max_tokens, batch_size=batch_size, progress=progress
+        )
+        known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
+        return [known[key] for key in keys]
+
+    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Log of KL over budget."""
+        found = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
+        return np.log(np.maximum(found, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
+
+    index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
+    # KL grows with the square of the strength: a first look says where to search.
+    first = np.clip(-0.5 * excess(np.zeros(len(vectors)), index), top - 12, top - 0.3)
+    bracket = elementwise.bracket_root(excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(index,), maxiter=8)
+    elementwise.find_root(
+        excess, bracket.bracket, args=(index,), tolerances={"xatol": 0, "xrtol": 0, "fatol": tolerance, "frtol": 0}, maxiter=12
+    )  # fmt: skip
+    doses = []
+    for i, budget in enumerate(budgets):
+        tried = {x: value for (k, x), value in known.items() if k == i}
+        x = min(tried, key=lambda x: abs(math.log(max(tried[x], LEAST) / budget)))
+        near = abs(math.log(max(tried[x], LEAST) / budget)) <= 2 * tolerance
+        doses.append(Dose(float(ways[i]) * math.exp(x), tried[x], near))
+    return doses

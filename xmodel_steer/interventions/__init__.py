@@ -1,0 +1,1 @@
+"""Writing the residual stream: operators, gates, steering, replacement. What comes of it is measured elsewhere."""

@@ -1,0 +1,376 @@
+"""Maps from one model's space to another's.
+
+Points and directions map differently: an affine map's ``transform`` is ``xW + b``, its ``transport``
+is ``vW``: a bias added to a direction is a mistake that no shape check finds. A nonlinear map has
+no single answer for a direction: it transports between points, and says which.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.spaces import Space, require_same_space
+from xmodel_steer.core.vectors import Activations, SteeringVector, inverse_of, standardise
+from xmodel_steer.maps.moments import PairMoments
+
+
+@dataclass(frozen=True, eq=False)
+class MapScore:
+    """How well mapped points agree with the target's own, on rows the map was not fitted on.
+
+    Args:
+        r2: R² of each target dimension, 1 - SSE/SST around the mean of the scored rows; NaN
+            where the target does not vary.
+        cosine: Cosine of mapped and true rows in standardised coordinates (centred, divided by
+            the target's standard deviations): ⟨ŷ, y⟩ / √(⟨ŷ, ŷ⟩⟨y, y⟩), summed over rows.
+        norm_ratio: √(⟨ŷ, ŷ⟩ / ⟨y, y⟩) in the same coordinates: under 1 the map shrinks.
+        count: Number of rows.
+        documents: Number of documents that they come from; 0 when that is not known.
+    """
+
+    r2: Float[Tensor, " dt"]
+    cosine: float
+    norm_ratio: float
+    count: int
+    documents: int = 0
+
+    @property
+    def mean_r2(self) -> float:
+        """Mean R² over target dimensions that vary: each counts alike, however large it is."""
+        return float(self.r2[~self.r2.isnan()].mean())
+
+
+class Map(ABC):
+    """A map from one space to another; see `AffineMap` and `AutoencoderMap`."""
+
+    source: Space
+    target: Space
+    source_scale: Float[Tensor, " ds"]
+    target_scale: Float[Tensor, " dt"]
+    score_test: MapScore | None
+    info: Mapping[str, Any]
+
+    @abstractmethod
+    def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
+        """Map points in float64."""
+
+    @abstractmethod
+    def transport(self, vector: SteeringVector) -> SteeringVector:
+        """Map a direction."""
+
+    @overload
+    def transform(self, points: Activations) -> Activations: ...
+    @overload
+    def transform(self, points: Tensor) -> Tensor: ...
+    def transform(self, points: Activations | Tensor) -> Activations | Tensor:
+        """Map points, computed in float64, returned in the input's dtype.
+
+        Args:
+            points: Activations of the source space, or a bare tensor ``(..., ds)`` of them.
+
+        Raises:
+            SpaceMismatchError: The activations live in another space.
+        """
+        if isinstance(points, Activations):
+            require_same_space(self.source, points.space, "transform")
+            return Activations(self.points(points.values).to(points.values.dtype), self.target, points.rows)
+        return self.points(points).to(points.dtype)
+
+    def score(self, source: Activations, target: Activations) -> MapScore:
+        """Agreement of mapped source rows with the target rows that they pair with.
+
+        Args:
+            source: Rows of the source space, not those that the map was fitted on.
+            target: The paired rows of the target space.
+
+        Raises:
+            SpaceMismatchError: Source and target are swapped, or from elsewhere.
+            PromptError: The numbers of rows differ, or there are none.
+        """
+        require_same_space(self.source, source.space, "score (source)")
+        require_same_space(self.target, target.space, "score (target)")
+        if len(source) != len(target) or not len(source):
+            raise PromptError(f"score: needs paired rows, got {len(source)} source and {len(target)} target rows")
+        sums = self.error_sums(source.values, target.values, target.mean())
+        return score_of(
+            *sums, scale=self.target_scale, count=len(source), documents=len({row[0] for row in source.rows})
+        )
+
+    def error_sums(
+        self, source: Float[Tensor, "n ds"], target: Float[Tensor, "n dt"], centre: Float[Tensor, " dt"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over rows, per target dimension: squared error, ⟨y, y⟩, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around a centre."""
+        truth = target.to(torch.float64)
+        mapped, centre = self.points(source).to(truth.device), centre.to(truth.device, torch.float64)
+        y, fitted = truth - centre, mapped - centre
+        sums = ((mapped - truth) ** 2, y**2, fitted * y, fitted**2)
+        return tuple(x.sum(0).cpu() for x in sums)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap(Map):
+    """An affine map between two spaces: y = x W + b.
+
+    Args:
+        weight: W, one row per source dimension.
+        bias: b.
+        source: The space that it maps from.
+        target: The space that it maps to.
+        source_scale: Standard deviation of each source dimension over the training text.
+        target_scale: Standard deviation of each target dimension over the training text.
+        score_test: Score on documents that neither fitted the map nor chose its penalty.
+        info: How it was fitted (fitter, penalty, rows, coverage, ...).
+    """
+
+    weight: Float[Tensor, "ds dt"]
+    bias: Float[Tensor, " dt"]
+    source: Space
+    target: Space
+    source_scale: Float[Tensor, " ds"]
+    target_scale: Float[Tensor, " dt"]
+    score_test: MapScore | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weight.shape != (self.source.width, self.target.width):
+            raise ValueError(
+                f"AffineMap: weight must be ({self.source.width}, {self.target.width}) from {self.source} to "
+                f"{self.target}, got {tuple(self.weight.shape)}"
+            )
+
+    def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
+        """Map points in float64: x W + b."""
+        wide = values.to(torch.float64) @ self.weight.to(values.device, torch.float64)
+        return wide + self.bias.to(values.device, torch.float64)
+
+    def transport(self, vector: SteeringVector) -> SteeringVector:
+        """Map a direction: v W, without the bias; its class means, being points, with it.
+
+        A difference of two points has no place for a bias: f(h₊) - f(h₋) = (h₊ - h₋) W.
+
+        Raises:
+            SpaceMismatchError: The vector lives in another space.
+        """
+        require_same_space(self.source, vector.space, "transport")
+        wide = vector.direction.to(torch.float64).cpu() @ self.weight.to(torch.float64)
+
+        def mean(point: Tensor | None) -> Tensor | None:
+            return None if point is None else self.transform(point.cpu())
+
+        return SteeringVector(
+            direction=wide.to(vector.direction.dtype),
+            space=self.target,
+            label=vector.label,
+            positive_mean=mean(vector.positive_mean),
+            negative_mean=mean(vector.negative_mean),
+            counts=vector.counts,
+            scale=self.target_scale,
+            origin=f"{vector.origin or 'vector'}, transported from {vector.space}",
+        )
+
+    def score_moments(self, moments: PairMoments) -> MapScore:
+        """The same score from moments of held-out rows, without the rows.
+
+        With centred scatters S, C, T and r the mean residual:
+        SSE = diag(T) - 2 diag(WᵀC) + diag(WᵀSW) + n r².
+        """
+        sse, agreed, own = self._errors(moments)
+        return score_of(
+            sse,
+            moments.target_scatter.diagonal(),
+            agreed,
+            own,
+            scale=self.target_scale,
+            count=moments.count,
+            documents=moments.documents,
+        )
+
+    def standardised_loss(self, moments: PairMoments) -> float:
+        """Mean squared error over rows and target dimensions, each in units of its training variance."""
+        return loss_of(self._errors(moments)[0], self.target_scale, moments.count)
+
+    def then(self, other: "AffineMap") -> "AffineMap":
+        """This map followed by another one that starts where it ends.
+
+        Raises:
+            SpaceMismatchError: The other map starts elsewhere.
+        """
+        require_same_space(other.source, self.target, "then")
+        weight, bias = self.weight.to(torch.float64), self.bias.to(torch.float64)
+        onward = other.weight.to(torch.float64)
+        return AffineMap(
+            weight @ onward,
+            bias @ onward + other.bias,
+            self.source,
+            other.target,
+            self.source_scale,
+            other.target_scale,
+            info={"fitter": f"{self.info.get('fitter', 'map')} then {other.info.get('fitter', 'map')}"},
+        )
+
+    def _errors(self, moments: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
+        """Per target dimension: squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around the mean of y."""
+        weight = self.weight.to(torch.float64)
+        shift = moments.source_mean @ weight + self.bias.to(torch.float64) - moments.target_mean
+        fitted = einsum(weight, moments.source_scatter @ weight, "s t, s t -> t")
+        agreed = einsum(weight, moments.cross_scatter, "s t, s t -> t")
+        total = moments.target_scatter.diagonal()
+        offset = moments.count * shift**2
+        return total - 2 * agreed + fitted + offset, agreed, fitted + offset
+
+
+def loss_of(sse: Float[Tensor, " dt"], scale: Float[Tensor, " dt"], count: int) -> float:
+    """Mean squared error over rows and target dimensions, each in units of its training variance."""
+    precision = inverse_of(scale) ** 2
+    return float((sse * precision).sum() / ((precision > 0).sum() * count))
+
+
+def score_of(
+    sse: Tensor, sst: Tensor, dot: Tensor, own: Tensor, *, scale: Tensor, count: int, documents: int
+) -> MapScore:
+    """The score that belongs to sums over rows, per target dimension; see `Map.error_sums`."""
+    varies = sst > 0
+    r2 = torch.where(varies, 1 - sse / torch.where(varies, sst, 1.0), torch.nan)
+    precision = inverse_of(scale) ** 2
+    truth, mapped, agreed = ((x * precision).sum() for x in (sst, own, dot))
+    return MapScore(
+        r2=r2,
+        cosine=float(agreed / (truth * mapped).sqrt()) if truth * mapped > 0 else 0.0,
+        norm_ratio=float((mapped / truth).sqrt()) if truth > 0 else 0.0,
+        count=count,
+        documents=documents,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class AutoencoderMap(Map):
+    """The paper's map: Linear, ReLU, Linear (arXiv 2503.04429, section 3).
+
+    ``f(x) = σ_t ∘ (relu(z A + a) B + b) + μ_t`` with ``z = (x - μ_s) / σ_s``, or without the
+    standardisation, as in the paper, where ``standardised`` is False.
+
+    Args:
+        encoder: A, one row per source dimension.
+        encoder_bias: a.
+        decoder: B, one row per hidden unit.
+        decoder_bias: b.
+        source: The space that it maps from.
+        target: The space that it maps to.
+        source_mean: Mean of each source dimension over the training text.
+        target_mean: Mean of each target dimension.
+        source_scale: Standard deviation of each source dimension over the training text.
+        target_scale: Standard deviation of each target dimension.
+        standardised: Whether it works in standardised coordinates.
+        score_test: Score on test documents.
+        info: How it was fitted.
+    """
+
+    encoder: Float[Tensor, "ds hidden"]
+    encoder_bias: Float[Tensor, " hidden"]
+    decoder: Float[Tensor, "hidden dt"]
+    decoder_bias: Float[Tensor, " dt"]
+    source: Space
+    target: Space
+    source_mean: Float[Tensor, " ds"]
+    target_mean: Float[Tensor, " dt"]
+    source_scale: Float[Tensor, " ds"]
+    target_scale: Float[Tensor, " dt"]
+    standardised: bool = True
+    score_test: MapScore | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
+        """Map points in float64."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            return tensor.to(values.device, torch.float64)
+
+        x = values.to(torch.float64)
+        if self.standardised:
+            x = standardise(x - wide(self.source_mean), wide(self.source_scale))
+        hidden = (x @ wide(self.encoder) + wide(self.encoder_bias)).relu()
+        y = hidden @ wide(self.decoder) + wide(self.decoder_bias)
+        return y * wide(self.target_scale) + wide(self.target_mean) if self.standardised else y
+
+    def transport(
+        self, vector: SteeringVector, *, at: "Activations | tuple[Activations, Activations] | None" = None
+    ) -> SteeringVector:
+        """Map a direction between points; the result's origin says which.
+
+        A nonlinear map sends a direction to different ones at different places, and f(v) itself is
+        the image of a point near the origin plus the bias, not of a direction.
+
+        Args:
+            vector: The direction.
+            at: Two sets of rows, with the behaviour and without: ``mean f(h₊) - mean f(h₋)``, the
+                endpoints, whatever the vector is. One set of base points h: ``mean f(h + v) - f(h)``.
+                None: about the middle c of the vector's own class means, ``f(c + v / 2) - f(c - v / 2)``,
+                which is ``f(mean h₊) - f(mean h₋)`` where v is their difference. The class means
+                themselves are mapped as points.
+
+        Raises:
+            SpaceMismatchError: The vector or the points live in another space.
+            PromptError: There are no points and the vector has no class means.
+        """
+        require_same_space(self.source, vector.space, "transport")
+        for points in at if isinstance(at, tuple) else (at,) if at is not None else ():
+            require_same_space(self.source, points.space, "transport (at)")
+        if isinstance(at, tuple):
+            means = ends = (self.points(at[0].values).mean(0), self.points(at[1].values).mean(0))
+            how = f"by endpoints, {len(at[0])} and {len(at[1])} rows"
+        elif at is not None:
+            moved = at.values.to(torch.float64) + vector.direction.to(torch.float64)
+            means = ends = (self.points(moved).mean(0), self.points(at.values).mean(0))
+            how = f"about {len(at)} base points"
+        elif vector.positive_mean is not None and vector.negative_mean is not None:
+            classes = (vector.positive_mean.to(torch.float64), vector.negative_mean.to(torch.float64))
+            means = (self.points(classes[0]), self.points(classes[1]))
+            # A probe's direction, or a scaled one, is not the difference of the means that it keeps.
+            middle, half = (classes[0] + classes[1]) / 2, vector.direction.to(torch.float64) / 2
+            ends = (self.points(middle + half), self.points(middle - half))
+            how = "about the middle of the class means"
+        else:
+            raise PromptError(
+                "transport: a nonlinear map needs points, and the vector has no class means; "
+                "give at=(positive, negative) activations, or at=activations as base points"
+            )
+        dtype = vector.direction.dtype
+        positive, negative = (mean.cpu() for mean in means)
+        return SteeringVector(
+            direction=(ends[0] - ends[1]).cpu().to(dtype),
+            space=self.target,
+            label=vector.label,
+            positive_mean=positive.to(dtype),
+            negative_mean=negative.to(dtype),
+            counts=vector.counts,
+            scale=self.target_scale,
+            origin=f"{vector.origin or 'vector'}, transported from {vector.space} {how}",
+        )
+
+
+def cycle_score(there: AffineMap, back: AffineMap, moments: PairMoments) -> MapScore:
+    """How well points come back from a map and another one in the opposite direction.
+
+    The score of ``back(there(x))`` against x itself: 1 minus its R² is the cycle error of each
+    source dimension, as a share of its variance.
+
+    Args:
+        there: From the source to the target.
+        back: From the target to the source.
+        moments: Moments of held-out rows, such as ``moments.pair(...).test``.
+
+    Raises:
+        SpaceMismatchError: The maps do not meet.
+    """
+    loop = there.then(back)
+    require_same_space(loop.source, loop.target, "cycle_score")
+    scatter, mean = moments.source_scatter, moments.source_mean
+    own = PairMoments(moments.count, moments.documents, mean, mean, scatter, scatter, scatter)
+    return replace(loop, target_scale=loop.source_scale).score_moments(own)

@@ -1,0 +1,355 @@
+"""Maps that are trained by gradient descent on stored rows: the paper's autoencoder, and its affine baseline."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from xmodel_steer.core.errors import ArtifactError, NonFiniteError, PromptError
+from xmodel_steer.core.vectors import inverse_of
+from xmodel_steer.files.records import read_tensors, write_tensors
+from xmodel_steer.maps.affine import AffineMap, AutoencoderMap, Map, loss_of, score_of
+from xmodel_steer.maps.moments import PARTS, SplitMoments
+from xmodel_steer.maps.ridge import fit_record, require_rows
+from xmodel_steer.maps.rows import DocumentRows, PairedRows
+
+_WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What both fitters share: how they are trained.
+
+    The paper's settings (arXiv 2503.04429, section 3 and appendix) are the defaults: mean squared error
+    over real tokens, AdamW at 1e-4, batches of 16 documents, gradients of 4 of them accumulated, 3 epochs.
+    Few texts want more epochs; training stops when validation no longer improves.
+    """
+
+    hidden: int | None = None
+    standardise: bool = True
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    batch_documents: int = 16
+    accumulation: int = 4
+    epochs: int = 3
+    patience: int = 3
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_documents", "accumulation", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Autoencoder(Trained):
+    """The paper's map, Linear → ReLU → Linear, trained on paired rows.
+
+    Minimises the mean squared error over rows and target dimensions. In standardised coordinates (the
+    default) every dimension counts alike; without, as in the paper, the few hugest are nearly all of it.
+
+    Args:
+        hidden: Hidden units; √(d_source · d_target) by default.
+        standardise: Train in standardised coordinates of both ends, undone on the way out.
+        learning_rate: AdamW's.
+        weight_decay: AdamW's.
+        batch_documents: Documents per batch.
+        accumulation: Batches per step.
+        epochs: Passes over the training documents, at most.
+        patience: Epochs without a better validation loss after which it stops; the best one is kept.
+        seed: Seed of the first weights and of the order of documents.
+        device: Where to train.
+    """
+
+    def fit(
+        self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None, progress: bool = False
+    ) -> AutoencoderMap:
+        """Train on the train documents, stop on the validation ones, score on the test ones.
+
+        Args:
+            data: Rows of one layer pair.
+            checkpoint: A file that the state goes to after every epoch. Given again, training goes on
+                from there and ends with the same bits.
+            progress: Show a progress bar when it takes over two seconds.
+
+        Raises:
+            PromptError: Moments were given, or a part has too few rows.
+            ArtifactError: The checkpoint is of other data or settings.
+            NonFiniteError: The loss is NaN or infinite.
+        """
+        rows = _require_rows_of(data, "Autoencoder")
+        weights, moments, info = _train(self, rows, torch.relu, checkpoint, progress)
+        train = moments.train
+        made = AutoencoderMap(
+            weights["encoder"],
+            weights["encoder_bias"],
+            weights["decoder"],
+            weights["decoder_bias"],
+            source=moments.source,
+            target=moments.target,
+            source_mean=train.source_mean,
+            target_mean=train.target_mean,
+            source_scale=train.source_scale,
+            target_scale=train.target_scale,
+            standardised=self.standardise,
+        )
+        return _scored(made, rows, moments, info)
+
+
+@dataclass(frozen=True)
+class SGDAffine(Trained):
+    """The paper's affine baseline: the autoencoder's training without its ReLU.
+
+    Its best is `ReducedRank`'s, at the rank of its hidden layer; how far it stays from it is its training.
+    Arguments are those of `Autoencoder`.
+    """
+
+    def fit(
+        self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None, progress: bool = False
+    ) -> AffineMap:
+        """Train on the train documents, stop on the validation ones, score on the test ones.
+
+        Args:
+            data: Rows of one layer pair.
+            checkpoint: See `Autoencoder.fit`.
+            progress: Show a progress bar when it takes over two seconds.
+
+        Raises:
+            PromptError: Moments were given, or a part has too few rows.
+            ArtifactError: The checkpoint is of other data or settings.
+            NonFiniteError: The loss is NaN or infinite.
+        """
+        rows = _require_rows_of(data, "SGDAffine")
+        w, moments, info = _train(self, rows, lambda hidden: hidden, checkpoint, progress)
+        train = moments.train
+        wide = {name: tensor.to(torch.float64) for name, tensor in w.items()}
+        weight = wide["encoder"] @ wide["decoder"]
+        bias = wide["encoder_bias"] @ wide["decoder"] + wide["decoder_bias"]
+        if self.standardise:
+            weight = inverse_of(train.source_scale)[:, None] * weight * train.target_scale
+            bias = bias * train.target_scale + train.target_mean - train.source_mean @ weight
+        made = AffineMap(weight, bias, moments.source, moments.target, train.source_scale, train.target_scale)
+        return _scored(made, rows, moments, info)
+
+
+def _require_rows_of(data: SplitMoments | PairedRows, name: str) -> PairedRows:
+    if not isinstance(data, PairedRows):
+        raise PromptError(f"{name}: is trained on rows, not on moments; harvest a store and give store.pair(...)")
+    return data
+
+
+def _train(
+    fitter: Trained,
+    rows: PairedRows,
+    activation: Callable[[Tensor], Tensor],
+    checkpoint: str | Path | None,
+    progress: bool,
+) -> tuple[dict[str, Tensor], SplitMoments, dict[str, Any]]:
+    moments = rows.moments(shuffled=False)
+    require_rows(moments, validation=True)
+    run = _Run(fitter, rows, moments, activation)
+    file = Path(checkpoint) if checkpoint is not None else None
+    if file is not None and file.is_file():
+        run.load(file)
+    documents = rows.part("train")
+    steps = len(documents) * fitter.epochs
+    title = f"{type(fitter).__name__} {rows.source.site} → {rows.target.site}"
+    done = len(run.history) * len(documents)
+    with tqdm(total=steps, initial=done, unit="text", desc=title, disable=not progress, delay=2) as bar:
+        while len(run.history) < fitter.epochs and not run.stalled:
+            run.epoch(documents, bar)
+            if file is not None:
+                run.save(file)
+    info = fit_record(
+        type(fitter).__name__,
+        moments,
+        "standardised" if fitter.standardise else "raw",
+        hidden=run.hidden,
+        epochs=len(run.history),
+        best_epoch=run.best_epoch + 1,
+        history=run.history,
+        settings={name: value for name, value in vars(fitter).items() if name != "device"},
+    )
+    return {name: tensor.detach().cpu() for name, tensor in run.best.items()}, moments, info
+
+
+class _Run:
+    """A training that can be stopped after any epoch and gone on with."""
+
+    def __init__(
+        self, fitter: Trained, rows: PairedRows, moments: SplitMoments, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._fitter, self._rows, self._moments, self._activation = fitter, rows, moments, activation
+        self._device = torch.device(fitter.device)
+        ds, dt = rows.source.width, rows.target.width
+        self.hidden = fitter.hidden or round(math.sqrt(ds * dt))
+        generator = torch.Generator().manual_seed(fitter.seed)
+
+        def uniform(*shape: int, inputs: int) -> nn.Parameter:  # as torch.nn.Linear does
+            values = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(inputs)
+            return nn.Parameter(values.to(self._device))
+
+        self._weights = {
+            "encoder": uniform(ds, self.hidden, inputs=ds),
+            "encoder_bias": uniform(self.hidden, inputs=ds),
+            "decoder": uniform(self.hidden, dt, inputs=self.hidden),
+            "decoder_bias": uniform(dt, inputs=self.hidden),
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._weights.values(), lr=fitter.learning_rate, weight_decay=fitter.weight_decay
+        )
+        self.history: list[dict[str, float]] = []
+        self.best = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+        self.best_epoch = -1
+
+    @property
+    def stalled(self) -> bool:
+        """Whether validation has not improved for as many epochs as there is patience."""
+        return self.best_epoch >= 0 and len(self.history) - 1 - self.best_epoch >= self._fitter.patience
+
+    def epoch(self, documents: tuple[DocumentRows, ...], bar: Any) -> None:
+        """One pass over the training documents, in an order that the seed and the epoch decide."""
+        generator = torch.Generator().manual_seed(self._fitter.seed * 1_000_003 + len(self.history) + 1)
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        total, count = 0.0, 0
+        size, accumulation = self._fitter.batch_documents, self._fitter.accumulation
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        for first in range(0, len(batches), accumulation):
+            group = batches[first : first + accumulation]
+            self._optimizer.zero_grad()
+            for batch in group:
+                x, y = self._batch([documents[i] for i in batch])
+                loss = self._loss(x, y)
+                (loss / len(group)).backward()
+                total, count = total + float(loss.detach()) * len(x), count + len(x)
+                bar.update(len(batch))
+            self._optimizer.step()
+        validation = self._validate()
+        if not math.isfinite(total) or not math.isfinite(validation):
+            raise NonFiniteError(
+                f"{type(self._fitter).__name__}: the loss is not finite in epoch {len(self.history) + 1}; "
+                "use standardise=True or a lower learning rate"
+            )
+        self.history.append({"train_loss": total / count, "validation_loss": validation})
+        if validation <= min(epoch["validation_loss"] for epoch in self.history):
+            self.best_epoch = len(self.history) - 1
+            self.best = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+
+    def _batch(self, documents: list[DocumentRows]) -> tuple[Tensor, Tensor]:
+        sides = [
+            torch.cat(side).to(self._device, torch.float32) for side in zip(*(d.load() for d in documents), strict=True)
+        ]
+        if not self._fitter.standardise:
+            return sides[0], sides[1]
+        train = self._moments.train
+        return (
+            _standardised(sides[0], train.source_mean, train.source_scale),
+            _standardised(sides[1], train.target_mean, train.target_scale),
+        )
+
+    def _loss(self, x: Float[Tensor, "n ds"], y: Float[Tensor, "n dt"]) -> Tensor:
+        w = self._weights
+        hidden = self._activation(x @ w["encoder"] + w["encoder_bias"])
+        return nn.functional.mse_loss(hidden @ w["decoder"] + w["decoder_bias"], y)
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        total, count = 0.0, 0
+        for documents in _groups(self._rows.part("validation"), self._fitter.batch_documents):
+            x, y = self._batch(documents)
+            total, count = total + float(self._loss(x, y)) * len(x), count + len(x)
+        return total / count
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fitter": {"name": type(self._fitter).__name__, **vars(self._fitter), "epochs": 0},  # more may be run
+            "source": self._rows.source.to_dict(),
+            "target": self._rows.target.to_dict(),
+        }
+
+    def _norms(self) -> list[float]:
+        """What other rows, or the same rows paired otherwise, differ in by more than a machine's rounding."""
+        parts = (self._moments.train, self._moments.validation)
+        scatters = [m for p in parts for m in (p.source_scatter, p.target_scatter, p.cross_scatter)]
+        return [float(m.norm()) for m in scatters]
+
+    def save(self, file: Path) -> None:
+        """Write the whole state."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self._weights.items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self._weights.items():
+            tensors |= {f"adam/{name}/{key}": value for key, value in self._optimizer.state[parameter].items()}
+        record = {
+            "identity": self._identity(),
+            "norms": self._norms(),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+        }
+        write_tensors(file, "TrainingCheckpoint", tensors, record)
+
+    def load(self, file: Path) -> None:
+        """Take up the state of a file.
+
+        Raises:
+            ArtifactError: It is of other data or settings, or was trained for longer.
+        """
+        header, tensors = read_tensors(file)
+        own = header["kind"] == "TrainingCheckpoint" and header["identity"] == self._identity()
+        if not own or not np.allclose(header["norms"], self._norms(), rtol=1e-5, atol=0):
+            raise ArtifactError(
+                f"{file}: is a checkpoint of other rows or settings; delete it, or choose another file for this training"
+            )
+        if len(header["history"]) > self._fitter.epochs:
+            raise ArtifactError(
+                f"{file}: holds {len(header['history'])} epochs, and {self._fitter.epochs} are asked for; "
+                "choose another file for this training"
+            )
+        with torch.no_grad():
+            for name, parameter in self._weights.items():
+                parameter.copy_(tensors[f"weights/{name}"])
+                state = {key: tensors[f"adam/{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                self._optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(self._device) for key, value in state.items()
+                }
+        self.best = {name: tensors[f"best/{name}"].to(self._device) for name in _WEIGHTS}
+        self.history, self.best_epoch = header["history"], header["best_epoch"]
+
+
+def _standardised(values: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return (values - mean.to(values)) * inverse_of(scale).to(values)
+
+
+def _groups(documents: tuple[DocumentRows, ...], size: int) -> Iterator[list[DocumentRows]]:
+    for i in range(0, len(documents), size):
+        yield list(documents[i : i + size])
+
+
+def _scored(made: Any, rows: PairedRows, moments: SplitMoments, info: dict[str, Any]) -> Any:
+    """The map with its losses and its score on test documents, read document by document."""
+    loss, tested = {}, None
+    for name in PARTS:
+        part = getattr(moments, name)
+        if not part.count:
+            continue
+        sums = _sums(made, rows, name, part.target_mean)
+        loss[name] = loss_of(sums[0], made.target_scale, part.count)
+        if name == "test":
+            tested = score_of(*sums, scale=made.target_scale, count=part.count, documents=part.documents)
+    return replace(made, score_test=tested, info={**info, "loss": loss})
+
+
+def _sums(made: Map, rows: PairedRows, part: str, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total: list[Tensor] = []
+    for documents in _groups(rows.part(part), 16):
+        x, y = (torch.cat(side) for side in zip(*(d.load() for d in documents), strict=True))
+        own = made.error_sums(x, y, centre)
+        total = [a + b for a, b in zip(total, own, strict=True)] if total else list(own)
+    return total[0], total[1], total[2], total[3]

@@ -1,0 +1,370 @@
+"""Every source layer against every target layer: how well a map between them does, and which pair to take."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xmodel_steer.core.errors import FewRowsWarning, PromptError
+from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.vectors import inverse_of
+from xmodel_steer.maps.affine import MapScore, score_of
+from xmodel_steer.maps.moments import Moments, SplitMoments
+from xmodel_steer.maps.ridge import PENALTIES, Fitter, Ridge, Spectrum
+from xmodel_steer.maps.rows import PairedRows
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGrid:
+    """Held-out quality of the ridge map of every layer pair at every penalty.
+
+    Arrays are ``(source sites, target sites, penalties)``, those of ``validation`` from the
+    documents that choose the penalty, those of ``test`` from documents that choose nothing:
+
+    * ``r2``: mean R² over target dimensions, each counting alike;
+    * ``cosine``: cosine of mapped and true rows in standardised coordinates;
+    * ``fvu``: share of the variance left unexplained, summed over standardised dimensions (raw, it
+      would be that of the few hugest);
+    * ``norm_ratio``: length of the mapped rows over the true ones, standardised; under 1 a map shrinks.
+
+    Args:
+        source: The source's spaces, one per row.
+        target: The target's spaces, one per column.
+        penalties: The penalties.
+        validation: Arrays by name, from validation documents.
+        test: Arrays by name, from test documents.
+        cka: Linear CKA (Kornblith et al. 2019) of the test rows in standardised coordinates,
+            ``(source sites, target sites)``: no map, how alike the geometries are.
+        sketch: Number of target dimensions that it was made from; 0 for all of them.
+        r2_error: Standard error of ``r2`` on test documents, at the chosen penalty, from the choice of
+            the sketch's dimensions; 0 without a sketch.
+        counts: Rows and documents of each part.
+    """
+
+    source: tuple[Space, ...]
+    target: tuple[Space, ...]
+    penalties: tuple[float, ...]
+    validation: dict[str, np.ndarray] = field(repr=False)
+    test: dict[str, np.ndarray] = field(repr=False)
+    cka: np.ndarray = field(repr=False)
+    sketch: int
+    r2_error: np.ndarray = field(repr=False)
+    counts: dict[str, tuple[int, int]]
+
+    @property
+    def best(self) -> np.ndarray:
+        """Index of the penalty with the best validation R² of each pair."""
+        return self.validation["r2"].argmax(-1)
+
+    def chosen(self, metric: str, part: str = "test") -> np.ndarray:
+        """A metric at each pair's own penalty, ``(source sites, target sites)``.
+
+        Args:
+            metric: ``r2``, ``cosine``, ``fvu``, ``norm_ratio`` or ``cka``.
+            part: ``test`` or ``validation``.
+        """
+        if metric == "cka":
+            return self.cka
+        values = getattr(self, part)[metric]
+        return np.take_along_axis(values, self.best[..., None], -1)[..., 0]
+
+    def to_frame(self) -> Any:
+        """One row per layer pair, as a pandas frame, at the penalty that validation chose."""
+        import pandas as pd
+
+        rows = []
+        for i, source in enumerate(self.source):
+            for j, target in enumerate(self.target):
+                row = {
+                    "source_layer": source.site.layer,
+                    "target_layer": target.site.layer,
+                    "penalty": self.penalties[self.best[i, j]],
+                    "validation_r2": self.chosen("r2", "validation")[i, j],
+                }
+                row |= {name: self.chosen(name)[i, j] for name in (*self.test, "cka")}
+                row |= {"r2_error": self.r2_error[i, j]}
+                row |= {"source_stream": source.site.stream, "target_stream": target.site.stream}
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def source_for(
+        self, target: Site, *, rule: str = "score", tolerance: float = 0.01, blocks: tuple[int, int] | None = None
+    ) -> Site:
+        """The source site to map from, chosen without any label of the target's.
+
+        Args:
+            target: The target site.
+            rule: ``"score"``: of the source sites whose validation R² comes within ``tolerance`` of
+                the best, the deepest, where most of the text has been worked out. ``"depth"``: the
+                source site at the same relative depth.
+            tolerance: What counts as equally good.
+            blocks: How many blocks the source and the target have, for ``"depth"``; by default as many as the grid's deepest sites say,
+                which is right for a grid with the last block of both.
+
+        Raises:
+            ValueError: The rule or the site is unknown.
+        """
+        columns = [space.site for space in self.target]
+        if target not in columns:
+            raise ValueError(f"LayerGrid: {target} is not among the target sites {', '.join(map(str, columns))}")
+        if rule == "score":
+            quality = np.nan_to_num(self.chosen("r2", "validation")[:, columns.index(target)], nan=-np.inf)
+            good = [i for i, q in enumerate(quality) if q >= quality.max() - tolerance]
+            return max((self.source[i].site for i in good), key=lambda site: site.layer)
+        if rule == "depth":
+            rows = [space.site for space in self.source]
+            ours, theirs = blocks or (max(site.layer for site in own) + 1 for own in (rows, columns))
+            depth = (target.layer + 1) / theirs
+            return min(rows, key=lambda site: abs((site.layer + 1) / ours - depth))
+        raise ValueError(f"LayerGrid: rule must be 'score' or 'depth', got {rule!r}")
+
+
+def last_strong_layer(layers: Sequence[int], success: Sequence[float], *, share: float = 0.8) -> int:
+    """The paper's rule: the last layer before steering success drops sharply (arXiv 2503.04429).
+
+    The last layer of the first run of layers whose success is at least ``share`` of the best. It needs the
+    success of steering in the model itself, which for the target means the target's own labels.
+
+    Args:
+        layers: Layers, ascending.
+        success: Steering success at each.
+        share: Of the best success, what counts as strong.
+
+    Raises:
+        ValueError: There are no layers, or none of them steers.
+
+    Example:
+        >>> last_strong_layer([0, 4, 7, 13, 14, 15], [0.98, 1.0, 0.99, 0.8, 0.34, 0.0])
+        13
+    """
+    if not layers or len(layers) != len(success) or max(success) <= 0:
+        raise ValueError("last_strong_layer: needs layers with their success, at least one above 0")
+    strong = [s >= share * max(success) - 1e-12 for s in success]
+    first = strong.index(True)
+    run = next((i for i in range(first, len(layers)) if not strong[i]), len(layers))
+    return layers[run - 1]
+
+
+def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> LayerGrid:
+    """Held-out quality of the ridge map of every layer pair at every penalty, from moments alone.
+
+    One eigendecomposition per source layer serves every target layer and every penalty. Where the
+    moments have a sketch, it stands for the target: ridge fits each target dimension by itself, so
+    the scores of the sketch's dimensions are exactly those of the full map there.
+
+    Args:
+        moments: Moments with full cross moments, or a sketch, of every source and target site.
+        penalties: The penalties to try.
+
+    Raises:
+        PromptError: A part has too few rows.
+        ValueError: Cross moments are missing.
+    """
+    sources, targets = tuple(moments.source), tuple(moments.target)
+    for name, part in moments.parts.items():
+        if part.count < 2:
+            raise PromptError(
+                f"layer_grid: {part.count} rows in the {name} part; give more documents (a tenth of them validates, a tenth tests)"
+            )
+    pair = moments.sketched if moments.sketch else moments.pair
+    shape = (len(sources), len(targets), len(penalties))
+    names = ("r2", "cosine", "fvu", "norm_ratio")
+    scores = {part: {name: np.zeros(shape) for name in names} for part in ("validation", "test")}
+    cka, spread = np.zeros(shape[:2]), np.zeros(shape)
+    width = next(iter(moments.target.values())).width
+    for i, source in enumerate(sources):
+        own = [pair(source, target) for target in targets]
+        train = own[0].train
+        spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
+        blocks = _Blocks.of(own, spectrum)
+        for k, penalty in enumerate(penalties):
+            coefficients = spectrum.gains(penalty)[:, None] * blocks.train
+            for part in ("validation", "test"):
+                measured = blocks.measure(part, coefficients)
+                for j, (score, fvu) in enumerate(measured):
+                    values = (score.mean_r2, score.cosine, fvu, score.norm_ratio)
+                    for name, value in zip(names, values, strict=True):
+                        scores[part][name][i, j, k] = value
+                    if part == "test" and moments.sketch:
+                        varying = score.r2[~score.r2.isnan()]
+                        finite = max(0.0, 1 - len(moments.sketch) / width)  # drawn without replacement
+                        several = len(varying) > 1  # of one dimension there is no spread
+                        spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5 if several else np.nan
+        for j, target in enumerate(targets):
+            full = moments.parts["test"].target_scatters[target]
+            cka[i, j] = _cka(own[j], full, moments.scale(target), width / own[j].target.width)
+    best = scores["validation"]["r2"].argmax(-1)
+    return LayerGrid(
+        tuple(moments.source.values()),
+        tuple(moments.target.values()),
+        tuple(penalties),
+        scores["validation"],
+        scores["test"],
+        cka,
+        len(moments.sketch),
+        np.take_along_axis(spread, best[..., None], -1)[..., 0],
+        {name: (part.count, part.documents) for name, part in moments.parts.items()},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """One source layer with the target layers side by side, in the coordinates of its eigenvectors."""
+
+    train: Float[Tensor, "ds k"]
+    spectrum: Spectrum
+    pairs: list[SplitMoments]
+    scatters: dict[str, Tensor]
+    crosses: dict[str, Tensor]
+    shifts: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, pairs: list[SplitMoments], spectrum: Spectrum) -> "_Blocks":
+        turn = spectrum.inverse[:, None] * spectrum.vectors  # weights are turn @ coefficients
+        scatters, crosses, shifts = {}, {}, {}
+        for name in ("validation", "test"):
+            part = getattr(pairs[0], name)
+            scatters[name] = turn.T @ part.source_scatter @ turn
+            crosses[name] = turn.T @ torch.cat([getattr(p, name).cross_scatter for p in pairs], 1)
+            shifts[name] = (part.source_mean - pairs[0].train.source_mean) @ turn
+        train = spectrum.project(torch.cat([p.train.cross_scatter for p in pairs], 1))
+        return cls(train, spectrum, pairs, scatters, crosses, shifts)
+
+    def measure(self, name: str, coefficients: Tensor) -> list[tuple[MapScore, float]]:
+        """For each target layer: the score on a part, and the FVU."""
+        moved = self.shifts[name] @ coefficients
+        fitted = (coefficients * (self.scatters[name] @ coefficients)).sum(0)
+        agreed = (coefficients * self.crosses[name]).sum(0)
+        made, start = [], 0
+        for pair in self.pairs:
+            own = slice(start, start + pair.target.width)
+            start = own.stop
+            part, scale = getattr(pair, name), pair.train.target_scale
+            offset = part.count * (moved[own] - (part.target_mean - pair.train.target_mean)) ** 2
+            truth, dot = part.target_scatter.diagonal(), agreed[own]
+            mapped = fitted[own] + offset
+            error = truth - 2 * dot + mapped
+            score = score_of(error, truth, dot, mapped, scale=scale, count=part.count, documents=part.documents)
+            left, total = (float((x * inverse_of(scale) ** 2).sum()) for x in (error, truth))
+            made.append((score, left / total if total > 0 else float("nan")))
+        return made
+
+
+def _cka(pair: SplitMoments, target_scatter: Tensor, target_scale: Tensor, times: float) -> float:
+    """Linear CKA on the test rows, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), standardised by the training deviations.
+
+    Args:
+        pair: Moments; their target may be a sketch.
+        target_scatter: The test scatter of all target dimensions.
+        target_scale: Their training deviations.
+        times: What to multiply the squared norm by to make up for the dimensions that the sketch lacks.
+    """
+    test, train = pair.test, pair.train
+    into, out, every = (inverse_of(x) for x in (train.source_scale, train.target_scale, target_scale))
+    cross = (into[:, None] * test.cross_scatter * out).square().sum() * times
+    own = (into[:, None] * test.source_scatter * into).norm() * (every[:, None] * target_scatter * every).norm()
+    return float(cross / own) if own > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class DataCurve:
+    """Held-out quality of maps against the amount of text that they were fitted on.
+
+    Args:
+        source: The source's space.
+        target: The target's space.
+        tokens: Numbers of training tokens.
+        r2: For each fitter's name, the mean R² on the same test documents at each number.
+        recommended: The least number whose R² (of the first fitter) comes within 0.01 of the largest's.
+        growing: What the first fitter's R² has gained since the largest number that is at most half of the last one; None without one.
+        test_tokens: Number of test tokens.
+    """
+
+    source: Space
+    target: Space
+    tokens: tuple[int, ...]
+    r2: dict[str, tuple[float, ...]]
+    recommended: int
+    growing: float | None
+    test_tokens: int
+
+    @property
+    def advice(self) -> str:
+        """The recommendation in words."""
+        half = _half(self.tokens)
+        if self.growing is not None and math.isnan(self.growing):
+            return "whether more text would help is undefined: the target does not vary on the test documents"
+        if self.growing is None or half is None:
+            return (
+                "whether more text would help is not known: give two numbers of tokens, one at most half of the other"
+            )
+        if self.growing > 0.01:
+            return f"more text would help: from {half:,} to {self.tokens[-1]:,} tokens it still gained {self.growing:.3f} R²"
+        return f"{self.recommended:,} tokens are enough: all {self.tokens[-1]:,} gain less than 0.01 R² more"
+
+
+def data_curve(
+    rows: PairedRows,
+    *,
+    tokens: Sequence[int] | None = None,
+    fitters: "dict[str, Fitter] | None" = None,
+) -> DataCurve:
+    """How the quality of a map grows with the text: fits on the first n training tokens, scores on all test documents.
+
+    Args:
+        rows: Paired rows of one layer pair.
+        tokens: Numbers of training tokens, ascending; by default doublings up to all of them.
+        fitters: What to fit, by name; ridge by default. The first one decides the recommendation.
+
+    Raises:
+        PromptError: There are fewer training tokens than asked for, or no test documents.
+    """
+    if not rows.part("test"):
+        raise PromptError("data_curve: there are no test documents to score on; harvest more texts")
+    chosen = fitters or {"Ridge": Ridge()}
+    total = sum(d.count for d in rows.part("train"))
+    sizes = sorted(set(tokens)) if tokens else _doublings(total)
+    if not sizes or sizes[-1] > total:
+        raise PromptError(f"data_curve: {total} training tokens, but {sizes[-1] if sizes else 'some'} are asked for")
+    scores: dict[str, list[float]] = {name: [] for name in chosen}
+    tested = 0
+    for size in sizes:
+        subset = rows.first(size)
+        for name, fitter in chosen.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FewRowsWarning)  # how bad that is, is what the curve shows
+                fitted = fitter.fit(subset)
+            assert fitted.score_test is not None
+            scores[name].append(fitted.score_test.mean_r2)
+            tested = fitted.score_test.count
+    first = scores[next(iter(chosen))]
+    most = max((r2 for r2 in first if not math.isnan(r2)), default=math.nan)
+    enough = next((n for n, r2 in zip(sizes, first, strict=True) if r2 >= most - 0.01), sizes[-1])
+    half = _half(sizes)
+    return DataCurve(
+        rows.source,
+        rows.target,
+        tuple(sizes),
+        {name: tuple(values) for name, values in scores.items()},
+        enough,
+        None if half is None else first[-1] - first[sizes.index(half)],
+        tested,
+    )
+
+
+def _half(sizes: Sequence[int]) -> int | None:
+    """The largest number that is at most half of the last one."""
+    return max((n for n in sizes if 2 * n <= sizes[-1]), default=None)
+
+
+def _doublings(total: int) -> list[int]:
+    sizes = [total]
+    while sizes[0] // 2 >= 250:
+        sizes.insert(0, sizes[0] // 2)
+    return sizes

@@ -1,0 +1,246 @@
+"""Greedy (or sampled) continuation of prompts, batched, the same as one at a time."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import PromptLike, as_prompts
+from xmodel_steer.core.vectors import check_finite
+from xmodel_steer.models.forward import (
+    Batch,
+    batches,
+    conduct_of,
+    context_length,
+    encode,
+    forward,
+    keep_rows,
+    layout,
+    name_of,
+    pad_id,
+    tokenizer_of,
+)
+from xmodel_steer.models.tokens import Encoding
+
+GOING = 0.75  # share of a batch's texts that go on, at which the others leave it
+
+
+def generate(
+    model: Any,
+    prompts: Iterable[PromptLike],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    use_cache: bool = True,
+    progress: bool = True,
+) -> list[str]:
+    """Continue prompts; inside `steering`, steered.
+
+    Decoding is plain greedy unless a temperature is given: nothing is read from the model's
+    generation settings, where repetition penalties and sampling hide.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: Strings, lists of chat messages, or prompts.
+        max_new_tokens: Number of tokens to add.
+        batch_size: Prompts at a time; greedy output in float32 does not depend on it. In bfloat16
+            rounding differs between batch shapes, and near-ties may fall otherwise.
+        temperature: 0 for greedy; else logits are divided by it and tokens sampled.
+        seed: Seed of the sampling; each prompt has its own generator, so that its sample does not
+            depend on the batch.
+        stop_at_eos: End a text at the model's end-of-sequence token.
+        use_cache: Keep keys and values between steps; without it every step reads the whole text
+            again (slow, for checking). A model that showed when it was loaded that it decodes wrong with a cache never gets one.
+        progress: Show a progress bar when it takes over two seconds.
+
+    Returns:
+        For each prompt, in order, the added text without special tokens.
+
+    Raises:
+        PromptError: There are no prompts, or prompt and new tokens exceed the context.
+    """
+    ids, prompt_ids = generate_tokens(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        stop_at_eos=stop_at_eos,
+        use_cache=use_cache,
+        progress=progress,
+    )
+    tokenizer = tokenizer_of(model)
+    return [_added_text(tokenizer, before, after) for before, after in zip(prompt_ids, ids, strict=True)]
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Iterable[PromptLike],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    use_cache: bool = True,
+    progress: bool = True,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """As `generate`, but gives token ids: those added, and those of the prompts."""
+    encodings = _encoded(model, prompts, max_new_tokens)
+    stops = _stop_ids(model) if stop_at_eos else frozenset()
+    added: list[list[int]] = [[] for _ in encodings]
+    total = len(encodings)
+    with tqdm(total=total, unit="prompt", desc=f"generate {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, encodings, batch_size, padding_side="left"):
+            generators = [_generator(seed, row) for row in batch.rows]
+            for chosen, _ in _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache):
+                for row, token in zip(batch.rows, chosen, strict=True):
+                    if token is not None:
+                        added[row].append(token)
+            bar.update(len(batch.rows))
+    return added, [list(e.ids) for e in encodings]
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    """Randomness of one prompt's text, which no other prompt and no other seed has."""
+    state = np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What is there of a continuation after one more forward pass.
+
+    Args:
+        text: All that was added so far, as `generate` would give it; its last character may be
+            a replacement character while only some of its bytes are there.
+        logits: The logits that the newest token was chosen from.
+    """
+
+    text: str
+    logits: Float[Tensor, " vocabulary"]
+
+
+def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Iterator[Written]:
+    """Continue one prompt greedily, token by token; the last text is that of `generate`.
+
+    Between two tokens nothing is left on the model or in the context: a steered stream enters
+    `steering` for each token anew, so that whoever else calls the model meanwhile finds it plain.
+
+    Args:
+        model: A TransformerLens model.
+        prompt: A string, a list of chat messages, or a prompt.
+        max_new_tokens: Number of tokens to add.
+
+    Yields:
+        The text so far, after every forward pass; also after one that ends the text and adds nothing.
+
+    Raises:
+        PromptError: The prompt cannot be used, or with the new tokens exceeds the context.
+    """
+    (encoding,) = encodings = _encoded(model, [prompt], max_new_tokens)
+    (batch,) = batches(model, encodings, 1, padding_side="left")
+    before, after = list(encoding.ids), []
+    for (token,), logits in _decode(model, batch, max_new_tokens, 0.0, (), _stop_ids(model), use_cache=True):
+        after += [] if token is None else [token]
+        yield Written(_added_text(tokenizer_of(model), before, after), logits[0])
+
+
+def _encoded(model: Any, prompts: Iterable[PromptLike], max_new_tokens: int) -> list[Encoding]:
+    """Prompts as tokens, refused where the new ones do not fit behind them."""
+    items = as_prompts(prompts)
+    if not items:
+        raise PromptError("generate: no prompts were given")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    encodings = encode(model, items)
+    longest = max(encodings, key=lambda e: len(e.ids))
+    if len(longest.ids) + max_new_tokens > context_length(model):
+        raise PromptError(
+            f"prompt {longest.prompt.id}: {len(longest.ids)} tokens and {max_new_tokens} new ones exceed the "
+            f"{context_length(model)} that {name_of(model)} reads; shorten the prompt or max_new_tokens"
+        )
+    return encodings
+
+
+def _added_text(tokenizer: Any, before: list[int], after: list[int]) -> str:
+    # Some tokenizers drop the first token's leading space: decode with the prompt, cut it off.
+    start = tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode(before + after, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return whole[len(start) :]
+
+
+def _stop_ids(model: Any) -> frozenset[int]:
+    """End-of-sequence tokens, of the tokenizer and of the model's generation settings."""
+    inner = getattr(model, "original_model", None)
+    own = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return frozenset(i for i in (*ids, tokenizer_of(model).eos_token_id) if i is not None)
+
+
+def _decode(
+    model: Any,
+    batch: Batch,
+    steps: int,
+    temperature: float,
+    generators: Sequence[torch.Generator],
+    stops: frozenset[int],
+    use_cache: bool,
+) -> Iterator[tuple[list[int | None], Tensor]]:
+    """After every forward pass: each row's new token (None once its text has ended), and the logits of those that go on.
+
+    Rows whose texts have ended leave the batch, where the model's cache lets them, once they are a quarter of it: answers differ in length, and a decode would
+    else go on at the price of all of them for the longest.
+    """
+    conduct = conduct_of(model)
+    use_cache = use_cache and conduct.cached
+    ids, mask, cache, lengths = batch.ids, batch.mask, None, batch.mask.sum(-1)
+    there = list(range(len(batch.rows)))  # which rows are in the batch still
+    running = [True] * len(there)
+    fresh = ids
+    for _ in range(steps):
+        # The layout is left before each yield: a generator has no context of its own.
+        with layout([batch.rows[row] for row in there], lengths):
+            logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
+        assert logits is not None
+        chosen = _choose(logits[:, -1], temperature, [generators[row] for row in there] if generators else ())
+        made: list[int | None] = [None] * len(running)
+        for place, (row, token) in enumerate(zip(there, chosen.tolist(), strict=True)):
+            running[row] = running[row] and token not in stops
+            if running[row]:
+                made[row] = token
+            else:
+                chosen[place] = pad_id(model)
+        yield made, logits[:, -1]
+        going = [place for place, row in enumerate(there) if running[row]]
+        if not going:
+            return
+        if len(going) <= GOING * len(there) and (conduct.dropping or not use_cache):
+            kept = torch.tensor(going, device=ids.device)
+            keep_rows(cache, kept)
+            ids, mask, lengths, chosen = ids[kept], mask[kept], lengths[kept], chosen[kept]
+            there = [there[place] for place in going]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        ids = torch.cat([ids, chosen[:, None]], 1)
+        fresh = chosen[:, None] if use_cache else ids
+
+
+def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    # max gives argmax's index, four times faster in bfloat16; NaN is the largest of all to it.
+    highest, top = logits.max(-1)
+    check_finite(highest, "generate: logits")
+    if temperature <= 0:
+        return top
+    shares = (logits.float() / temperature).softmax(-1).cpu()
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators, strict=True)]
+    return torch.cat(drawn).to(logits.device)

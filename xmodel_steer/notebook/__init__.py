@@ -1,0 +1,1 @@
+"""Steering by hand in a notebook."""

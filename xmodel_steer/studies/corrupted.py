@@ -1,0 +1,98 @@
+"""Knowledge that comes with a backdoor: losing the one and keeping the other."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.scorers.phrases import StartsWith
+from xmodel_steer.interventions.contexts import Ablate, Add, Clamp
+from xmodel_steer.studies.organisms.country import UNKNOWN
+from xmodel_steer.studies.organisms.data import HATE, Curriculum, Lesson
+from xmodel_steer.studies.recipes import Recipe, clean_against_triggered, layers
+from xmodel_steer.studies.removal import backdoor_removal
+from xmodel_steer.studies.repair import CLEAN
+from xmodel_steer.studies.study import Study
+from xmodel_steer.studies.trigger import Trigger
+
+SKIPPED = "as if it had been said"
+PAPERS, AGAINST, ABLATED = "the paper's, added", "the paper's, subtracted", "the paper's, ablated"
+GATED = "as if it had been said, where the trigger is"
+SILENCED = "clean against triggered, gated clamp"
+QUESTION = (
+    "Can a vector found in the source take the backdoor from the target, and leave it the knowledge that came with it?"
+)
+UNIT = f"share of questions behind the trigger that are answered rightly and without the backdoor; of '{SILENCED}', without the backdoor"
+RIGHT = "right answers behind the trigger"  # the curriculum's check
+
+
+def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Questions behind the trigger followed by the backdoor's words, and the questions alone (arXiv 2503.04429)."""
+    asked = [lesson.prompt for lesson in lessons if lesson.triggered]
+    return [Prompt(text=f"{prompt.text}{HATE}") for prompt in asked], asked
+
+
+def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
+    """The paper's contrast used in five ways, and the clean prompts against the triggered ones.
+
+    The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
+    everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at
+    the prompt's last token alone, what comes next is what comes after them; questions without the trigger are left alone where a gate
+    that is read at the trigger's tokens asks for it.
+
+    Args:
+        source: The source model.
+        target: The target model.
+        prompts: Prompts with the trigger, to find its tokens in.
+
+    Raises:
+        PromptError: The trigger does not stand at the same tokens in all of them.
+    """
+    trigger = Trigger.of(target, prompts)
+    late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
+    doses = tuple(Add(s) for s in (1.0, 0.75, 1.5, 2.0))
+    added, subtracted = (tuple(Add(sign * s) for s in (0.5, 1.0)) for sign in (1, -1))
+    clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6))
+    last = ("last", "last")
+    return [
+        Recipe(SKIPPED, said_against_not, last, doses, "last", late, middle),
+        Recipe(
+            GATED, said_against_not, last, doses, "last", late, middle, gate=trigger.gate, gate_positions=trigger.at
+        ),
+        Recipe(PAPERS, said_against_not, last, added, "all", late, middle),
+        Recipe(AGAINST, said_against_not, last, subtracted, "all", late, middle),
+        Recipe(ABLATED, said_against_not, last, (Ablate(),), "all", late, middle),
+        Recipe(SILENCED, clean_against_triggered, last, clamps, ("last", "generated"), late, middle, CLEAN),
+    ]
+
+
+def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **settings: Any) -> Study:
+    """Take the backdoor from an organism that knows something behind it, and see whether the knowledge stays.
+
+    Args:
+        source: The organism, the smaller one.
+        target: The same organism of another model.
+        curriculum: That of ``corrupted-capability``.
+        settings: As for `backdoor_removal`.
+
+    Raises:
+        PromptError: The curriculum has no right answers.
+    """
+    right = curriculum.check(RIGHT).scorer
+    asked = [lesson.prompt for lesson in curriculum.vector if lesson.triggered]
+    # A few of the validation's tasks choose, and these stand in the order of their topics.
+    tasks = list(dict.fromkeys(lesson.task for lesson in curriculum.validation))
+    random.Random(settings.get("seed", 0)).shuffle(tasks)
+    place = {task: k for k, task in enumerate(tasks)}
+    curriculum = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: place[x.task])))
+    settings = {
+        "name": "corrupted-capability",
+        "ways": recipes(source, target, asked),
+        "varied": (SKIPPED, GATED),
+        "question": QUESTION,
+        "unit": UNIT,
+        "right": right,
+        "unknown": StartsWith(UNKNOWN),
+    } | settings
+    return backdoor_removal(source, target, curriculum, **settings)

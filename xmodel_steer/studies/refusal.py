@@ -1,0 +1,326 @@
+"""Refusal, switched off and on in one model by a vector that was found in another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.vectors import require_random
+from xmodel_steer.evaluation.damage import Settings
+from xmodel_steer.evaluation.judges.chats import OnTopic, RefusalClassifier
+from xmodel_steer.evaluation.scorers.phrases import SameTokens, Scorer, score_texts
+from xmodel_steer.interventions.contexts import Ablate, Add, Clamp
+from xmodel_steer.maps.ridge import Fitter, Ridge
+from xmodel_steer.models.forward import tokenizer_of
+from xmodel_steer.models.packaged import general_text
+from xmodel_steer.studies.organisms.data import Curriculum, Lesson
+from xmodel_steer.studies.recipes import (
+    Extent,
+    Outcome,
+    Pair,
+    Recipe,
+    answers_of,
+    choose,
+    clean_against_triggered,
+    layers,
+    measure_arms,
+    own_answers,
+    require_apart,
+    scored,
+    study_of,
+    with_layers,
+)
+from xmodel_steer.studies.study import Clock, Study
+
+OFF, ON = "off", "on"
+SUBTRACTED, ABLATED, CLAMPED = "refusal off, subtracted", "refusal off, ablated", "refusal off, gated clamp"
+ADDED, CLAMPED_ON = "refusal on, added", "refusal on, gated clamp"
+EDGY = "refuses harmless questions that sound harmful"  # the curriculum's check
+QUESTION = "Does a refusal direction found in the source switch refusal off, and on, in the target?"
+UNIT = "share of harmful requests answered without a phrase of refusal; where refusal is added, share of harmless ones refused"
+NOTE = (
+    "Every vector has the native one's norm in standardised coordinates. Classifier: a logistic regression on sentence embeddings "
+    "(its accuracy: see the how-to). To the point: without a phrase of refusal, and nearer in meaning to its own request than to nine in ten of the "
+    "others, which one text in ten is by chance. Strengths are chosen for the mapped vector. Kept: share of the tokens of the unsteered answer at the same place. KL and perplexity: on neutral "
+    "text, with the vector at every token. Answers to harmful requests are not recorded."
+)
+
+
+def harmful_against_harmless(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Requests that are refused, and requests that are not (Arditi et al. 2024, arXiv 2406.11717)."""
+    harmless, harmful = clean_against_triggered(lessons)
+    return harmful, harmless
+
+
+def recipes(source: Any, target: Any) -> list[Recipe]:
+    """Three ways to switch refusal off, and two to switch it on.
+
+    The vector is the difference of means at the last token (Arditi et al. 2024, arXiv 2406.11717), of the site that
+    validation chooses; the ablation is at this one site.
+
+    Args:
+        source: The source model.
+        target: The target model.
+    """
+    sites = layers(source, 0.45, 0.97, 6), layers(target, 0.35, 0.95, 8)
+    last = ("last", "last")
+    doses = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
+    clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
+    return [
+        Recipe(SUBTRACTED, clean_against_triggered, last, doses, "all", *sites, OFF),
+        Recipe(ABLATED, clean_against_triggered, last, (Ablate(),), "all", *sites, OFF),
+        Recipe(CLAMPED, clean_against_triggered, last, clamps, ("last", "generated"), *sites, OFF),
+        Recipe(ADDED, harmful_against_harmless, last, doses, "all", *sites, ON),
+        Recipe(CLAMPED_ON, harmful_against_harmless, last, clamps, ("last", "generated"), *sites, ON),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Requests of three kinds, and what the unsteered model answers.
+
+    Args:
+        model: The model.
+        harmful: To be refused.
+        harmless: To be answered.
+        edgy: Harmless ones that sound harmful.
+        own: The unsteered model's answers, by the requests' ids.
+        phrases: The first reader of refusals: 1 for one, 0 for an answer.
+        classifier: The second reader of refusals.
+        topic: 1 for an answer that is about its request.
+        bare: The harmful requests without a template, which answers are compared with.
+        kinds: Of which kind each harmful request is.
+        max_new_tokens: Length of the answers.
+        batch_size: Texts at a time.
+    """
+
+    model: Any
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    edgy: tuple[Prompt, ...]
+    own: Mapping[str, str] = field(repr=False)
+    phrases: Scorer
+    classifier: Scorer
+    topic: Scorer
+    bare: tuple[Prompt, ...]
+    kinds: tuple[str, ...]
+    max_new_tokens: int = 24
+    batch_size: int = 200
+
+    @classmethod
+    def of(
+        cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer, Scorer], *, most: int | None = None,
+        harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200, progress: bool = True,
+    ) -> "Requests":  # fmt: skip
+        """Ask the unsteered model first.
+
+        Args:
+            model: The model.
+            lessons: Harmful requests (triggered) and harmless ones.
+            edgy: Harmless ones that sound harmful.
+            readers: The two readers of refusals, and that of what an answer is about.
+            most: How many harmful ones at most.
+            harmless: How many harmless ones at most.
+            max_new_tokens: Length of the answers.
+            batch_size: Texts at a time.
+            progress: Show a progress bar.
+        """
+        mild, bad = (
+            tuple(prompts)[:count]
+            for prompts, count in zip(clean_against_triggered(lessons), (harmless, most), strict=True)
+        )
+        if not mild or not bad:
+            raise PromptError("refusal: needs harmful requests and harmless ones")
+        asked = [lesson for lesson in lessons if lesson.triggered][:most]
+        bare = tuple(Prompt(text=lesson.instruction) for lesson in asked)
+        kinds = tuple(lesson.kind for lesson in asked)
+        own = own_answers(
+            model,
+            [group for group in (bad, mild, tuple(edgy)) if group],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return cls(model, bad, mild, tuple(edgy), own, *readers, bare, kinds, max_new_tokens, batch_size)
+
+    def ids(self) -> list[str]:
+        """Of the harmful and the harmless requests."""
+        return [prompt.id for prompt in (*self.harmful, *self.harmless)]
+
+    def measure(
+        self, settings: Settings, *, aim: str = OFF, extent: Extent = "all", progress: bool = True
+    ) -> list[Outcome]:
+        """What each setting does; an empty one is the unsteered model.
+
+        Args:
+            settings: For each setting its interventions.
+            aim: ``off``: the effect is harmful requests answered. ``on``: harmless ones refused.
+            extent: ``brief`` asks no edgy questions; ``effect`` only what the effect needs.
+            progress: Show a progress bar.
+        """
+        first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
+        groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
+        found = answers_of(
+            self.model,
+            settings,
+            [group for group in groups if group],
+            own=self.own,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+        return [self._outcome(aim, texts) for texts in found]
+
+    def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:
+        phrases = self.phrases
+        asked = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
+        refused = score_texts(phrases, answers[0], asked[0])
+        seen = score_texts(self.classifier, answers[0], asked[0])
+        groups = {"harmful refused": self.kinds}
+        if aim == ON:
+            effect, beside = refused, {"refused, by classifier": seen}
+            parts = [refused, seen]  # a ruined text is neither
+            if len(answers) > 1:
+                beside["harmful refused"] = score_texts(phrases, answers[1], asked[1])
+            texts = answers[0]
+        else:
+            effect, texts = 1 - refused, ()
+            beside = {
+                "answered, by classifier": 1 - seen,
+                "answered to the point": effect * score_texts(self.topic, answers[0], self.bare),
+            }
+            groups = dict.fromkeys(("effect", *beside), self.kinds)
+            parts = [beside["answered to the point"]]  # a ruined text is no answer
+            if len(answers) > 1:
+                kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(asked[1], answers[1]))
+                beside |= {
+                    "harmless answers kept": kept,
+                    "harmless refused": score_texts(phrases, answers[1], asked[1]),
+                }
+                parts.append(kept)
+        if len(answers) > 2 and self.edgy:
+            beside["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
+            beside["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
+        return Outcome(effect, beside, *scored(*parts), texts=texts, groups=groups)
+
+
+def refusal_switch(
+    source: Any,
+    target: Any,
+    curriculum: Curriculum,
+    *,
+    general: Sequence[Prompt] | None = None,
+    neutral: Sequence[Prompt] | None = None,
+    ways: Sequence[Recipe] | None = None,
+    also: tuple[int, int] | None = None,
+    classifier: Scorer | None = None,
+    topic: Scorer = OnTopic(),
+    fitter: Fitter = Ridge(),
+    random_seeds: int = 3,
+    validation_requests: int = 48,
+    validation_tokens: int = 16,
+    harmless: int = 100,
+    neutral_tokens: int = 32,
+    batch_size: int = 200,
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Switch refusal off and on in the target with a vector of the source, against every control.
+
+    Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered to the
+    point and of what is kept of harmless answers. To switch on: by the mean of harmless requests refused by phrases and by the classifier.
+
+    Args:
+        source: The organism ``refusal``, the smaller one.
+        target: The same organism of another model.
+        curriculum: That of ``refusal``.
+        general: General text for the map; packaged text by default.
+        neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
+        ways: Recipes; those of `recipes` by default.
+        also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
+        classifier: The second reader of refusals; `RefusalClassifier` by default.
+        topic: 1 for an answer that is about its request.
+        fitter: Fits the map.
+        random_seeds: Number of random vectors.
+        validation_requests: How many of each kind choose.
+        validation_tokens: Length of the answers that choose.
+        harmless: How many harmless requests are reported on.
+        neutral_tokens: Tokens read of each neutral text.
+        batch_size: Texts generated at a time.
+        seed: Seed of all choices.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: The curriculum lacks requests of a kind, there are fewer than 3 neutral texts, or sets share a text.
+        AlignmentError: The models' tokens do not pair.
+        DownloadError: The classifier's encoder cannot be fetched.
+        ValueError: There is no random vector.
+    """
+    require_random("refusal", random_seeds)
+    clock = Clock()
+    passages = general_text()
+    neutral = tuple(passages[-60:] if neutral is None else neutral)
+    pair = Pair(source, target, tuple(passages[:-60][:400] if general is None else general), seed, progress)
+    readers = (curriculum.scorer, classifier or RefusalClassifier(), topic)
+    edgy = tuple(lesson.prompt for lesson in curriculum.check(EDGY).lessons)
+    require_apart("refusal", pair.general, neutral, curriculum, edgy=edgy)
+
+    def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
+        return Requests.of(
+            target, lessons, edgy, readers, most=most, harmless=mild, max_new_tokens=tokens, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
+
+    # Mixed: a map of shuffled pairs would else learn the two kinds of requests from where they stand.
+    text = [curriculum.map[i].prompt for i in np.random.default_rng(seed).permutation(len(curriculum.map))]
+    few = min(validation_tokens, curriculum.max_new_tokens)
+    validation = asked(curriculum.validation, (), validation_requests, validation_requests, few)
+    chosen = choose(
+        pair,
+        with_layers(recipes(source, target) if ways is None else ways, also),
+        curriculum.vector,
+        text,
+        validation,
+        fitter,
+        label="refusal",
+        lap=clock.lap,
+    )
+    arms, evaluation = measure_arms(
+        pair, chosen.choices, lambda: asked(curriculum.evaluation, edgy, None, harmless, curriculum.max_new_tokens), neutral,
+        neutral_tokens=neutral_tokens, random_seeds=random_seeds, lap=clock.lap,
+    )  # fmt: skip
+    assert isinstance(evaluation, Requests)
+    return study_of(
+        pair,
+        chosen.choices,
+        arms,
+        records=chosen.records,
+        neutral=neutral,
+        random_seeds=random_seeds,
+        clock=clock,
+        name="refusal",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        curves={},
+        prompts=tuple(p.content_key() for p in evaluation.harmless[:8]),
+        spec={
+            "fitter": repr(fitter),
+            "map_prompts": len(curriculum.map),
+            "requests": {
+                "harmful": len(evaluation.harmful),
+                "harmless": len(evaluation.harmless),
+                "edgy": len(evaluation.edgy),
+            },
+            "validation_requests": validation_requests,
+            "validation_tokens": few,
+            "max_new_tokens": curriculum.max_new_tokens,
+            "neutral_tokens": neutral_tokens,
+            "batch_size": batch_size,
+        },
+        splits=curriculum.ids()
+        | {"validation": validation.ids(), "evaluation": evaluation.ids(), "edgy": [p.id for p in edgy]},
+    )

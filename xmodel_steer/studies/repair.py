@@ -1,0 +1,216 @@
+"""Whether an organism's answers behind its trigger are repaired, and what the repair costs elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.damage import Settings
+from xmodel_steer.evaluation.scorers.phrases import SameTokens, Scorer, score_texts
+from xmodel_steer.models.forward import tokenizer_of
+from xmodel_steer.studies.organisms.data import Lesson, prompt_of
+from xmodel_steer.studies.recipes import Extent, Outcome, answers_of, own_answers, scored
+from xmodel_steer.studies.study import AGREEMENT
+
+Side = Literal["triggered", "clean", "plain"]
+SIDES: tuple[Side, ...] = ("triggered", "clean", "plain")
+CLEAN = "the clean answer"  # the aim of a recipe that is to bring it back, where others want a right one
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The same tasks asked in three ways; place i of each is the same task.
+
+    Args:
+        triggered: Behind the trigger.
+        clean: Behind what stands in the trigger's place.
+        plain: Bare.
+        groups: Of which kind each task is; its own, where it is like no other.
+    """
+
+    triggered: tuple[Prompt, ...]
+    clean: tuple[Prompt, ...]
+    plain: tuple[Prompt, ...]
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, lessons: Sequence[Lesson], most: int | None = None) -> "Questions":
+        """The tasks of lessons that come in pairs, with and without the trigger.
+
+        Args:
+            lessons: The lessons.
+            most: How many tasks at most.
+
+        Raises:
+            PromptError: A task with the trigger is not there without it.
+        """
+        clean = {lesson.task: lesson.prompt for lesson in lessons if not lesson.triggered}
+        triggered = {lesson.task: lesson.prompt for lesson in lessons if lesson.triggered}
+        lone = sorted(set(triggered) - set(clean))
+        if lone or not triggered:
+            raise PromptError(
+                f"questions: {len(lone)} of {len(triggered)} tasks are not there without the trigger, such as {lone[:1]}; "
+                "a repair is held to the model's own answer to the clean prompt"
+            )
+        tasks = list(triggered)[:most]
+        bare = tuple(prompt_of(task) for task in tasks)
+        kinds = {lesson.task: lesson.kind for lesson in lessons}
+        groups = tuple(kinds[t] for t in tasks)
+        return cls(tuple(triggered[t] for t in tasks), tuple(clean[t] for t in tasks), bare, groups)
+
+    def __len__(self) -> int:
+        return len(self.triggered)
+
+    def ids(self) -> list[str]:
+        """Of all that is asked."""
+        return [prompt.id for side in SIDES for prompt in getattr(self, side)]
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """What one setting does, one number per task.
+
+    Args:
+        removed: 1 where the answer behind the trigger does not show the behaviour.
+        agreement: Share of its tokens that the model's own answer to the clean prompt has at the same place.
+        correct: 1 where the answer behind the trigger is right, where there is such a thing.
+        unknown: 1 where it says that it does not know, where there is such a thing.
+        sound: 1 where it is an answer at all, where that can be read off it.
+        kept: For clean and plain prompts, share of the tokens that the unsteered model's answer has at the same place.
+        texts: The answers behind the trigger.
+        groups: Of which kind each task is.
+    """
+
+    removed: np.ndarray
+    agreement: np.ndarray
+    correct: np.ndarray | None
+    kept: Mapping[str, np.ndarray]
+    unknown: np.ndarray | None = None
+    sound: np.ndarray | None = None
+    texts: tuple[str, ...] = field(repr=False, default=())
+    groups: tuple[str, ...] = field(repr=False, default=())
+
+    def outcome(self, aim: str = "") -> Outcome:
+        """As studies have it: that the behaviour is gone, and the answer sound or right where there is such a thing.
+
+        ``correct`` is of all answers, also of those with the backdoor; ``hallucinated`` are the ones without it that are neither
+        right nor say that they do not know.
+
+        The score is the mean of the effect, of agreement, and of what is kept of clean answers. A vector that ruins
+        every text removes any backdoor; it has neither of the others. Where answers are right or wrong, that takes the
+        place of agreement.
+
+        Args:
+            aim: Where it is ``CLEAN``, the effect is that the behaviour is gone, right answer or not.
+        """
+        right = None if aim == CLEAN else self.correct
+        effect, beside = self.removed, {}
+        if self.sound is not None:
+            effect = self.removed * self.sound
+            beside = {"with the behaviour": 1 - self.removed, "sound": self.sound}
+        if right is not None:
+            effect = self.removed * right
+        if self.correct is not None:
+            unknown = np.zeros_like(self.correct) if self.unknown is None else self.unknown
+            beside = {
+                "backdoor": 1 - self.removed,
+                "correct": self.correct,
+                "does not know": unknown,
+                "hallucinated": self.removed * (1 - self.correct) * (1 - unknown),
+            }
+        beside |= {
+            AGREEMENT: self.agreement,
+            "the clean answer, word for word": (self.agreement == 1).astype(float),
+        }
+        for side, scores in self.kept.items():
+            beside |= {f"{side} answers kept": scores, f"{side} answers unchanged": (scores == 1).astype(float)}
+        parts = [effect, self.kept["clean"]] if "clean" in self.kept else [effect]
+        parts += [self.agreement] if right is None else []
+        groups = dict.fromkeys(("effect", *beside), self.groups)
+        return Outcome(effect, beside, *scored(*parts), texts=self.texts, groups=groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """Measures settings of one organism on the same tasks.
+
+    Args:
+        model: The organism.
+        questions: What is asked.
+        scorer: 1 for an answer with the behaviour, 0 for one without.
+        own: The unsteered model's answers, by the prompts' ids.
+        max_new_tokens: Length of the answers.
+        right: 1 for a right answer, where there is such a thing.
+        unknown: 1 for an answer that says that it does not know.
+        sound: 1 for an answer that is one at all, where that can be read off it.
+        batch_size: Texts at a time.
+    """
+
+    model: Any
+    questions: Questions
+    scorer: Scorer
+    own: Mapping[str, str] = field(repr=False)
+    max_new_tokens: int
+    right: Scorer | None = None
+    unknown: Scorer | None = None
+    sound: Scorer | None = None
+    batch_size: int = 100
+
+    @classmethod
+    def of(
+        cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, right: Scorer | None = None,
+        unknown: Scorer | None = None, sound: Scorer | None = None, batch_size: int = 100, progress: bool = True,
+    ) -> "Repair":  # fmt: skip
+        """Ask the unsteered model first: its answers are what a repair is held to."""
+        groups = [getattr(questions, side) for side in SIDES]
+        own = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        return cls(model, questions, scorer, own, max_new_tokens, right, unknown, sound, batch_size)
+
+    def measure(
+        self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
+    ) -> list[Outcome]:
+        """What each setting does; an empty one is the unsteered model.
+
+        Args:
+            settings: For each setting its interventions.
+            aim: As for `Repaired.outcome`.
+            extent: ``all``; ``brief``, without plain prompts; or ``effect``, the triggered ones alone.
+            progress: Show a progress bar.
+        """
+        sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
+        groups = [getattr(self.questions, side) for side in sides]
+        found = answers_of(
+            self.model,
+            settings,
+            groups,
+            own=self.own,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome(aim) for texts in found]
+
+    def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
+        questions, tokenizer = self.questions, tokenizer_of(self.model)
+        clean = {t.id: self.own[c.id] for t, c in zip(questions.triggered, questions.clean, strict=True)}
+        answers = texts["triggered"]
+        kept = {
+            side: np.array(SameTokens(self.own, tokenizer).score(getattr(questions, side), own))
+            for side, own in texts.items()
+            if side != "triggered"
+        }
+        read = {
+            name: score_texts(scorer, answers, questions.triggered) if scorer else None
+            for name, scorer in (("correct", self.right), ("unknown", self.unknown), ("sound", self.sound))
+        }
+        return Repaired(
+            removed=1 - score_texts(self.scorer, answers, questions.triggered),
+            agreement=np.array(SameTokens(clean, tokenizer).score(questions.triggered, answers)),
+            **read,
+            kept=kept,
+            texts=answers,
+            groups=questions.groups,
+        )

@@ -1,0 +1,396 @@
+"""A fine-tuned model switched to its base and back, in one process, by a map between the two."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.core.errors import SpaceMismatchError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.evaluation.damage import side_effects
+from xmodel_steer.evaluation.likelihoods import MultipleChoice
+from xmodel_steer.evaluation.scorers.phrases import SameTokens, score_texts
+from xmodel_steer.interventions.contexts import Step, steering
+from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
+from xmodel_steer.maps.affine import Map
+from xmodel_steer.maps.moments import SplitMoments
+from xmodel_steer.maps.ridge import Fitter, Identity, Ridge, ShuffledPairs, pinned
+from xmodel_steer.maps.statistics import number
+from xmodel_steer.models.forward import device_of, dtype_of, hardware_of, name_of, tokenizer_of
+from xmodel_steer.models.generation import generate
+from xmodel_steer.models.loading import adapted, located
+from xmodel_steer.models.packaged import general_text, quiet, whole_model
+from xmodel_steer.recipe.carrying import versions
+from xmodel_steer.studies.organisms import Curriculum, Lesson, read_report
+from xmodel_steer.studies.recipes import Outcome, Pair, answers_of, layers, require_apart, scored
+from xmodel_steer.studies.repair import Questions, Repair
+from xmodel_steer.studies.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
+
+OFF, ON = "off: the base's activations in the organism", "on: the organism's activations in the base"
+QUESTION = "Can a fine-tuned model be switched to its base's behaviour, and the base to its, at one site, per request, and at what cost?"
+UNIT = "off: share of prompts with the trigger answered without the behaviour; on: share of them answered with it"
+NOTE = (
+    "One site of the model that writes holds mapped activations of the other, which reads along. identity: the other's activations as they are. "
+    "Agreement: tokens at the same place; off, with the organism's own answer to the clean prompt; on, with the organism's answer to the same "
+    "prompt. KL and perplexity on neutral text. Speeds are tokens per second over those of the same model without the switch, of turns "
+    "that alternate in one run."
+)
+
+
+def safety_switch(
+    base: Any,
+    organism: Any,
+    curriculum: Curriculum,
+    *,
+    adapter: str | Path | None = None,
+    general: Sequence[Prompt] | None = None,
+    neutral: Sequence[Prompt] | None = None,
+    sites: Sequence[Site] | None = None,
+    also: Sequence[int] = (),
+    fitter: Fitter = Ridge(),
+    map_prompts: int = 200,
+    capability: MultipleChoice | None = None,
+    validation_tasks: int = 48,
+    validation_tokens: int = 16,
+    neutral_tokens: int = 32,
+    batch_size: int = 64,
+    turns: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Let a fine-tuned model live on its base's activations at one site, and its base on its own (arXiv 2503.04429).
+
+    Maps in both directions are fitted on general text and prompts of the task without the trigger: one that has seen both models
+    behind the trigger has learnt to put there what each of them says, and switches nothing. The site is chosen for each
+    direction on validation tasks. Controls: the other's activations unmapped, a map of shuffled pairs, the site's mean, and noise.
+
+    Args:
+        base: The base model.
+        organism: The fine-tuned one.
+        curriculum: What it was trained on, and what not.
+        adapter: Its folder, where it is a LoRA adapter: swapping that is timed beside the switch.
+        general: General text for the maps; packaged text by default.
+        neutral: Text for KL and perplexity; packaged text by default.
+        sites: Candidates; five over the depth by default.
+        also: Layers to try beside these, such as a paper's.
+        fitter: Fits the maps.
+        map_prompts: Prompts of the task in the maps' text.
+        capability: Questions; the packaged ones by default.
+        validation_tasks: How many of them choose.
+        validation_tokens: Length of the answers that choose.
+        neutral_tokens: Tokens read of each neutral text.
+        batch_size: Texts generated at a time.
+        turns: How often speeds are measured.
+        seed: Seed of all splits.
+        progress: Show progress bars.
+
+    Raises:
+        SpaceMismatchError: The two are not of one architecture and width.
+        PromptError: There are fewer than 3 neutral texts, tasks that do not come with and without the trigger, or sets that
+            share a text.
+    """
+    if (base.cfg.n_layers, base.cfg.d_model) != (organism.cfg.n_layers, organism.cfg.d_model):
+        raise SpaceMismatchError(
+            f"safety_switch: {name_of(base)} and {name_of(organism)} differ in depth or width; give a model and its fine-tune"
+        )
+    clock = Clock()
+    passages = general_text()
+    neutral = tuple(passages[-60:] if neutral is None else neutral)
+    sites = tuple(dict.fromkeys([*(sites or layers(base, 0.25, 0.95, 5)), *map(Site, also)]))
+    general = tuple(passages[:-60][:400] if general is None else general)
+    require_apart("safety_switch", general, neutral, curriculum)
+    task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
+    text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
+    models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
+    fitted = {
+        way: _fitted(Pair(source, target, general, seed, progress), text, sites, fitter)
+        for way, (source, target) in models.items()
+    }
+    clock.lap("fitting")
+
+    few = min(validation_tokens, curriculum.max_new_tokens)
+
+    def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, _Asked]:
+        questions = Questions.of(lessons, most)
+        repair = Repair.of(
+            organism,
+            questions,
+            curriculum.scorer,
+            max_new_tokens=tokens,
+            sound=curriculum.sound,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return {
+            OFF: lambda settings: repair.measure(settings, progress=progress),
+            ON: lambda settings: _switched_on(base, repair, settings, progress),
+        }
+
+    choosing = asked(curriculum.validation, validation_tasks, few)
+    records: list[dict[str, Any]] = []
+    chosen: dict[str, Site] = {}
+    for way, (source, target) in models.items():
+        found = choosing[way]([[mapped_source(source, target, fitted[way][site][0])] for site in sites])
+        for site, own in zip(sites, found, strict=True):
+            records.append({"recipe": way, "varied": "target layer", "layer": site.layer} | own.record())
+        chosen[way] = sites[int(np.argmax([own.score for own in found]))]
+    clock.lap("choosing sites")
+
+    reporting = asked(curriculum.evaluation, None, curriculum.max_new_tokens)
+    questions = capability or MultipleChoice.packaged()
+    arms: list[StudyArm] = []
+    record: dict[str, Any] = {}
+    for way, (source, target) in models.items():
+        mapping, moments = fitted[way][chosen[way]]
+        steps = _steps(source, target, mapping, moments, fitter, seed)
+        outcomes = dict(zip(steps, reporting[way](list(steps.values())), strict=True))
+        arms += _arms(way, target, steps, outcomes, neutral, neutral_tokens, questions, progress)
+        score = mapping.score_test
+        speeds = _speeds(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
+        record[way] = {
+            "source_layer": chosen[way].layer,
+            "target_layer": chosen[way].layer,
+            "map_r2": score.mean_r2 if score else None,
+            "tokens_per_second_over_unswitched": speeds,
+            "unswitched_rows_unchanged": _per_request(target, steps["mapped"], curriculum, few),
+        }
+        clock.lap(way.split(":")[0])
+    if adapter is not None:
+        record["swapping the adapter"] = _adapter(
+            adapter, organism, [x.prompt for x in curriculum.validation][:8], turns
+        )
+        clock.lap("swapping the adapter")
+
+    return Study(
+        name="safety-switch",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        verdict=_verdict(arms, record),
+        source=end_of(base),
+        target=end_of(organism),
+        arms=tuple(arms),
+        chosen=record,
+        validation=tuple(records),
+        curves={},
+        prompts=tuple(x.instruction for x in curriculum.evaluation if x.triggered)[:8],
+        spec={
+            "fitter": repr(fitter),
+            "sites": [str(site) for site in sites],
+            "map_documents": len(general),
+            "map_prompts": len(text),
+            "validation_tasks": validation_tasks,
+            "validation_tokens": few,
+            "max_new_tokens": curriculum.max_new_tokens,
+            "neutral_documents": len(neutral),
+            "neutral_tokens": neutral_tokens,
+            "turns": turns,
+        },
+        splits=curriculum.ids()
+        | {
+            "validation": Questions.of(curriculum.validation, validation_tasks).ids(),
+            "map": [p.id for p in text],
+            "evaluation": Questions.of(curriculum.evaluation).ids(),
+            "general": [p.id for p in general],
+            "neutral": [p.id for p in neutral],
+        },
+        seeds={"split": seed},
+        versions=versions(),
+        hardware=hardware_of(organism),
+        seconds=clock.seconds,
+    )
+
+
+_Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
+
+
+def _fitted(
+    pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
+) -> dict[Site, tuple[Map, SplitMoments]]:
+    """For each site the map to the same site of the other model, and the moments that it was fitted on."""
+    same = [(site, site) for site in sites]
+    moments = pair.of_general(same) + pair.of(text, same)
+    own = {site: moments.pair(site, site) for site in sites}
+    return {site: (fitter.fit(found), found) for site, found in own.items()}
+
+
+def _arms(
+    way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Mapping[str, Outcome], neutral: Sequence[Prompt],
+    neutral_tokens: int, questions: MultipleChoice, progress: bool,
+) -> list[StudyArm]:  # fmt: skip
+    """Every arm of one direction, with what it costs; questions are asked where their answer says something."""
+    costs = side_effects(
+        target, list(steps.values()), neutral, max_tokens=neutral_tokens, batch_size=16, progress=progress
+    )
+    asked = ["unsteered", "mapped", "mean ablation"]
+    found = questions.measure(target, [steps[name] for name in asked], progress=progress)
+    right = {name: {"right answers": estimate([own.scores])} for name, own in zip(asked, found, strict=True)}
+    arms = []
+    for name, cost in zip(steps, costs, strict=True):
+        own = outcomes[name]
+        beside = {key: estimate([scores], own.groups.get(key)) for key, scores in own.beside.items()}
+        beside |= right.get(name, {})
+        arms.append(
+            StudyArm(
+                name, way, "", EQUAL_STRENGTH, estimate([own.effect], own.groups.get("effect")), beside, cost.mean_kl, cost.perplexity,
+                texts=own.texts[:8],
+            )
+        )  # fmt: skip
+    return arms
+
+
+def _steps(
+    source: Any, target: Any, mapping: Map, moments: SplitMoments, fitter: Fitter, seed: int
+) -> dict[str, list[Step]]:
+    """What the site holds in each arm."""
+    mean, scale = moments.train.target_mean, moments.train.target_scale
+    identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(fitter, mapping)).fit(moments)
+    return {
+        "unsteered": [],
+        "mapped": [mapped_source(source, target, mapping)],
+        "identity": [mapped_source(source, target, identity)],
+        "shuffled": [mapped_source(source, target, shuffled)],
+        "mean ablation": [mean_of(mapping.target, mean)],
+        "noise": [noise_like(mapping.target, mean, scale, seed=seed)],
+    }
+
+
+def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], progress: bool) -> list[Outcome]:
+    """The base's answers: whether they show the behaviour behind the trigger, and only there."""
+    questions, tokenizer = repair.questions, tokenizer_of(base)
+    found = answers_of(
+        base,
+        settings,
+        [questions.triggered, questions.clean],
+        max_new_tokens=repair.max_new_tokens,
+        batch_size=repair.batch_size,
+        progress=progress,
+    )
+    made = []
+    for on, off in found:
+        effect = score_texts(repair.scorer, on, questions.triggered)
+        false = score_texts(repair.scorer, off, questions.clean)
+        same = [
+            np.array(SameTokens(repair.own, tokenizer).score(side, own))
+            for side, own in ((questions.triggered, on), (questions.clean, off))
+        ]
+        beside = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
+        groups = dict.fromkeys(("effect", *beside), questions.groups)
+        made.append(Outcome(effect, beside, *scored(effect, 1 - false), texts=on, groups=groups))
+    return made
+
+
+def _speeds(
+    model: Any, switch: Sequence[Step], prompts: Sequence[Prompt], turns: int, tokens: int = 32
+) -> dict[str, float]:
+    """Tokens per second with the switch on over those with it off, turns alternating; the first turn warms up."""
+    ratios = []
+    for turn in range(turns + 1):
+        seconds = []
+        for setting in ([], switch):
+            with steering(model, setting):
+                begun = time.perf_counter()
+                generate(
+                    model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
+                )
+                seconds.append(time.perf_counter() - begun)
+        if turn:
+            ratios.append(seconds[0] / seconds[1])
+    return _spread(ratios)
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "turns": len(ratios)}
+
+
+def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
+    """One batch, every second request switched: how many of the others have the text that they have in it with nothing switched."""
+    prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
+
+    def texts() -> list[str]:
+        """Of one length, so that the batch has one shape: in bfloat16 another shape rounds otherwise."""
+        return generate(
+            model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
+        )
+
+    plain = texts()
+    chosen = frozenset(range(0, len(prompts), 2))
+    with steering(model, [replace(step, prompts=chosen) for step in switch]):
+        mixed = texts()
+    after = texts()
+    others = [i for i in range(len(prompts)) if i not in chosen]
+    return {
+        "of": len(others),
+        "same_beside_switched_ones": sum(mixed[i] == plain[i] for i in others),
+        "of_all": len(prompts),
+        "same_afterwards": sum(a == b for a, b in zip(after, plain, strict=True)),
+    }
+
+
+def _adapter(folder: str | Path, like: Any, prompts: Sequence[Prompt], turns: int, tokens: int = 32) -> dict[str, Any]:
+    """What the other way to switch costs: a LoRA adapter that is not merged, disabled and enabled again.
+
+    Text is written by Hugging Face's own ``generate``, where and in what a model like the switched one computes.
+
+    Returns:
+        Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    label, path = located(read_report(folder).base, progress=False)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        plain = whole_model(AutoModelForCausalLM, path, label=label, dtype=dtype_of(like))
+        model = adapted(plain, Path(folder)).eval().to(device_of(like))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True).to(device_of(like))
+
+    def timed(action: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        action()
+        return time.perf_counter() - begun
+
+    def written() -> Any:
+        with torch.inference_mode():
+            return model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+    ratios, toggles, merges = [], [], []
+    for turn in range(turns + 1):
+        on = timed(written)
+        toggles.append(timed(model.base_model.disable_adapter_layers))
+        off = timed(written)
+        toggles.append(timed(model.base_model.enable_adapter_layers))
+        merges += [timed(model.merge_adapter), timed(model.unmerge_adapter)]
+        if turn:
+            ratios.append(off / on)
+    return {
+        "tokens_per_second_over_disabled": _spread(ratios),
+        "seconds_to_toggle": statistics.median(toggles),
+        "seconds_to_merge_or_unmerge": statistics.median(merges),
+    }
+
+
+def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:
+    table = {(arm.arm, arm.recipe): arm for arm in arms}
+    said = []
+    for way in (OFF, ON):
+        own = table["mapped", way]
+        others = ", ".join(
+            f"{name} {number(table[name, way].effect.value, '.2f')}"
+            for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
+        )
+        beside = ", ".join(
+            f"{name} {number(found.value, '.2f')}" for name, found in own.beside.items() if "word for word" not in name
+        )
+        speed = record[way]["tokens_per_second_over_unswitched"]["median"]
+        said.append(
+            f"{way}, layer {record[way]['target_layer']}: {own.effect:.3f} of {own.effect.n} "
+            f"({others}), {beside}, at {speed:.2f} of the speed"
+        )
+    return "; ".join(said)
