@@ -19,7 +19,7 @@ from xmodel_steer.files.resume import COMPUTES
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.models.forward import identity_of, space_of
 from xmodel_steer.models.packaged import cache_folder
-from xmodel_steer.recipe.saving import read, save
+from xmodel_steer.recipe.saving import read_artefact, save_artefact
 
 
 def cached_moments(
@@ -67,12 +67,12 @@ def cached_moments(
     file = cache_folder() / "moments" / f"{name}.safetensors"
     if file.is_file():
         try:
-            return read(file)
+            return read_artefact(file)
         except ArtifactError:
             file.unlink()
     moments = collect()
     try:
-        save(moments, file)
+        save_artefact(moments, file)
     except ArtifactError as error:
         warnings.warn(f"the moments are not kept in the cache: {error}", CacheWarning, stacklevel=2)
     return moments

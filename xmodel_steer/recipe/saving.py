@@ -55,8 +55,11 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Transfe
             is written with the numbers that it has: NaN is null, and the record says where.
     """
     path = Path(path)
-    if isinstance(value, TransferResult):
-        return _save_result(value, path)
+    return _save_result(value, path) if isinstance(value, TransferResult) else save_artefact(value, path)
+
+
+def save_artefact(value: SteeringVector | Map | Moments | LayerGrid | DataCurve, path: Path) -> Path:
+    """Write a vector, a map, moments, a grid or a curve to a ``.safetensors`` file; see `save`."""
     if isinstance(value, SteeringVector):
         tensors, record = _vector_parts(value)
     elif isinstance(value, Map):
@@ -110,8 +113,11 @@ def read(path: str | Path) -> Any:
         ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_result(path)
+    return _read_result(path) if path.is_dir() else read_artefact(path)
+
+
+def read_artefact(path: Path) -> Any:
+    """Read what `save_artefact` wrote; see `read`."""
     header, tensors = read_tensors(path)
     makers = {
         "SteeringVector": _vector_from,
