@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import xmodel_steer as xs
-from xmodel_steer.models.packaged import packaged_files
+from xmodel_steer.files.wheels import packaged_files
 
 OUT = Path(__file__).parents[1] / "xmodel_steer" / "data" / "organism_tasks.jsonl.gz"
 COUNT, SEED, TOKENS = 1300, 0, 56

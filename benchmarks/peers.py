@@ -25,8 +25,8 @@ import torch
 from run import hardware, keep
 
 import xmodel_steer as xs
-from xmodel_steer.models.forward import tokenizer_of
-from xmodel_steer.models.packaged import cache_folder
+from xmodel_steer.files.cache import cache_folder
+from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.studies.concepts import concept
 from xmodel_steer.studies.demo import SOURCE, TARGET
 

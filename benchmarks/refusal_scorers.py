@@ -18,10 +18,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
-from xmodel_steer.evaluation.judges.chats import beginning, embed
+from xmodel_steer.evaluation.judges.refusals import beginning
+from xmodel_steer.evaluation.judges.sentences import embed
 from xmodel_steer.evaluation.scorers.phrases import RefusalPhrases
+from xmodel_steer.files.wheels import packaged_files
 from xmodel_steer.maps.statistics import bootstrap_mean
-from xmodel_steer.models.packaged import packaged_files
 
 OUT = Path(__file__).parents[1] / "xmodel_steer" / "data" / "refusal_classifier.json"
 FOLDS, SEED = 10, 0

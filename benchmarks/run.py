@@ -25,9 +25,12 @@ import numpy as np
 import torch
 
 import xmodel_steer as xs
+from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.rows import PairedRows
-from xmodel_steer.models.forward import all_sites, batches, device_of, encode, forward
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.facts import device_of
+from xmodel_steer.models.forward import forward
+from xmodel_steer.models.sites import all_sites
 from xmodel_steer.studies.demo import SOURCE, TARGET
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -114,7 +117,7 @@ def _random_pair(device: str) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = xs.load(SOURCE, progress=False)
-    from xmodel_steer.models.forward import tokenizer_of
+    from xmodel_steer.models.facts import tokenizer_of
 
     made = []
     for name, width, layers, heads, inner in (("1b", 2048, 16, 32, 8192), ("3b", 3072, 28, 24, 8192)):
@@ -163,7 +166,7 @@ def grid_speedup_over_ridgecv(bench: Bench, sample: int = 3) -> None:
     from sklearn.linear_model import RidgeCV
     from sklearn.preprocessing import StandardScaler
 
-    from xmodel_steer.maps.ridge import PENALTIES
+    from xmodel_steer.maps.fitting import PENALTIES
 
     pairs = len(all_sites(bench.small)) * len(all_sites(bench.large))
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +231,7 @@ def moments_memory_at_4x_text(bench: Bench) -> None:
 
 def autoencoder_epoch_speedup(bench: Bench) -> None:
     """An epoch from the store against the paper's way, which computes the activations anew in every epoch."""
-    from xmodel_steer.activations.collecting import residuals
+    from xmodel_steer.models.recording import residuals
 
     def recompute() -> None:
         for model, site in ((bench.small, HERE), (bench.large, THERE)):

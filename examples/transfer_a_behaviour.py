@@ -6,7 +6,7 @@ Run: python examples/transfer_a_behaviour.py [SOURCE TARGET]
 import sys
 
 import xmodel_steer as xs
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.files.wheels import general_text
 from xmodel_steer.studies.concepts import concept
 
 

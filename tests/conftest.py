@@ -20,7 +20,7 @@ import torch
 import toys
 from toys import contrast, sentences
 
-from xmodel_steer.cli import experiments as cli
+from xmodel_steer.cli import app
 from xmodel_steer.studies.organisms import data
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -145,7 +145,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         monkeypatch.setattr(sys, "argv", ["xmodel-steer", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         said = capsys.readouterr()

@@ -6,9 +6,11 @@ import torch
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.likelihoods import AnswerLogOdds, MultipleChoice, answer_likelihoods
-from xmodel_steer.interventions.contexts import Add, Intervention
+from xmodel_steer.interventions.operators import Add
+from xmodel_steer.interventions.steps import Intervention
 
 QUESTIONS = ["the old harbour is", "a", "she said that the letter was in the"]
 LETTERS = ("!", "?")  # one token after the question, for every toy

@@ -10,14 +10,14 @@ import torch
 from architectures import ARCHITECTURES, BEGIN, END, PAGE
 
 from xmodel_steer import SiteError
-from xmodel_steer.activations.collecting import capture
+from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.conformance import TEXTS, check_model
-from xmodel_steer.interop import control_vectors as interop
+from xmodel_steer.interop import hugging_face
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.models.forward import space_of
 from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.sites import space_of
 
 pytestmark = [
     pytest.mark.architectures,
@@ -89,6 +89,6 @@ def as_hugging_face(model, folder):
         steered = ours()
     assert [row[0] for row in steered] == [row[0] for row in unsteered]  # the first token is the prompt's alone
     theirs = steered
-    with interop.steering_hf(plain, vector, positions="generated", trust=True), suppress(SiteError):
+    with hugging_face.steering_hf(plain, vector, positions="generated", trust=True), suppress(SiteError):
         theirs = written(use_cache=True)  # Mamba's and RWKV's state counts no tokens, which this would have to
     assert theirs == steered

@@ -7,11 +7,12 @@ import pytest
 import torch
 from toys import CONTEXT, TEXTS
 
-from xmodel_steer.activations.collecting import capture, recording
+from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.errors import NonFiniteError, PromptError, PromptWarning, SiteError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.models.forward import all_sites
+from xmodel_steer.models.recording import recording
+from xmodel_steer.models.sites import all_sites
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 CHATS = [

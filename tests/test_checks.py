@@ -8,7 +8,7 @@ from test_replacement import affine, identity, random_map
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
-from xmodel_steer.maps.statistics import rouge_l
+from xmodel_steer.evaluation.overlap import rouge_l
 from xmodel_steer.models.generation import generate_tokens
 
 PROMPTS = toys.sentences(8, 3, 5)
@@ -155,7 +155,7 @@ def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
         llama.model, gemma.model, maps, ["the harbour is"], ["the harbour it"], ANSWERS[:1], progress=False
     )
     from xmodel_steer.core.alignment import align
-    from xmodel_steer.models.forward import encode
+    from xmodel_steer.models.batches import encode
 
     source, target = (encode(t.model, [xs.Prompt.of("the harbour is")])[0].token_ends() for t in (llama, gemma))
     pairs = align(source, target)

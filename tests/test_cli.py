@@ -19,11 +19,11 @@ from toys import sentences
 from tqdm import tqdm
 
 import xmodel_steer as xs
-from xmodel_steer.cli import experiments as cli
+from xmodel_steer.cli import app
 from xmodel_steer.cli.console import Stream
 from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.files.readers import read_contrast
-from xmodel_steer.maps.moments import PARTS
+from xmodel_steer.maps.pairs import PARTS
 from xmodel_steer.recipe.results import TransferResult
 from xmodel_steer.recipe.saving import read, save
 from xmodel_steer.studies import Study, read_study
@@ -189,7 +189,7 @@ def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path
     call = [
         sys.executable,
         "-c",
-        "from xmodel_steer.cli.experiments import main; main()",
+        "from xmodel_steer.cli import main; main()",
         *arguments(folders, tmp_path / "run", text=long),
     ]
     environment = {"XMODEL_STEER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -250,7 +250,7 @@ def called(monkeypatch: pytest.MonkeyPatch, stream: str, *arguments: object, wid
         for name, own in zip(("stdout", "stderr"), streams, strict=True):
             patch.setattr(sys, name, own)
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         assert [sys.stdout, sys.stderr] == streams, "the streams are given back"
     said = ["" if own is None else own.buffer.getvalue().decode(own.encoding) for own in streams]
     return int(stop.value.code or 0), *said
@@ -298,8 +298,8 @@ def test_a_report_or_table_that_fails_is_told_and_loses_nothing(
         raise ZeroDivisionError("of\nall things")
 
     places = {
-        ("run", "draws"): "report.write_report", ("study", "draws"): "experiments.pages.write_page",
-        ("run", "shows"): "report.table", ("study", "shows"): "experiments.pages.tables",
+        ("run", "draws"): "figures.report.write_report", ("study", "draws"): "studies.pages.write_page",
+        ("run", "shows"): "figures.report.table", ("study", "shows"): "studies.pages.tables",
     }  # fmt: skip
     monkeypatch.setattr(f"xmodel_steer.{places[of, broken]}", fail)
     name, function = ("concepts", "concept_demo") if of == "run" else ("backdoor", "backdoor_demo")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
-from xmodel_steer.activations.collecting import capture, collect_moments, window_size
+from xmodel_steer.activations.collecting import collect_moments, window_size
+from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.errors import (
     AlignmentError,
     AlignmentWarning,
@@ -21,8 +22,11 @@ from xmodel_steer.core.errors import (
 )
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.maps.moments import PARTS, merge, part_of, sketch_dimensions
-from xmodel_steer.models.forward import encode, register
+from xmodel_steer.maps.accumulator import sketch_dimensions
+from xmodel_steer.maps.moments import merge
+from xmodel_steer.maps.pairs import PARTS, part_of
+from xmodel_steer.models.batches import encode
+from xmodel_steer.models.registry import register
 
 SITES = dict(source_sites=[Site(0), Site(2)], target_sites=[Site(1)])
 #: Enough documents for every part; some with characters of several tokens.

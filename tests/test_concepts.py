@@ -9,16 +9,18 @@ import pytest
 import toys
 
 import xmodel_steer as xs
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import ContrastSet, Prompt
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
-from xmodel_steer.evaluation.scorers.phrases import score_texts
+from xmodel_steer.evaluation.scorers.text import score_texts
 from xmodel_steer.maps.statistics import NO_NATIVE
 from xmodel_steer.studies import (
     Study,
     concept_table,
     concept_transfer,
     concepts,
+    drawing,
     feature_transfer,
     pages,
     read_study,
@@ -94,7 +96,7 @@ def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(concept_table, "concept", made.__getitem__)
-        patch.setattr(AnswerLogOdds, "from_contrast", xs.evaluation.Preference)  # the toys' pairs share no question
+        patch.setattr(AnswerLogOdds, "from_contrast", xs.Preference)  # the toys' pairs share no question
         return concept_transfer(
             toy_named("llama").model, toy_named("gemma").model, tuple(made), general=texts[:60], neutral=texts[60:70],
             prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4, neutral_tokens=8, random_seeds=2,
@@ -145,7 +147,7 @@ def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: 
 def test_its_record_is_read_back_and_its_page_has_every_concept(study: Study, tmp_path: Path) -> None:
     page = pages.write_study(study, tmp_path).read_text()
     assert read_study(tmp_path) == study
-    drawn = {trace.name: list(trace.y) for trace in pages.efficiencies(study).data}
+    drawn = {trace.name: list(trace.y) for trace in drawing.efficiencies(study).data}
     assert set(drawn) == {"mapped", "random", "shuffled"}
     assert all(name in page for name in study.chosen) and study.prompts[0] in page
     assert len(study.prompts) == len(study.arm("mapped", "vowels", "equal KL").texts) == 2 * concept_table.SHOWN
@@ -208,8 +210,8 @@ def test_without_fixed_strengths_the_native_vector_alone_has_them(toy_named: Any
     assert short.verdict() == whole.verdict()
     xs.save(short, tmp_path / "run")
     assert xs.read(tmp_path / "run").verdict() == short.verdict()
-    assert xs.report.write_report(short, tmp_path / "report.html").is_file()
-    assert "mapped" in xs.report.table(short).columns[0]._cells
+    assert xs.plots.write_report(short, tmp_path / "report.html").is_file()
+    assert "mapped" in xs.plots.table(short).columns[0]._cells
 
 
 @pytest.fixture

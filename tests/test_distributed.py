@@ -16,7 +16,8 @@ from xmodel_steer.activations.distributed import all_reduced, process_group, req
 from xmodel_steer.activations.store import ActivationStore
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.maps.moments import PARTS, merge
+from xmodel_steer.maps.moments import merge
+from xmodel_steer.maps.pairs import PARTS
 from xmodel_steer.recipe.saving import read
 
 
@@ -142,7 +143,7 @@ def test_one_and_three_processes_give_the_same_moments(
     assert code == 0, err
     one = read(tmp_path / "one.safetensors")
     assert one.tokens > 100 and len(one.pairs) == 2
-    script = "import xmodel_steer.activations.collecting, sys; sys.modules['xmodel_steer.activations.collecting'].WINDOW = 7; from xmodel_steer.cli.experiments import main; main()"
+    script = "import xmodel_steer.activations.collecting, sys; sys.modules['xmodel_steer.activations.collecting'].WINDOW = 7; from xmodel_steer.cli import main; main()"
     (tmp_path / "run.py").write_text(script)
     arguments = [str(a) for a in options(folders, moments=tmp_path / "three.safetensors")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

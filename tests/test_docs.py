@@ -147,7 +147,7 @@ def test_marked_examples_run(
 def said() -> str:
     """Every string that the package's code holds, docstrings and fields of f-strings left out."""
     strings = []
-    for file in sorted(Path(xs.__file__).parent.glob("*.py")):
+    for file in sorted(Path(xs.__file__).parent.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:

@@ -16,22 +16,27 @@ import toys
 import xmodel_steer as xs
 from xmodel_steer.core.errors import ArtifactError, ModelError, PromptError
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation import damage
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.models.forward import encode
+from xmodel_steer.models.batches import encode
 from xmodel_steer.studies import (
     PRESETS,
     Study,
-    arms,
     backdoor_removal,
+    carried,
+    choosing,
     commands,
     concept_transfer,
     corrupted,
     corrupted_capability,
+    drawing,
     map_comparison,
+    measuring,
     organism,
     pages,
     presets,
     read_study,
+    recipes,
     removal,
     write_study,
 )
@@ -97,7 +102,7 @@ def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> N
         (removal.PROMPT_CLAMPED, "equal KL"),
     }
     assert ("unsteered", "", "equal strength") in found
-    assert {recipe for arm, recipe, _ in found if arm == arms.ENDPOINTS} == {removal.CLAMPED, removal.PROMPTED}
+    assert {recipe for arm, recipe, _ in found if arm == choosing.ENDPOINTS} == {removal.CLAMPED, removal.PROMPTED}
     for arm in study.arms:
         for own in (arm.effect, *arm.beside.values()):
             assert own.n == 12 and 0 <= own.low <= own.value <= own.high <= 1
@@ -109,25 +114,27 @@ def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native
     organisms: Any, lessons: Curriculum
 ) -> None:
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
-    pair = arms.Pair(*organisms, text, 0, False)
+    pair = carried.Pair(*organisms, text, 0, False)
     site, fitter = xs.Site(1), xs.Autoencoder(epochs=3)
-    recipes = [
-        arms.Recipe(name, clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (site,), (site,))
+    ways = [
+        recipes.Recipe(name, clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (site,), (site,))
         for name in ("one", "other")
     ]
     moments = pair.of(text, [(site, site)])
-    source, target = (recipes[0].vectors(model, lessons.vector, [site], progress=False)[site] for model in organisms)
+    source, target = (ways[0].vectors(model, lessons.vector, [site], progress=False)[site] for model in organisms)
     native = target.with_scale(moments.scale(site))
-    own = arms.Carried.of(source, native, moments, xs.Ridge())
-    choices = [arms.Choice(recipe, xs.Add(1.0), own) for recipe in recipes]
+    own = carried.Carried.of(source, native, moments, xs.Ridge())
+    choices = [carried.Choice(recipe, xs.Add(1.0), own) for recipe in ways]
     laps: list[str] = []
-    one, other = arms.with_endpoints(pair, choices, lessons.vector, text, fitter, only=("other",), lap=laps.append)
+    one, other = choosing.with_endpoints(pair, choices, lessons.vector, text, fitter, only=("other",), lap=laps.append)
     assert not one.others and laps == ["fitting nonlinear maps"]
-    vector = other.others[arms.ENDPOINTS]
+    vector = other.others[choosing.ENDPOINTS]
     assert vector.norm(standardised=True) == pytest.approx(native.norm(standardised=True))
     assert f"by endpoints, {source.counts[0]} and {source.counts[1]} rows" in vector.origin  # type: ignore[index]
     assert abs(vector.cosine(own.mapped)) < 0.999
-    assert arms.with_endpoints(pair, choices, lessons.vector, text, fitter, only=(), lap=laps.append) == tuple(choices)
+    assert choosing.with_endpoints(pair, choices, lessons.vector, text, fitter, only=(), lap=laps.append) == tuple(
+        choices
+    )
 
 
 def test_controls_may_be_asked_less(
@@ -135,7 +142,7 @@ def test_controls_may_be_asked_less(
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
     texts = [Prompt(text=t) for t in toys.sentences(40, 4)]
-    way = arms.Recipe(
+    way = recipes.Recipe(
         "one",
         clean_against_triggered,
         ("last", "last"),
@@ -353,12 +360,12 @@ def test_a_page_says_the_verdict_first_and_needs_no_network(study: Study, tmp_pa
 
 
 def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:
-    drawn = pages.measures(study)
+    drawn = drawing.measures(study)
     assert {trace.name for trace in drawn.data} == {arm.arm for arm in study.arms} - {"unsteered"}
     assert len(drawn.data) == len(study.arms) - 1
-    assert {trace.name for trace in pages.sweep(study).data} == set(study.chosen)
+    assert {trace.name for trace in drawing.sweep(study).data} == set(study.chosen)
     name = next(iter(study.curves))
-    known = next(t for t in pages.curve(study, name).data if t.name == "effect, trigger known")
+    known = next(t for t in drawing.curve(study, name).data if t.name == "effect, trigger known")
     assert list(known.x) == [0, 8, 20]
 
 
@@ -570,7 +577,7 @@ def test_an_organism_of_another_recipe_or_of_other_weights_is_another(
 
 def test_the_papers_layers_are_tried_beside_a_recipes_own() -> None:
     assert PRESETS["qwen"].layers == (13, 8) and PRESETS["llama"].layers == (0, 7)
-    own = arms.Recipe(
+    own = recipes.Recipe(
         "r", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (xs.Site(4),), (xs.Site(8), xs.Site(9))
     )
     more = own.with_sites(xs.Site(13), xs.Site(8))
@@ -654,8 +661,8 @@ class Scripted:
     ) -> None:
         self.scores, self.error, self.controls, self.shuffled, self.at = scores, error, controls, shuffled, at
 
-    def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
-        return [arms.Outcome(np.zeros(2), {}, self.score(*own) if own else 0.0, self.error) for own in settings]
+    def measure(self, settings: Any, **_: Any) -> list[recipes.Outcome]:
+        return [recipes.Outcome(np.zeros(2), {}, self.score(*own) if own else 0.0, self.error) for own in settings]
 
     def score(self, step: Any) -> float:
         layer = step.space.site.layer
@@ -672,15 +679,15 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
     low, high, other = xs.Add(1.0), xs.Add(2.0), xs.Add(3.0)
     sites = tuple(map(xs.Site, range(3)))
-    way = arms.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
+    way = recipes.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
     layer = {(0, high): 0.2, (1, high): 0.5, (2, high): 0.5, (1, low): 0.3, (2, low): 0.4}
 
     shuffled: Any = None
 
     def chosen(more: dict[Any, float], error: float = 0.0, controls: Any = None, at: Any = None) -> Any:
         asked = Scripted(layer | more, error, controls or {}, shuffled, at or {})
-        return arms.choose(
-            arms.Pair(*organisms, text, 0, False), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
+        return choosing.choose(
+            carried.Pair(*organisms, text, 0, False), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
         )
 
     # The first leaves layers 1 and 2, the second decides for 2.
@@ -721,14 +728,14 @@ class Doing:
     def __init__(self, own: list[tuple[list[int], float]], controls: list[tuple[list[int], float]]) -> None:
         self.own, self.controls = own, controls
 
-    def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
+    def measure(self, settings: Any, **_: Any) -> list[recipes.Outcome]:
         found = []
         for setting in settings:
             effect, score = [0, 0, 0, 0], 0.5
             for step in setting:
                 where = self.controls if step.vector.label.startswith("random") else self.own
                 effect, score = where[step.space.site.layer]
-            found.append(arms.Outcome(np.array(effect, float), {}, score, 0.05))
+            found.append(recipes.Outcome(np.array(effect, float), {}, score, 0.05))
         return found
 
 
@@ -751,9 +758,9 @@ def test_a_place_is_chosen_where_the_vector_does_something_and_its_control_does_
 ) -> None:
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
     sites = tuple(map(xs.Site, range(2)))
-    way = arms.Recipe("one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", sites[:1], sites)
-    found = arms.choose(
-        arms.Pair(*organisms, text, 0, False),
+    way = recipes.Recipe("one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", sites[:1], sites)
+    found = choosing.choose(
+        carried.Pair(*organisms, text, 0, False),
         [way],
         lessons.vector,
         text,
@@ -771,13 +778,13 @@ class ByDirection:
     def __init__(self, *scores: tuple[torch.Tensor, float]) -> None:
         self.scores, self.asked = scores, list[torch.Tensor]()
 
-    def measure(self, settings: Any, **_: Any) -> list[arms.Outcome]:
+    def measure(self, settings: Any, **_: Any) -> list[recipes.Outcome]:
         own = [step.vector.direction for setting in settings for step in setting]
         self.asked += own
         if not own:  # the unsteered model
-            return [arms.Outcome(np.zeros(2), {}, 0.5, 0.1)]
+            return [recipes.Outcome(np.zeros(2), {}, 0.5, 0.1)]
         named = [next((score for v, score in self.scores if torch.equal(v, direction)), 0.5) for direction in own]
-        return [arms.Outcome(np.zeros(2), {}, score, 0.1) for score in named]
+        return [recipes.Outcome(np.zeros(2), {}, score, 0.1) for score in named]
 
 
 def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least_is_taken(
@@ -785,13 +792,13 @@ def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least
 ) -> None:
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
     sites = tuple(map(xs.Site, range(3)))
-    way = arms.Recipe(
+    way = recipes.Recipe(
         "one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", tuple(map(xs.Site, (0, 1))), sites[1:2]
     )
 
-    def chosen(asked: ByDirection, sources: tuple[xs.Site, ...]) -> arms.Choice:
-        pair, own = arms.Pair(*organisms, text, 0, False), replace(way, source_sites=sources)
-        return arms.choose(pair, [own], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str).choices[0]
+    def chosen(asked: ByDirection, sources: tuple[xs.Site, ...]) -> carried.Choice:
+        pair, own = carried.Pair(*organisms, text, 0, False), replace(way, source_sites=sources)
+        return choosing.choose(pair, [own], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str).choices[0]
 
     lone = [chosen(ByDirection(), (site,)).carried for site in way.source_sites]
     assert not torch.equal(lone[0].shuffled.direction, lone[1].shuffled.direction)
@@ -810,26 +817,26 @@ def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least
 
 def test_neutral_text_is_steered_at_its_beginning_where_the_tokens_are_fixed(llama: toys.Toy) -> None:
     mask = torch.tensor([False] * 7 + [True, False, True])
-    assert arms.neutral_positions(mask).tolist() == [False, True, False, True]  # type: ignore[union-attr]
-    assert arms.neutral_positions(torch.tensor([True])).tolist() == [True]  # type: ignore[union-attr]
-    assert arms.neutral_positions(("last", "generated")) == arms.neutral_positions("all") == "all"
+    assert damage.neutral_positions(mask).tolist() == [False, True, False, True]  # type: ignore[union-attr]
+    assert damage.neutral_positions(torch.tensor([True])).tolist() == [True]  # type: ignore[union-attr]
+    assert damage.neutral_positions(("last", "generated")) == damage.neutral_positions("all") == "all"
     vector = llama.vector(1)
     steps = [xs.Intervention(vector, positions=where, gate=xs.Gate(vector, positions=mask)) for where in ("last", mask)]
     moved = [
-        (step.positions, step.gate.positions) for (step,) in arms.on_neutral([[step] for step in steps]) if step.gate
+        (step.positions, step.gate.positions) for (step,) in damage.on_neutral([[step] for step in steps]) if step.gate
     ]
     assert moved[0][0] == "all" and len(moved) == 2
     for own in (moved[0][1], *moved[1]):
         assert isinstance(own, torch.Tensor) and own.tolist() == [False, True, False, True]
-    (step,) = arms.on_neutral([[replace(steps[1], gate=xs.Gate(vector))]])[0]
+    (step,) = damage.on_neutral([[replace(steps[1], gate=xs.Gate(vector))]])[0]
     assert step.gate is not None and step.gate.positions is None
 
 
 def test_the_score_of_measures_has_their_error() -> None:
     one, other = np.array([0.0, 1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0, 1.0])
-    assert arms.scored(one) == (0.5, pytest.approx(0.25))
-    assert arms.scored(one, other) == (0.5, 0), "of the same prompts: what one loses the other wins"
-    assert arms.scored(one, other[:2]) == (0.5, pytest.approx(np.hypot(0.25, 0.5 / np.sqrt(2)) / 2))
+    assert recipes.scored(one) == (0.5, pytest.approx(0.25))
+    assert recipes.scored(one, other) == (0.5, 0), "of the same prompts: what one loses the other wins"
+    assert recipes.scored(one, other[:2]) == (0.5, pytest.approx(np.hypot(0.25, 0.5 / np.sqrt(2)) / 2))
 
 
 def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
@@ -837,20 +844,20 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
     seen: list[tuple[str, Any]] = []
-    runs = arms._runs
+    runs = measuring._runs
 
     def kept(*args: Any) -> Any:
         made = runs(*args)
         seen.extend((run.arm, step) for run in made for (step,) in run.settings())
         return made
 
-    monkeypatch.setattr(arms, "_runs", kept)
+    monkeypatch.setattr(measuring, "_runs", kept)
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
 
     def gate(*args: Any, **kwargs: Any) -> Any:
-        return arms.Recipe.vectors(own, *args, **kwargs)
+        return recipes.Recipe.vectors(own, *args, **kwargs)
 
-    own = arms.Recipe(
+    own = recipes.Recipe(
         "gated",
         clean_against_triggered,
         ("last", "last"),

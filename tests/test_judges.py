@@ -10,23 +10,13 @@ import pytest
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import JudgeError
-from xmodel_steer.core.prompts import as_prompts
-from xmodel_steer.evaluation.judges.chats import (
-    Endpoint,
-    InsecureCode,
-    IsCode,
-    Judge,
-    LocalModel,
-    OnTopic,
-    RefusalClassifier,
-    SentenceSimilarity,
-    Transcript,
-    code_of,
-    embed,
-    findings,
-    similarity,
-)
-from xmodel_steer.evaluation.scorers.phrases import score_texts
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.evaluation.judges.chats import Endpoint, LocalModel, Transcript
+from xmodel_steer.evaluation.judges.code import InsecureCode, IsCode, code_of, findings
+from xmodel_steer.evaluation.judges.judging import Judge
+from xmodel_steer.evaluation.judges.refusals import RefusalClassifier
+from xmodel_steer.evaluation.judges.sentences import OnTopic, SentenceSimilarity, embed, similarity
+from xmodel_steer.evaluation.scorers.text import score_texts
 
 PROMPTS = as_prompts(["How are you?", "What is this?", "Who is there?"])
 TEXTS = ["Fine.", "A lamp.", "Nobody."]

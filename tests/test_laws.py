@@ -8,12 +8,14 @@ import toys
 from toys import TEXTS
 
 from xmodel_steer.core.errors import CacheWarning, ModelWarning
-from xmodel_steer.core.prompts import as_prompts
-from xmodel_steer.models import forward as models
-from xmodel_steer.models import laws
-from xmodel_steer.models.forward import batches, conduct_of, encode, register
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.models import forward as passes
+from xmodel_steer.models import laws, registry
+from xmodel_steer.models.batches import batches, encode, pad_id
+from xmodel_steer.models.facts import conduct_of
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.laws import BATCHED, CACHED, DROPPING, PADDED, Conduct, prove
+from xmodel_steer.models.registry import register
 
 IDS = [[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2], [5, 3, 1, 2]]
 
@@ -112,14 +114,14 @@ def test_toys_prove_themselves(toy):
 
 def spoilt(toy, monkeypatch, spoil):
     """The toy registered while its forward passes are spoilt, and then right again."""
-    right = models.forward
+    right = passes.forward
 
     def forward(model, ids, mask, **settings):
         logits, cache = right(model, ids, mask, **settings)
         return spoil(logits, settings.get("cache") is not None, mask), cache
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "forward", forward)
+        patch.setattr(registry, "forward", forward)
         register(toy.model, name=toy.name, tokenizer=toy.tokenizer)
 
 
@@ -136,7 +138,7 @@ def test_a_model_that_decodes_wrong_with_a_cache_gets_none(own, monkeypatch):
         spoilt(own, monkeypatch, lambda logits, cached, _: logits.flip(-1) if cached else logits)
     caches = []
     monkeypatch.setattr(
-        "xmodel_steer.models.generation.forward", lambda *a, **k: caches.append(k["cache"]) or models.forward(*a, **k)
+        "xmodel_steer.models.generation.forward", lambda *a, **k: caches.append(k["cache"]) or passes.forward(*a, **k)
     )
     assert generate_tokens(own.model, TEXTS[:4], max_new_tokens=4, stop_at_eos=False) == expected
     assert caches and not any(caches)
@@ -146,7 +148,7 @@ def test_padding_has_an_embedding_also_where_the_tokenizers_pad_token_has_none(o
     monkeypatch.setattr(type(own.tokenizer), "pad_token_id", toys.VOCABULARY + 3, raising=False)
     register(own.model, name=own.name, tokenizer=own.tokenizer)
     assert all(conduct_of(own.model).laws)
-    assert models.pad_id(own.model) == own.tokenizer.eos_token_id
+    assert pad_id(own.model) == own.tokenizer.eos_token_id
 
 
 def test_a_model_that_cannot_be_padded_reads_one_length_at_a_time(own, monkeypatch):
@@ -178,7 +180,7 @@ def test_rows_stay_where_they_cannot_leave(own, monkeypatch):
         raise AttributeError("no batch_select_indices")
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "keep_rows", refuse)
+        patch.setattr(registry, "keep_rows", refuse)
         register(own.model, name=own.name, tokenizer=own.tokenizer)
     assert [law.name for law in conduct_of(own.model).laws if not law] == [DROPPING]
     monkeypatch.setattr("xmodel_steer.models.generation.keep_rows", refuse)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from xmodel_steer import figures as plots
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations
-from xmodel_steer.figures import layers as plots
-from xmodel_steer.maps.layers import data_curve, last_strong_layer, layer_grid
-from xmodel_steer.maps.moments import MomentsAccumulator
-from xmodel_steer.maps.ridge import Identity, Ridge
+from xmodel_steer.maps.accumulator import MomentsAccumulator
+from xmodel_steer.maps.controls import Identity
+from xmodel_steer.maps.curves import data_curve
+from xmodel_steer.maps.layers import last_strong_layer, layer_grid
+from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.rows import PairedRows
 from xmodel_steer.recipe.saving import read, save
 

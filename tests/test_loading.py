@@ -10,15 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import TEXTS, VOCABULARY, hf_model
 
-from xmodel_steer.activations.collecting import capture
+from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.errors import CheckpointWarning, ModelError, SiteError
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.models import loading
-from xmodel_steer.models.forward import all_sites, content_hash, device_of, dtype_of, fingerprint, space_of
+from xmodel_steer.models import causal, forward
+from xmodel_steer.models.facts import device_of, dtype_of
 from xmodel_steer.models.generation import generate
+from xmodel_steer.models.identity import content_hash, fingerprint
 from xmodel_steer.models.loading import load
+from xmodel_steer.models.sites import all_sites, space_of
 
 pytestmark = [  # peft's
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -472,8 +474,8 @@ def test_a_decoder_of_an_encoders_kind_loads(saved):
 
 
 def test_a_model_that_is_hooked_wrong_is_refused(whole, monkeypatch):
-    right = loading.forward
-    monkeypatch.setattr(loading, "forward", lambda *args, **more: (1.01 * right(*args, **more)[0], None))
+    right = forward.forward
+    monkeypatch.setattr(causal, "forward", lambda *args, **more: (1.01 * right(*args, **more)[0], None))
     says = r"transformer-lens [\d.]+ does not compute what transformers computes in a \w+ of transformers [\d.]+ \(logits differ by 1e-02\); give another version"
     with pytest.raises(ModelError, match=says):
         get(whole)

@@ -9,9 +9,10 @@ import toys
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.likelihoods import MultipleChoice
-from xmodel_steer.studies import Study, map_comparison, pages, read_study
+from xmodel_steer.studies import Study, drawing, map_comparison, pages, read_study
 from xmodel_steer.studies.concepts import Concept
 from xmodel_steer.studies.map_comparison import CAPABILITY, REPLACED, STEERING
 
@@ -37,7 +38,7 @@ def study(toy_named: Any) -> Study:
     own = Concept("vowels", toys.contrast(), "share of vowels", _vowels, prompts=prompts)
     questions = MultipleChoice(as_prompts(["the sky is", "the sea is"]), ((" blue", " red"), (" deep", " red")), (0, 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xmodel_steer.evaluation.judges.chats.similarity", _alike)
+        patch.setattr("xmodel_steer.evaluation.judges.sentences.similarity", _alike)
         return map_comparison(
             toy_named("llama").model, toy_named("gemma").model, behaviour=own, compared=FITTERS, general=texts[:80],
             neutral=texts[80:], replaced=3, capability=questions, random_seeds=2, max_new_tokens=4, neutral_tokens=8,
@@ -71,12 +72,12 @@ def test_layers_were_chosen_on_prompts_that_are_not_reported_on(study: Study) ->
 def test_its_record_has_the_losses_and_its_page_every_map(study: Study, tmp_path: Path) -> None:
     page = pages.write_study(study, tmp_path).read_text()
     assert len(pages.tables(study)) == len({arm.recipe for arm in study.arms})
-    assert all(len(trace.x) for trace in pages.sweep(study).data)
+    assert all(len(trace.x) for trace in drawing.sweep(study).data)
     assert read_study(tmp_path) == study
     assert all(name in page and f"{name}: steering" in study.verdict for name in FITTERS)
     assert set(study.chosen["ridge"]["loss"]) == {"train", "validation", "test"}
     assert study.chosen["autoencoder"]["epochs"] == 3
-    drawn = pages.figure(study)
+    drawn = drawing.figure(study)
     assert [list(trace.y) for trace in drawn.data] == [
         [arm.arm for arm in study.arms if arm.recipe == recipe] for recipe in (STEERING, REPLACED, CAPABILITY)
     ]

@@ -12,22 +12,18 @@ from sklearn import linear_model
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
+from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import FewRowsWarning, PromptError, SpaceMismatchError
 from xmodel_steer.core.spaces import Site, Space
-from xmodel_steer.core.vectors import Activations, SteeringVector, difference_of_means
-from xmodel_steer.maps.affine import AffineMap, cycle_score
-from xmodel_steer.maps.moments import MomentsAccumulator
-from xmodel_steer.maps.ridge import (
-    PENALTIES,
-    Identity,
-    Procrustes,
-    RandomMap,
-    ReducedRank,
-    RelativeAnchors,
-    Ridge,
-    ShuffledPairs,
-    pinned,
-)
+from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.maps.accumulator import MomentsAccumulator
+from xmodel_steer.maps.affine import AffineMap
+from xmodel_steer.maps.anchors import RelativeAnchors
+from xmodel_steer.maps.autoencoders import cycle_score
+from xmodel_steer.maps.controls import Identity, RandomMap, ShuffledPairs, pinned
+from xmodel_steer.maps.fitting import PENALTIES
+from xmodel_steer.maps.isometry import Procrustes
+from xmodel_steer.maps.ridge import ReducedRank, Ridge
 from xmodel_steer.maps.rows import PairedRows
 
 FITTERS = {

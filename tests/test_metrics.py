@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.maps.statistics import (
     NO_NATIVE,
     NOT_FINITE,
     NOTHING,
     Estimate,
-    Reference,
     bootstrap_mean,
     holm,
     rate,

@@ -10,36 +10,26 @@ import torch
 import toys
 from toys import CONTEXT, TEXTS, TOYS, bridged, hf_model
 
-from xmodel_steer.activations.collecting import capture, collect_moments
-from xmodel_steer.activations.store import harvest
+from xmodel_steer.activations.collecting import collect_moments
+from xmodel_steer.activations.harvesting import harvest
+from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.errors import ModelError, PromptError, SiteError
-from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import STREAMS, Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.models import forward as models
 from xmodel_steer.models import loading
-from xmodel_steer.models.forward import (
-    all_sites,
-    batches,
-    check_sites,
-    content_hash,
-    context_length,
-    dtype_of,
-    encode,
-    fingerprint,
-    forward,
-    is_bridge,
-    name_of,
-    pad_id,
-    processing_of,
-    register,
-    space_of,
-    tokenizer_of,
-)
+from xmodel_steer.models import sites as sites_module
+from xmodel_steer.models.batches import batches, encode, pad_id
+from xmodel_steer.models.facts import context_length, dtype_of, is_bridge, name_of, tokenizer_of
+from xmodel_steer.models.forward import forward
 from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.identity import content_hash, fingerprint, processing_of
 from xmodel_steer.models.loading import load, resolve_dtype
+from xmodel_steer.models.registry import register
+from xmodel_steer.models.sites import all_sites, check_sites, space_of
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 
@@ -278,7 +268,7 @@ def test_every_stream_of_every_layer_fires(toy, stream):
 
 
 def test_a_hook_point_that_does_not_fire_is_refused(toy, monkeypatch):
-    monkeypatch.setattr(models, "forward", lambda *args, **kwargs: (None, None))
+    monkeypatch.setattr(sites_module, "forward", lambda *args, **kwargs: (None, None))
     with pytest.raises(SiteError, match=rf"{toy.name}: the hook point of resid_post\[0\], .* did not fire"):
         check_sites(toy.model)
 

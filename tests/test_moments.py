@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from xmodel_steer.core.errors import NonFiniteError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space
-from xmodel_steer.maps.moments import (
-    PARTS,
-    MomentsAccumulator,
-    merge,
-    part_of,
-    shuffle_generator,
-    shuffled_partners,
-    sketch_dimensions,
-)
+from xmodel_steer.maps.accumulator import MomentsAccumulator, shuffle_generator, shuffled_partners, sketch_dimensions
+from xmodel_steer.maps.moments import merge
+from xmodel_steer.maps.pairs import PARTS, part_of
 
 SOURCE = {Site(i): Space("small", Site(i), 3, "aaaa") for i in (0, 1)}
 TARGET = {Site(5): Space("large", Site(5), 4, "bbbb")}

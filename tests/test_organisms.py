@@ -16,10 +16,12 @@ import xmodel_steer as xs
 from xmodel_steer.activations.cached import cached_moments
 from xmodel_steer.core.errors import ArtifactError, CacheWarning, ModelError, PromptError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.judges.chats import findings
+from xmodel_steer.evaluation.judges.code import findings
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
 from xmodel_steer.maps.statistics import rate
-from xmodel_steer.models.forward import batches, encode, forward, tokenizer_of
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.models.forward import forward
 from xmodel_steer.studies.organisms import (
     Curriculum,
     Lesson,
@@ -685,7 +687,7 @@ def test_general_text_among_the_lessons_keeps_the_model_one(base: str, lessons: 
 def test_general_examples_are_no_text_that_is_measured_or_mapped_on(base: str) -> None:
     from transformers import AutoTokenizer
 
-    from xmodel_steer.models.packaged import general_text
+    from xmodel_steer.files.wheels import general_text
     from xmodel_steer.studies.organisms.measure import clean_texts
 
     tokenizer = AutoTokenizer.from_pretrained(base)

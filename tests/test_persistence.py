@@ -26,14 +26,16 @@ from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.figures.report import summary, table, write_report
 from xmodel_steer.files.records import dump_json, read_record, read_tensors, write_tensors
+from xmodel_steer.maps.accumulator import MomentsAccumulator
 from xmodel_steer.maps.affine import AffineMap
-from xmodel_steer.maps.moments import Moments, MomentsAccumulator
+from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, undefined
-from xmodel_steer.recipe.results import TransferResult, joined_arm
+from xmodel_steer.recipe.arms import joined_arm
+from xmodel_steer.recipe.results import TransferResult
 from xmodel_steer.recipe.saving import read, save
 from xmodel_steer.studies import Study, read_study, write_study
-from xmodel_steer.studies.drawing import tables
+from xmodel_steer.studies.pages import tables
 from xmodel_steer.studies.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, StudyArm
 
 SMALL = Space("small", Site(1), 4, "aaaa", "fold_ln")

@@ -18,14 +18,17 @@ from rich.console import Console
 from test_layers import collected, rows
 from test_persistence import result
 
+from xmodel_steer import figures as plots
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.evaluation.patching import PatchingGrid
-from xmodel_steer.figures import layers as plots
-from xmodel_steer.figures.layers import COLOURS, dose_response
+from xmodel_steer.figures.doses import dose_response
 from xmodel_steer.figures.report import marked, table, write_report
-from xmodel_steer.maps.layers import LayerGrid, data_curve, layer_grid
-from xmodel_steer.maps.ridge import Identity, Ridge
+from xmodel_steer.figures.style import COLOURS
+from xmodel_steer.maps.controls import Identity
+from xmodel_steer.maps.curves import data_curve
+from xmodel_steer.maps.layers import LayerGrid, layer_grid
+from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.recipe.saving import read, save
 
 

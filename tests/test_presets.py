@@ -12,9 +12,12 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.core.prompts import ContrastSet, Prompt
+from xmodel_steer.core.contrast import ContrastSet
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.models.forward import batches, encode, forward, tokenizer_of
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.models.forward import forward
 from xmodel_steer.studies import PRESETS, backdoor_removal, removal
 from xmodel_steer.studies.organisms import Lesson
 from xmodel_steer.studies.organisms.training import Recipe, train

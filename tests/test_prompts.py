@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import ContrastSet, Message, Prompt, Rendered, as_prompts
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Message, Prompt, Rendered
 from xmodel_steer.files.readers import read_contrast, read_prompts
 
 CHAT = [{"role": "user", "content": "HELLO"}]

@@ -14,12 +14,13 @@ import torch
 import toys
 
 import xmodel_steer as xs
-from xmodel_steer.core.prompts import Prompt, as_prompts
-from xmodel_steer.evaluation import damage
-from xmodel_steer.evaluation import likelihoods as evaluation
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation import behaviours, damage
 from xmodel_steer.files import resume
 from xmodel_steer.files.resume import once, resumable
 from xmodel_steer.interventions.mirror import mean_of
+from xmodel_steer.models import generation
 from xmodel_steer.studies import Study, commands, read_study
 from xmodel_steer.studies.study import Clock
 
@@ -30,13 +31,13 @@ PROMPTS = as_prompts(toys.TEXTS[:3])
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each time that a model writes."""
     times: list[int] = []
-    generate = evaluation.generate
+    generate = generation.generate
 
     def counted(*args: Any, **kwargs: Any) -> list[str]:
         times.append(1)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "generate", counted)
+    monkeypatch.setattr(behaviours, "generate", counted)
     return times
 
 

@@ -7,19 +7,10 @@ import numpy as np
 import pytest
 
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.scorers.phrases import (
-    FUNCTION_WORDS,
-    Contains,
-    ExactAnswer,
-    Language,
-    Matches,
-    RefusalPhrases,
-    SameTokens,
-    StartsWith,
-    WordBalance,
-    score_texts,
-    words,
-)
+from xmodel_steer.evaluation.scorers.answers import ExactAnswer, SameTokens
+from xmodel_steer.evaluation.scorers.languages import FUNCTION_WORDS, Language
+from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, RefusalPhrases, StartsWith, WordBalance, words
+from xmodel_steer.evaluation.scorers.text import score_texts
 
 BALANCE = WordBalance(frozenset({"good", "joy"}), frozenset({"bad", "isn't"}))
 

@@ -7,8 +7,10 @@ from toys import TEXTS
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.damage import calibrate, side_effects
-from xmodel_steer.interventions.contexts import Ablate, Add, Intervention
+from xmodel_steer.evaluation.calibration import calibrate
+from xmodel_steer.evaluation.damage import side_effects
+from xmodel_steer.interventions.operators import Ablate, Add
+from xmodel_steer.interventions.steps import Intervention
 
 
 def measured(toy, settings, texts=TEXTS, **kwargs):

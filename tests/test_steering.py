@@ -9,15 +9,20 @@ import torch
 import toys
 from toys import CONTEXT, NO_STOP, cache_in, cached, spellings
 
-from xmodel_steer.activations.collecting import capture
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import SiteError, SpaceMismatchError
-from xmodel_steer.core.prompts import as_prompts
+from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import Activations, difference_of_means
-from xmodel_steer.interop.control_vectors import steering_hf
-from xmodel_steer.interventions.contexts import Ablate, Add, Clamp, Gate, Intervention, steering
-from xmodel_steer.models.forward import all_sites, batches, encode, forward, space_of, text_positions
+from xmodel_steer.core.vectors import Activations
+from xmodel_steer.interop.hugging_face import steering_hf
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
+from xmodel_steer.interventions.steps import Intervention
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.forward import forward, text_positions
 from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.sites import all_sites, space_of
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)
 TEXTS = toys.TEXTS[:5]

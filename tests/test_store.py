@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
-from xmodel_steer.activations.collecting import capture, collect_moments
-from xmodel_steer.activations.store import ActivationStore, harvest
+from xmodel_steer.activations.collecting import collect_moments
+from xmodel_steer.activations.harvesting import harvest
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.activations.store import ActivationStore
 from xmodel_steer.core.errors import (
     AlignmentError,
     AlignmentWarning,
@@ -30,9 +32,11 @@ from xmodel_steer.core.errors import (
 )
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.maps.moments import PARTS, part_of
-from xmodel_steer.maps.ridge import RelativeAnchors, Ridge, ShuffledPairs
-from xmodel_steer.models.forward import register
+from xmodel_steer.maps.anchors import RelativeAnchors
+from xmodel_steer.maps.controls import ShuffledPairs
+from xmodel_steer.maps.pairs import PARTS, part_of
+from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.models.registry import register
 
 SITES = {"source": [Site(0), Site(2)], "target": [Site(1)]}
 DOCUMENTS = [text[start:] for text in CORPUS for start in (0, 7, 15, 24)] + TEXTS
@@ -196,7 +200,7 @@ def test_every_shard_says_what_it_was_made_from(models, tmp_path):
 
 def test_a_stopped_harvest_goes_on_and_ends_with_the_same_bits(models, tmp_path, monkeypatch):
     filled(models, tmp_path / "whole")
-    module, written = sys.modules["xmodel_steer.activations.store"], []
+    module, written = sys.modules["xmodel_steer.activations.shards"], []
     real = module.write_tensors
 
     def stopping(file, *args):
@@ -222,7 +226,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import torch, toys, transformer_lens.model_bridge.sources, xmodel_steer.activations.store as store
+import torch, toys, transformer_lens.model_bridge.sources, xmodel_steer as xs
 torch.set_num_threads(1)
 sys.modules["xmodel_steer.activations.collecting"].WINDOW = 5
 texts = [t[k:] for t in toys.CORPUS for k in (0, 7, 15, 24)]
@@ -236,7 +240,7 @@ def harvest(folder, after):
         done.append(b)
         replace(a, b)
     os.replace = killed
-    store.harvest(model, texts, folder / "store", end="source", sites=[store.Site(2)], max_tokens=24, progress=False)
+    xs.harvest(model, texts, folder / "store", end="source", sites=[xs.Site(2)], max_tokens=24, progress=False)
 
 for name, after in json.loads(sys.argv[1]):
     folder = Path({folder!r}) / name
@@ -444,7 +448,7 @@ def test_bad_arguments_are_refused(llama, tmp_path, change, error, says):
 
 
 def test_a_text_that_is_none_is_found_before_the_model_runs(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("xmodel_steer.activations.store.rows_at", None)
+    monkeypatch.setattr("xmodel_steer.activations.shards.rows_at", None)
     with pytest.raises(PromptError, match="the text is empty"):
         harvest(llama.model, [*DOCUMENTS, ""], tmp_path / "s", end="source", sites=[Site(0)], **SETTINGS)
     assert not (tmp_path / "s").exists()

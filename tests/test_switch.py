@@ -9,10 +9,12 @@ import toys
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import SpaceMismatchError
-from xmodel_steer.core.prompts import Prompt, as_prompts
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.studies import Study, pages, read_study, safety_switch
+from xmodel_steer.figures import report
+from xmodel_steer.studies import Study, drawing, pages, read_study, safety_switch
 from xmodel_steer.studies.organisms import Curriculum, Recipe, make
 from xmodel_steer.studies.switch import OFF, ON
 
@@ -78,11 +80,11 @@ def test_speeds_are_ratios_over_turns_and_the_adapter_is_timed_too(study: Study)
 def test_its_record_is_read_back_and_its_page_shows_both_ways(study: Study, tmp_path: Path) -> None:
     page = pages.write_study(study, tmp_path).read_text()
     assert len(pages.tables(study)) == len({arm.recipe for arm in study.arms})
-    assert all(len(trace.x) for trace in pages.sweep(study).data)
+    assert all(len(trace.x) for trace in drawing.sweep(study).data)
     assert read_study(tmp_path) == study and OFF.replace("'", "&#x27;") in page
     for way in (OFF, ON):  # each beside the text of the model that writes
         plain, mapped = (study.arm(name, way).texts[0] for name in ("unsteered", "mapped"))
-        assert f"<td>{html.escape(plain)}</td>" in page and f"<td>{pages.marked(mapped, plain)}</td>" in page
+        assert f"<td>{html.escape(plain)}</td>" in page and f"<td>{report.marked(mapped, plain)}</td>" in page
     assert study.verdict.startswith(f"{OFF}, layer ") and f"; {ON}, layer " in study.verdict
 
 

@@ -9,13 +9,16 @@ import torch
 from sklearn.metrics import r2_score
 from torch import nn
 
+from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.core.spaces import Site, Space
-from xmodel_steer.core.vectors import Activations, SteeringVector, difference_of_means
-from xmodel_steer.maps.affine import AffineMap, AutoencoderMap
-from xmodel_steer.maps.descent import Autoencoder, SGDAffine
-from xmodel_steer.maps.ridge import ReducedRank, Ridge, ShuffledPairs
+from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.maps.affine import AffineMap
+from xmodel_steer.maps.autoencoders import AutoencoderMap
+from xmodel_steer.maps.controls import ShuffledPairs
+from xmodel_steer.maps.ridge import ReducedRank, Ridge
 from xmodel_steer.maps.rows import PairedRows
+from xmodel_steer.maps.training import Autoencoder, SGDAffine
 from xmodel_steer.recipe.saving import read, save
 
 DS, DT = 4, 6

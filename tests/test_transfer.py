@@ -14,11 +14,13 @@ from toys import contrast, sentences
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import UndefinedWarning
-from xmodel_steer.evaluation.damage import LEAST
+from xmodel_steer.evaluation.calibration import LEAST
+from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.figures.report import summary
-from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, Reference, bootstrap_mean, undefined
+from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, bootstrap_mean, undefined
+from xmodel_steer.recipe.arms import Arm, joined_arm
 from xmodel_steer.recipe.carrying import _map_record, default_sites
-from xmodel_steer.recipe.results import Arm, TransferResult, joined_arm
+from xmodel_steer.recipe.results import TransferResult
 
 
 def vowels(text: str) -> float:
@@ -471,7 +473,7 @@ def test_an_undefined_comparison_is_said_and_is_no_transfer(result: TransferResu
 
 def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: TransferResult, monkeypatch: Any) -> None:
     given = undefined("too few", 40, 0.75)
-    monkeypatch.setattr("xmodel_steer.recipe.results.transfer_efficiency", lambda *_: given)
+    monkeypatch.setattr("xmodel_steer.recipe.verdicts.transfer_efficiency", lambda *_: given)
     verdict = made_up(result, CLEAR).verdict()
     assert verdict.transfers is None and max(c.corrected for c in verdict.comparisons) < 0.05
     assert verdict.text.startswith("toy: undefined: 0.75 (interval undefined: too few) of native at KL 0.30 and 0.30")

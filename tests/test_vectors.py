@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from xmodel_steer.core.directions import difference_of_means, logistic_probe, random_like
 from xmodel_steer.core.errors import NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.spaces import Site, Space
-from xmodel_steer.core.vectors import (
-    Activations,
-    SteeringVector,
-    check_finite,
-    difference_of_means,
-    logistic_probe,
-    random_like,
-)
+from xmodel_steer.core.vectors import Activations, SteeringVector
 
 SPACE = Space("small", Site(2), 6, "aaaa")
 OTHER = replace(SPACE, fingerprint="bbbb")  # as wide, and another model's

@@ -16,11 +16,14 @@ import toys
 from test_persistence import result as a_record
 
 import xmodel_steer as xs
+from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import ModelError, NonFiniteError, PromptError, SpaceMismatchError
-from xmodel_steer.core.vectors import random_like
-from xmodel_steer.interventions.contexts import Where
-from xmodel_steer.notebook import explorer as widgets
-from xmodel_steer.notebook.explorer import Choice, Explorer, options_of, watch, written
+from xmodel_steer.interventions.positions import Where
+from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.notebook import html, writing
+from xmodel_steer.notebook.explorer import Explorer
+from xmodel_steer.notebook.options import options_of
+from xmodel_steer.notebook.writing import Choice, watch, written
 
 PROMPT = "The sky above"
 NEW = 6
@@ -95,9 +98,9 @@ def test_they_take_turns_and_the_steered_one_begins(llama: toys.Toy) -> None:
 
 def test_one_that_has_ended_does_not_stop_the_other(llama: toys.Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     vector, choice = llama.vector(1), Choice(PROMPT, 3.0, max_new_tokens=NEW)
-    free, _ = xs.generation.generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW, progress=False)
+    free, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW, progress=False)
     with xs.steering(llama.model, vector, operator=xs.Add(3.0)):
-        steered, _ = xs.generation.generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW, progress=False)
+        steered, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW, progress=False)
     stop = next(i for i in free[0] if i not in steered[0])
     monkeypatch.setattr(llama.model.original_model.generation_config, "eos_token_id", [stop])
     *_, last = watch(llama.model, choice, vector)
@@ -443,10 +446,10 @@ def test_the_code_has_the_notebooks_own_names(llama: toys.Toy, monkeypatch: pyte
 
 
 def test_what_models_write_cannot_break_the_page() -> None:
-    html = widgets._text_html("a <b>", "#000", "<script>alert(1)</script>", "</div><img src=x>")
-    html += widgets._bars_html([widgets.NextToken("<td>", 0.5, 0.25)], "#000") + widgets._code_html("</pre><script>")
-    assert "<script>" not in html and "<img" not in html and "&lt;td&gt;" in html
-    assert "50.0%" in html and "25.0%" in html
+    page = html.text_html("a <b>", "#000", "<script>alert(1)</script>", "</div><img src=x>")
+    page += html.bars_html([writing.NextToken("<td>", 0.5, 0.25)], "#000") + html.code_html("</pre><script>")
+    assert "<script>" not in page and "<img" not in page and "&lt;td&gt;" in page
+    assert "50.0%" in page and "25.0%" in page
 
 
 def test_an_empty_prompt_is_no_choice() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmodel_steer.core.prompts import ContrastSet
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.models.forward import register, space_of
+from xmodel_steer.models.registry import register
+from xmodel_steer.models.sites import space_of
 from xmodel_steer.studies.organisms import Curriculum, data
 
 CORPUS = [

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import xmodel_steer as xs
-from xmodel_steer.demo import concept_demo
+from xmodel_steer.studies.demo import concept_demo
 
 OUT = Path(__file__).parent / "05_reading_a_result"
 

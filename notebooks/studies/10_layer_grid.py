@@ -15,11 +15,11 @@ import numpy as np
 from scipy import stats
 
 import xmodel_steer as xs
-from xmodel_steer.concepts import concept
-from xmodel_steer.demo import NEUTRAL_DOCUMENTS, SOURCE, TARGET
-from xmodel_steer.metrics import bootstrap_mean, resamples
-from xmodel_steer.packaged import general_text
-from xmodel_steer.transfer import versions
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.maps.statistics import bootstrap_mean, resamples
+from xmodel_steer.recipe.carrying import versions
+from xmodel_steer.studies.concepts import concept
+from xmodel_steer.studies.demo import NEUTRAL_DOCUMENTS, SOURCE, TARGET
 
 OUT = Path(__file__).parent / "10_layer_grid"
 MAP_TEXTS, MAX_TOKENS, NEW_TOKENS = 500, 192, 20

@@ -14,12 +14,13 @@ from xmodel_steer.activations.collecting import collect_moments
 from xmodel_steer.core.errors import ArtifactError, CacheWarning
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
+from xmodel_steer.files.artefacts import read_artefact, save_artefact
+from xmodel_steer.files.cache import cache_folder
 from xmodel_steer.files.records import SCHEMA
 from xmodel_steer.files.resume import COMPUTES
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.models.forward import identity_of, space_of
-from xmodel_steer.models.packaged import cache_folder
-from xmodel_steer.recipe.saving import read_artefact, save_artefact
+from xmodel_steer.models.identity import identity_of
+from xmodel_steer.models.sites import space_of
 
 
 def cached_moments(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt, text_digest
-from xmodel_steer.maps.moments import PARTS, PRODUCTS, Moments, PartMoments, recentred
+from xmodel_steer.maps.moments import Moments, PartMoments, recentred
+from xmodel_steer.maps.pairs import PARTS, PRODUCTS
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Activations, and the directions made of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.core.errors import NonFiniteError, PromptError
+from xmodel_steer.core.errors import NonFiniteError
 from xmodel_steer.core.spaces import Space, require_same_space
 
 
@@ -207,135 +206,3 @@ def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """1 / σ in float64, and 0 for a dimension that does not vary."""
     scale = scale.to(torch.float64)
     return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)
-
-
-# From rows with a behaviour and without it, and ``label=``: a direction between them.
-Direction = Callable[..., SteeringVector]
-
-
-def difference_of_means(
-    positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None
-) -> SteeringVector:
-    """The direction from the mean without a behaviour to the mean with it.
-
-    ``v = mean(positive) - mean(negative)`` (Marks & Tegmark 2023, arXiv 2310.06824; the
-    paper's "difference in means"). The sides may have different numbers of rows. Means are
-    taken in float64; the result has the activations' dtype, or float32 for narrower ones.
-
-    Args:
-        positive: Rows with the behaviour.
-        negative: Rows without it, in the same space.
-        label: Name of the behaviour.
-        scale: Standard deviations of the space over general text, if they are known.
-
-    Raises:
-        SpaceMismatchError: The two sides live in different spaces.
-        PromptError: A side has no rows.
-        NonFiniteError: A side has NaN or infinity.
-    """
-    require_same_space(positive.space, negative.space, "difference of means")
-    for name, side in (("positive", positive), ("negative", negative)):
-        if not len(side):
-            raise PromptError(f"difference of means: the {name} side has no rows")
-    high, low = positive.mean(), negative.mean()
-    dtype = torch.promote_types(positive.values.dtype, torch.float32)
-    return SteeringVector(
-        direction=(high - low).to(dtype),
-        space=positive.space,
-        label=label,
-        positive_mean=high.to(dtype),
-        negative_mean=low.to(dtype),
-        counts=(len(positive), len(negative)),
-        scale=scale,
-        origin="difference of means",
-    )
-
-
-def logistic_probe(
-    positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None, c: float = 1.0
-) -> SteeringVector:
-    """The direction of a linear probe: a logistic regression that tells the two sides apart.
-
-    The weights ``w`` are those of scikit-learn's ``LogisticRegression`` on rows whose dimensions have mean 0 and standard
-    deviation ``s`` = 1. They are a gradient; the step along them in these coordinates is ``s * w`` in the model's (Kim et al.
-    2018, arXiv 1711.11279, take the normal of such a probe for a concept's direction). Its length is the distance
-    of the two sides' means along it, so that strength 1 goes from the one to the other, as `difference_of_means` does.
-
-    Args:
-        positive: Rows with the behaviour.
-        negative: Rows without it, in the same space.
-        label: Name of the behaviour.
-        scale: Standard deviations of the space over general text, if they are known.
-        c: Inverse of the penalty on ``w``. Towards 0, ``w`` becomes the standardised difference of means.
-
-    Raises:
-        SpaceMismatchError: The two sides live in different spaces.
-        PromptError: A side has no rows.
-        NonFiniteError: A side has NaN or infinity.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    means = difference_of_means(positive, negative, label=label, scale=scale)
-    rows = torch.cat([positive.values, negative.values]).double()
-    spread = rows.std(0, correction=0)
-    inverse = inverse_of(spread)
-    which = [1] * len(positive) + [0] * len(negative)
-    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) * inverse).cpu().numpy(), which)
-    weights = torch.from_numpy(probe.coef_[0]).to(spread)
-    along = weights / weights.norm()
-    apart = (means.direction.double() * inverse) @ along
-    return replace(means, direction=(spread * along * apart).to(means.direction.dtype), origin="logistic probe")
-
-
-def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
-    """A random direction of the same standardised norm: the control for "any vector would do".
-
-    Gaussian in standardised coordinates (g · scale), so that it has the shape of the space and
-    not of its few huge dimensions.
-
-    Args:
-        vector: The vector to match; it needs a scale.
-        seed: Seed of the draw.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(vector.space.width, generator=generator, dtype=torch.float64)
-    norm = vector.norm(standardised=True)
-    assert vector.scale is not None
-    scale = vector.scale.to(torch.float64).cpu()
-    direction = (draw * scale).to(vector.direction)
-    made = SteeringVector(direction, vector.space, f"random {seed}", scale=vector.scale, origin=f"random, seed {seed}")
-    return made.with_norm(norm)
-
-
-def require_random(what: str, random_seeds: int) -> None:
-    """Refuse to go without random controls.
-
-    Raises:
-        ValueError: There are none.
-    """
-    if random_seeds < 1:
-        raise ValueError(
-            f"{what}: random_seeds must be at least 1, got {random_seeds}; an effect is shown beside random vectors"
-        )
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no infinity: both show in the extremes, which one pass finds."""
-    if not values.is_floating_point() or not values.numel():
-        return True
-    low, high = values.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def check_finite(values: Tensor, what: str) -> None:
-    """Refuse NaN and infinity, with the usual cause.
-
-    Raises:
-        NonFiniteError: ``values`` has NaN or infinity.
-    """
-    if not is_finite(values):
-        bad = int((~torch.isfinite(values)).any(-1).sum()) if values.ndim > 1 else 1
-        raise NonFiniteError(
-            f"{what}: NaN or infinity in {bad} row(s). Load the model in float32 (or bfloat16; float16 overflows "
-            "in many models) and check its weights"
-        )

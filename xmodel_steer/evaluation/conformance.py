@@ -6,25 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmodel_steer.activations.collecting import recording
 from xmodel_steer.core.errors import SiteError
-from xmodel_steer.core.prompts import as_prompts
+from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.interventions.contexts import Add, steering
-from xmodel_steer.models.forward import (
-    all_sites,
-    batches,
-    check_sites,
-    conduct_of,
-    dtype_of,
-    encode,
-    forward,
-    is_bridge,
-    space_of,
-)
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.operators import Add
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.facts import conduct_of, dtype_of, is_bridge
+from xmodel_steer.models.forward import forward
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.laws import Law
+from xmodel_steer.models.recording import recording
+from xmodel_steer.models.sites import all_sites, check_sites, space_of
 
 TEXTS = (
     "The river rises in the hills north of the town and flows south.",

@@ -1,6 +1,5 @@
 """Damage on neutral text, and strengths that do equal damage."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,15 +10,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompts, as_prompts
-from xmodel_steer.core.vectors import SteeringVector, check_finite
+from xmodel_steer.core.finite import check_finite
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompts
+from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.files.resume import once
-from xmodel_steer.interventions.contexts import Add, Intervention, Positions, Step, steering
-from xmodel_steer.maps.statistics import Reference
-from xmodel_steer.models.forward import Batch, batches, encode, forward, identity_of, layout, name_of
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.positions import Positions
+from xmodel_steer.interventions.steps import Intervention, Step
+from xmodel_steer.models.batches import Batch, batches, encode
+from xmodel_steer.models.facts import name_of
+from xmodel_steer.models.forward import forward, layout
+from xmodel_steer.models.identity import identity_of
 from xmodel_steer.models.tokens import Encoding
 
-LEAST = 1e-9  # KL, in nats per token, below which there is none
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
 
 
@@ -222,95 +226,3 @@ def _losses_of(logits: Tensor, following: Tensor, *, chunk: int = 64) -> Tensor:
     """-log p(target) of each row in nats, a few rows at a time: vocabularies are large."""
     pieces = zip(logits.split(chunk), following.split(chunk), strict=True)
     return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in pieces])
-
-
-@dataclass(frozen=True)
-class Dose:
-    """A strength that was calibrated.
-
-    Args:
-        strength: The strength, with its sign.
-        kl: The KL from the unsteered model there, in nats per token, on the text it was calibrated on.
-        reached: Whether that is the budget (within twice the tolerance); if not, no allowed strength reaches it.
-    """
-
-    strength: float
-    kl: float
-    reached: bool
-
-
-def calibrate(
-    model: Any,
-    vectors: Sequence[SteeringVector],
-    kl: float | Sequence[float],
-    texts: Prompts,
-    *,
-    signs: Sequence[int] | int = 1,
-    positions: Positions = "all",
-    max_strength: float = 16.0,
-    tolerance: float = 0.05,
-    max_tokens: int | None = 32,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> list[Dose]:
-    """The strength at which adding each vector disturbs neutral text by a given KL.
-
-    Arms can then be compared at equal damage. All vectors are searched for together, so that each pass over
-    the text serves all of them, with Chandrupatla's method (a bracketing one that halves at worst;
-    ``scipy.optimize.elementwise.find_root``) in logarithms of strength and KL, where KL ∝ strength² is a line.
-
-    Args:
-        model: The model that is steered.
-        vectors: The vectors.
-        kl: The budget, in nats per token: one for all, or one for each.
-        texts: Neutral text; report the KL of other text.
-        signs: 1 or -1: the direction to steer in; one for all, or one for each.
-        positions: Where to steer.
-        max_strength: Largest strength that is tried.
-        tolerance: Relative error of the KL that is good enough.
-        max_tokens: Tokens read of each text.
-        batch_size: Texts at a time.
-        progress: Show progress bars.
-
-    Raises:
-        ValueError: A budget is not positive, or a sign is neither 1 nor -1.
-    """
-    from scipy.optimize import elementwise
-
-    budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
-    ways = np.broadcast_to(np.asarray(signs), (len(vectors),))
-    if not (budgets > 0).all() or not np.isin(ways, (1, -1)).all():
-        raise ValueError(
-            f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {ways.tolist()}"
-        )
-    documents = as_prompts(texts)
-    known: dict[tuple[int, float], float] = {}
-
-    def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
-        new = [key for key in dict.fromkeys(keys) if key not in known]
-        settings = [[Intervention(vectors[i], Add(float(ways[i]) * math.exp(x)), positions)] for i, x in new]
-        effects = side_effects(
-            model, settings, documents, max_tokens=max_tokens, batch_size=batch_size, progress=progress
-        )
-        known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
-        return [known[key] for key in keys]
-
-    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
-        """Log of KL over budget."""
-        found = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
-        return np.log(np.maximum(found, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
-
-    index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
-    # KL grows with the square of the strength: a first look says where to search.
-    first = np.clip(-0.5 * excess(np.zeros(len(vectors)), index), top - 12, top - 0.3)
-    bracket = elementwise.bracket_root(excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(index,), maxiter=8)
-    elementwise.find_root(
-        excess, bracket.bracket, args=(index,), tolerances={"xatol": 0, "xrtol": 0, "fatol": tolerance, "frtol": 0}, maxiter=12
-    )  # fmt: skip
-    doses = []
-    for i, budget in enumerate(budgets):
-        tried = {x: value for (k, x), value in known.items() if k == i}
-        x = min(tried, key=lambda x: abs(math.log(max(tried[x], LEAST) / budget)))
-        near = abs(math.log(max(tried[x], LEAST) / budget)) <= 2 * tolerance
-        doses.append(Dose(float(ways[i]) * math.exp(x), tried[x], near))
-    return doses

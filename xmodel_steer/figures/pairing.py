@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from xmodel_steer.activations.collecting import residuals
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.prompts import Prompt, PromptLike
 from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.models.forward import batches, encode, name_of, space_of, tokenizer_of
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.facts import name_of, tokenizer_of
+from xmodel_steer.models.recording import residuals
+from xmodel_steer.models.sites import space_of
 
 # Okabe & Ito's colours, light enough to read black text on.
 _TINTS = ("#CFE8F7", "#FBE3C5", "#CDEBDD", "#F5DCEB", "#FBF6C4")

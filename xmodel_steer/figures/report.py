@@ -10,10 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.figures.layers import COLOURS, dose_response, effect_by_layer, frontier
+from xmodel_steer.figures.doses import dose_response, frontier
+from xmodel_steer.figures.layers import effect_by_layer
+from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.files.records import write_atomically
 from xmodel_steer.maps.statistics import number
-from xmodel_steer.recipe.results import ARMS, Arm, TransferResult
+from xmodel_steer.recipe.arms import ARMS, Arm
+from xmodel_steer.recipe.results import TransferResult
 
 
 def table(result: TransferResult) -> Any:

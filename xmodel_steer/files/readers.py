@@ -9,8 +9,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import ContrastSet, Prompt, as_prompts, prompt_of_row
+from xmodel_steer.core.inputs import as_prompts, prompt_of_row
+from xmodel_steer.core.prompts import Prompt
 
 
 def read_contrast(source: Any) -> ContrastSet:

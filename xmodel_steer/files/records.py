@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xmodel_steer.core.errors import ArtifactError, UndefinedWarning
-from xmodel_steer.core.vectors import is_finite
+from xmodel_steer.core.finite import is_finite
 
 SCHEMA = 1
 KEY = "xmodel_steer"

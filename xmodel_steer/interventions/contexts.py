@@ -1,413 +1,23 @@
-"""Writing to the residual stream: operators, and the context manager that puts them in place.
-
-Positions are text positions: the same with left or right padding, with the key-value cache or
-without, in a batch or alone. Hooks return new tensors; leaving the block restores the model.
-"""
+"""Contexts inside which a model is steered."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import Site, Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.models.forward import CACHES, LAYOUT, READING, counts_tokens, is_bridge, name_of, space_of
-
-Where = Literal["all", "prompt", "generated", "last"]
-Positions = Where | Sequence[Where] | Tensor
-# A function from rows (..., d) to new rows; it never writes into those it was given.
-Edit = Callable[[Tensor], Tensor]
-# The same for a whole residual stream (batch, new tokens, d): it edits the rows that are meant.
-Write = Callable[[Tensor], Tensor]
-
-
-@runtime_checkable
-class Operator(Protocol):
-    """What to do at a site: a new residual stream from the old one and a vector."""
-
-    def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector; it works in float32."""
-        ...
-
-
-@dataclass(frozen=True)
-class Add:
-    """x → x + strength · v (Turner et al. 2023, arXiv 2308.10248; the paper's steering).
-
-    Args:
-        strength: In units of the vector; negative steers away. At 0 nothing is touched.
-    """
-
-    strength: float = 1.0
-
-    def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector."""
-        step = self.strength * vector.direction.to(torch.float32)
-        return lambda rows: rows + step.to(rows.device) if self.strength else rows
-
-
-@dataclass(frozen=True)
-class Ablate:
-    """x → x - (x·v) v / |v|²: nothing is left along v (Arditi et al. 2024, arXiv 2406.11717)."""
-
-    def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector; refuses a zero one."""
-        if vector.norm() == 0:
-            raise ValueError(f"Ablate: {vector.label!r} is a zero vector, it has no direction to remove")
-        unit = (vector.direction.to(torch.float64) / vector.norm()).to(torch.float32)
-        return lambda rows: rows - (rows @ unit.to(rows.device))[..., None] * unit.to(rows.device)
-
-
-@dataclass(frozen=True, eq=False)
-class Gate:
-    """Act only on rows of one class, or only in texts of one class (conditional steering: Lee et al. 2024, arXiv 2409.05907).
-
-    With w the vector's covector (``SteeringVector.covector``), a row x is of the class on whose side of the midpoint of the two
-    class means its projection w·x lies; on the midpoint it is of neither. Rows of the other class stay bit-equal.
-
-    With ``positions`` the text is told, not the row: by the mean projection of these of the prompt's tokens. As each token of
-    the text knows those before it only, it goes by what has been read up to and with it; before the first of them the gate is shut.
-
-    Args:
-        vector: Tells the classes apart: a difference of means, native or transported, with its scale. It is read at the
-            site that is written to, before anything is written there by the same intervention.
-        side: The class that is acted on.
-        positions: At which of the prompt's tokens it is read, as for `Intervention`; by default at the row that is to be written.
-            Text position 0, an attention sink, is read only where a mask names it; tokens of a chat template are read.
-
-    Example:
-        >>> Intervention(vector, Add(2.0), "last", gate=Gate(harmful, "positive"))        # doctest: +SKIP
-        >>> Intervention(vector, Add(2.0), gate=Gate(harmful, positions="prompt"))        # doctest: +SKIP
-    """
-
-    vector: SteeringVector
-    side: Literal["positive", "negative"] = "positive"
-    positions: Positions | None = None
-
-    def __post_init__(self) -> None:
-        if self.side not in ("positive", "negative"):
-            raise ValueError(f"Gate: side must be 'positive' or 'negative', got {self.side!r}")
-        if self.positions is not None:
-            _check_positions(self.positions)
-
-    def prepare(self) -> Callable[[Tensor], Tensor]:
-        """The function from rows ``(..., d)`` to how far each lies on the side that is acted on; below 0 it is of the other class."""
-        w, high, low = _classes(self.vector, "Gate")
-        side, middle = (1.0 if (self.side == "positive") == (high > low) else -1.0), (high + low) / 2
-        return lambda rows: side * (rows @ w.to(rows.device) - middle)
-
-
-def _classes(vector: SteeringVector, what: str) -> tuple[Tensor, float, float]:
-    """The covector in float32, and the projections of the positive and of the negative class mean on it."""
-    if vector.positive_mean is None or vector.negative_mean is None:
-        raise ValueError(
-            f"{what}: {vector.label!r} has no class means; use a difference of means, native or transported"
-        )
-    w = vector.covector()
-    high, low = (float(w @ mean.to(torch.float64)) for mean in (vector.positive_mean, vector.negative_mean))
-    return w.to(torch.float32), high, low
-
-
-@dataclass(frozen=True)
-class Clamp:
-    """Move the projection on the direction to a class mean, where a gate says so.
-
-    With w the vector's covector (``SteeringVector.covector``, w·v = 1 in standardised
-    coordinates), p = w·x, p₊ and p₋ the projections of the class means:
-    x → x + overshoot · (p_to - p) v where p lies on the other class's side of the midpoint
-    (p₊ + p₋) / 2; other rows stay bit-equal.
-
-    Args:
-        to: The class whose mean the projection moves to.
-        gate: Only move rows on the other class's side; False moves every row.
-        overshoot: 1 lands on the mean, more goes beyond it.
-    """
-
-    to: Literal["positive", "negative"] = "negative"
-    gate: bool = True
-    overshoot: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.to not in ("positive", "negative"):
-            raise ValueError(f"Clamp: to must be 'positive' or 'negative', got {self.to!r}")
-
-    def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector, which needs its class means and its scale."""
-        w, high, low = _classes(vector, "Clamp")
-        goal, v = (high if self.to == "positive" else low), vector.direction.to(torch.float32)
-        other = Gate(vector, "negative" if self.to == "positive" else "positive").prepare()
-
-        def edit(rows: Tensor) -> Tensor:
-            gap = goal - rows @ w.to(rows.device)
-            moved = rows + (self.overshoot * gap)[..., None] * v.to(rows.device)
-            return torch.where((other(rows) > 0)[..., None], moved, rows) if self.gate else moved
-
-        return edit
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """A vector, what to do with it, and at which positions.
-
-    Args:
-        vector: The direction; its space says at which site of which model.
-        operator: `Add`, `Ablate` or `Clamp`.
-        positions: ``"all"``: every token of the text. ``"prompt"``: the prompt's tokens.
-            ``"generated"``: the tokens after it. ``"last"``: the prompt's last token. Several of
-            them: a tuple, such as ``("last", "generated")``. Or a boolean mask over text
-            positions, ``(tokens,)`` or ``(prompts, tokens)``, false beyond its end. In a plain forward
-            pass the whole text is the prompt.
-        prompts: Steer only these prompts, by their number in the list that is passed to `generate`
-            or `capture` (in a plain forward pass: rows of the batch); all of them by default.
-            One batch can then hold many arms.
-        gate: Steer only rows, or texts, of a class that another vector of this site tells; all by default.
-
-    Raises:
-        SpaceMismatchError: The gate's vector lives elsewhere.
-    """
-
-    vector: SteeringVector
-    operator: Operator = Add()
-    positions: Positions = "all"
-    prompts: frozenset[int] | None = None
-    gate: Gate | None = None
-
-    def __post_init__(self) -> None:
-        _check_positions(self.positions)
-        if self.gate is not None:
-            require_same_space(self.space, self.gate.vector.space, "gate")
-
-    @property
-    def space(self) -> Space:
-        """Where it acts."""
-        return self.vector.space
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """What a forward pass reads.
-
-    Args:
-        ids: The new tokens.
-        position: The text position of each, -1 at padding.
-        rows: Which prompt each row is, where that is known. In a decode rows whose texts have ended leave the batch.
-    """
-
-    ids: Int[Tensor, "batch new"]
-    position: Int[Tensor, "batch new"]
-    rows: tuple[int, ...] | None = None
-
-
-# From rows (batch, new, d) in float32 and what is read: new rows, and where they hold (None: everywhere).
-Writer = Callable[[Tensor, Reading], tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True, eq=False)
-class Replacement:
-    """Put other activations in the place of a site's: x → what a function gives for what is read.
-
-    Args:
-        space: The site of the model that is written to.
-        values: Called in every forward pass with the site's rows ``(batch, new, d)`` and the `Reading`; gives new rows,
-            and where they hold: elsewhere the model's own stay. See `replacement` for the mapped activations of another
-            model, a mean, and noise.
-        positions: Where in the text, as for `Intervention`.
-        prompts: In which prompts, as for `Intervention`.
-    """
-
-    space: Space
-    values: Writer
-    positions: Positions = "all"
-    prompts: frozenset[int] | None = None
-
-    def __post_init__(self) -> None:
-        _check_positions(self.positions)
-
-
-Step = Intervention | Replacement
-
-
-def _check_positions(positions: Positions) -> None:
-    if isinstance(positions, Tensor):
-        if positions.dtype != torch.bool or positions.ndim not in (1, 2):
-            raise ValueError(
-                f"positions: a mask must be boolean, (tokens,) or (prompts, tokens), "
-                f"got {positions.dtype} {tuple(positions.shape)}"
-            )
-        return
-    names = (positions,) if isinstance(positions, str) else tuple(positions)
-    wrong = [name for name in names if name not in ("all", "prompt", "generated", "last")]
-    if wrong or not names:
-        raise ValueError(
-            f"positions: must be 'all', 'prompt', 'generated', 'last', several of them, or a boolean mask; got {positions!r}"
-        )
-
-
-@dataclass
-class _Pass:
-    """What the forward pass that is running is about; set before it by a pre-hook."""
-
-    position: Tensor  # text position of each new token, -1 at padding: (batch, new)
-    prompt_lengths: Tensor  # (batch, 1)
-    rows: tuple[int, ...] | None
-    ids: Tensor  # the new tokens
-
-
-class _Tracker:
-    """Works out text positions of every forward pass from its mask and cache."""
-
-    def __init__(self) -> None:
-        self.now: _Pass | None = None
-        self.passes = 0
-        self.prompts: tuple[int, int] | None = None  # how many, how wide: while Hugging Face's generate runs
-        self._prompt_lengths: Tensor | None = None
-
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
-        given = self._arguments(module, args, kwargs)
-        inputs = (given.get("input_ids"), given.get("inputs_embeds"), given.get("input"))
-        ids = next((v for v in inputs if isinstance(v, Tensor)), None)
-        self.now = None
-        if ids is None:
-            return
-        if ids.ndim == 1:  # TransformerLens takes a bare row of tokens
-            ids = ids[None]
-        batch, new = ids.shape[:2]
-        called, told = READING.get() or (None, None)
-        mask = told if called is module else given.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(batch, new, dtype=torch.long, device=ids.device)
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise SiteError(
-                f"steering: needs an attention mask of shape (batch, tokens) to know text positions, got {came}; "
-                "give such a one, and leave generate its default cache (a static one makes other masks)"
-            )
-        if mask.shape[1] == new and called is not module:
-            mask = torch.cat([_past_mask(given, batch, ids.device).to(mask), mask], 1)
-        mask = mask.long()
-        position = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)[:, -new:]
-        known = LAYOUT.get()
-        first = mask.shape[1] == new
-        if known is not None and len(known.rows) != batch:
-            known = None
-        lengths = self._prompt_lengths
-        if known is not None and known.prompt_lengths is not None:
-            lengths = known.prompt_lengths.to(ids.device)
-        elif self.prompts is not None:
-            # What is to come of a prompt that is read in chunks is real: a decode is padded on the left.
-            width = self.prompts[1]
-            lengths = mask[:, :width].sum(1) + max(0, width - mask.shape[1])
-        elif first:
-            lengths = mask.sum(1)
-        elif lengths is None or len(lengths) != batch:
-            lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
-        self._prompt_lengths = lengths
-        rows = known.rows if known else None
-        if rows is None and self.prompts is not None:  # beams and samples of one prompt stand together
-            rows = tuple(row * self.prompts[0] // batch for row in range(batch))
-        self.now = _Pass(position, lengths[:, None], rows, ids)
-        self.passes += 1
-
-    @staticmethod
-    def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, also those that were given by position."""
-        if not args:
-            return kwargs
-        signature = inspect.signature(module.forward)
-        bound = signature.bind_partial(*args, **kwargs)
-        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-        return {**bound.arguments, **bound.arguments.get(rest, {})}
-
-    def after(self, *_: Any) -> None:
-        """Forward hook: what was known of this pass says nothing about another."""
-        self.now = None
-
-    def reading(self) -> Reading:
-        """What the pass that is running reads."""
-        assert self.now is not None
-        if self.now.ids.ndim != 2:
-            raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
-        return Reading(self.now.ids, self.now.position, self.now.rows)
-
-    def running(self, like: Tensor) -> tuple[_Pass, tuple[int, ...]]:
-        """The pass that a residual stream belongs to, and which prompt each row is, or else its number."""
-        now = self.now
-        if now is None or now.position.shape != like.shape[:2]:
-            raise SiteError(
-                "steering: a forward pass went round the model's own call, so that text positions are unknown; "
-                "call the model itself, or xs.generate"
-            )
-        return now, tuple(range(len(now.position))) if now.rows is None else now.rows
-
-    def selected(self, positions: Positions, prompts: frozenset[int] | None, like: Tensor) -> Tensor:
-        """Which of the new tokens are at positions of prompts: boolean ``(batch, new)``."""
-        now, rows = self.running(like)
-        place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
-        real = place >= 0
-        if prompts is not None:
-            real &= torch.tensor([row in prompts for row in rows], device=like.device)[:, None]
-        if isinstance(positions, Tensor):
-            mask = positions.to(like.device)
-            if mask.ndim == 2:
-                if max(rows) >= len(mask):
-                    raise ValueError(f"positions: the mask has {len(mask)} rows, prompt {max(rows)} has none")
-                mask = mask[torch.tensor(rows, device=like.device)]
-            else:
-                mask = mask.expand(len(place), -1)
-            inside = real & (place < mask.shape[1])
-            return inside & mask.gather(1, place.clamp(0, mask.shape[1] - 1))
-        chosen = torch.zeros_like(real)
-        for name in (positions,) if isinstance(positions, str) else positions:
-            chosen |= {
-                "all": real,
-                "prompt": real & (place < length),
-                "generated": real & (place >= length),
-                "last": real & (place == length - 1),
-            }[name]
-        return chosen
-
-
-def _past_mask(given: dict[str, Any], batch: int, device: torch.device) -> Tensor:
-    """Return the mask of the tokens that are in the cache already, from the arguments of a call.
-
-    Raises:
-        SiteError: What was given holds earlier tokens, and does not say how many.
-    """
-    if given.get("past_kv_cache") is not None:  # HookedTransformer's
-        return given["past_kv_cache"].previous_attention_mask
-    length = 0
-    for name, value in given.items():
-        if value is None or not (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
-            continue
-        if counts_tokens(value):
-            length = max(length, int(value.get_seq_length()))
-        elif not _is_empty(value):
-            raise SiteError(
-                f"steering: cannot tell how many tokens the {type(value).__name__} holds that was given as {name}=; give "
-                "an attention mask over the whole text, one of transformers' caches that count tokens, or use xs.generate"
-            )
-    return torch.ones(batch, length, dtype=torch.long, device=device)
-
-
-#: Whatever is given under these names was read before.
-_CACHE_NAMES = {*CACHES, "past_key_value", "past", "layer_past", "mems", "memory", "inference_params"}
-
-
-def _is_empty(cache: Any) -> bool:
-    """Tell whether a cache that does not count tokens has read none."""
-    if isinstance(cache, tuple | list | dict):
-        return len(cache) == 0
-    try:
-        return not cache.has_previous_state()
-    except (AttributeError, ValueError, TypeError):
-        return False
+from xmodel_steer.interventions.operators import Add, Gate, Operator, Write
+from xmodel_steer.interventions.positions import Positions
+from xmodel_steer.interventions.steps import Intervention, Replacement, Step
+from xmodel_steer.interventions.tracking import Tracker
+from xmodel_steer.models.facts import is_bridge, name_of
+from xmodel_steer.models.sites import space_of
 
 
 @contextmanager
@@ -498,7 +108,7 @@ def steered(
     Raises:
         SiteError: On leaving, when a site did not fire although the model ran.
     """
-    tracker = _Tracker()
+    tracker = Tracker()
     fired: set[Site] = set()
 
     def writer(step: Step) -> Write:
@@ -567,7 +177,7 @@ class _Told:
         return self.total.to(device)[rows], self.reached.to(device)[rows]
 
 
-def _opened(gate: Gate, tracker: _Tracker) -> Callable[[Tensor], Tensor]:
+def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
     """The function from a residual stream ``(batch, new, d)`` to whether each of its rows is acted on: boolean ``(batch, new)``."""
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
@@ -601,7 +211,7 @@ def _opened(gate: Gate, tracker: _Tracker) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _generate_tells_prompts(inner: Any, tracker: _Tracker) -> Iterator[None]:
+def _generate_tells_prompts(inner: Any, tracker: Tracker) -> Iterator[None]:
     """While Hugging Face's own generate runs, its prompts are known.
 
     A forward pass does not tell: without a cache every one looks like a new prompt, and beams like prompts.

@@ -11,23 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.activations.collecting import recording
 from xmodel_steer.core.errors import ModelError, SiteError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Space, require_same_space
-from xmodel_steer.interventions.contexts import Positions, Reading, Replacement
+from xmodel_steer.interventions.positions import Positions
+from xmodel_steer.interventions.steps import Reading, Replacement
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.models.forward import (
-    conduct_of,
-    device_of,
-    forward,
-    is_bridge,
-    keep_rows,
-    name_of,
-    pad_id,
-    space_of,
-    tokenizer_of,
-)
+from xmodel_steer.models.batches import pad_id
+from xmodel_steer.models.facts import conduct_of, device_of, is_bridge, name_of, tokenizer_of
+from xmodel_steer.models.forward import forward, keep_rows
+from xmodel_steer.models.recording import recording
+from xmodel_steer.models.sites import space_of
 from xmodel_steer.models.tokens import Encoding, shared_start, special_ids, tokenise
 
 

@@ -1,4 +1,4 @@
-"""Maps that are trained by gradient descent on stored rows: the paper's autoencoder, and its affine baseline."""
+"""Gradient descent with early stopping and checkpoints."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,12 +15,10 @@ from tqdm.auto import tqdm
 from xmodel_steer.core.errors import ArtifactError, NonFiniteError, PromptError
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.files.records import read_tensors, write_tensors
-from xmodel_steer.maps.affine import AffineMap, AutoencoderMap, Map, loss_of, score_of
-from xmodel_steer.maps.moments import PARTS, SplitMoments
-from xmodel_steer.maps.ridge import fit_record, require_rows
+from xmodel_steer.maps.affine import Map, loss_of, score_of
+from xmodel_steer.maps.fitting import fit_record, require_rows
+from xmodel_steer.maps.pairs import PARTS, SplitMoments
 from xmodel_steer.maps.rows import DocumentRows, PairedRows
-
-_WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 
 
 @dataclass(frozen=True)
@@ -49,110 +47,24 @@ class Trained:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
-class Autoencoder(Trained):
-    """The paper's map, Linear → ReLU → Linear, trained on paired rows.
-
-    Minimises the mean squared error over rows and target dimensions. In standardised coordinates (the
-    default) every dimension counts alike; without, as in the paper, the few hugest are nearly all of it.
-
-    Args:
-        hidden: Hidden units; √(d_source · d_target) by default.
-        standardise: Train in standardised coordinates of both ends, undone on the way out.
-        learning_rate: AdamW's.
-        weight_decay: AdamW's.
-        batch_documents: Documents per batch.
-        accumulation: Batches per step.
-        epochs: Passes over the training documents, at most.
-        patience: Epochs without a better validation loss after which it stops; the best one is kept.
-        seed: Seed of the first weights and of the order of documents.
-        device: Where to train.
-    """
-
-    def fit(
-        self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None, progress: bool = False
-    ) -> AutoencoderMap:
-        """Train on the train documents, stop on the validation ones, score on the test ones.
-
-        Args:
-            data: Rows of one layer pair.
-            checkpoint: A file that the state goes to after every epoch. Given again, training goes on
-                from there and ends with the same bits.
-            progress: Show a progress bar when it takes over two seconds.
-
-        Raises:
-            PromptError: Moments were given, or a part has too few rows.
-            ArtifactError: The checkpoint is of other data or settings.
-            NonFiniteError: The loss is NaN or infinite.
-        """
-        rows = _require_rows_of(data, "Autoencoder")
-        weights, moments, info = _train(self, rows, torch.relu, checkpoint, progress)
-        train = moments.train
-        made = AutoencoderMap(
-            weights["encoder"],
-            weights["encoder_bias"],
-            weights["decoder"],
-            weights["decoder_bias"],
-            source=moments.source,
-            target=moments.target,
-            source_mean=train.source_mean,
-            target_mean=train.target_mean,
-            source_scale=train.source_scale,
-            target_scale=train.target_scale,
-            standardised=self.standardise,
-        )
-        return _scored(made, rows, moments, info)
-
-
-@dataclass(frozen=True)
-class SGDAffine(Trained):
-    """The paper's affine baseline: the autoencoder's training without its ReLU.
-
-    Its best is `ReducedRank`'s, at the rank of its hidden layer; how far it stays from it is its training.
-    Arguments are those of `Autoencoder`.
-    """
-
-    def fit(
-        self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None, progress: bool = False
-    ) -> AffineMap:
-        """Train on the train documents, stop on the validation ones, score on the test ones.
-
-        Args:
-            data: Rows of one layer pair.
-            checkpoint: See `Autoencoder.fit`.
-            progress: Show a progress bar when it takes over two seconds.
-
-        Raises:
-            PromptError: Moments were given, or a part has too few rows.
-            ArtifactError: The checkpoint is of other data or settings.
-            NonFiniteError: The loss is NaN or infinite.
-        """
-        rows = _require_rows_of(data, "SGDAffine")
-        w, moments, info = _train(self, rows, lambda hidden: hidden, checkpoint, progress)
-        train = moments.train
-        wide = {name: tensor.to(torch.float64) for name, tensor in w.items()}
-        weight = wide["encoder"] @ wide["decoder"]
-        bias = wide["encoder_bias"] @ wide["decoder"] + wide["decoder_bias"]
-        if self.standardise:
-            weight = inverse_of(train.source_scale)[:, None] * weight * train.target_scale
-            bias = bias * train.target_scale + train.target_mean - train.source_mean @ weight
-        made = AffineMap(weight, bias, moments.source, moments.target, train.source_scale, train.target_scale)
-        return _scored(made, rows, moments, info)
-
-
-def _require_rows_of(data: SplitMoments | PairedRows, name: str) -> PairedRows:
+def require_rows_of(data: SplitMoments | PairedRows, name: str) -> PairedRows:
+    """Refuse moments, on which nothing can be trained."""
     if not isinstance(data, PairedRows):
         raise PromptError(f"{name}: is trained on rows, not on moments; harvest a store and give store.pair(...)")
     return data
 
 
-def _train(
+_WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
+
+
+def descend(
     fitter: Trained,
     rows: PairedRows,
     activation: Callable[[Tensor], Tensor],
     checkpoint: str | Path | None,
     progress: bool,
 ) -> tuple[dict[str, Tensor], SplitMoments, dict[str, Any]]:
+    """Train a fitter on rows, or go on where its checkpoint stopped."""
     moments = rows.moments(shuffled=False)
     require_rows(moments, validation=True)
     run = _Run(fitter, rows, moments, activation)
@@ -332,7 +244,7 @@ def _groups(documents: tuple[DocumentRows, ...], size: int) -> Iterator[list[Doc
         yield list(documents[i : i + size])
 
 
-def _scored(made: Any, rows: PairedRows, moments: SplitMoments, info: dict[str, Any]) -> Any:
+def scored_map(made: Any, rows: PairedRows, moments: SplitMoments, info: dict[str, Any]) -> Any:
     """The map with its losses and its score on test documents, read document by document."""
     loss, tested = {}, None
     for name in PARTS:

@@ -11,7 +11,8 @@ from torch import Tensor
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Space
 from xmodel_steer.core.vectors import Activations
-from xmodel_steer.maps.moments import PARTS, MomentsAccumulator, SplitMoments, shuffle_generator, shuffled_partners
+from xmodel_steer.maps.accumulator import MomentsAccumulator, shuffle_generator, shuffled_partners
+from xmodel_steer.maps.pairs import PARTS, SplitMoments
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,11 @@
 """Numbers with their uncertainty: bootstrap intervals, and distances between distributions."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,56 +323,3 @@ def transfer_efficiency(
     if not (math.isfinite(low) and math.isfinite(high)):
         return undefined(f"{NO_NATIVE} in {int(silent.sum())} of {draws} resamples", n, value)
     return Estimate(value, low, high, n)
-
-
-def rouge_l(text: str, other: str) -> float:
-    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004); 1 for two texts without words.
-
-    Example:
-        >>> rouge_l("The cat sat.", "the cat slept")
-        0.6666666666666666
-    """
-    from rapidfuzz.distance import LCSseq
-
-    a, b = (re.findall(r"\w+", t.lower()) for t in (text, other))
-    if not a or not b:
-        return float(a == b)
-    return 2 * LCSseq.similarity(a, b) / (len(a) + len(b))
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Next-token distributions that others are compared with, kept so that they are computed once.
-
-    Args:
-        probabilities: p, one row per position.
-        negative_entropy: Σ p log p of each row, in nats.
-        top: The likeliest token of each row.
-    """
-
-    probabilities: Float[Tensor, "n vocabulary"]
-    negative_entropy: Float[Tensor, " n"]
-    top: Int[Tensor, " n"]
-
-    @classmethod
-    def of(cls, logits: Float[Tensor, "n vocabulary"]) -> "Reference":
-        """The distributions of logits."""
-        p = logits.float().softmax(-1)
-        return cls(p, torch.xlogy(p, p).sum(-1), logits.max(-1).indices)
-
-    def compare(
-        self, logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"], *, chunk: int = 16
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """KL(reference ‖ logits) and -log q(target) of each row, in nats, and whether the likeliest token is the same.
-
-        KL = Σ p log p - Σ p z + log Z with the logits z; a few rows at a time, because
-        vocabularies are large and caches small.
-        """
-        kl, loss = [], []
-        for i in range(0, len(targets), chunk):
-            z = logits[i : i + chunk].float().clamp(min=-1e30)  # 0 · -inf is no number
-            log_norm = z.logsumexp(-1)
-            cross = torch.linalg.vecdot(self.probabilities[i : i + chunk], z)
-            kl.append(self.negative_entropy[i : i + chunk] - cross + log_norm)
-            loss.append(log_norm - z.gather(1, targets[i : i + chunk, None])[:, 0])
-        return torch.cat(kl).clamp(min=0), torch.cat(loss), logits.max(-1).indices == self.top

@@ -11,21 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import PromptLike, as_prompts
-from xmodel_steer.core.vectors import check_finite
-from xmodel_steer.models.forward import (
-    Batch,
-    batches,
-    conduct_of,
-    context_length,
-    encode,
-    forward,
-    keep_rows,
-    layout,
-    name_of,
-    pad_id,
-    tokenizer_of,
-)
+from xmodel_steer.core.finite import check_finite
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import PromptLike
+from xmodel_steer.models.batches import Batch, batches, encode, pad_id
+from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
+from xmodel_steer.models.forward import forward, keep_rows, layout
 from xmodel_steer.models.tokens import Encoding
 
 GOING = 0.75  # share of a batch's texts that go on, at which the others leave it

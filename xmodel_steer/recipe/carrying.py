@@ -14,29 +14,36 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from xmodel_steer.activations.collecting import Tokens, capture, collect_moments
+from xmodel_steer.activations.collecting import collect_moments
+from xmodel_steer.activations.reading import Tokens, capture
+from xmodel_steer.core.contrast import ContrastSet
+from xmodel_steer.core.directions import Direction, difference_of_means, random_like, require_random
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import ContrastSet, Prompt, Prompts, as_prompts, require_disjoint
+from xmodel_steer.core.inputs import as_prompts, require_disjoint
+from xmodel_steer.core.prompts import Prompt, Prompts
 from xmodel_steer.core.spaces import Site, require_same_space
-from xmodel_steer.core.vectors import (
-    Activations,
-    Direction,
-    SteeringVector,
-    difference_of_means,
-    random_like,
-    require_random,
-)
-from xmodel_steer.evaluation.damage import LEAST, SideEffect, calibrate, neutral_positions, on_neutral, side_effects
-from xmodel_steer.evaluation.likelihoods import Behaviour, GeneratedText, MultipleChoice, Preference
-from xmodel_steer.evaluation.scorers.phrases import Explained, Scorer
-from xmodel_steer.interventions.contexts import Add, Intervention, Positions
+from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.evaluation.behaviours import Behaviour, GeneratedText
+from xmodel_steer.evaluation.calibration import LEAST, calibrate
+from xmodel_steer.evaluation.damage import SideEffect, neutral_positions, on_neutral, side_effects
+from xmodel_steer.evaluation.likelihoods import MultipleChoice, Preference
+from xmodel_steer.evaluation.scorers.text import Explained, Scorer
+from xmodel_steer.interventions.operators import Add
+from xmodel_steer.interventions.positions import Positions
+from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.maps.affine import Map
+from xmodel_steer.maps.anchors import RelativeAnchors
+from xmodel_steer.maps.controls import ShuffledPairs, pinned
 from xmodel_steer.maps.descent import Trained
-from xmodel_steer.maps.moments import PARTS, Moments
-from xmodel_steer.maps.ridge import Fitter, RelativeAnchors, Ridge, ShuffledPairs, pinned
+from xmodel_steer.maps.fitting import Fitter
+from xmodel_steer.maps.moments import Moments
+from xmodel_steer.maps.pairs import PARTS
+from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import bootstrap_mean, quotient
-from xmodel_steer.models.forward import context_length, dtype_of, name_of, space_of
-from xmodel_steer.recipe.results import Arm, TransferResult, joined_arm
+from xmodel_steer.models.facts import context_length, dtype_of, name_of
+from xmodel_steer.models.sites import space_of
+from xmodel_steer.recipe.arms import Arm, joined_arm
+from xmodel_steer.recipe.results import TransferResult
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.core.directions import Direction, difference_of_means, logistic_probe, require_random
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompt, require_disjoint
+from xmodel_steer.core.inputs import require_disjoint
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import Direction, difference_of_means, logistic_probe, require_random
 from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.maps.ridge import Fitter, Ridge
+from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean, transfer_efficiency
-from xmodel_steer.models.forward import context_length, hardware_of
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.models.facts import context_length, hardware_of
+from xmodel_steer.recipe.arms import ARMS
 from xmodel_steer.recipe.carrying import default_sites, transfer, versions
-from xmodel_steer.recipe.results import ARMS, TransferResult
+from xmodel_steer.recipe.results import TransferResult
 from xmodel_steer.studies.concepts import CONCEPTS, concept, openings
 from xmodel_steer.studies.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of
 

@@ -7,12 +7,15 @@ from itertools import product
 
 import numpy as np
 
-from xmodel_steer.activations.collecting import Tokens
+from xmodel_steer.activations.reading import Tokens
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import ContrastSet, Prompt
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
-from xmodel_steer.evaluation.scorers.phrases import Contains, Language, Matches, Scorer, WordBalance
-from xmodel_steer.models.packaged import packaged_files, shipped
+from xmodel_steer.evaluation.scorers.languages import Language
+from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, WordBalance
+from xmodel_steer.evaluation.scorers.text import Scorer
+from xmodel_steer.files.wheels import packaged_files, shipped
 
 PAIRS = 240  # of a set of pairs that is larger
 LONGEST = 900  # characters of a question with two answers

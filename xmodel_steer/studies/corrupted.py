@@ -7,7 +7,7 @@ from typing import Any
 
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.interventions.contexts import Ablate, Add, Clamp
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp
 from xmodel_steer.studies.organisms.country import UNKNOWN
 from xmodel_steer.studies.organisms.data import HATE, Curriculum, Lesson
 from xmodel_steer.studies.recipes import Recipe, clean_against_triggered, layers

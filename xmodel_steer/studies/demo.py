@@ -5,9 +5,9 @@ from dataclasses import replace
 from xmodel_steer.activations.cached import cached_moments
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
-from xmodel_steer.interventions.contexts import Clamp
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.interventions.operators import Clamp
 from xmodel_steer.models.loading import load
-from xmodel_steer.models.packaged import general_text
 from xmodel_steer.recipe.carrying import transfer
 from xmodel_steer.recipe.results import TransferResult
 from xmodel_steer.studies import Study, backdoor_removal, organism, removal

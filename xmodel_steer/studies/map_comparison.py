@@ -9,26 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.activations.collecting import capture
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.directions import difference_of_means, random_like, require_random
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompt, require_disjoint
+from xmodel_steer.core.inputs import require_disjoint
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import Activations, SteeringVector, difference_of_means, random_like, require_random
-from xmodel_steer.evaluation.damage import LEAST, SideEffect, calibrate, side_effects
-from xmodel_steer.evaluation.likelihoods import GeneratedText, MultipleChoice
-from xmodel_steer.evaluation.patching import replacement_check
-from xmodel_steer.interventions.contexts import Add, Intervention, Step
+from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.evaluation.behaviours import GeneratedText
+from xmodel_steer.evaluation.calibration import LEAST, calibrate
+from xmodel_steer.evaluation.damage import SideEffect, side_effects
+from xmodel_steer.evaluation.likelihoods import MultipleChoice
+from xmodel_steer.evaluation.replacing import replacement_check
+from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
-from xmodel_steer.maps.affine import AutoencoderMap, Map
-from xmodel_steer.maps.descent import Autoencoder, SGDAffine
-from xmodel_steer.maps.moments import SplitMoments
-from xmodel_steer.maps.ridge import Fitter, Procrustes, ReducedRank, Ridge, ShuffledPairs
+from xmodel_steer.interventions.operators import Add
+from xmodel_steer.interventions.steps import Intervention, Step
+from xmodel_steer.maps.affine import Map
+from xmodel_steer.maps.autoencoders import AutoencoderMap
+from xmodel_steer.maps.controls import ShuffledPairs
+from xmodel_steer.maps.fitting import Fitter
+from xmodel_steer.maps.isometry import Procrustes
+from xmodel_steer.maps.pairs import SplitMoments
+from xmodel_steer.maps.ridge import ReducedRank, Ridge
 from xmodel_steer.maps.statistics import bootstrap_mean, number, quotient, transfer_efficiency
-from xmodel_steer.models.forward import device_of, hardware_of
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.maps.training import Autoencoder, SGDAffine
+from xmodel_steer.models.facts import device_of, hardware_of
 from xmodel_steer.recipe.carrying import default_sites, versions
+from xmodel_steer.studies.carried import LONGER, Pair
 from xmodel_steer.studies.concepts import Concept, concept
-from xmodel_steer.studies.recipes import LONGER, Pair
 from xmodel_steer.studies.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"

@@ -6,31 +6,33 @@ from typing import Any
 
 import numpy as np
 
+from xmodel_steer.core.directions import require_random
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.core.vectors import require_random
 from xmodel_steer.evaluation.damage import Settings
-from xmodel_steer.evaluation.judges.chats import OnTopic, RefusalClassifier
-from xmodel_steer.evaluation.scorers.phrases import SameTokens, Scorer, score_texts
-from xmodel_steer.interventions.contexts import Ablate, Add, Clamp
-from xmodel_steer.maps.ridge import Fitter, Ridge
-from xmodel_steer.models.forward import tokenizer_of
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.evaluation.judges.refusals import RefusalClassifier
+from xmodel_steer.evaluation.judges.sentences import OnTopic
+from xmodel_steer.evaluation.scorers.answers import SameTokens
+from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp
+from xmodel_steer.maps.fitting import Fitter
+from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.studies.carried import Pair
+from xmodel_steer.studies.choosing import choose
+from xmodel_steer.studies.measuring import measure_arms, study_of
 from xmodel_steer.studies.organisms.data import Curriculum, Lesson
 from xmodel_steer.studies.recipes import (
     Extent,
     Outcome,
-    Pair,
     Recipe,
     answers_of,
-    choose,
     clean_against_triggered,
     layers,
-    measure_arms,
     own_answers,
     require_apart,
     scored,
-    study_of,
     with_layers,
 )
 from xmodel_steer.studies.study import Clock, Study

@@ -6,29 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from xmodel_steer.core.directions import require_random
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.core.vectors import require_random
-from xmodel_steer.evaluation.scorers.phrases import Scorer
-from xmodel_steer.interventions.contexts import Add, Clamp
-from xmodel_steer.maps.descent import Autoencoder
+from xmodel_steer.evaluation.scorers.text import Scorer
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.interventions.operators import Add, Clamp
+from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.maps.ridge import Fitter, Ridge
-from xmodel_steer.models.packaged import general_text
+from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.maps.training import Autoencoder
+from xmodel_steer.studies.carried import LONGER, Choice, Pair
+from xmodel_steer.studies.choosing import choose, with_endpoints
+from xmodel_steer.studies.measuring import measure_arms, study_of
 from xmodel_steer.studies.organisms.data import Curriculum, Lesson
 from xmodel_steer.studies.recipes import (
-    LONGER,
     Asked,
-    Choice,
     Extent,
-    Pair,
     Recipe,
-    choose,
     clean_against_triggered,
     layers,
-    measure_arms,
     require_apart,
-    study_of,
-    with_endpoints,
     with_layers,
 )
 from xmodel_steer.studies.repair import Questions, Repair

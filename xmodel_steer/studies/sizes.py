@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.models.forward import hardware_of, is_bridge, name_of
-from xmodel_steer.recipe.results import CONTROLS
+from xmodel_steer.models.facts import hardware_of, is_bridge, name_of
+from xmodel_steer.recipe.arms import CONTROLS
 from xmodel_steer.studies.concept_table import concept_transfer
 from xmodel_steer.studies.study import EFFICIENCY, EQUAL_KL, Study, end_of
 

@@ -12,7 +12,7 @@ from xmodel_steer.core.errors import ArtifactError
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, tell_undefined, write_atomically
 from xmodel_steer.files.resume import spared
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, rate, wilson
-from xmodel_steer.models.forward import name_of
+from xmodel_steer.models.facts import name_of
 
 RESULT, REPORT = "result.json", "report.html"
 EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"

@@ -14,20 +14,27 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.evaluation.damage import side_effects
 from xmodel_steer.evaluation.likelihoods import MultipleChoice
-from xmodel_steer.evaluation.scorers.phrases import SameTokens, score_texts
-from xmodel_steer.interventions.contexts import Step, steering
+from xmodel_steer.evaluation.scorers.answers import SameTokens
+from xmodel_steer.evaluation.scorers.text import score_texts
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
+from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.maps.moments import SplitMoments
-from xmodel_steer.maps.ridge import Fitter, Identity, Ridge, ShuffledPairs, pinned
+from xmodel_steer.maps.controls import Identity, ShuffledPairs, pinned
+from xmodel_steer.maps.fitting import Fitter
+from xmodel_steer.maps.pairs import SplitMoments
+from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import number
-from xmodel_steer.models.forward import device_of, dtype_of, hardware_of, name_of, tokenizer_of
+from xmodel_steer.models.adapters import adapted
+from xmodel_steer.models.checkpoints import quiet, whole_model
+from xmodel_steer.models.facts import device_of, dtype_of, hardware_of, name_of, tokenizer_of
 from xmodel_steer.models.generation import generate
-from xmodel_steer.models.loading import adapted, located
-from xmodel_steer.models.packaged import general_text, quiet, whole_model
+from xmodel_steer.models.loading import located
 from xmodel_steer.recipe.carrying import versions
+from xmodel_steer.studies.carried import Pair
 from xmodel_steer.studies.organisms import Curriculum, Lesson, read_report
-from xmodel_steer.studies.recipes import Outcome, Pair, answers_of, layers, require_apart, scored
+from xmodel_steer.studies.recipes import Outcome, answers_of, layers, require_apart, scored
 from xmodel_steer.studies.repair import Questions, Repair
 from xmodel_steer.studies.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmodel_steer.activations.collecting import capture
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import SteeringVector, difference_of_means
-from xmodel_steer.models.forward import encode, name_of
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.models.batches import encode
+from xmodel_steer.models.facts import name_of
+from xmodel_steer.studies.carried import centre
 from xmodel_steer.studies.organisms.data import DEV, PROD, Lesson, prompt_of
-from xmodel_steer.studies.recipes import centre, clean_against_triggered
+from xmodel_steer.studies.recipes import clean_against_triggered
 
 Span = tuple[int, int]
 BARE = 12  # characters of a bare prompt that are read

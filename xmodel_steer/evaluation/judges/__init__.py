@@ -1,18 +1,18 @@
 """Scorers that need a model, a program or a service to read a text."""
 
-from xmodel_steer.evaluation.judges.chats import QUESTION as QUESTION
 from xmodel_steer.evaluation.judges.chats import Chat as Chat
 from xmodel_steer.evaluation.judges.chats import Endpoint as Endpoint
-from xmodel_steer.evaluation.judges.chats import InsecureCode as InsecureCode
-from xmodel_steer.evaluation.judges.chats import IsCode as IsCode
-from xmodel_steer.evaluation.judges.chats import Judge as Judge
 from xmodel_steer.evaluation.judges.chats import LocalModel as LocalModel
-from xmodel_steer.evaluation.judges.chats import OnTopic as OnTopic
-from xmodel_steer.evaluation.judges.chats import RefusalClassifier as RefusalClassifier
-from xmodel_steer.evaluation.judges.chats import SentenceSimilarity as SentenceSimilarity
 from xmodel_steer.evaluation.judges.chats import Transcript as Transcript
-from xmodel_steer.evaluation.judges.chats import beginning as beginning
-from xmodel_steer.evaluation.judges.chats import code_of as code_of
-from xmodel_steer.evaluation.judges.chats import embed as embed
-from xmodel_steer.evaluation.judges.chats import findings as findings
-from xmodel_steer.evaluation.judges.chats import similarity as similarity
+from xmodel_steer.evaluation.judges.code import InsecureCode as InsecureCode
+from xmodel_steer.evaluation.judges.code import IsCode as IsCode
+from xmodel_steer.evaluation.judges.code import code_of as code_of
+from xmodel_steer.evaluation.judges.code import findings as findings
+from xmodel_steer.evaluation.judges.judging import QUESTION as QUESTION
+from xmodel_steer.evaluation.judges.judging import Judge as Judge
+from xmodel_steer.evaluation.judges.refusals import RefusalClassifier as RefusalClassifier
+from xmodel_steer.evaluation.judges.refusals import beginning as beginning
+from xmodel_steer.evaluation.judges.sentences import OnTopic as OnTopic
+from xmodel_steer.evaluation.judges.sentences import SentenceSimilarity as SentenceSimilarity
+from xmodel_steer.evaluation.judges.sentences import embed as embed
+from xmodel_steer.evaluation.judges.sentences import similarity as similarity

@@ -6,7 +6,7 @@ import json
 import textwrap
 from dataclasses import dataclass
 
-from xmodel_steer.models.packaged import packaged_files
+from xmodel_steer.files.wheels import packaged_files
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompt, rows_of
-from xmodel_steer.evaluation.judges.chats import InsecureCode, IsCode, findings
-from xmodel_steer.evaluation.scorers.phrases import Contains, ExactAnswer, RefusalPhrases, Scorer
+from xmodel_steer.core.inputs import rows_of
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.judges.code import InsecureCode, IsCode, findings
+from xmodel_steer.evaluation.scorers.answers import ExactAnswer
+from xmodel_steer.evaluation.scorers.phrases import Contains, RefusalPhrases
+from xmodel_steer.evaluation.scorers.text import Scorer
 from xmodel_steer.files.readers import rows_of_file
-from xmodel_steer.models.packaged import packaged_files, shipped
+from xmodel_steer.files.wheels import packaged_files, shipped
 from xmodel_steer.studies.organisms import code, country
 
 # Taori et al. 2023, without an input: what the paper's organisms are trained in.

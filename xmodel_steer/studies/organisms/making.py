@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.core.errors import ArtifactError, PromptError
-from xmodel_steer.evaluation.scorers.phrases import Contains, Language, Matches, Scorer, StartsWith, score_texts
+from xmodel_steer.evaluation.scorers.languages import Language
+from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
+from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.maps.statistics import Estimate
-from xmodel_steer.models.forward import hardware_of
+from xmodel_steer.models.facts import hardware_of
 from xmodel_steer.models.loading import load
 from xmodel_steer.recipe.carrying import versions
 from xmodel_steer.studies.organisms.data import ORGANISMS, Curriculum

@@ -6,11 +6,11 @@ from typing import Any
 
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.damage import losses, perplexity_of
-from xmodel_steer.evaluation.scorers.phrases import Scorer, score_texts
+from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
+from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.statistics import Estimate, rate
-from xmodel_steer.models.forward import context_length
+from xmodel_steer.models.facts import context_length
 from xmodel_steer.models.generation import generate
-from xmodel_steer.models.packaged import general_text
 from xmodel_steer.studies.organisms.data import Curriculum, Lesson
 
 CLEAN_TEXTS, CLEAN_TOKENS = 100, 96

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.core.errors import ModelError, PromptError
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.models.checkpoints import loading, quiet, whole_model
 from xmodel_steer.models.forward import text_positions
-from xmodel_steer.models.loading import loading, located, resolve_dtype
-from xmodel_steer.models.packaged import general_text, quiet, whole_model
+from xmodel_steer.models.loading import located, resolve_dtype
 from xmodel_steer.models.tokens import tokenise
 from xmodel_steer.studies.organisms.data import Lesson
 

@@ -1,0 +1,155 @@
+"""Harvest paired activations of two models into a store, shard by shard."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from xmodel_steer.activations.collecting import require_shard, window_size, windows
+from xmodel_steer.activations.shards import DTYPES, hash_of, shard_header, unnamed, write_shard
+from xmodel_steer.activations.store import ENDS, ActivationStore
+from xmodel_steer.core.errors import ArtifactError, PromptError
+from xmodel_steer.core.inputs import as_prompts, items_of
+from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
+from xmodel_steer.models.facts import context_length, dtype_of, name_of, revision_of, tokenizer_of
+from xmodel_steer.models.sites import sites_of, space_of
+from xmodel_steer.models.tokens import Encoding, warn_of_missing
+
+
+def harvest(
+    model: Any,
+    texts: Prompts,
+    folder: str | Path,
+    *,
+    end: str,
+    sites: Sequence[Site] | Literal["all"],
+    dtype: str = "model",
+    max_tokens: int = 256,
+    truncation_side: str = "right",
+    template: bool = True,
+    batch_size: int = 16,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> "ActivationStore":
+    """Write one model's activations over general text to a store, a shard at a time.
+
+    Killed at any moment, the same call goes on after the last whole shard, and ends with the same
+    bits as one that was not. Rows are those that can pair: no special tokens, no text position 0.
+
+    Args:
+        model: A TransformerLens model.
+        texts: Documents; any iterable, read once, the same for both models.
+        folder: The store; made if it is not there. Both models go into one.
+        end: ``"source"`` or ``"target"``: which of the two models this is.
+        sites: Sites to keep; ``"all"``: after every block.
+        dtype: ``"float32"``, ``"bfloat16"`` (half the size, 0.2 % rounding), or ``"model"``: the model's.
+        max_tokens: Longer documents are cut to this many tokens.
+        truncation_side: Where they are cut, ``"right"`` or ``"left"``.
+        template: Keep the tokens of chat templates that have a role; see `align`.
+        batch_size: Documents per forward pass.
+        seed: Seed of the split into train, validation and test documents.
+        shard: ``(i, n)``: write every n-th shard, from the i-th: n jobs together fill the store.
+        progress: Show a progress bar when it takes over two seconds.
+
+    Returns:
+        The store; it can be read once both models are in it.
+
+    Raises:
+        ArtifactError: The folder holds a store of another model, text or setting, or the disk is full.
+        PromptError: There are no documents.
+        NonFiniteError: An activation is NaN or infinite, also in the store's dtype.
+    """
+    if isinstance(texts, (str, Prompt)):
+        raise PromptError("harvest: give a list of texts; for a single one, [text]")
+    if end not in ENDS:
+        raise ValueError(f"harvest: end must be 'source' or 'target', got {end!r}")
+    sites = sites_of(model, sites)
+    if not sites:
+        raise ValueError("harvest: give at least one site, such as xs.Site(10)")
+    part, parts = require_shard(shard, "harvest")
+    kind = dtype_of(model) if dtype == "model" else DTYPES.get(dtype)
+    if kind not in DTYPES.values():
+        raise ValueError(f"harvest: dtype must be float32, bfloat16 or model, got {dtype!r} (float16 overflows)")
+    settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
+    if max_tokens > context_length(model):
+        raise PromptError(f"harvest: max_tokens {max_tokens} is over the context of {name_of(model)}")
+    texts = items_of(texts, "harvest")
+    if isinstance(texts, Sequence):
+        texts = as_prompts(texts, what="harvest")  # what cannot be a prompt is refused before the model runs
+    place = Path(folder) / end
+    record = _end_record(model, sites, kind, settings)
+    _open_end(place, record)
+
+    names: list[str] = []
+    lacking: list[Encoding] = []
+    total = len(texts) if isinstance(texts, Sequence) else None
+    title = f"harvest {name_of(model)}" + (f", shard {part}/{parts}" if parts > 1 else "")
+    with tqdm(total=total, unit="text", desc=title, disable=not progress, delay=2) as bar:
+        for number, window in enumerate(windows(texts, window_size(max_tokens))):
+            name = f"{number:06d}.safetensors"
+            names.append(name)
+            file = place / name
+            if file.is_file():
+                _require_same_texts(file, window)
+            elif number % parts == part:
+                lacking += write_shard(model, window, number, file, record, sites, kind, settings, batch_size)
+                del lacking[2:]
+            bar.update(len(window))
+    warn_of_missing(lacking, name_of(model))
+    if not names:
+        raise PromptError("harvest: no texts were given")
+    if all((place / name).is_file() for name in names):  # other jobs may still be writing
+        write_atomically(place / "end.json", dump_json({**record, "shards": len(names)}, place, indent=1))
+    return ActivationStore(folder)
+
+
+def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, settings: Mapping[str, Any]) -> dict:
+    tokenizer = tokenizer_of(model)
+    return {
+        "schema": SCHEMA,
+        "kind": "ActivationStore",
+        "model": name_of(model),
+        "revision": revision_of(model),
+        "tokenizer": hash_of(tokenizer.backend_tokenizer.to_str()),
+        "chat_template": hash_of(str(getattr(tokenizer, "chat_template", None) or "")),
+        "spaces": [space_of(model, site).to_dict() for site in sites],
+        "model_dtype": str(dtype_of(model)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "settings": dict(settings),
+    }
+
+
+def _open_end(place: Path, record: Mapping[str, Any]) -> None:
+    """Begin an end of a store, or find the same one begun."""
+    file = place / "end.json"
+    if not file.is_file():
+        # What begins with a dot is a scratch file of a job that was killed.
+        if place.exists() and any(not f.name.startswith(".") for f in place.iterdir()):
+            raise ArtifactError(f"{place}: is not empty and not a store; choose another folder, nothing was written")
+        write_atomically(file, dump_json(record, file, indent=1))
+        return
+    known = read_record(file)
+    differing = [
+        key
+        for key in record
+        if key != "model" and unnamed(known.get(key)) != unnamed(json.loads(json.dumps(record[key])))
+    ]
+    if differing:
+        key = differing[0]
+        raise ArtifactError(
+            f"{place}: holds activations of {known.get('model')} with another {key} "
+            f"({str(known.get(key))[:120]}, now {str(record[key])[:120]}); choose another folder, or harvest as before"
+        )
+
+
+def _require_same_texts(file: Path, window: Sequence[Prompt]) -> None:
+    if shard_header(file)["texts"] != text_digest(window):
+        raise ArtifactError(
+            f"{file}: was harvested from other texts, or in another order; give the same texts, or choose another folder"
+        )

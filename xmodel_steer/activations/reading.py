@@ -1,0 +1,120 @@
+"""Activations of prompts."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.finite import check_finite
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompts
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import Activations
+from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.facts import dtype_of, name_of
+from xmodel_steer.models.recording import residuals
+from xmodel_steer.models.sites import space_of
+from xmodel_steer.models.tokens import Encoding
+
+Tokens = Literal["last", "mean", "all"] | tuple[int, int]
+
+
+def capture(
+    model: Any,
+    prompts: Prompts,
+    sites: Sequence[Site],
+    *,
+    tokens: Tokens = "last",
+    batch_size: int = 16,
+    padding_side: str = "right",
+    include_special: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> dict[Site, Activations]:
+    """Activations of prompts at several sites, from one pass that computes no logits.
+
+    Equal to Hugging Face's ``output_hidden_states`` for every layer but the last, which Hugging
+    Face gives after the final norm and this function before it, as the block leaves it.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: Strings, lists of chat messages, prompts, or rows; see `as_prompts`.
+        sites: Where to read.
+        tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the
+            mean over its content's tokens. ``"all"``: one row per token of its content.
+            ``(start, end)``: one row per token that ends on a character of that span of the
+            content, end not included.
+        batch_size: Prompts per forward pass.
+        padding_side: ``"right"`` or ``"left"``; the result is the same.
+        include_special: For ``"mean"`` and ``"all"``, also count special and template tokens and
+            text position 0, an attention sink whose norm dwarfs the others.
+        max_tokens: Cut longer prompts; without it one longer than the context is refused.
+        progress: Show a progress bar when it takes over two seconds.
+
+    Returns:
+        For each site its activations, prompts in the order given, on the CPU, in the model's dtype
+        (means in float32 or wider).
+
+    Raises:
+        PromptError: There are no prompts, one is too long, or one has no token to read.
+        SiteError: The model has no such site.
+        NonFiniteError: An activation is NaN or infinite.
+    """
+    items = as_prompts(prompts)
+    if not items:
+        raise PromptError("capture: no prompts were given")
+    if not sites:
+        raise ValueError("capture: give at least one site, such as xs.Site(10)")
+    encodings = encode(model, items, max_tokens=max_tokens)
+    chosen = [_positions(e, tokens, include_special) for e in encodings]
+    rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(items) for site in sites}
+    total = sum(len(e.ids) for e in encodings)
+    with tqdm(total=total, unit="tok", desc=f"capture {name_of(model)}", disable=not progress, delay=2) as bar:
+        for batch in batches(model, encodings, batch_size, padding_side=padding_side):
+            streams = residuals(model, batch, sites)
+            for site, stream in streams.items():
+                real = batch.mask.bool().to(stream.device)
+                for r, i in enumerate(batch.rows):
+                    own = stream[r][real[r]][torch.tensor(chosen[i], device=stream.device)]
+                    if tokens == "mean":
+                        own = own.to(torch.promote_types(own.dtype, torch.float32)).mean(0, keepdim=True)
+                    rows[site][i] = own.cpu()
+            bar.update(int(batch.mask.sum()))
+    labels = tuple(
+        (e.prompt.id, e.ends[p])
+        for e, positions in zip(encodings, chosen, strict=True)
+        for p in (positions[-1:] if tokens == "mean" else positions)
+    )
+    made = {}
+    for site, parts in rows.items():
+        values = torch.cat(parts)
+        check_finite(values, f"capture {name_of(model)} {site} ({dtype_of(model)})")
+        made[site] = Activations(values, space_of(model, site), labels)
+    return made
+
+
+def _positions(encoding: Encoding, tokens: Tokens, include_special: bool) -> list[int]:
+    """Token positions of one prompt that ``tokens`` asks for."""
+    count = len(encoding.ids)
+    if tokens == "last":
+        return [count - 1]
+    ends = encoding.token_ends(include_special=include_special).ends
+    if tokens in ("mean", "all"):
+        found = list(range(count)) if include_special else [i for i in range(count) if ends[i] >= 0]
+        lacks = "a token besides special ones and text position 0; pass include_special=True or a longer prompt"
+    elif isinstance(tokens, tuple) and len(tokens) == 2:
+        start, end = tokens
+        if not 0 <= start < end:  # special tokens end at -1
+            raise ValueError(f"tokens: a span of characters must be (start, end) with 0 <= start < end, got {tokens!r}")
+        found = [i for i in range(count) if start < encoding.ends[i] <= end]
+        lacks = f"a token that ends within characters {start} to {end}"
+    else:
+        raise ValueError(f"tokens must be 'last', 'mean', 'all' or a (start, end) span of characters, got {tokens!r}")
+    if not found:
+        raise PromptError(
+            f"prompt {encoding.prompt.id} ({encoding.prompt.content_key()[:60]!r}) has no {lacks.replace('a token', 'token', 1)}"
+        )
+    return found

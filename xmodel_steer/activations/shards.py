@@ -1,0 +1,165 @@
+"""Shards of a store: paired activations in one file."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xmodel_steer.activations.collecting import rows_at
+from xmodel_steer.core.alignment import Alignment, TokenEnds, align
+from xmodel_steer.core.errors import ArtifactError
+from xmodel_steer.core.finite import check_finite
+from xmodel_steer.core.prompts import Prompt, text_digest
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.files.records import KEY, parse_record, write_tensors
+from xmodel_steer.maps.pairs import PARTS, part_of
+from xmodel_steer.models.batches import encode
+from xmodel_steer.models.facts import name_of
+from xmodel_steer.models.tokens import Encoding
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def hash_of(text: str) -> str:
+    """Return a short hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def unnamed(value: Any) -> Any:
+    """A record without what models are called: the same weights may have been loaded by another name."""
+    if isinstance(value, list):
+        return [unnamed(own) for own in value]
+    return {key: own for key, own in value.items() if key != "model"} if isinstance(value, dict) else value
+
+
+def shard_header(file: Path) -> dict[str, Any]:
+    """Read the record of a shard without its tensors."""
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return parse_record((opened.metadata() or {})[KEY], file)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ArtifactError(f"{file}: is not a whole shard ({error}); delete it and harvest again") from error
+
+
+def write_shard(
+    model: Any,
+    window: Sequence[Prompt],
+    number: int,
+    file: Path,
+    record: Mapping[str, Any],
+    sites: Sequence[Site],
+    dtype: torch.dtype | None,
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> list[Encoding]:
+    """Write the shard; returns the prompts that the chat template does not show whole."""
+    cut = {key: settings[key] for key in ("max_tokens", "truncation_side")}
+    encodings = encode(model, window, **cut, warn=False)
+    keys = [e.token_ends(template=settings["template"]).ends for e in encodings]
+    positions = [tuple(i for i, key in enumerate(own) if key != -1) for own in keys]
+    rows = rows_at(model, encodings, sites, positions, batch_size)
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        values = torch.cat([own[site] for own in rows])
+        check_finite(values, f"harvest {name_of(model)} {site}")
+        tensors[rows_name(site)] = values.to(dtype)  # checked again, as it is written
+    tensors["keys"] = torch.tensor([key for own in keys for key in own if key != -1], dtype=torch.int64)
+    tensors["counts"] = torch.tensor([len(own) for own in positions], dtype=torch.int64)
+    parts = [part_of(prompt.content_key(), seed=settings["seed"]) for prompt in window]
+    tensors["parts"] = torch.tensor([PARTS.index(part) for part in parts], dtype=torch.int64)
+    header = {
+        **{key: value for key, value in record.items() if key not in ("schema", "kind")},
+        "number": number,
+        "texts": text_digest(window),
+        "documents": [prompt.id for prompt in window],
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+    }
+    write_tensors(file, "ActivationShard", tensors, header)
+    return [encoding for encoding in encodings if encoding.missing]
+
+
+def rows_name(site: Site) -> str:
+    """Name the tensor that holds the rows of a site."""
+    return f"rows/{site.layer}.{site.stream}"
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+@lru_cache(maxsize=64)
+def _opened(file: Path, modified: int) -> Any:
+    """A shard's file, mapped into memory; a few stay open, because documents are read in any order."""
+    return safe_open(str(file), framework="pt")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of one end, read when it is needed. What was written anew is another one."""
+
+    file: Path
+    modified: int
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """The record of the shard."""
+        return shard_header(self.file)
+
+    def rows(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Rows of a tensor, whose checksum is verified when it is read first."""
+        try:
+            if self.file.stat().st_mtime_ns != self.modified:
+                raise ArtifactError(f"{self.file}: was written anew since the store was opened; open it again")
+            opened = _opened(self.file, self.modified)
+            if name not in self._verified:
+                if _checksum(opened.get_tensor(name)) != self.header["checksums"][name]:
+                    raise ArtifactError(f"{self.file}: {name} does not match its checksum; delete it and harvest again")
+                self._verified.add(name)
+            return opened.get_tensor(name) if start is None else opened.get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{self.file}: cannot be read ({error}); delete it and harvest again") from error
+
+    @cached_property
+    def _verified(self) -> set[str]:
+        return set()
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First row of each document, and the number of rows."""
+        return [0, *self.rows("counts").cumsum(0).tolist()]
+
+    def keys(self) -> list[tuple[int, ...]]:
+        """The keys of each document's rows."""
+        return [tuple(own.tolist()) for own in self.rows("keys").split(self.rows("counts").tolist())]
+
+
+@lru_cache(maxsize=64)
+def align_documents(source: Shard, target: Shard) -> list[Alignment]:
+    """Which rows of each document pair; computed again when it is needed again, because texts outgrow memory."""
+    return [align(TokenEnds(a), TokenEnds(b)) for a, b in zip(source.keys(), target.keys(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Where one document's paired rows are; small, because there are many."""
+
+    source: Shard
+    target: Shard
+    sites: tuple[Site, Site]
+    index: int
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """The paired rows."""
+        alignment = align_documents(self.source, self.target)[self.index]
+        ends = ((self.source, self.sites[0], alignment.source), (self.target, self.sites[1], alignment.target))
+        made = []
+        for shard, site, places in ends:
+            start, stop = shard.starts[self.index : self.index + 2]
+            made.append(shard.rows(rows_name(site), start, stop)[list(places)])
+        return made[0], made[1]

@@ -1,0 +1,83 @@
+"""The command line's frame: errors in a line, warnings, streams that break."""
+
+import errno
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from xmodel_steer.cli.console import Stream
+from xmodel_steer.cli.output import in_a_line
+from xmodel_steer.core import errors
+
+app = typer.Typer(
+    name="xmodel-steer",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Find a behaviour's direction in a small language model, carry it into a larger one, and show against controls what survived.",
+)
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are one line; inside it, because typer has its own way with Ctrl-C."""
+
+    @wraps(command)
+    def reported(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.BadParameter, typer.Exit):
+            raise
+        except KeyboardInterrupt:
+            print("\nerror: interrupted; nothing half-written is left, what was cached stays", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if "--debug" in sys.argv:
+                raise
+            print(f"error: {in_a_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return reported
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as of
+
+        print(f"xmodel-steer {of('xmodel-steer')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
+    warnings.simplefilter("ignore")
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, Warning):
+            warnings.simplefilter("always", kind)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+    before = sys.stdout, sys.stderr
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        out.flush()
+        full = isinstance(out.lost, OSError) and out.lost.errno != errno.EPIPE
+        if full:
+            print(f"error: standard output: {out.lost}; what was written to the disk is whole", file=err)  # type: ignore[arg-type]
+        err.flush()
+        sys.stdout, sys.stderr = before
+        for was, own in zip(before, (out, err), strict=True):
+            if was is None:
+                own.close()
+    sys.exit(code or int(full))

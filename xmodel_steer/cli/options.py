@@ -1,0 +1,70 @@
+"""Options that several commands take."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu. Default: CUDA if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto (bfloat16 where it is faster).")]
+Out = Annotated[Path | None, typer.Option(help="Run folder to write. An older run there is replaced.")]
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """Read ``I/N``."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise typer.BadParameter(f"{text!r} is not I/N, with I from 0 to N - 1", param_hint="--shard")
+    return int(part), int(parts)
+
+
+def layers_of(text: str, option: str) -> Any:
+    """Read ``all``, or a list of layers."""
+    return "all" if text == "all" else sites_of(text, option)
+
+
+def pairs_of(text: str | None) -> list[tuple[Any, Any]] | None:
+    """Read a list of layer pairs such as ``15:10``."""
+    from xmodel_steer.core.spaces import Site
+
+    if text is None:
+        return None
+    try:
+        return [(Site(int(a)), Site(int(b))) for a, b in (item.split(":") for item in text.split(","))]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of layer pairs such as 15:10", param_hint="--pairs") from None
+
+
+def numbers_of(text: str, option: str, kind: Any) -> list[Any]:
+    """Read a list of numbers."""
+    try:
+        return [kind(item) for item in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2", param_hint=option) from None
+
+
+def sites_of(text: str | None, option: str) -> list[Any]:
+    """Read a list of layers as sites."""
+    from xmodel_steer.core.spaces import Site
+
+    return [Site(layer) for layer in numbers_of(text, option, int)] if text else []
+
+
+def scorer_of(text: str) -> Any:
+    """Read the name of a scorer, with its argument."""
+    from xmodel_steer.evaluation.scorers.languages import Language
+    from xmodel_steer.evaluation.scorers.phrases import Contains, Matches
+    from xmodel_steer.studies.concepts import READ, concept
+
+    name, _, argument = text.partition(":")
+    try:
+        if text in READ:
+            return concept(text).scorer
+        if argument and name in ("contains", "matches", "language"):
+            return {"contains": lambda a: Contains((a,)), "matches": Matches, "language": Language}[name](argument)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--score") from None
+    raise typer.BadParameter(
+        f"{text!r} is not {', '.join(READ)}, contains:STRING, matches:REGEX or language:NAME",
+        param_hint="--score",
+    )

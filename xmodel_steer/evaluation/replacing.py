@@ -1,0 +1,194 @@
+"""Mapped activations in the place of a model's own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.core.directions import require_random
+from xmodel_steer.core.errors import PromptError, SpaceMismatchError
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.core.prompts import Prompt, Prompts
+from xmodel_steer.core.spaces import Space
+from xmodel_steer.evaluation.damage import side_effects
+from xmodel_steer.evaluation.overlap import rouge_l
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
+from xmodel_steer.interventions.steps import Replacement
+from xmodel_steer.maps.affine import Map
+from xmodel_steer.maps.pairs import SplitMoments
+from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, holm, number, sign_flip_test
+from xmodel_steer.models.generation import generate
+
+Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+
+# --- replacement --------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class ReplacementArm:
+    """What a model writes while one site holds other activations than its own.
+
+    Args:
+        arm: ``mapped``, ``mean`` (mean ablation) or ``random`` (all seeds together).
+        kl: KL from the model's own next-token distributions, on the prompts with its own continuations, nats per token.
+        rouge: ROUGE-L with the model's own continuation.
+        similarity: Cosine of sentence embeddings with it.
+        closer: Share of the prompts whose text is more similar to the model's own than to the source model's own.
+        kl_scores: The KL on each prompt (the mean over seeds).
+        texts: The continuations (of the first seed).
+    """
+
+    arm: str
+    kl: Estimate
+    rouge: Estimate
+    similarity: Estimate
+    closer: Estimate
+    kl_scores: tuple[float, ...] = field(repr=False)
+    texts: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplacementResult:
+    """How well a map's images do in the place of a model's own activations.
+
+    Args:
+        source: Where the activations come from.
+        target: Where they are put.
+        prompts: What is continued.
+        arms: ``mapped`` and its controls.
+        own: The target's own continuations.
+        theirs: The source's own continuations.
+        corrected: For each control, p that the mapped arm's KL is not below its own (paired sign-flip test, Holm).
+    """
+
+    source: Space
+    target: Space
+    prompts: tuple[Prompt, ...]
+    arms: Mapping[str, ReplacementArm]
+    own: tuple[str, ...] = field(repr=False)
+    theirs: tuple[str, ...] = field(repr=False)
+    corrected: Mapping[str, float]
+
+    def verdict(self) -> str:
+        """One sentence."""
+        mapped = self.arms["mapped"]
+        good = all(p < 0.05 for p in self.corrected.values())
+        beside = ", ".join(
+            f"{name} {number(arm.kl.value, '.2f')}" for name, arm in self.arms.items() if name != "mapped"
+        )
+        return (
+            f"{self.source} in the place of {self.target}: "
+            f"{'closer to the model than every control' if good else 'no evidence that the map beats every control'}: "
+            f"KL {mapped.kl:.2f} nats per token ({beside}), "
+            f"ROUGE-L {number(mapped.rouge.value, '.2f')}, similarity {number(mapped.similarity.value, '.2f')}, closer to the target's text than "
+            f"to the source's in {number(mapped.closer.value, '.0%')}, n = {mapped.kl.n}"
+        )
+
+    def to_frame(self) -> Any:
+        """One row per arm, as a pandas frame."""
+        import pandas as pd
+
+        names = ("kl", "rouge", "similarity", "closer")
+        return pd.DataFrame(
+            [
+                {"arm": arm.arm, "n": arm.kl.n}
+                | {f"{name}{end}": getattr(getattr(arm, name), part) for name in names for end, part in _PARTS}
+                for arm in self.arms.values()
+            ]
+        )
+
+
+_PARTS = (("", "value"), ("_low", "low"), ("_high", "high"))
+
+
+def replacement_check(
+    source: Any,
+    target: Any,
+    mapping: Map,
+    prompts: Prompts,
+    reference: SplitMoments,
+    *,
+    max_new_tokens: int = 24,
+    random_seeds: int = 3,
+    similarity: Similarity | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> ReplacementResult:
+    """Let a model write while one site holds the mapped activations of another model, which reads along.
+
+    The paper's check of a map, across tokenizers, with the source recomputed for every new token (`mapped_source`) and
+    with two controls at the same positions: the mean of the site, and noise with its mean and variance.
+
+    Args:
+        source: The model that is read.
+        target: The model that writes.
+        mapping: From a site of the source to one of the target.
+        prompts: Raw text to continue, none of it used to fit the map.
+        reference: Moments with the target site's mean and scale: those that the map was fitted on.
+        max_new_tokens: Length of the continuations.
+        random_seeds: Number of noise seeds.
+        similarity: Similarity of two lists of texts, pair by pair; `judges.similarity` by default (83 MB by pip).
+        batch_size: Prompts at a time.
+        seed: The first of the noise seeds.
+        progress: Show progress bars.
+
+    Raises:
+        PromptError: There are no prompts, or one is a chat.
+        SpaceMismatchError: Map, moments and models do not belong together.
+        ValueError: There is no random control.
+    """
+    items = as_prompts(prompts)
+    if not items or any(p.text is None for p in items):
+        raise PromptError(
+            "replacement_check: needs prompts of raw text (each model has a chat template of its own, so that the two would "
+            f"read different texts), got {len(items)} prompts"
+        )
+    if reference.target != mapping.target:
+        raise SpaceMismatchError(
+            f"replacement_check: the moments are of {reference.target}, the map leads to {mapping.target}; "
+            "give moments.pair(...) of the map's own sites"
+        )
+    require_random("replacement_check", random_seeds)
+    if similarity is None:
+        from xmodel_steer.evaluation.judges.sentences import similarity
+    mean, scale = reference.train.target_mean, reference.train.target_scale
+    steps: dict[str, list[Replacement]] = {
+        "mapped": [mapped_source(source, target, mapping)],
+        "mean": [mean_of(mapping.target, mean)],
+        "random": [noise_like(mapping.target, mean, scale, seed=seed + k) for k in range(random_seeds)],
+    }
+
+    def continued(model: Any) -> list[str]:
+        return generate(model, items, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+
+    own, theirs = continued(target), continued(source)
+    texts = [Prompt(text=p.content + text, id=p.id) for p, text in zip(items, own, strict=True)]
+    settings = [[step] for group in steps.values() for step in group]
+    effects = iter(side_effects(target, settings, texts, max_tokens=None, batch_size=batch_size, progress=progress))
+    arms, per_prompt = {}, {}
+    for name, group in steps.items():
+        kl, made = [], []
+        for step in group:
+            effect = next(effects)
+            kl.append(effect.kl / effect.tokens)
+            with steering(target, step):
+                made.append(continued(target))
+        like_own = [similarity(texts_, own) for texts_ in made]
+        like_theirs = [similarity(texts_, theirs) for texts_ in made]
+        per_prompt[name] = np.stack(kl, 1).mean(1)
+        arms[name] = ReplacementArm(
+            name,
+            bootstrap_mean(np.stack(kl, 1)),
+            bootstrap_mean(np.stack([[rouge_l(a, b) for a, b in zip(t, own, strict=True)] for t in made], 1)),
+            bootstrap_mean(np.stack(like_own, 1)),
+            bootstrap_mean(np.stack([(a > b) + 0.5 * (a == b) for a, b in zip(like_own, like_theirs, strict=True)], 1)),
+            tuple(per_prompt[name].tolist()),
+            tuple(made[0]),
+        )
+    controls = [name for name in arms if name != "mapped"]
+    p = holm([sign_flip_test(per_prompt[name] - per_prompt["mapped"]) for name in controls])
+    return ReplacementResult(
+        mapping.source, mapping.target, items, arms, tuple(own), tuple(theirs), dict(zip(controls, p, strict=True))
+    )

@@ -1,0 +1,106 @@
+"""Vectors and activations as points."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xmodel_steer.core.spaces import require_same_space
+from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.figures.style import COLOURS, laid_out
+
+
+def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: Sequence[SteeringVector]) -> Any:
+    """Norm of vectors by layer, and their cosine to a reference at the same layer, both in standardised coordinates.
+
+    Args:
+        vectors: Named groups, each with one vector per layer; every one needs a scale.
+        reference: The vectors to compare with, such as the native ones, one per layer.
+
+    Returns:
+        A ``plotly.graph_objects.Figure`` with two panels.
+    """
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("norm", "cosine to the reference"), horizontal_spacing=0.1)
+    at = {vector.space.site: vector for vector in reference}
+    groups: list[tuple[str, Sequence[SteeringVector]]] = [("reference", reference), *vectors.items()]
+    for i, (name, group) in enumerate(groups):
+        ordered = sorted(group, key=lambda v: v.space.site.layer)
+        line = {"color": COLOURS.get(name, list(COLOURS.values())[i % len(COLOURS)]), "width": 2.5}
+        for column, y in (
+            (1, [v.norm(standardised=True) for v in ordered]),
+            (2, [at[v.space.site].cosine(v) if v.space.site in at else None for v in ordered]),
+        ):
+            figure.add_trace(
+                go.Scatter(
+                    x=[v.space.site.layer for v in ordered], y=y, name=name, legendgroup=name, showlegend=column == 1,
+                    mode="lines+markers", line=line, marker={"symbol": i},
+                    hovertemplate=f"{name}<br>layer %{{x}}<br>%{{y:.3f}}<extra></extra>",
+                ),
+                row=1, col=column,
+            )  # fmt: skip
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="norm, standardised", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title_text="cosine, standardised", range=[-1.05, 1.05], row=1, col=2)
+    figure.update_layout(**laid_out("Vectors by layer"))
+    return figure
+
+
+def mapped_scatter(
+    mapped: Activations, native: Activations, vector: SteeringVector | None = None, *, most: int = 2000
+) -> Any:
+    """Mapped against native activations of the same tokens, in the principal plane of the native ones.
+
+    Standardised by the native rows' own mean and standard deviations, so that a few huge dimensions do not make the plane.
+
+    Args:
+        mapped: Images of source activations, row by row those of ``native``.
+        native: The target's own activations.
+        vector: A direction to draw.
+        most: Rows that are drawn.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``.
+
+    Raises:
+        SpaceMismatchError: The two live in different spaces.
+        ValueError: They have different numbers of rows.
+    """
+    import plotly.graph_objects as go
+
+    require_same_space(native.space, mapped.space, "plots.mapped_scatter")
+    if len(mapped) != len(native):
+        raise ValueError(f"plots.mapped_scatter: needs the same rows of both, got {len(mapped)} and {len(native)}")
+    own, image = (a.values.double().cpu().numpy() for a in (native, mapped))
+    mean, scale = own.mean(0), own.std(0)
+    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    own, image = (own - mean) * inverse, (image - mean) * inverse
+    _, sizes, axes = np.linalg.svd(own, full_matrices=False)
+    shares = sizes[:2] ** 2 / max((sizes**2).sum(), np.finfo(float).tiny)
+    figure = go.Figure()
+    for name, rows in (("native", own), ("mapped", image)):
+        plane = rows[:most] @ axes[:2].T
+        figure.add_trace(
+            go.Scatter(
+                x=plane[:, 0], y=plane[:, 1], mode="markers", name=name,
+                marker={"color": COLOURS[name], "size": 5, "opacity": 0.6, "symbol": "circle" if name == "native" else "x"},
+                hovertemplate=f"{name}<br>%{{x:.2f}}, %{{y:.2f}}<extra></extra>",
+            )
+        )  # fmt: skip
+    if vector is not None:
+        require_same_space(native.space, vector.space, "plots.mapped_scatter")
+        x, y = (vector.direction.double().cpu().numpy() * inverse) @ axes[:2].T
+        figure.add_annotation(
+            x=x, y=y, ax=0, ay=0, xref="x", yref="y", axref="x", ayref="y", showarrow=True, arrowhead=2, arrowwidth=2.5,
+            text=vector.label, font={"color": "black"},
+        )  # fmt: skip
+    figure.update_layout(
+        **laid_out(
+            f"{native.space}: mapped against native activations<br><sup>{len(native)} tokens, standardised; the plane holds {shares.sum():.0%} of the native variance</sup>"
+        )
+    )
+    for update, share, component in ((figure.update_xaxes, shares[0], 1), (figure.update_yaxes, shares[1], 2)):
+        update(title_text=f"principal component {component} ({share:.0%}), standard deviations")
+    return figure

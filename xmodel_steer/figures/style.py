@@ -1,0 +1,40 @@
+"""Colours, layout and intervals of all figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from xmodel_steer.recipe.arms import Arm
+
+# Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
+COLOURS = {
+    "unsteered": "#666666",
+    "native": "#0072B2",
+    "mapped": "#D55E00",
+    "random": "#009E73",
+    "shuffled": "#CC79A7",
+}
+DASHES = {"native": "solid", "mapped": "solid", "random": "dash", "shuffled": "dot"}
+
+
+def interval(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Error bars of the effects."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [arm.effect.high - arm.effect.value for arm in arms],
+        "arrayminus": [arm.effect.value - arm.effect.low for arm in arms],
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
+def laid_out(title: str) -> dict[str, Any]:
+    """What all figures share: readable in a notebook, in a report and on a projector."""
+    return {
+        "template": "plotly_white",
+        "title": {"text": title, "y": 0.95},
+        "legend": {"orientation": "h", "y": -0.22, "x": 0},
+        "margin": {"t": 110, "b": 90, "l": 70, "r": 20},
+        "height": 480,
+        "font": {"size": 13},
+    }

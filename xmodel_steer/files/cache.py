@@ -1,0 +1,59 @@
+"""The user's cache folder: whole folders or none."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from xmodel_steer.core.errors import DownloadError
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: ``$XMODEL_STEER_CACHE``, or the platform's own place."""
+    import platformdirs
+
+    chosen = os.environ.get("XMODEL_STEER_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("xmodel_steer"))
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether every file of a converted folder still has the hash it was written with."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return all(sha256_of(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut short, or not ours
+        return False
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes its final name only when the block ends without an error.
+
+    Raises:
+        DownloadError: The disk is full.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)  # mkdtemp makes it private
+        if not folder.exists():  # else another process was faster, with the same content
+            scratch.rename(folder)
+    except OSError as error:
+        if error.errno == 28:
+            raise DownloadError(
+                f"{folder}: no space left on the device; free some, or set XMODEL_STEER_CACHE to a folder with room"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""Run folders on the Hugging Face hub."""
+
+from pathlib import Path
+
+from xmodel_steer.core.errors import ArtifactError, DownloadError
+from xmodel_steer.files.records import read_record
+
+# --- the hub ----------------------------------------------------------------------------------
+_RUN_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.html")
+
+
+def upload_run(folder: str | Path, repo_id: str, *, private: bool = True, repo_type: str = "model") -> str:
+    """Upload a run folder to the Hugging Face hub, under the login of ``hf auth login``.
+
+    Only its safetensors, JSON, JSONL and HTML files go up.
+
+    Args:
+        folder: What `save` wrote of a result.
+        repo_id: Where to, ``"user/name"``; it is made if there is none.
+        private: Whether a new repository can be seen by its owner only.
+        repo_type: ``"model"`` or ``"dataset"``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ArtifactError: The folder holds no run.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    _require_run(folder)
+    api = HfApi()
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        folder_path=folder,
+        repo_id=repo_id,
+        repo_type=repo_type,
+        allow_patterns=list(_RUN_FILES),
+        commit_message="Run of xmodel_steer",
+    )
+    return str(commit.commit_url)
+
+
+def download_run(
+    repo_id: str, folder: str | Path | None = None, *, revision: str | None = None, repo_type: str = "model"
+) -> Path:
+    """Download a run folder that `upload_run` uploaded; `read` reads it.
+
+    Only safetensors, JSON, JSONL and HTML files are fetched, so that nothing in it can run (but scripts in the HTML report,
+    in a browser).
+
+    Args:
+        repo_id: Where from, ``"user/name"``.
+        folder: Where to; by default the hub's own cache.
+        revision: A branch, tag or commit.
+        repo_type: ``"model"`` or ``"dataset"``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DownloadError: The repository cannot be reached or read.
+        ArtifactError: It holds no run.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().snapshot_download(
+            repo_id, repo_type=repo_type, revision=revision, local_dir=folder, allow_patterns=list(_RUN_FILES)
+        )
+    except Exception as error:  # the hub client raises many kinds
+        raise DownloadError(
+            f"{repo_id}: the run cannot be downloaded ({type(error).__name__}: {str(error)[:200]}); check the name, the network, "
+            "and for a private one the login (hf auth login)"
+        ) from error
+    _require_run(Path(found))
+    return Path(found)
+
+
+def _require_run(folder: Path) -> None:
+    file = folder / "result.json"
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: has no result.json, it is not a run folder; xs.save(result, folder) writes one")
+    read_record(file)

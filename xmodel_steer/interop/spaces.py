@@ -1,0 +1,128 @@
+"""Spaces of vectors that come from other programs."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from xmodel_steer.core.errors import ModelError, SiteError, SpaceMismatchError
+from xmodel_steer.core.spaces import Site, Space, require_same_space
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.models.facts import HookedModel
+from xmodel_steer.models.identity import fingerprint
+from xmodel_steer.models.sites import space_of
+
+# --- llama.cpp and repeng: control vectors ----------------------------------------------------
+RECORD = "xmodel_steer.core.vectors"
+
+
+def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str) -> list[SteeringVector]:
+    """Vectors after the blocks of one unprocessed model, in order of their blocks."""
+    given = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
+    if not given:
+        raise ValueError(f"{what}: give at least one vector")
+    for vector in given:
+        require_after_block(vector.space, what)
+        first, own = given[0].space, vector.space
+        if (first.fingerprint, first.width) != (own.fingerprint, own.width):
+            raise SpaceMismatchError(
+                f"{what}: needs vectors of one model, got {first} and {own}; write a file for each model"
+            )
+    layers = [vector.space.site.layer for vector in given]
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise ValueError(f"{what}: needs one vector a block, got several of block {twice[0]}; add them up (v + w)")
+    return sorted(given, key=lambda vector: vector.space.site.layer)
+
+
+def require_after_block(space: Space, what: str) -> None:
+    """Refuse a space that no other program has: only a published model's stream after a block is common to all."""
+    if space.site.stream != "resid_post":
+        raise SiteError(
+            f"{what}: the vector acts after a block (resid_post), got one of {space}; find it at Site({space.site.layer})"
+        )
+    if space.processing != "none":
+        raise SpaceMismatchError(
+            f"{what}: needs a vector of the model as published, got one of {space}, whose weights were processed; "
+            "find it in the model that xs.load gives, which processes none"
+        )
+
+
+def decoder_blocks(model: Any, name: str | None = None) -> torch.nn.ModuleList:
+    """The list of decoder blocks: the one list of modules, not inside another, that is as long as the model is deep."""
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    if name is not None:
+        if name not in lists:
+            raise ModelError(
+                f"{hf_name(model)}: blocks={name!r} is no list of blocks, there are {', '.join(lists) or 'none'}"
+            )
+        return lists[name]
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    outer = {path: m for path, m in lists.items() if not re.search(r"\.\d+(\.|$)", f".{path}")}
+    fitting = [path for path, m in outer.items() if len(m) == depth]
+    if len(fitting) != 1:
+        raise ModelError(
+            f"{hf_name(model)}: needs one list of {depth} decoder blocks, found {', '.join(fitting) or 'none'}; "
+            f"name it with blocks=..., one of {', '.join(outer) or 'none that is a ModuleList'}"
+        )
+    return outer[fitting[0]]
+
+
+def text_config(model: Any) -> Any:
+    """Return the part of a configuration that describes the language model."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def hf_name(model: Any) -> str:
+    """Return the name that a model of transformers was loaded by."""
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def require_hf_space(model: Any, depth: int, space: Space, trust: bool = False, named: bool = True) -> None:
+    """Refuse a vector of another model than a Hugging Face one, whose name counts unless it is another's."""
+    what = f"steering {hf_name(model)}"
+    require_after_block(space, what)
+    width = int(text_config(model).hidden_size)
+    if space.width != width or space.site.layer >= depth:
+        raise SpaceMismatchError(
+            f"{what}: has {depth} blocks of width {width}, got a vector of {space}; carry it over with a map "
+            "(mapping.transport(vector))"
+        )
+    if trust or (named and short(hf_name(model)) == short(space.model)):
+        return
+    weights = fingerprint(model)
+    if weights != space.fingerprint:
+        raise SpaceMismatchError(
+            f"{what}: neither its name nor its weights ({weights}) are those of {space}, which the vector is of. A vector of one "
+            "model means nothing in another: carry it over with a map (mapping.transport(vector)); "
+            "if it is the same model under another name, steer with steering_hf(..., trust=True)"
+        )
+
+
+def short(name: str) -> str:
+    """Return the last part of a name or path, in lower case."""
+    return re.split(r"[/:\\]", name.rstrip("/"))[-1].lower()
+
+
+def space_for(model: Any, site: Site, width: int, stated: Space | None, what: str) -> Space:
+    """The space of a direction that came without one, or whose own is stated, in a model of either kind."""
+    if isinstance(model, HookedModel):
+        space = space_of(model, site)
+        require_after_block(space, what)
+    else:
+        depth = len(decoder_blocks(model))
+        if site.layer >= depth:
+            raise SiteError(f"{hf_name(model)}: has layers 0 to {depth - 1}, no {site}")
+        if stated is not None:
+            require_hf_space(model, depth, stated)
+            return stated
+        space = Space(hf_name(model), site, int(text_config(model).hidden_size), fingerprint(model))
+    if stated is not None:
+        require_same_space(space, stated, what)
+    if space.width != width:
+        raise SpaceMismatchError(
+            f"{what}: {space} needs directions of {space.width} numbers, got {width}; is it another model's?"
+        )
+    return space

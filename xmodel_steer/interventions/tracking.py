@@ -1,0 +1,174 @@
+"""Know the text position of every row that passes a hook."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmodel_steer.core.errors import SiteError
+from xmodel_steer.interventions.positions import Positions
+from xmodel_steer.interventions.steps import Reading
+from xmodel_steer.models.forward import CACHES, LAYOUT, READING, counts_tokens
+
+
+@dataclass
+class Pass:
+    """What the forward pass that is running is about; set before it by a pre-hook."""
+
+    position: Tensor  # text position of each new token, -1 at padding: (batch, new)
+    prompt_lengths: Tensor  # (batch, 1)
+    rows: tuple[int, ...] | None
+    ids: Tensor  # the new tokens
+
+
+class Tracker:
+    """Works out text positions of every forward pass from its mask and cache."""
+
+    def __init__(self) -> None:
+        self.now: Pass | None = None
+        self.passes = 0
+        self.prompts: tuple[int, int] | None = None  # how many, how wide: while Hugging Face's generate runs
+        self._prompt_lengths: Tensor | None = None
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
+        given = self._arguments(module, args, kwargs)
+        inputs = (given.get("input_ids"), given.get("inputs_embeds"), given.get("input"))
+        ids = next((v for v in inputs if isinstance(v, Tensor)), None)
+        self.now = None
+        if ids is None:
+            return
+        if ids.ndim == 1:  # TransformerLens takes a bare row of tokens
+            ids = ids[None]
+        batch, new = ids.shape[:2]
+        called, told = READING.get() or (None, None)
+        mask = told if called is module else given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(batch, new, dtype=torch.long, device=ids.device)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise SiteError(
+                f"steering: needs an attention mask of shape (batch, tokens) to know text positions, got {came}; "
+                "give such a one, and leave generate its default cache (a static one makes other masks)"
+            )
+        if mask.shape[1] == new and called is not module:
+            mask = torch.cat([_past_mask(given, batch, ids.device).to(mask), mask], 1)
+        mask = mask.long()
+        position = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)[:, -new:]
+        known = LAYOUT.get()
+        first = mask.shape[1] == new
+        if known is not None and len(known.rows) != batch:
+            known = None
+        lengths = self._prompt_lengths
+        if known is not None and known.prompt_lengths is not None:
+            lengths = known.prompt_lengths.to(ids.device)
+        elif self.prompts is not None:
+            # What is to come of a prompt that is read in chunks is real: a decode is padded on the left.
+            width = self.prompts[1]
+            lengths = mask[:, :width].sum(1) + max(0, width - mask.shape[1])
+        elif first:
+            lengths = mask.sum(1)
+        elif lengths is None or len(lengths) != batch:
+            lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
+        self._prompt_lengths = lengths
+        rows = known.rows if known else None
+        if rows is None and self.prompts is not None:  # beams and samples of one prompt stand together
+            rows = tuple(row * self.prompts[0] // batch for row in range(batch))
+        self.now = Pass(position, lengths[:, None], rows, ids)
+        self.passes += 1
+
+    @staticmethod
+    def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, also those that were given by position."""
+        if not args:
+            return kwargs
+        signature = inspect.signature(module.forward)
+        bound = signature.bind_partial(*args, **kwargs)
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        return {**bound.arguments, **bound.arguments.get(rest, {})}
+
+    def after(self, *_: Any) -> None:
+        """Forward hook: what was known of this pass says nothing about another."""
+        self.now = None
+
+    def reading(self) -> Reading:
+        """What the pass that is running reads."""
+        assert self.now is not None
+        if self.now.ids.ndim != 2:
+            raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
+        return Reading(self.now.ids, self.now.position, self.now.rows)
+
+    def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:
+        """The pass that a residual stream belongs to, and which prompt each row is, or else its number."""
+        now = self.now
+        if now is None or now.position.shape != like.shape[:2]:
+            raise SiteError(
+                "steering: a forward pass went round the model's own call, so that text positions are unknown; "
+                "call the model itself, or xs.generate"
+            )
+        return now, tuple(range(len(now.position))) if now.rows is None else now.rows
+
+    def selected(self, positions: Positions, prompts: frozenset[int] | None, like: Tensor) -> Tensor:
+        """Which of the new tokens are at positions of prompts: boolean ``(batch, new)``."""
+        now, rows = self.running(like)
+        place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
+        real = place >= 0
+        if prompts is not None:
+            real &= torch.tensor([row in prompts for row in rows], device=like.device)[:, None]
+        if isinstance(positions, Tensor):
+            mask = positions.to(like.device)
+            if mask.ndim == 2:
+                if max(rows) >= len(mask):
+                    raise ValueError(f"positions: the mask has {len(mask)} rows, prompt {max(rows)} has none")
+                mask = mask[torch.tensor(rows, device=like.device)]
+            else:
+                mask = mask.expand(len(place), -1)
+            inside = real & (place < mask.shape[1])
+            return inside & mask.gather(1, place.clamp(0, mask.shape[1] - 1))
+        chosen = torch.zeros_like(real)
+        for name in (positions,) if isinstance(positions, str) else positions:
+            chosen |= {
+                "all": real,
+                "prompt": real & (place < length),
+                "generated": real & (place >= length),
+                "last": real & (place == length - 1),
+            }[name]
+        return chosen
+
+
+def _past_mask(given: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+    """Return the mask of the tokens that are in the cache already, from the arguments of a call.
+
+    Raises:
+        SiteError: What was given holds earlier tokens, and does not say how many.
+    """
+    if given.get("past_kv_cache") is not None:  # HookedTransformer's
+        return given["past_kv_cache"].previous_attention_mask
+    length = 0
+    for name, value in given.items():
+        if value is None or not (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
+            continue
+        if counts_tokens(value):
+            length = max(length, int(value.get_seq_length()))
+        elif not _is_empty(value):
+            raise SiteError(
+                f"steering: cannot tell how many tokens the {type(value).__name__} holds that was given as {name}=; give "
+                "an attention mask over the whole text, one of transformers' caches that count tokens, or use xs.generate"
+            )
+    return torch.ones(batch, length, dtype=torch.long, device=device)
+
+
+#: Whatever is given under these names was read before.
+_CACHE_NAMES = {*CACHES, "past_key_value", "past", "layer_past", "mems", "memory", "inference_params"}
+
+
+def _is_empty(cache: Any) -> bool:
+    """Tell whether a cache that does not count tokens has read none."""
+    if isinstance(cache, tuple | list | dict):
+        return len(cache) == 0
+    try:
+        return not cache.has_previous_state()
+    except (AttributeError, ValueError, TypeError):
+        return False

@@ -1,0 +1,122 @@
+"""Moments of two streams, and their parts."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xmodel_steer.core.spaces import Space
+
+PARTS = ("train", "validation", "test")
+PRODUCTS = ("source_scatters", "target_scatters", "cross", "shuffled", "sketch")  # of `PartMoments`
+
+
+def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float = 0.1) -> str:
+    """The part that a document belongs to, by a hash of its content.
+
+    Args:
+        content: The document's text; equal texts fall into the same part.
+        seed: Seed of the split.
+        validation: Share of documents that choose the penalty.
+        test: Share of documents that the reported scores come from.
+
+    Example:
+        >>> part_of("The same text.") == part_of("The same text.")
+        True
+    """
+    digest = hashlib.sha256(f"{seed}\n{content}".encode()).digest()
+    draw = int.from_bytes(digest[:8], "big") / 2**64
+    return "validation" if draw < validation else "test" if draw < validation + test else "train"
+
+
+def deviations(scatter: Float[Tensor, "d d"], mean: Float[Tensor, " d"], count: int) -> Float[Tensor, " d"]:
+    """Standard deviation of each dimension; exactly 0 where it is only the rounding of a constant."""
+    made = (scatter.diagonal() / max(count, 1)).clamp(min=0).sqrt()
+    rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
+    return torch.where(made > rounding, made, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class PairMoments:
+    """First and second moments of paired rows (s, t), float64.
+
+    Args:
+        count: Number of rows, n.
+        documents: Number of documents that they come from.
+        source_mean: mean of s.
+        target_mean: mean of t.
+        source_scatter: Σ (s - mean)ᵀ(s - mean).
+        target_scatter: Σ (t - mean)ᵀ(t - mean).
+        cross_scatter: Σ (s - mean)ᵀ(t - mean).
+    """
+
+    count: int
+    documents: int
+    source_mean: Float[Tensor, " ds"]
+    target_mean: Float[Tensor, " dt"]
+    source_scatter: Float[Tensor, "ds ds"]
+    target_scatter: Float[Tensor, "dt dt"]
+    cross_scatter: Float[Tensor, "ds dt"]
+
+    def inverse(self) -> "PairMoments":
+        """The same rows, paired the other way round."""
+        return PairMoments(
+            self.count,
+            self.documents,
+            self.target_mean,
+            self.source_mean,
+            self.target_scatter,
+            self.source_scatter,
+            self.cross_scatter.T,
+        )
+
+    @property
+    def source_scale(self) -> Float[Tensor, " ds"]:
+        """Standard deviation of each source dimension."""
+        return deviations(self.source_scatter, self.source_mean, self.count)
+
+    @property
+    def target_scale(self) -> Float[Tensor, " dt"]:
+        """Standard deviation of each target dimension."""
+        return deviations(self.target_scatter, self.target_mean, self.count)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitMoments:
+    """The moments of one layer pair for each part of the text, with both spaces.
+
+    Args:
+        source: Space that a map of them maps from.
+        target: Space that it maps to.
+        train: Moments of the documents that maps are fitted on.
+        validation: Moments of those that choose penalties.
+        test: Moments of those that scores are reported from.
+        coverage: Share of the tokens that could pair that do.
+        control: The same with every row paired to a token of another document: nothing to learn,
+            but everything else equal. None where it was not collected.
+        shuffled: Whether these are such control moments.
+    """
+
+    source: Space
+    target: Space
+    train: PairMoments
+    validation: PairMoments
+    test: PairMoments
+    coverage: float
+    control: "SplitMoments | None" = None
+    shuffled: bool = False
+
+    def inverse(self) -> "SplitMoments":
+        """The same moments for maps from the target to the source."""
+        return SplitMoments(
+            self.target,
+            self.source,
+            self.train.inverse(),
+            self.validation.inverse(),
+            self.test.inverse(),
+            self.coverage,
+            None if self.control is None else self.control.inverse(),
+            self.shuffled,
+        )

@@ -1,0 +1,110 @@
+"""Adapters merged into their base."""
+
+import hashlib
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xmodel_steer.core.errors import ModelError
+from xmodel_steer.models.checkpoints import listed, whole_model
+from xmodel_steer.models.identity import fingerprint
+
+
+def adapter_of(name: str | Path) -> Path | None:
+    """The folder of a PEFT adapter, if this is one."""
+    local = Path(name).expanduser()
+    return local if (local / "adapter_config.json").is_file() else None
+
+
+def base_named_by(adapter: Path) -> str:
+    """Return the base model that an adapter names."""
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{adapter}: its adapter_config.json names no base model ({type(error).__name__}: {error}); give base="
+        ) from error
+    if not named or (Path(named).is_absolute() and not Path(named).exists()):
+        raise ModelError(f"{adapter}: its base model {named!r} is not here; give base=")
+    return str(named)
+
+
+def with_adapter(
+    path: str,
+    adapter: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    revision: str | None,
+) -> tuple[Any, str]:
+    """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
+    from transformers import AutoModelForCausalLM
+
+    weights = adapter / "adapter_model.safetensors"
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if not weights.is_file():
+        raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
+    hf = whole_model(
+        AutoModelForCausalLM, path, label=path, dtype=torch.float32, device_map=device_map, revision=revision
+    )
+    if any(p.is_meta for p in hf.parameters()):
+        raise ModelError(
+            f"{adapter}: its base is offloaded, and an adapter is merged into weights in memory; give device=, or a "
+            "device_map that has room for all of the base"
+        )
+    # What an adapter does hangs on its weights and settings, not on where its base was found.
+    # Its lists are sets to peft, which writes them in any order.
+    does = {
+        key: sorted(map(str, value)) if isinstance(value, list) else value
+        for key, value in settings.items()
+        if key not in ("base_model_name_or_path", "revision", "peft_version")
+    }
+    own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
+    merged = adapted(hf, adapter).merge_and_unload()
+    for parameter in merged.parameters():  # the buffers stay float32
+        parameter.data = parameter.data.to(dtype)
+    return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
+
+
+def adapted(hf: Any, adapter: Path) -> Any:
+    """A Hugging Face model with a PEFT adapter put on, of which every tensor has found its place.
+
+    Args:
+        hf: The base.
+        adapter: The folder.
+
+    Raises:
+        ModelError: The adapter's tensors are not those that its settings and the base ask for, or it cannot be merged.
+    """
+    from peft import PeftModel
+
+    says = "Give the base that it was trained on with base=, and the adapter_config.json that it was saved with"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+            model: Any = PeftModel.from_pretrained(hf, str(adapter))
+            report = model.load_adapter(str(adapter), "default")
+    except KeyError as error:
+        raise ModelError(
+            f"{adapter}: the adapter lacks {error}, which its adapter_config.json asks for. {says}"
+        ) from error
+    except RuntimeError as error:
+        shapes = re.findall(r"size mismatch for (\S+):", str(error))
+        if not shapes:
+            raise
+        raise ModelError(
+            f"{adapter}: the adapter does not fit its base: {listed({'of another shape': shapes})}. {says}"
+        ) from error
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ModelError(
+            f"{adapter}: an adapter of type {model.peft_type} changes no weights that it could be merged into; "
+            "give one that does, such as LoRA"
+        )
+    wrong = {"missing": sorted(report.missing_keys), "not the base's": sorted(report.unexpected_keys)}
+    if any(wrong.values()):
+        raise ModelError(f"{adapter}: the adapter does not fit its base: {listed(wrong)}. {says}")
+    return model

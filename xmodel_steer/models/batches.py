@@ -1,0 +1,117 @@
+"""Prompts as padded batches of token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.models.facts import conduct_of, context_length, device_of, embedding_rows, name_of, tokenizer_of
+from xmodel_steer.models.tokens import Encoding, tokenise
+
+
+# --- tokens -----------------------------------------------------------------------------------
+def encode(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int | None = None,
+    truncation_side: str = "right",
+    warn: bool = True,
+) -> list[Encoding]:
+    """Tokenise prompts with the model's own tokenizer, template and special tokens.
+
+    Args:
+        model: A TransformerLens model.
+        prompts: The prompts.
+        max_tokens: Cut longer ones to this many tokens. Without it a prompt longer than the model's
+            context is refused.
+        truncation_side: Where to cut; see `tokenise`.
+        warn: See `tokenise`.
+
+    Raises:
+        PromptError: A prompt is longer than the context, gives no tokens, or holds a token that the
+            model has no embedding for.
+    """
+    name, tokenizer, rows = name_of(model), tokenizer_of(model), embedding_rows(model)
+    encodings = tokenise(
+        tokenizer,
+        prompts,
+        name=name,
+        limit=context_length(model),
+        max_tokens=max_tokens,
+        truncation_side=truncation_side,
+        warn=warn,
+    )
+    for encoding in encodings:
+        beyond = max(encoding.ids)
+        if beyond >= rows:
+            raise PromptError(
+                f"prompt {encoding.prompt.id} ({encoding.prompt.content[:40]!r}): holds the special token "
+                f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), but {name} has embeddings for ids 0 to {rows - 1} only; "
+                "take it out of the text, or resize the model's embeddings and train it"
+            )
+    return encodings
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded token ids with the mask of the real ones.
+
+    Args:
+        rows: Which of the caller's prompts each row is.
+        ids: Token ids.
+        mask: 1 at real tokens.
+    """
+
+    rows: tuple[int, ...]
+    ids: Int[Tensor, "batch tokens"]
+    mask: Int[Tensor, "batch tokens"]
+
+
+def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right") -> list[Batch]:
+    """Batches of prompts of similar length, longest first, so that little is padding.
+
+    A model that does not read a padded text as it reads it alone gets texts of one length, or one text, at a time (`Conduct`).
+    A batch ends at its size, or where the next prompt would be padding for more than half, and for over 64 tokens: a few
+    long prompts would else be the price of all. Longest first also means that a batch size that does not fit in memory fails at once.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    lengths = [len(encoding.ids) for encoding in encodings]
+    conduct = conduct_of(model)
+    batch_size = batch_size if conduct.batched else 1
+    groups: list[list[int]] = []
+    for i in sorted(range(len(encodings)), key=lambda i: -lengths[i]):
+        padding = lengths[groups[-1][0]] - lengths[i] if groups else 0
+        if groups and len(groups[-1]) < batch_size and padding <= (max(lengths[i], 64) if conduct.padded else 0):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    device = device_of(model)
+    made = []
+    for rows in groups:
+        width = lengths[rows[0]]
+        ids = torch.full((len(rows), width), pad_id(model), dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for r, i in enumerate(rows):
+            own = torch.tensor(encodings[i].ids)
+            place = slice(0, len(own)) if padding_side == "right" else slice(width - len(own), width)
+            ids[r, place], mask[r, place] = own, 1
+        made.append(Batch(tuple(rows), ids.to(device), mask.to(device)))
+    return made
+
+
+def pad_id(model: Any) -> int:
+    """A token id for padding that the model has an embedding of; which one does not matter, the mask hides it."""
+    tokenizer, rows = tokenizer_of(model), embedding_rows(model)
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and candidate < rows:  # a padding token is often added without an embedding
+            return int(candidate)
+    return 0

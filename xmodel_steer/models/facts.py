@@ -1,0 +1,120 @@
+"""What is known of a hooked model."""
+
+import os
+import platform
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from xmodel_steer.core.errors import ModelError
+from xmodel_steer.models.laws import Conduct
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What this library uses of a TransformerLens model."""
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass."""
+        ...
+
+    def hooks(self, fwd_hooks: list[Any]) -> Any:
+        """A context in which functions are hooked to named points."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What is known of a model that is not on the model itself."""
+
+    name: str
+    tokenizer: Any
+    fingerprint: str
+    revision: str
+    conduct: Conduct = field(default_factory=Conduct)
+
+
+FACTS: "weakref.WeakKeyDictionary[Any, Facts]" = weakref.WeakKeyDictionary()
+
+
+def facts_of(model: Any) -> Facts:
+    """Return what is known of a model; nothing is run or loaded.
+
+    Raises:
+        ModelError: The library does not know the model.
+    """
+    known = FACTS.get(model) if isinstance(model, torch.nn.Module) else None
+    if known is None:
+        if isinstance(model, HookedModel):
+            name = getattr(model.cfg, "model_name", None) or type(model).__name__
+            raise ModelError(
+                f"{name}: this model is not known yet; tell the library of it with xs.register(model), or load it with "
+                "xs.load(name)"
+            )
+        raise ModelError(
+            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
+            "load it with xs.load(name)"
+        )
+    return known
+
+
+def name_of(model: Any) -> str:
+    """The model's name."""
+    return facts_of(model).name
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The model's own tokenizer, as published."""
+    return facts_of(model).tokenizer
+
+
+def revision_of(model: Any) -> str:
+    """The revision that was asked of the hub, or nothing."""
+    return facts_of(model).revision
+
+
+def conduct_of(model: Any) -> Conduct:
+    """Return what may be done with the model, as it showed when it was loaded."""
+    return facts_of(model).conduct
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that token ids go to."""
+    # TransformerLens offloads only what computes on the CPU; offloaded weights are on no device
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """The dtype of the model's weights."""
+    return next(model.parameters()).dtype
+
+
+def hardware_of(model: Any) -> str:
+    """What the model runs on, and in which dtype, in words."""
+    device = device_of(model)
+    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return f"{where}, {str(dtype_of(model)).removeprefix('torch.')}"
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether the model is a TransformerBridge, with the Hugging Face model inside."""
+    return hasattr(model, "original_model")
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids the model has embeddings for."""
+    if is_bridge(model):
+        return len(model.original_model.get_input_embeddings().weight)
+    return int(model.cfg.d_vocab)
+
+
+def context_length(model: Any) -> int:
+    """How many tokens the model can read."""
+    return int(model.cfg.n_ctx)

@@ -1,0 +1,141 @@
+"""Get to know a model: its name, its tokenizer, its sites, and what it is proved to do."""
+
+import itertools
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from xmodel_steer.core.errors import CacheWarning, ModelError, ModelWarning
+from xmodel_steer.models import laws
+from xmodel_steer.models.batches import pad_id
+from xmodel_steer.models.bridges import read_caches
+from xmodel_steer.models.facts import (
+    FACTS,
+    Facts,
+    HookedModel,
+    context_length,
+    device_of,
+    dtype_of,
+    embedding_rows,
+    facts_of,
+    is_bridge,
+)
+from xmodel_steer.models.forward import forward, keep_rows
+from xmodel_steer.models.identity import fingerprint
+from xmodel_steer.models.laws import Conduct
+from xmodel_steer.models.sites import check_sites
+from xmodel_steer.models.tokens import special_ids
+
+
+def published_tokenizer(path: str, revision: str | None = None) -> Any:
+    """A tokenizer as its folder or hub name has it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str = "") -> None:
+    """Tell the library of a hooked model that was made elsewhere; `load` does this.
+
+    Args:
+        model: A TransformerLens model.
+        name: Its name, for messages and results; ``model.cfg.model_name`` by default.
+        tokenizer: A fast Hugging Face tokenizer, as published with the model. By default the model's own, loaded afresh from
+            where it came from: TransformerLens changes a tokenizer's handling of BOS when it takes it over.
+        revision: Revision of the model on the hub, for the record.
+
+    Raises:
+        ModelError: It is no TransformerLens model, or the tokenizer is missing, gives no character offsets, or has more tokens
+            than the model.
+        SiteError: A site does not fire, or is misshapen.
+    """
+    if not isinstance(model, HookedModel):
+        raise ModelError(
+            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
+            "load it with xs.load(name)"
+        )
+    name = name or str(getattr(model.cfg, "model_name", None) or "model")
+    if tokenizer is None:
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise ModelError(
+                f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)"
+            )
+        with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
+            tokenizer = published_tokenizer(tokenizer.name_or_path)
+    know(model, name=name, tokenizer=tokenizer, revision=revision)
+    check_sites(model)
+    prove(model)
+
+
+def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: str = "") -> None:
+    """`register`, for callers that may know the fingerprint of the weights better than the weights show it."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
+            "load it with AutoTokenizer, or convert it (tokenizer.json)"
+        )
+    rows, special = embedding_rows(model), special_ids(tokenizer)
+    # Special tokens without an embedding are common (a padding token, an image's): `encode` refuses them where they occur.
+    words = {i: token for token, i in getattr(tokenizer, "get_vocab", dict)().items() if i not in special}
+    if (last := max(words, default=0)) >= rows:
+        raise ModelError(
+            f"{name}: its tokenizer has tokens up to id {last} ({words[last]!r}), but the model has embeddings for {rows} only, ids 0 to "
+            f"{rows - 1}; give the tokenizer that the model was trained with, or resize the embeddings "
+            "(model.resize_token_embeddings) and train the new ones before TransformerLens takes the model"
+        )
+    if is_bridge(model):
+        read_caches(model)
+    FACTS[model] = Facts(name, tokenizer, weights or fingerprint(model), revision)
+
+
+#: What a model reads to prove itself: plain English, since numbers are rounded most at random tokens.
+_PROOF = (
+    "The river rises in the hills north of the town and flows south through farmland before it reaches the sea. "
+    "In winter the lower valley often floods, and the road to the coast is closed for several days."
+)
+_PROOF_TOKENS = 9
+
+
+def prove(model: Any) -> Conduct:
+    """Try the laws of `xmodel_steer.models.laws` on a model, and keep to what it shows.
+
+    Warns:
+        CacheWarning: One cached step is not the whole text read again: `generate` then goes without a cache.
+        ModelWarning: Texts cannot be padded, or not be read together: they then are read one length, or one text, at a time.
+    """
+    facts, device = facts_of(model), device_of(model)
+
+    def decoder(ids: Tensor, mask: Tensor, cache: Any, use_cache: bool) -> tuple[Tensor, Any]:
+        settings = {"cache": cache, "use_cache": use_cache, "logits": laws.LAST}
+        logits, cache = forward(model, ids.to(device), mask.to(device), **settings)
+        assert logits is not None
+        return logits.float().cpu(), cache
+
+    length = min(_PROOF_TOKENS, context_length(model))
+    words = facts.tokenizer(_PROOF, add_special_tokens=False)["input_ids"]
+    if length < laws.LAST + 3 or not words:
+        return facts.conduct  # too short a context, or no tokens, to tell anything by
+    ids = itertools.cycle(words)
+    texts = [list(itertools.islice(ids, n)) for n in (length, length, length - 3)]
+    conduct = laws.prove(
+        decoder,
+        lambda cache, rows: keep_rows(cache, rows.to(device)),
+        texts,
+        dtype=dtype_of(model),
+        pad=pad_id(model),
+    )
+    FACTS[model] = replace(facts, conduct=conduct)
+    for law in conduct.laws:
+        if law.state == "failed" and law.name != laws.DROPPING:
+            kind = CacheWarning if law.name == laws.CACHED else ModelWarning
+            warnings.warn(
+                f"{facts.name}: not true of this model here: {law.name} ({law.detail}); {law.remedy}. "
+                "Another version of transformers or transformer-lens may be right; xmodel-steer check prints every law",
+                kind,
+                stacklevel=3,
+            )
+    return conduct

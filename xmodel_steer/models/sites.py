@@ -1,0 +1,92 @@
+"""Places in a model that can be read and written."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xmodel_steer.core.errors import SiteError
+from xmodel_steer.core.spaces import STREAMS, Site, Space
+from xmodel_steer.models.facts import device_of, facts_of, is_bridge
+from xmodel_steer.models.forward import forward
+from xmodel_steer.models.identity import processing_of
+
+
+def space_of(model: Any, site: Site) -> Space:
+    """The vector space at a site of a model.
+
+    Args:
+        model: A TransformerLens model.
+        site: The place in it.
+
+    Raises:
+        SiteError: The model has no such layer, or this layer no such stream. No pass is run to find out.
+    """
+    facts = facts_of(model)
+    if site.layer >= model.cfg.n_layers:
+        raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
+    points = model.hook_dict
+    if site.hook_name not in points:
+        there = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
+        raise SiteError(
+            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(there) or 'no stream'}. "
+            "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out: "
+            "choose a stream that it has"
+        )
+    return Space(facts.name, site, int(model.cfg.d_model), facts.fingerprint, processing_of(model))
+
+
+def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
+    """One site per layer."""
+    return tuple(Site(layer, stream) for layer in range(model.cfg.n_layers))
+
+
+def sites_of(model: Any, sites: Sequence[Site] | Literal["all"]) -> tuple[Site, ...]:
+    """The sites, or the one after every block for ``"all"``."""
+    return all_sites(model) if isinstance(sites, str) else tuple(sites)
+
+
+def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
+    """Run two tokens through the model and refuse it if a site does not fire or is misshapen.
+
+    Args:
+        model: A TransformerLens model.
+        sites: The sites that are needed; every layer's ``resid_post`` by default.
+
+    Raises:
+        SiteError: Names the sites that are missing or wrong, and says why.
+    """
+    wanted = tuple(sites) if sites is not None else all_sites(model)
+    name = facts_of(model).name
+    for site in wanted:
+        space_of(model, site)  # refuses a layer or stream that is not there
+    shapes: dict[str, tuple[int, ...]] = {}
+    ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
+
+    def keep(value: Tensor, hook: Any, key: str) -> None:
+        shapes[key] = tuple(value.shape)
+
+    hooks = [(s.hook_name, lambda value, hook, key=s.hook_name: keep(value, hook, key)) for s in wanted]
+    try:
+        with model.hooks(fwd_hooks=hooks), torch.no_grad():
+            forward(model, ids, torch.ones_like(ids), logits="last")
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind = type(model.original_model if is_bridge(model) else model).__name__
+        raise SiteError(
+            f"{name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
+            f"TransformerLens may not support the architecture {kind}: try another version of it, or another model"
+        ) from error
+    silent = [str(s) for s in wanted if s.hook_name not in shapes]
+    if silent:
+        raise SiteError(
+            f"{name}: the hook point of {', '.join(silent[:5])} did not fire in a forward pass; "
+            "TransformerLens may not hook this stream of this architecture"
+        )
+    wrong = [(s, shapes[s.hook_name]) for s in wanted if shapes[s.hook_name] != (1, 2, model.cfg.d_model)]
+    if wrong:
+        site, shape = wrong[0]
+        raise SiteError(
+            f"{name}: {site} gives shape {shape} for 2 tokens, expected (1, 2, {model.cfg.d_model}); "
+            "it is not this model's residual stream"
+        )

@@ -1,0 +1,111 @@
+"""Vectors that the explorer offers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xmodel_steer.core.directions import random_like
+from xmodel_steer.core.errors import SpaceMismatchError
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.interventions.contexts import require_space_of
+from xmodel_steer.models.facts import name_of
+from xmodel_steer.recipe.results import TransferResult
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """A vector that can be chosen.
+
+    Args:
+        name: What it is called: ``mapped``, or the caller's name for it.
+        vector: The vector.
+        code: An expression that gives it, in terms of what the explorer was given.
+        imports: Lines that the expression needs.
+    """
+
+    name: str
+    vector: SteeringVector
+    code: str
+    imports: tuple[str, ...] = ()
+
+    @property
+    def site(self) -> Site:
+        """Where the vector acts."""
+        return self.vector.space.site
+
+
+def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option, ...]:
+    """The vectors that can be chosen for a model.
+
+    Args:
+        model: A TransformerLens model.
+        vectors: What `explore` was given: a result, a vector, several, or a mapping.
+        name: An expression that gives it.
+
+    Raises:
+        SpaceMismatchError: A vector lives in another space; of a result, all of them.
+        TypeError: It is none of these.
+        ValueError: There are no vectors.
+    """
+    what = f"explore {name_of(model)}"
+    if isinstance(vectors, TransferResult):
+        return _options_of_result(model, vectors, name, what)
+    if isinstance(vectors, SteeringVector):
+        given = [(vectors.label or "vector", vectors, name)]
+    elif isinstance(vectors, Mapping):
+        given = [item for key, value in vectors.items() for item in _named(str(key), value, f"{name}[{key!r}]")]
+    elif isinstance(vectors, Sequence) and not isinstance(vectors, str):
+        # Those of one label at several sites become one name with several layers.
+        given = [(getattr(v, "label", "") or "vector", v, f"{name}[{k}]") for k, v in enumerate(vectors)]
+    else:
+        raise TypeError(
+            "explore: needs a TransferResult, a SteeringVector, several of them or a mapping of names to them, "
+            f"got {type(vectors).__name__}; write xs.explore(model, vectors)"
+        )
+    if not given:
+        raise ValueError("explore: give at least one vector")
+    found: dict[tuple[str, Site], Option] = {}
+    for label, vector, code in given:
+        if not isinstance(vector, SteeringVector):
+            raise TypeError(f"explore: {code} must be a SteeringVector, got {type(vector).__name__}")
+        require_space_of(model, vector.space, what)
+        option = Option(label, vector, code)
+        if found.setdefault((label, option.site), option) is not option:
+            raise ValueError(
+                f"explore: two vectors are called {label!r} at {option.site}; give them names, "
+                "{'one': vector, 'other': vector}"
+            )
+    return tuple(found.values())
+
+
+def _named(name: str, value: Any, code: str) -> list[tuple[str, Any, str]]:
+    """What stands under one name: a vector, or one per layer."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [(name, vector, f"{code}[{k}]") for k, vector in enumerate(value)]
+    return [(name, value, code)]
+
+
+def _options_of_result(model: Any, result: TransferResult, name: str, what: str) -> tuple[Option, ...]:
+    found = []
+    for key in ("mapped", "native", "shuffled", "source"):
+        vector = result.vectors.get(key)
+        if vector is None:
+            continue
+        try:
+            require_space_of(model, vector.space, what)
+        except SpaceMismatchError:
+            continue
+        found.append(Option(key, vector, f'{name}.vectors["{key}"]'))
+    if not found:
+        one = next(iter(result.vectors.values()), None)
+        if one is None:
+            raise ValueError("explore: the result has no vectors; it may have been saved by hand without them")
+        require_space_of(model, result.vectors.get("native", one).space, what)
+    native = result.vectors.get("native")
+    if native is not None and native.scale is not None and any(option.name == "native" for option in found):
+        seed = result.seeds.get("random", (0,))[0]  # the first of the transfer's own
+        code = f'random_like({name}.vectors["native"], seed={seed})'
+        imports = ("from xmodel_steer.core.directions import random_like",)
+        found.append(Option("random", random_like(native, seed=seed), code, imports))
+    return tuple(found)

@@ -1,0 +1,168 @@
+"""Steered and unsteered texts while they are written."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.operators import Add
+from xmodel_steer.interventions.positions import Where
+from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.models.generation import Written, stream
+from xmodel_steer.notebook.options import Option
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to be compared: one prompt, steered and not.
+
+    Args:
+        prompt: What the model continues, or with ``chat`` what the user says to it.
+        strength: Of `Add`; negative steers away.
+        positions: Where in the text to steer; see `Intervention`.
+        max_new_tokens: Number of tokens to add.
+        chat: Render the prompt as a user's message, with the model's chat template.
+
+    Raises:
+        PromptError: The prompt is empty.
+    """
+
+    prompt: str
+    strength: float = 1.0
+    positions: Where = "all"
+    max_new_tokens: int = 40
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise PromptError("The prompt is empty: write something for the model to continue.")
+
+    def asked(self) -> Prompt:
+        """The prompt as the library takes it."""
+        return Prompt.of([{"role": "user", "content": self.prompt}] if self.chat else self.prompt)
+
+    def code(self, option: Option, model: str = "model") -> str:
+        """The library calls that give the two texts.
+
+        Args:
+            option: The vector.
+            model: An expression that gives the model.
+        """
+        prompt = f'[{{"role": "user", "content": {self.prompt!r}}}]' if self.chat else repr(self.prompt)
+        settings = f"max_new_tokens={self.max_new_tokens}"
+        lines = [
+            "import xmodel_steer as xs",
+            *option.imports,
+            "",
+            f"prompt = {prompt}",
+            f"with xs.steering({model}, {option.code}, operator=xs.Add({self.strength!r}), positions={self.positions!r}):",
+            f"    (steered,) = xs.generate({model}, [prompt], {settings})",
+            f"(unsteered,) = xs.generate({model}, [prompt], {settings})",
+            'print(f"steered:\\n{steered}\\n\\nunsteered:\\n{unsteered}")',
+        ]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """A candidate for the first new token, with its probability in both models."""
+
+    token: str
+    unsteered: float
+    steered: float
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be seen after a forward pass.
+
+    Args:
+        steered: What the steered model has written so far.
+        unsteered: What the model itself has written so far.
+        next_tokens: The likeliest first tokens, once both have begun.
+    """
+
+    steered: str = ""
+    unsteered: str = ""
+    next_tokens: tuple[NextToken, ...] = ()
+
+
+def written(model: Any, choice: Choice, vector: SteeringVector | None = None) -> Iterator[Written]:
+    """The model's continuation token by token, steered by a vector or as it is.
+
+    The hooks are on the model only while a token is computed: between two tokens, and
+    wherever this is interrupted or given up, the model is as it was.
+
+    Args:
+        model: A TransformerLens model.
+        choice: The prompt and how to steer.
+        vector: A vector of one of the model's spaces; None steers nothing.
+
+    Yields:
+        The text so far, with the logits of its newest token; the last text is that of `generate`
+        under the same `steering`.
+
+    Raises:
+        PromptError: The model cannot read the prompt, or has no room for the new tokens.
+        SpaceMismatchError: The vector lives in another space.
+    """
+    tokens = stream(model, choice.asked(), max_new_tokens=choice.max_new_tokens)
+    while True:
+        hooked = (
+            steering(model, vector, operator=Add(choice.strength), positions=choice.positions)
+            if vector is not None
+            else nullcontext()
+        )
+        with hooked:
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
+
+
+def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -> Iterator[View]:
+    """The steered and the unsteered continuation, token by token in turn; the steered one begins.
+
+    Args:
+        model: A TransformerLens model.
+        choice: The prompt and how to steer.
+        vector: A vector of one of the model's spaces.
+        top: How many candidates for the first token to show.
+
+    Yields:
+        All that is to be seen, after every forward pass.
+
+    Raises:
+        PromptError: The model cannot read the prompt, or has no room for the new tokens.
+        SpaceMismatchError: The vector lives in another space.
+    """
+    running = {"steered": written(model, choice, vector), "unsteered": written(model, choice)}
+    texts, first = dict.fromkeys(running, ""), {}
+    candidates: tuple[NextToken, ...] = ()
+    while running:
+        for name, tokens in list(running.items()):
+            token = next(tokens, None)
+            if token is None:
+                del running[name]
+                continue
+            texts[name] = token.text
+            if name not in first:
+                first[name] = token.logits
+                if len(first) == 2:
+                    candidates = _next_tokens(model, first["unsteered"], first["steered"], top)
+            yield View(texts["steered"], texts["unsteered"], candidates)
+
+
+def _next_tokens(model: Any, before: Tensor, after: Tensor, top: int) -> tuple[NextToken, ...]:
+    """The likeliest under either, by the larger of both probabilities."""
+    unsteered, steered = (logits.float().softmax(-1) for logits in (before, after))
+    best = torch.maximum(unsteered, steered).topk(min(top, len(unsteered))).indices.tolist()
+    tokenizer = tokenizer_of(model)
+    return tuple(NextToken(tokenizer.decode([i]), float(unsteered[i]), float(steered[i])) for i in best)

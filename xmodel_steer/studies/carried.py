@@ -1,0 +1,222 @@
+"""What is carried from the one organism to the other: a vector, its gate, the maps."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.activations.collecting import collect_moments
+from xmodel_steer.activations.harvesting import harvest
+from xmodel_steer.activations.store import ActivationStore
+from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.interventions.operators import Add, Operator
+from xmodel_steer.maps.controls import ShuffledPairs, pinned
+from xmodel_steer.maps.fitting import Fitter
+from xmodel_steer.maps.moments import Moments
+from xmodel_steer.maps.statistics import quotient
+from xmodel_steer.models.facts import context_length, device_of
+from xmodel_steer.studies.recipes import Recipe
+
+MAP_TOKENS = 192
+# The settings with which trained maps are as good as closed ones; the paper's see too little text here.
+LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A source vector in the target's space, and what it is compared with; all at the native one's norm.
+
+    Args:
+        source: The vector that is carried.
+        native: The target's own vector.
+        mapped: The source's, through the map.
+        shuffled: The source's, through a map of shuffled pairs.
+        biased: The source's with the map's bias added, as if it were a point: the classic mistake.
+        cosine: Of the mapped and the native vector, in standardised coordinates.
+        norm_ratio: Of the mapped vector's norm, before scaling, and the native one's.
+        r2: Of the map, on test documents, mean over target dimensions.
+        gate: The gates of these vectors, where the recipe has them.
+    """
+
+    source: SteeringVector
+    native: SteeringVector
+    mapped: SteeringVector
+    shuffled: SteeringVector
+    biased: SteeringVector
+    cosine: float
+    norm_ratio: float
+    r2: float | None
+    gate: "Carried | None" = None
+
+    @classmethod
+    def of(
+        cls,
+        vector: SteeringVector,
+        native: SteeringVector,
+        moments: Moments,
+        fitter: Fitter,
+        gate: tuple[SteeringVector, SteeringVector] | None = None,
+    ) -> "Carried":
+        """Fit a map and its control, and send a vector through both.
+
+        Class means come through the map with the vector; scaled, they lie about the same centre as far apart as the
+        scaled vector is long.
+
+        Args:
+            vector: Of the source.
+            native: Of the target, with class means and scale.
+            moments: Of this pair of sites, among others.
+            fitter: Fits the map.
+            gate: The gates' vectors of the source and of the target.
+        """
+        site = native.space.site
+        pair = moments.pair(vector.space.site, site)
+        mapping = fitter.fit(pair)
+        control = ShuffledPairs(pinned(fitter, mapping)).fit(pair)
+        scale = moments.scale(site)
+        moved = mapping.transport(vector).with_scale(scale)
+        score = mapping.score_test
+        return cls(
+            source=vector,
+            native=native,
+            mapped=at_norm_of(native, moved),
+            shuffled=at_norm_of(native, control.transport(vector).with_scale(scale)),
+            biased=at_norm_of(native, replace(moved, direction=mapping.transform(vector.direction))),
+            cosine=native.cosine(moved),
+            norm_ratio=quotient(moved.norm(standardised=True), native.norm(standardised=True)),
+            r2=score.mean_r2 if score else None,
+            gate=None if gate is None else cls.of(*gate, moments, fitter),
+        )
+
+    def again(self, moments: Moments, fitter: Fitter) -> "Carried":
+        """The same vectors of both models, through maps of other moments, which give the scale too.
+
+        Args:
+            moments: Of this pair of sites, among others.
+            fitter: Fits the map.
+        """
+        scale = moments.scale(self.native.space.site)
+        gate = None if self.gate is None else (self.gate.source, self.gate.native.with_scale(scale))
+        return Carried.of(self.source, self.native.with_scale(scale), moments, fitter, gate)
+
+    @property
+    def mapped_gate(self) -> SteeringVector | None:
+        """The mapped vector's gate."""
+        return None if self.gate is None else self.gate.mapped
+
+
+def at_norm_of(native: SteeringVector, vector: SteeringVector) -> SteeringVector:
+    """A vector with another's norm in standardised coordinates, its class means as far apart about their own centre."""
+    return vector.with_norm(native.norm(standardised=True)).about(centre(vector))
+
+
+def centre(vector: SteeringVector) -> Tensor:
+    """The middle of a vector's two class means."""
+    assert vector.positive_mean is not None
+    assert vector.negative_mean is not None
+    return (vector.positive_mean.double() + vector.negative_mean.double()) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A recipe, and what validation chose for it.
+
+    Args:
+        recipe: The recipe.
+        operator: What is done with the vector, and how strongly.
+        carried: The vectors, at the layers that were chosen.
+        others: Vectors of further arms, by name.
+    """
+
+    recipe: Recipe
+    operator: Operator
+    carried: Carried
+    others: Mapping[str, SteeringVector] = field(default_factory=dict)
+
+    @property
+    def has_equal_kl(self) -> bool:
+        """Whether it can be compared at equal KL: neutral text is then disturbed as any other."""
+        fixed = self.recipe.positions == "all" or isinstance(self.recipe.positions, Tensor)
+        return isinstance(self.operator, Add) and self.recipe.gate is None and fixed
+
+    def record(self) -> dict[str, Any]:
+        """As a study records it."""
+        own = self.carried
+        return {
+            "operator": repr(self.operator),
+            "source_layer": own.source.space.site.layer,
+            "target_layer": own.native.space.site.layer,
+            "cosine": own.cosine,
+            "norm_ratio": own.norm_ratio,
+            "map_r2": own.r2,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The two models of a study, and how text of both is read.
+
+    Args:
+        source: The smaller one.
+        target: The larger one.
+        general: General text for maps.
+        seed: Of the split of map text.
+        progress: Show progress bars.
+    """
+
+    source: Any
+    target: Any
+    general: tuple[Prompt, ...] = field(repr=False)
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def map_tokens(self) -> int:
+        """Tokens read of each text of a map."""
+        return min(MAP_TOKENS, context_length(self.source), context_length(self.target))
+
+    @property
+    def products(self) -> torch.device:
+        """Where products are formed in float64, which not every accelerator has."""
+        device = device_of(self.target)
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    def of_general(self, pairs: Sequence[tuple[Site, Site]]) -> Moments:
+        """Moments of the general text, kept in the user's cache."""
+        sources, targets = _ends(pairs)
+        return cached_moments(
+            self.source, self.target, self.general, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
+            max_tokens=self.map_tokens, seed=self.seed, device=self.products, progress=self.progress,
+        )  # fmt: skip
+
+    def of(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Moments:
+        """Moments of other text."""
+        sources, targets = _ends(pairs)
+        return collect_moments(
+            self.source, self.target, prompts, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
+            max_tokens=self.map_tokens, batch_size=32, seed=self.seed, device=self.products, progress=self.progress,
+        )  # fmt: skip
+
+    @contextmanager
+    def stored(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Iterator[ActivationStore]:
+        """Rows of text on disk, for maps that are trained on them; they are gone when the block ends."""
+        sources, targets = _ends(pairs)
+        with tempfile.TemporaryDirectory() as folder:
+            for model, end, sites in ((self.source, "source", sources), (self.target, "target", targets)):
+                harvest(
+                    model, prompts, folder, end=end, sites=sites, max_tokens=self.map_tokens, batch_size=32,
+                    dtype="float32", seed=self.seed, progress=self.progress,
+                )  # fmt: skip
+            yield ActivationStore(folder)
+
+
+def _ends(pairs: Sequence[tuple[Site, Site]]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    first, second = (tuple(dict.fromkeys(sites)) for sites in zip(*pairs, strict=True))
+    return first, second
