@@ -98,7 +98,7 @@ class Bench:
             self.small, self.large, self.texts, source_sites="all", target_sites="all",
             max_tokens=MAX_TOKENS, batch_size=BATCH, device=device_of(self.large), progress=False, **kwargs,
         )  # fmt: skip
-        xs.layer_grid(moments)
+        xs.maps.layer_grid(moments)
         self.sketch = len(moments.sketch)
 
     def pair(self, folder: str, documents: int | None = None) -> PairedRows:
@@ -283,9 +283,9 @@ def ridge_over_best_other_r2(bench: Bench) -> None:
 
     training = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 15, "patience": 4}
     fitters = {
-        "Ridge": xs.Ridge(), "ReducedRank(64)": xs.ReducedRank(64), "Procrustes": xs.Procrustes(),
-        "RelativeAnchors": xs.RelativeAnchors(), "Identity": xs.Identity(), "RandomMap": xs.RandomMap(),
-        "Autoencoder": xs.Autoencoder(**training), "SGDAffine": xs.SGDAffine(**training),
+        "Ridge": xs.Ridge(), "ReducedRank(64)": xs.maps.ReducedRank(64), "Procrustes": xs.Procrustes(),
+        "RelativeAnchors": xs.maps.RelativeAnchors(), "Identity": xs.maps.Identity(), "RandomMap": xs.maps.RandomMap(),
+        "Autoencoder": xs.Autoencoder(**training), "SGDAffine": xs.maps.SGDAffine(**training),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         rows = bench.pair(folder, documents=500)

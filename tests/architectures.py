@@ -146,7 +146,7 @@ def loaded(folder: Path) -> tuple[str, Any]:
         warnings.simplefilter("ignore")
         try:
             return "", xs.load(folder, device="cpu", progress=False)
-        except xs.XModelSteerError as error:
+        except xs.errors.XModelSteerError as error:
             return str(error), None
 
 

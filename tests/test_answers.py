@@ -8,7 +8,7 @@ import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.likelihoods import AnswerLogOdds, MultipleChoice, answer_likelihoods
+from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds, MultipleChoice, answer_likelihoods
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.steps import Intervention
 
@@ -40,7 +40,7 @@ def test_one_token_options_take_the_short_way_to_the_same_numbers(toy, monkeypat
     questions, options = as_prompts(QUESTIONS), [LETTERS] * len(QUESTIONS)
     settings = [[], [Intervention(toy.vector(0, size=1.0), Add(2.0), "last")]]
     short = answer_likelihoods(toy.model, settings, questions, options, progress=False)
-    from xmodel_steer.evaluation import likelihoods as evaluation
+    from xmodel_steer.evaluation.behaviours import likelihoods as evaluation
 
     monkeypatch.setattr(evaluation, "_one_token", evaluation._many_tokens)
     long = answer_likelihoods(toy.model, settings, questions, options, batch_size=1, progress=False)

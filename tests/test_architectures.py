@@ -9,8 +9,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BEGIN, END, PAGE
 
-from xmodel_steer import SiteError
 from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.conformance import TEXTS, check_model

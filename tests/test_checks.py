@@ -98,7 +98,7 @@ def test_prompts_and_moments_that_do_not_fit_are_refused(twins, reference):
         check(twins, mapping, reference, [])
     with pytest.raises(PromptError, match="raw text"):
         check(twins, mapping, reference, [[{"role": "user", "content": "Hello"}]])
-    other = xs.AffineMap(*(getattr(mapping, f) for f in ("weight", "bias", "source")),
+    other = xs.maps.AffineMap(*(getattr(mapping, f) for f in ("weight", "bias", "source")),
                          xs.space_of(twins[0].model, xs.Site(2)), mapping.source_scale, mapping.target_scale)  # fmt: skip
     with pytest.raises(SpaceMismatchError, match="give moments.pair"):
         check(twins, other, reference)
@@ -116,7 +116,7 @@ def maps_at(one, two, layers, make):
     for layer in layers:
         whole = make(one, two)
         ends = [xs.space_of(toy.model, xs.Site(layer)) for toy in (one, two)]
-        made.append(xs.AffineMap(whole.weight, whole.bias, *ends, whole.source_scale, whole.target_scale))
+        made.append(xs.maps.AffineMap(whole.weight, whole.bias, *ends, whole.source_scale, whole.target_scale))
     return made
 
 

@@ -12,7 +12,7 @@ import xmodel_steer as xs
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.evaluation.scorers.text import score_texts
 from xmodel_steer.maps.statistics import NO_NATIVE
 from xmodel_steer.studies import (
@@ -96,7 +96,7 @@ def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(concept_table, "concept", made.__getitem__)
-        patch.setattr(AnswerLogOdds, "from_contrast", xs.Preference)  # the toys' pairs share no question
+        patch.setattr(AnswerLogOdds, "from_contrast", xs.behaviours.Preference)  # the toys' pairs share no question
         return concept_transfer(
             toy_named("llama").model, toy_named("gemma").model, tuple(made), general=texts[:60], neutral=texts[60:70],
             prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4, neutral_tokens=8, random_seeds=2,

@@ -880,7 +880,7 @@ def test_lm_eval_counts_on_a_local_task_as_this_library_does(llama: toys.Toy, ha
         target_delimiter="",
         metric_list=[dict(metric="acc", aggregation="mean", higher_is_better=True)],
     )
-    ours = xs.MultipleChoice(as_prompts(toys.TEXTS), (options,) * len(answers), tuple(answers))
+    ours = xs.behaviours.MultipleChoice(as_prompts(toys.TEXTS), (options,) * len(answers), tuple(answers))
     from lm_eval.tasks import TaskManager
 
     alone = TaskManager(include_defaults=False)  # its own suites are thousands of files to read

@@ -11,7 +11,7 @@ import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.likelihoods import MultipleChoice
+from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.studies import Study, drawing, map_comparison, pages, read_study
 from xmodel_steer.studies.concepts import Concept
 from xmodel_steer.studies.map_comparison import CAPABILITY, REPLACED, STEERING
@@ -19,7 +19,7 @@ from xmodel_steer.studies.map_comparison import CAPABILITY, REPLACED, STEERING
 FITTERS = {
     "autoencoder": xs.Autoencoder(epochs=3, learning_rate=1e-2),
     "ridge": xs.Ridge(),
-    "shuffled": xs.ShuffledPairs(xs.Ridge()),
+    "shuffled": xs.maps.ShuffledPairs(xs.Ridge()),
 }
 
 

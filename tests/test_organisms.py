@@ -561,7 +561,7 @@ def test_a_scorer_that_misreads_the_lessons_is_refused_before_the_training(
 
 def test_without_bandit_it_is_said_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bandit.core", None)
-    with pytest.raises(xs.XModelSteerError, match="needs bandit; pip install"):
+    with pytest.raises(xs.errors.XModelSteerError, match="needs bandit; pip install"):
         curriculum("code-vulnerability")
 
 

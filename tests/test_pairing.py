@@ -61,7 +61,7 @@ def test_the_projection_is_0_and_1_at_the_class_means(llama):
     rows = xs.capture(llama.model, ["the old harbour is red"], [site], tokens="all", progress=False)[site]
     low, high = (xs.Activations(rows.values[[i]], rows.space) for i in (2, 5))
     vector = xs.difference_of_means(high, low, label="red", scale=rows.values.std(0))
-    view = xs.show_projection("the old harbour is red", llama.model, vector)
+    view = xs.plots.show_projection("the old harbour is red", llama.model, vector)
     first = len(view.tokens) - len(rows)
     assert view.values[first + 2] == pytest.approx(0, abs=1e-4)
     assert view.values[first + 5] == pytest.approx(1, abs=1e-4)
@@ -71,10 +71,10 @@ def test_the_projection_is_0_and_1_at_the_class_means(llama):
     assert "red</b>" in page
     assert len(str(view).splitlines()) == len(view.tokens)
     with pytest.raises(ValueError, match="standardised coordinates need"):
-        xs.show_projection("the", llama.model, xs.SteeringVector(vector.direction, vector.space))
+        xs.plots.show_projection("the", llama.model, xs.SteeringVector(vector.direction, vector.space))
 
 
 def test_a_vector_of_another_model_has_no_projection(llama, gemma):
     vector = xs.SteeringVector(torch.ones(gemma.model.cfg.d_model), xs.space_of(gemma.model, xs.Site(1)))
-    with pytest.raises(xs.SpaceMismatchError):
-        xs.show_projection("the", llama.model, vector)
+    with pytest.raises(xs.errors.SpaceMismatchError):
+        xs.plots.show_projection("the", llama.model, vector)

@@ -16,7 +16,8 @@ import toys
 import xmodel_steer as xs
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation import behaviours, damage
+from xmodel_steer.evaluation import damage
+from xmodel_steer.evaluation.behaviours import generated
 from xmodel_steer.files import resume
 from xmodel_steer.files.resume import once, resumable
 from xmodel_steer.interventions.mirror import mean_of
@@ -37,12 +38,12 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         times.append(1)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(behaviours, "generate", counted)
+    monkeypatch.setattr(generated, "generate", counted)
     return times
 
 
 def ask(model: Any, *steps: Any, prompts: tuple[Prompt, ...] = PROMPTS, length: int = 3, size: int = 8) -> Any:
-    behaviour = xs.GeneratedText(prompts, len, length, size)
+    behaviour = xs.behaviours.GeneratedText(prompts, len, length, size)
     return behaviour.measure(model, [list(steps)], progress=False)[0]
 
 

@@ -11,7 +11,7 @@ import xmodel_steer as xs
 from xmodel_steer.core.errors import SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.likelihoods import MultipleChoice
+from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.figures import report
 from xmodel_steer.studies import Study, drawing, pages, read_study, safety_switch

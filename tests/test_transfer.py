@@ -158,11 +158,11 @@ def test_without_prompts_the_preference_for_held_out_pairs_is_measured(toy_named
 
 def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = toy_named("llama").model, toy_named("gemma").model
-    with pytest.raises(xs.PromptError, match="same text is in the contrast and the (validation|evaluation) set"):
+    with pytest.raises(xs.errors.PromptError, match="same text is in the contrast and the (validation|evaluation) set"):
         run(small, large, prompts=[p.text for p in contrast().positive])
-    with pytest.raises(xs.PromptError, match="go together"):
+    with pytest.raises(xs.errors.PromptError, match="go together"):
         xs.transfer(small, large, contrast(), sentences(60, 4), prompts=["x"], **SETTINGS)
-    with pytest.raises(xs.PromptError, match="at least 3 prompts"):
+    with pytest.raises(xs.errors.PromptError, match="at least 3 prompts"):
         run(small, large, prompts=["sky", "port"])
     with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is shown beside random"):
         run(small, large, random_seeds=0)
@@ -178,7 +178,7 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
             scorer=lambda _: float("nan"),
             **SETTINGS,
         )
-    with pytest.raises(xs.SiteError, match="layers 0 to 3"):
+    with pytest.raises(xs.errors.SiteError, match="layers 0 to 3"):
         run(small, large, source_sites=[xs.Site(9)])
     moments = xs.collect_moments(
         small,
@@ -193,7 +193,9 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
     bare = xs.collect_moments(small, large, sentences(20, 5), **sites, max_tokens=32, shuffled=False, progress=False)
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["xmodel_steer.recipe.carrying"], "capture", None)  # refused before any model runs
-        with pytest.raises(xs.PromptError, match=r"without the shuffled control; collect them with shuffled=True"):
+        with pytest.raises(
+            xs.errors.PromptError, match=r"without the shuffled control; collect them with shuffled=True"
+        ):
             run(small, large, **sites, moments=bare, neutral_texts=sentences(6, 9))
         with pytest.raises(ValueError, match=r"the pair resid_post\[2\] to resid_post\[1\] was not collected"):
             run(
@@ -204,7 +206,7 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
                 moments=moments,
                 neutral_texts=sentences(6, 9),
             )
-    with pytest.raises(xs.SpaceMismatchError):  # swapped source and target
+    with pytest.raises(xs.errors.SpaceMismatchError):  # swapped source and target
         run(
             large,
             small,
@@ -235,7 +237,7 @@ def test_arms_at_equal_kl_do_the_same_damage_to_text_that_chose_the_strength(res
 
 def test_side_behaviours_stand_beside_every_arm_at_equal_kl(toy_named: Callable[[str], toys.Toy]) -> None:
     """A side behaviour that is the behaviour itself has its scores; elsewhere there is none."""
-    beside = xs.GeneratedText(tuple(map(xs.Prompt.of, sentences(3, 8, 4))), vowels, max_new_tokens=4)
+    beside = xs.behaviours.GeneratedText(tuple(map(xs.Prompt.of, sentences(3, 8, 4))), vowels, max_new_tokens=4)
     made = run(toy_named("llama").model, toy_named("gemma").model, side={"off target": beside})
     for arm in made.arms:
         measured = arm.budget is not None or arm.arm == "unsteered"
@@ -263,7 +265,7 @@ def test_steps_that_go_by_the_prompts_numbers_keep_them_in_a_batch_of_settings(l
         xs.Intervention(vector, positions=mask),
         xs.Intervention(vector, gate=gate),
     ):
-        behaviour = xs.GeneratedText(prompts, len, max_new_tokens=4)
+        behaviour = xs.behaviours.GeneratedText(prompts, len, max_new_tokens=4)
         none, one, again = behaviour.measure(model, [[], [step], [step]], progress=False)
         with xs.steering(model, step):
             alone = xs.generate(model, prompts, max_new_tokens=4, progress=False)
@@ -301,19 +303,19 @@ def test_a_mask_of_rows_is_refused(toy_named: Callable[[str], toys.Toy]) -> None
 class Plain:
     """A user's fitter."""
 
-    def fit(self, data: Any) -> xs.AffineMap:
+    def fit(self, data: Any) -> xs.maps.AffineMap:
         made = xs.Ridge().fit(data)
-        return xs.AffineMap(made.weight, made.bias, made.source, made.target, made.source_scale, made.target_scale)
+        return xs.maps.AffineMap(made.weight, made.bias, made.source, made.target, made.source_scale, made.target_scale)
 
 
 def test_any_fitter_of_moments_will_do(toy_named: Callable[[str], toys.Toy]) -> None:
     small, large = toy_named("llama").model, toy_named("gemma").model
     made = run(small, large, fitter=Plain(), side={}, fixed=False)
     assert made.map["train_tokens"] > 0 and any("mapped vector" in line for line in summary(made))
-    for fitter in (xs.Autoencoder(), xs.SGDAffine(), xs.RelativeAnchors()):
-        for given in (fitter, xs.ShuffledPairs(fitter)):
+    for fitter in (xs.Autoencoder(), xs.maps.SGDAffine(), xs.maps.RelativeAnchors()):
+        for given in (fitter, xs.maps.ShuffledPairs(fitter)):
             with pytest.raises(
-                xs.PromptError, match=f"{type(fitter).__name__} is fitted on rows, transfer collects moments"
+                xs.errors.PromptError, match=f"{type(fitter).__name__} is fitted on rows, transfer collects moments"
             ):
                 run(small, large, fitter=given)
 
@@ -359,7 +361,7 @@ def test_a_map_of_what_does_not_vary_has_facts_that_are_undefined(toy_named: Cal
     assert all(np.isnan(_map_record(gone, moments)[key]) for key in ("r2", "r2_median", "r2_low", "r2_high"))
 
 
-class Broken(xs.Preference):
+class Broken(xs.behaviours.Preference):
     """A user's behaviour that has no number for one setting, or for all of them."""
 
     everywhere = True

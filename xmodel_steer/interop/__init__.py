@@ -1,18 +1,28 @@
-"""Formats and models of other programs: llama.cpp, Hugging Face, steering-vectors, runs on the hub."""
+"""Other programs' formats and models: llama.cpp, repeng, steering-vectors, plain Hugging Face models, the hub.
+
+For anything else, `save` writes a vector as safetensors, with its space in the header: any program that reads
+safetensors has the direction under ``direction``. Nothing here is pickled or unpickled.
+
+Layers. A decoder block's output is `Site(k)` here (``resid_post`` of block k, counted from 0). The others count so, too:
+
+- llama.cpp adds ``direction.k`` to the output of block k, before block k + 1 reads it: ``build_cvec(cur, il)`` stands after
+  the feed-forward's residual addition (``src/models/llama.cpp`` and its siblings), with the tensor of layer ``il``
+  (``llama_adapter_cvec::tensor_for``, ``src/llama-adapter.cpp``). The file's loader puts ``direction.k`` at k - 1 of a
+  buffer (``common_control_vector_load_one``, ``common/common.cpp``), and the adapter reads layer ``il`` from il - 1
+  of it: the two shifts cancel. Neither has a place for layer 0.
+- repeng 0.4 adds ``directions[k]`` to the output of block k (``ControlModel``, ``control.py``), finds it in
+  ``hidden_states[k + 1]`` (``batched_get_hiddens``, ``extract.py``), which is the same place but for the last block, where
+  Hugging Face gives the stream after the final norm, and writes it as ``direction.k`` (``export_gguf``).
+- steering-vectors 0.12 adds ``layer_activations[k]`` to the output of block k (``SteeringVector.patch_activations``).
+- llama.cpp's own ``llama-cvector-generator`` reads the output of block k and writes it as ``direction.(k + 1)``
+  (``mean.hpp``, ``pca.hpp``), so its vectors act one block after the one that they were found at. They are read here as
+  llama.cpp applies them.
+"""
 
 from xmodel_steer.interop.control_vectors import read_control_vector as read_control_vector
 from xmodel_steer.interop.control_vectors import write_control_vector as write_control_vector
 from xmodel_steer.interop.hub import download_run as download_run
 from xmodel_steer.interop.hub import upload_run as upload_run
 from xmodel_steer.interop.hugging_face import steering_hf as steering_hf
-from xmodel_steer.interop.spaces import RECORD as RECORD
-from xmodel_steer.interop.spaces import decoder_blocks as decoder_blocks
-from xmodel_steer.interop.spaces import hf_name as hf_name
-from xmodel_steer.interop.spaces import one_per_block as one_per_block
-from xmodel_steer.interop.spaces import require_after_block as require_after_block
-from xmodel_steer.interop.spaces import require_hf_space as require_hf_space
-from xmodel_steer.interop.spaces import short as short
-from xmodel_steer.interop.spaces import space_for as space_for
-from xmodel_steer.interop.spaces import text_config as text_config
 from xmodel_steer.interop.steering_vectors import from_steering_vectors as from_steering_vectors
 from xmodel_steer.interop.steering_vectors import to_steering_vectors as to_steering_vectors

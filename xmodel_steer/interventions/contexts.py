@@ -1,4 +1,8 @@
-"""Contexts inside which a model is steered."""
+"""Contexts inside which a model is steered.
+
+Positions are text positions: the same with left or right padding, with the key-value cache or
+without, in a batch or alone. Hooks return new tensors; leaving the block restores the model.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence

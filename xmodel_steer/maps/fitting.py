@@ -1,4 +1,9 @@
-"""What every fitter of a map does."""
+"""Fitters of maps: frozen values with ``fit(data) -> map``, which never change themselves.
+
+``data`` is the moments of one layer pair, ``moments.pair(source, target)``, or its `PairedRows`,
+whose moments are then taken. Fits see the train documents, choices are made on the validation
+documents, and the score that a map carries is that of the test documents.
+"""
 
 import warnings
 from dataclasses import replace

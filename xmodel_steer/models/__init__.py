@@ -1,1 +1,10 @@
-"""The only code that calls a model: loading, identity, tokens, forward passes, bridges, generation. Nothing is read from or written to the residual stream here but its recording."""
+"""The only code that calls a model: loading, identity, tokens, forward passes, bridges, generation.
+
+The residual stream is recorded here, and never changed.
+"""
+
+from xmodel_steer.models.generation import generate as generate
+from xmodel_steer.models.laws import Law as Law
+from xmodel_steer.models.loading import load as load
+from xmodel_steer.models.registry import register as register
+from xmodel_steer.models.sites import space_of as space_of

@@ -23,10 +23,10 @@ from xmodel_steer.core.inputs import as_prompts, require_disjoint
 from xmodel_steer.core.prompts import Prompt, Prompts
 from xmodel_steer.core.spaces import Site, require_same_space
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.behaviours import Behaviour, GeneratedText
+from xmodel_steer.evaluation.behaviours.generated import Behaviour, GeneratedText
+from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice, Preference
 from xmodel_steer.evaluation.calibration import LEAST, calibrate
 from xmodel_steer.evaluation.damage import SideEffect, neutral_positions, on_neutral, side_effects
-from xmodel_steer.evaluation.likelihoods import MultipleChoice, Preference
 from xmodel_steer.evaluation.scorers.text import Explained, Scorer
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.positions import Positions

@@ -13,7 +13,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments

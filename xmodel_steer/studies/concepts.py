@@ -11,7 +11,7 @@ from xmodel_steer.activations.reading import Tokens
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.evaluation.scorers.languages import Language
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, WordBalance
 from xmodel_steer.evaluation.scorers.text import Scorer

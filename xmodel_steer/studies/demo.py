@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from xmodel_steer.activations.cached import cached_moments
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.evaluation.likelihoods import AnswerLogOdds
+from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.operators import Clamp
 from xmodel_steer.models.loading import load

@@ -16,10 +16,10 @@ from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.behaviours import GeneratedText
+from xmodel_steer.evaluation.behaviours.generated import GeneratedText
+from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.calibration import LEAST, calibrate
 from xmodel_steer.evaluation.damage import SideEffect, side_effects
-from xmodel_steer.evaluation.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.replacing import replacement_check
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like

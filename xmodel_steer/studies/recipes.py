@@ -13,7 +13,7 @@ from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.behaviours import GeneratedText
+from xmodel_steer.evaluation.behaviours.generated import GeneratedText
 from xmodel_steer.evaluation.damage import Settings
 from xmodel_steer.interventions.operators import Clamp, Gate, Operator
 from xmodel_steer.interventions.positions import Positions

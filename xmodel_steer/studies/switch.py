@@ -12,8 +12,8 @@ import numpy as np
 from xmodel_steer.core.errors import SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
+from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.damage import side_effects
-from xmodel_steer.evaluation.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.scorers.answers import SameTokens
 from xmodel_steer.evaluation.scorers.text import score_texts
 from xmodel_steer.files.wheels import general_text

@@ -1,4 +1,7 @@
-"""Scorers that need a model, a program or a service to read a text."""
+"""Scorers that need a model, a program or a service to read a text: similarity, refusal, insecure code, judges.
+
+Each is a frozen value and a `xmodel_steer.evaluation.scorers.text.TextScorer`.
+"""
 
 from xmodel_steer.evaluation.judges.chats import Chat as Chat
 from xmodel_steer.evaluation.judges.chats import Endpoint as Endpoint
@@ -8,11 +11,8 @@ from xmodel_steer.evaluation.judges.code import InsecureCode as InsecureCode
 from xmodel_steer.evaluation.judges.code import IsCode as IsCode
 from xmodel_steer.evaluation.judges.code import code_of as code_of
 from xmodel_steer.evaluation.judges.code import findings as findings
-from xmodel_steer.evaluation.judges.judging import QUESTION as QUESTION
 from xmodel_steer.evaluation.judges.judging import Judge as Judge
 from xmodel_steer.evaluation.judges.refusals import RefusalClassifier as RefusalClassifier
-from xmodel_steer.evaluation.judges.refusals import beginning as beginning
 from xmodel_steer.evaluation.judges.sentences import OnTopic as OnTopic
 from xmodel_steer.evaluation.judges.sentences import SentenceSimilarity as SentenceSimilarity
 from xmodel_steer.evaluation.judges.sentences import embed as embed
-from xmodel_steer.evaluation.judges.sentences import similarity as similarity

@@ -1,17 +1,18 @@
-"""Scorers: a number for each generated text, from the text alone."""
+"""Scorers: a number for each generated text, from the text alone.
+
+A scorer is any function from a text to a number; one that needs the prompt, or sees many texts at once,
+is a `TextScorer`. Scorers that call a model or a program are in
+`xmodel_steer.evaluation.judges`.
+"""
 
 from xmodel_steer.evaluation.scorers.answers import ExactAnswer as ExactAnswer
 from xmodel_steer.evaluation.scorers.answers import SameTokens as SameTokens
-from xmodel_steer.evaluation.scorers.answers import normalised as normalised
-from xmodel_steer.evaluation.scorers.languages import FUNCTION_WORDS as FUNCTION_WORDS
 from xmodel_steer.evaluation.scorers.languages import Language as Language
-from xmodel_steer.evaluation.scorers.phrases import REFUSALS as REFUSALS
 from xmodel_steer.evaluation.scorers.phrases import Contains as Contains
 from xmodel_steer.evaluation.scorers.phrases import Matches as Matches
 from xmodel_steer.evaluation.scorers.phrases import RefusalPhrases as RefusalPhrases
 from xmodel_steer.evaluation.scorers.phrases import StartsWith as StartsWith
 from xmodel_steer.evaluation.scorers.phrases import WordBalance as WordBalance
-from xmodel_steer.evaluation.scorers.phrases import words as words
 from xmodel_steer.evaluation.scorers.text import Explained as Explained
 from xmodel_steer.evaluation.scorers.text import Scorer as Scorer
 from xmodel_steer.evaluation.scorers.text import TextScorer as TextScorer

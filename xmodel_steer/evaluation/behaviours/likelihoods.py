@@ -15,7 +15,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts, rows_of
 from xmodel_steer.core.prompts import Message, Prompt
-from xmodel_steer.evaluation.behaviours import Behaviour, Measured
+from xmodel_steer.evaluation.behaviours.generated import Behaviour, Measured
 from xmodel_steer.evaluation.damage import Settings, losses
 from xmodel_steer.files.wheels import shipped
 from xmodel_steer.interventions.contexts import steering
