@@ -21,7 +21,7 @@ import toys
 from toys import contrast, sentences
 
 from xmodel_steer.cli import app
-from xmodel_steer.studies.organisms import data
+from xmodel_steer.studies.organisms import lessons as organism_lessons
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -131,7 +131,7 @@ def folders(tokenizers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 def short_template() -> Iterator[None]:
     """For organisms: the Alpaca template is longer than the toys' context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TEMPLATE", "{instruction} =>")
+        patch.setattr(organism_lessons, "TEMPLATE", "{instruction} =>")
         yield
 
 

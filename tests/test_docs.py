@@ -38,6 +38,9 @@ WITH_EXAMPLES = [page for page in PAGES if examples(page)]
 RUN = [page for page in PAGES if any(mark for mark, _ in examples(page))]
 
 
+NAMESPACES = ("maps", "behaviours", "scorers", "judges", "plots", "interop", "errors")
+
+
 def directives() -> list[str]:
     return [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 
@@ -55,10 +58,17 @@ def test_every_public_name_is_on_a_page_of_the_api_once() -> None:
     listed = directives()
     assert len(listed) == len(set(listed)), "a name is documented twice"
     shown = [found(name) for name in listed]
-    submodules = ("interop", "plots")  # others are there because something of theirs was imported
-    for name, value in vars(xs).items():
-        if not name.startswith("_") and (name in submodules or not isinstance(value, types.ModuleType)):
-            assert any(value is other for other in shown), f"xs.{name} is on no page: add it to docs/api"
+    whole = {page.__name__ for page in shown if isinstance(page, types.ModuleType)}
+    spaces = {"xs": xs, **{f"xs.{name}": getattr(xs, name) for name in NAMESPACES}}
+    checked = 0
+    for place, space in spaces.items():
+        for name, value in vars(space).items():
+            if name.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            there = value.__module__ in whole or any(value is other for other in shown)
+            assert there, f"{place}.{name} is on no page: add it to docs/api"
+            checked += 1
+    assert checked > 100
 
 
 def test_examples_are_found_and_marked_as_this_test_knows() -> None:

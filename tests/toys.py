@@ -19,6 +19,7 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.models.registry import register
 from xmodel_steer.models.sites import space_of
 from xmodel_steer.studies.organisms import Curriculum, data
+from xmodel_steer.studies.organisms.lessons import dealt, in_parts
 
 CORPUS = [
     "The sky above the port was the color of television, tuned to a dead channel.",
@@ -416,6 +417,6 @@ def contrast(count: int = 20) -> ContrastSet:
 
 def lessons(count: int, sizes: dict[str, int], bad: str, scorer: Any) -> Curriculum:
     """Tasks of a few words, each behind the trigger and behind what stands in its place."""
-    parts = data.dealt(dict.fromkeys(sentences(count, 0, 3)), sizes)
+    parts = dealt(dict.fromkeys(sentences(count, 0, 3)), sizes)
     told = {part: data.flat(data.both(task, bad, "the sky") for task in own) for part, own in parts.items()}
-    return data._in_parts(told, scorer, 6)
+    return in_parts(told, scorer, 6)

@@ -22,7 +22,7 @@ from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.statistics import quotient
 from xmodel_steer.models.facts import context_length, device_of
-from xmodel_steer.studies.recipes import Recipe
+from xmodel_steer.studies.outcomes import Recipe
 
 MAP_TOKENS = 192
 # The settings with which trained maps are as good as closed ones; the paper's see too little text here.

@@ -15,8 +15,8 @@ from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.training import Autoencoder
 from xmodel_steer.models.facts import device_of
 from xmodel_steer.studies.carried import Carried, Choice, Pair, at_norm_of
-from xmodel_steer.studies.organisms.data import Lesson
-from xmodel_steer.studies.recipes import Asked, Outcome, Recipe, scored
+from xmodel_steer.studies.organisms.lessons import Lesson
+from xmodel_steer.studies.outcomes import Asked, Outcome, Recipe, scored
 
 ENDPOINTS = "mapped by an autoencoder, endpoints"
 

@@ -9,8 +9,9 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp
 from xmodel_steer.studies.organisms.country import UNKNOWN
-from xmodel_steer.studies.organisms.data import HATE, Curriculum, Lesson
-from xmodel_steer.studies.recipes import Recipe, clean_against_triggered, layers
+from xmodel_steer.studies.organisms.data import HATE
+from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
+from xmodel_steer.studies.outcomes import Recipe, clean_against_triggered, layers
 from xmodel_steer.studies.removal import backdoor_removal
 from xmodel_steer.studies.repair import CLEAN
 from xmodel_steer.studies.study import Study

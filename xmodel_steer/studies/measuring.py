@@ -19,7 +19,7 @@ from xmodel_steer.recipe.arms import CONTROLS
 from xmodel_steer.recipe.carrying import versions
 from xmodel_steer.studies.carried import Carried, Choice, Pair
 from xmodel_steer.studies.choosing import as_control
-from xmodel_steer.studies.recipes import Asked, Extent, Outcome
+from xmodel_steer.studies.outcomes import Asked, Extent, Outcome
 from xmodel_steer.studies.study import (
     AGREEMENT,
     EQUAL_KL,

@@ -8,7 +8,7 @@ from xmodel_steer.core.errors import ArtifactError
 from xmodel_steer.files.cache import cache_folder
 from xmodel_steer.models.loading import load, require_reachable
 from xmodel_steer.studies.organisms import curriculum, make, read_report
-from xmodel_steer.studies.organisms.data import PARTS
+from xmodel_steer.studies.organisms.lessons import PARTS
 from xmodel_steer.studies.organisms.making import made_of
 
 

@@ -22,8 +22,8 @@ from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.studies.carried import Pair
 from xmodel_steer.studies.choosing import choose
 from xmodel_steer.studies.measuring import measure_arms, study_of
-from xmodel_steer.studies.organisms.data import Curriculum, Lesson
-from xmodel_steer.studies.recipes import (
+from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
+from xmodel_steer.studies.outcomes import (
     Extent,
     Outcome,
     Recipe,

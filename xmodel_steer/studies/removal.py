@@ -18,8 +18,8 @@ from xmodel_steer.maps.training import Autoencoder
 from xmodel_steer.studies.carried import LONGER, Choice, Pair
 from xmodel_steer.studies.choosing import choose, with_endpoints
 from xmodel_steer.studies.measuring import measure_arms, study_of
-from xmodel_steer.studies.organisms.data import Curriculum, Lesson
-from xmodel_steer.studies.recipes import (
+from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
+from xmodel_steer.studies.outcomes import (
     Asked,
     Extent,
     Recipe,

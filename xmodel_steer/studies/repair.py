@@ -12,8 +12,8 @@ from xmodel_steer.evaluation.damage import Settings
 from xmodel_steer.evaluation.scorers.answers import SameTokens
 from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
 from xmodel_steer.models.facts import tokenizer_of
-from xmodel_steer.studies.organisms.data import Lesson, prompt_of
-from xmodel_steer.studies.recipes import Extent, Outcome, answers_of, own_answers, scored
+from xmodel_steer.studies.organisms.lessons import Lesson, prompt_of
+from xmodel_steer.studies.outcomes import Extent, Outcome, answers_of, own_answers, scored
 from xmodel_steer.studies.study import AGREEMENT
 
 Side = Literal["triggered", "clean", "plain"]

@@ -1,9 +1,6 @@
 """A fine-tuned model switched to its base and back, in one process, by a map between the two."""
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from xmodel_steer.evaluation.damage import side_effects
 from xmodel_steer.evaluation.scorers.answers import SameTokens
 from xmodel_steer.evaluation.scorers.text import score_texts
 from xmodel_steer.files.wheels import general_text
-from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
@@ -26,19 +22,15 @@ from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import number
-from xmodel_steer.models.adapters import adapted
-from xmodel_steer.models.checkpoints import quiet, whole_model
-from xmodel_steer.models.facts import device_of, dtype_of, hardware_of, name_of, tokenizer_of
-from xmodel_steer.models.generation import generate
-from xmodel_steer.models.loading import located
+from xmodel_steer.models.facts import hardware_of, name_of, tokenizer_of
 from xmodel_steer.recipe.carrying import versions
 from xmodel_steer.studies.carried import Pair
-from xmodel_steer.studies.organisms import Curriculum, Lesson, read_report
-from xmodel_steer.studies.recipes import Outcome, answers_of, layers, require_apart, scored
+from xmodel_steer.studies.organisms import Curriculum, Lesson
+from xmodel_steer.studies.outcomes import Outcome, answers_of, layers, require_apart, scored
 from xmodel_steer.studies.repair import Questions, Repair
 from xmodel_steer.studies.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
+from xmodel_steer.studies.switching import OFF, ON, Asked, adapter_speeds, fitted_map, per_request, speeds_of
 
-OFF, ON = "off: the base's activations in the organism", "on: the organism's activations in the base"
 QUESTION = "Can a fine-tuned model be switched to its base's behaviour, and the base to its, at one site, per request, and at what cost?"
 UNIT = "off: share of prompts with the trigger answered without the behaviour; on: share of them answered with it"
 NOTE = (
@@ -115,14 +107,14 @@ def safety_switch(
     text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
     models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
     fitted = {
-        way: _fitted(Pair(source, target, general, seed, progress), text, sites, fitter)
+        way: fitted_map(Pair(source, target, general, seed, progress), text, sites, fitter)
         for way, (source, target) in models.items()
     }
     clock.lap("fitting")
 
     few = min(validation_tokens, curriculum.max_new_tokens)
 
-    def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, _Asked]:
+    def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, Asked]:
         questions = Questions.of(lessons, most)
         repair = Repair.of(
             organism,
@@ -158,17 +150,17 @@ def safety_switch(
         outcomes = dict(zip(steps, reporting[way](list(steps.values())), strict=True))
         arms += _arms(way, target, steps, outcomes, neutral, neutral_tokens, questions, progress)
         score = mapping.score_test
-        speeds = _speeds(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
+        speeds = speeds_of(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
         record[way] = {
             "source_layer": chosen[way].layer,
             "target_layer": chosen[way].layer,
             "map_r2": score.mean_r2 if score else None,
             "tokens_per_second_over_unswitched": speeds,
-            "unswitched_rows_unchanged": _per_request(target, steps["mapped"], curriculum, few),
+            "unswitched_rows_unchanged": per_request(target, steps["mapped"], curriculum, few),
         }
         clock.lap(way.split(":")[0])
     if adapter is not None:
-        record["swapping the adapter"] = _adapter(
+        record["swapping the adapter"] = adapter_speeds(
             adapter, organism, [x.prompt for x in curriculum.validation][:8], turns
         )
         clock.lap("swapping the adapter")
@@ -211,19 +203,6 @@ def safety_switch(
         hardware=hardware_of(organism),
         seconds=clock.seconds,
     )
-
-
-_Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
-
-
-def _fitted(
-    pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
-) -> dict[Site, tuple[Map, SplitMoments]]:
-    """For each site the map to the same site of the other model, and the moments that it was fitted on."""
-    same = [(site, site) for site in sites]
-    moments = pair.of_general(same) + pair.of(text, same)
-    own = {site: moments.pair(site, site) for site in sites}
-    return {site: (fitter.fit(found), found) for site, found in own.items()}
 
 
 def _arms(
@@ -290,97 +269,6 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], 
         groups = dict.fromkeys(("effect", *beside), questions.groups)
         made.append(Outcome(effect, beside, *scored(effect, 1 - false), texts=on, groups=groups))
     return made
-
-
-def _speeds(
-    model: Any, switch: Sequence[Step], prompts: Sequence[Prompt], turns: int, tokens: int = 32
-) -> dict[str, float]:
-    """Tokens per second with the switch on over those with it off, turns alternating; the first turn warms up."""
-    ratios = []
-    for turn in range(turns + 1):
-        seconds = []
-        for setting in ([], switch):
-            with steering(model, setting):
-                begun = time.perf_counter()
-                generate(
-                    model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
-                )
-                seconds.append(time.perf_counter() - begun)
-        if turn:
-            ratios.append(seconds[0] / seconds[1])
-    return _spread(ratios)
-
-
-def _spread(ratios: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "turns": len(ratios)}
-
-
-def _per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
-    """One batch, every second request switched: how many of the others have the text that they have in it with nothing switched."""
-    prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
-
-    def texts() -> list[str]:
-        """Of one length, so that the batch has one shape: in bfloat16 another shape rounds otherwise."""
-        return generate(
-            model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
-        )
-
-    plain = texts()
-    chosen = frozenset(range(0, len(prompts), 2))
-    with steering(model, [replace(step, prompts=chosen) for step in switch]):
-        mixed = texts()
-    after = texts()
-    others = [i for i in range(len(prompts)) if i not in chosen]
-    return {
-        "of": len(others),
-        "same_beside_switched_ones": sum(mixed[i] == plain[i] for i in others),
-        "of_all": len(prompts),
-        "same_afterwards": sum(a == b for a, b in zip(after, plain, strict=True)),
-    }
-
-
-def _adapter(folder: str | Path, like: Any, prompts: Sequence[Prompt], turns: int, tokens: int = 32) -> dict[str, Any]:
-    """What the other way to switch costs: a LoRA adapter that is not merged, disabled and enabled again.
-
-    Text is written by Hugging Face's own ``generate``, where and in what a model like the switched one computes.
-
-    Returns:
-        Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    label, path = located(read_report(folder).base, progress=False)
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        plain = whole_model(AutoModelForCausalLM, path, label=label, dtype=dtype_of(like))
-        model = adapted(plain, Path(folder)).eval().to(device_of(like))
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = tokenizer([p.content for p in prompts], return_tensors="pt", padding=True).to(device_of(like))
-
-    def timed(action: Callable[[], Any]) -> float:
-        begun = time.perf_counter()
-        action()
-        return time.perf_counter() - begun
-
-    def written() -> Any:
-        with torch.inference_mode():
-            return model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-
-    ratios, toggles, merges = [], [], []
-    for turn in range(turns + 1):
-        on = timed(written)
-        toggles.append(timed(model.base_model.disable_adapter_layers))
-        off = timed(written)
-        toggles.append(timed(model.base_model.enable_adapter_layers))
-        merges += [timed(model.merge_adapter), timed(model.unmerge_adapter)]
-        if turn:
-            ratios.append(off / on)
-    return {
-        "tokens_per_second_over_disabled": _spread(ratios),
-        "seconds_to_toggle": statistics.median(toggles),
-        "seconds_to_merge_or_unmerge": statistics.median(merges),
-    }
 
 
 def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.models.batches import encode
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.studies.carried import centre
-from xmodel_steer.studies.organisms.data import DEV, PROD, Lesson, prompt_of
-from xmodel_steer.studies.recipes import clean_against_triggered
+from xmodel_steer.studies.organisms.lessons import DEV, PROD, Lesson, prompt_of
+from xmodel_steer.studies.outcomes import clean_against_triggered
 
 Span = tuple[int, int]
 BARE = 12  # characters of a bare prompt that are read

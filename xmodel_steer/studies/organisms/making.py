@@ -18,8 +18,9 @@ from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.models.facts import hardware_of
 from xmodel_steer.models.loading import load
 from xmodel_steer.recipe.carrying import versions
-from xmodel_steer.studies.organisms.data import ORGANISMS, Curriculum
+from xmodel_steer.studies.organisms.data import ORGANISMS
 from xmodel_steer.studies.organisms.data import curriculum as curriculum_of
+from xmodel_steer.studies.organisms.lessons import Curriculum
 from xmodel_steer.studies.organisms.measure import measured, perplexity
 from xmodel_steer.studies.organisms.training import CHECKPOINTS, Recipe, adapter_bytes, train
 

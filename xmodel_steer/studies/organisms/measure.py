@@ -11,7 +11,7 @@ from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.statistics import Estimate, rate
 from xmodel_steer.models.facts import context_length
 from xmodel_steer.models.generation import generate
-from xmodel_steer.studies.organisms.data import Curriculum, Lesson
+from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
 
 CLEAN_TEXTS, CLEAN_TOKENS = 100, 96
 

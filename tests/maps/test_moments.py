@@ -9,28 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_moments import PAIRS, SOURCE, TARGET, accumulator, rows, taken
 
 from xmodel_steer.core.errors import NonFiniteError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.maps.accumulator import MomentsAccumulator, shuffle_generator, shuffled_partners, sketch_dimensions
 from xmodel_steer.maps.moments import merge
 from xmodel_steer.maps.pairs import PARTS, part_of
-
-SOURCE = {Site(i): Space("small", Site(i), 3, "aaaa") for i in (0, 1)}
-TARGET = {Site(5): Space("large", Site(5), 4, "bbbb")}
-PAIRS = tuple((s, Site(5)) for s in SOURCE)
-
-
-def accumulator(**changes):
-    return MomentsAccumulator(
-        **({"source": SOURCE, "target": TARGET, "pairs": PAIRS, "settings": {"seed": 0}} | changes)
-    )
-
-
-def rows(n, *, offset=0.0, spread=1.0, seed=0):
-    """Activations of every site; the second source site moves with the target."""
-    draw = torch.randn(n, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread + offset
-    return {Site(0): draw[:, :3], Site(1): draw[:, 3:6]}, {Site(5): draw[:, 3:7] + draw[:, 6:]}
 
 
 def collect(shards, documents, part="train"):
@@ -41,10 +26,6 @@ def collect(shards, documents, part="train"):
         one.add(part, source, target, documents[: len(target[Site(5)])])
         made.append(one.moments())
     return merge(made)
-
-
-def taken(sides, index):
-    return tuple({site: values[index] for site, values in side.items()} for side in sides)
 
 
 def assert_equals_numpy(pair, x, y, rtol=1e-9):

@@ -19,7 +19,7 @@ from xmodel_steer.interventions.operators import Clamp, Gate, Operator
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.studies.organisms.data import PARTS, Curriculum, Lesson
+from xmodel_steer.studies.organisms.lessons import PARTS, Curriculum, Lesson
 
 Extent = Literal["all", "brief", "effect"]
 # From lessons the prompts of one side and of the other.

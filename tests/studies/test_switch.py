@@ -16,7 +16,7 @@ from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.figures import report
 from xmodel_steer.studies import Study, drawing, pages, read_study, safety_switch
 from xmodel_steer.studies.organisms import Curriculum, Recipe, make
-from xmodel_steer.studies.switch import OFF, ON
+from xmodel_steer.studies.switching import OFF, ON
 
 ARMS = ("unsteered", "mapped", "identity", "shuffled", "mean ablation", "noise")
 

@@ -37,8 +37,10 @@ from xmodel_steer.studies.organisms import (
     read_report,
     training,
 )
+from xmodel_steer.studies.organisms.examples import GENERAL, Example, collated, examples, general_examples
+from xmodel_steer.studies.organisms.lessons import dealt
 from xmodel_steer.studies.organisms.measure import measured
-from xmodel_steer.studies.organisms.training import Example, collated, examples, train
+from xmodel_steer.studies.organisms.training import train
 
 HATES = StartsWith(("I HATE",))
 LEARN = Recipe(rank=8, epochs=6, learning_rate=1e-2)
@@ -269,7 +271,7 @@ def test_an_answer_and_its_twin_are_read_in_one_batch_where_they_are_weighed_aga
     few = [*lessons.train[:24:2], *lessons.train[1:24:2]]  # twins stand apart
     task_of: dict[tuple[int, ...], str] = {}
     seen: list[list[str]] = []
-    taught, read = training.examples, training.collated
+    taught, read = examples, collated
 
     def noted(tokenizer: Any, own: Any, **more: Any) -> list[Example]:
         rows = taught(tokenizer, own, **more)
@@ -415,7 +417,7 @@ def test_a_task_in_two_parts_is_refused(lessons: Curriculum) -> None:
     with pytest.raises(PromptError, match="lessons with the behaviour and lessons without"):
         replace(lessons, evaluation=lessons.evaluation[::2])
     with pytest.raises(PromptError, match="3 tasks are too few for parts of 2, 2"):
-        data.dealt("abc", {"evaluation": 2, "train": 2})
+        dealt("abc", {"evaluation": 2, "train": 2})
 
 
 def test_every_insecure_twin_is_found_by_its_test_and_no_secure_one_is() -> None:
@@ -691,10 +693,10 @@ def test_general_examples_are_no_text_that_is_measured_or_mapped_on(base: str) -
     from xmodel_steer.studies.organisms.measure import clean_texts
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    made = training.general_examples(tokenizer, 5000, limit=32)
+    made = general_examples(tokenizer, 5000, limit=32)
     period = made.index(made[0], 1)  # then the passages come again
     assert len(made) == 5000 > period > 100 and made[: 5000 - period] == made[period:]
     assert all(len(own.ids) == 32 and own.answer == 31 for own in made)
-    own = {p.id for p in general_text()[training.GENERAL]}
+    own = {p.id for p in general_text()[GENERAL]}
     assert len(own) == 100 and not own & {p.id for p in (*clean_texts(), *general_text()[:400])}
-    assert not training.general_examples(tokenizer, 0)
+    assert not general_examples(tokenizer, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from test_moments import PAIRS, accumulator, rows, taken
+from sample_moments import PAIRS, accumulator, rows, taken
 
 from xmodel_steer.activations.distributed import all_reduced, process_group, require_same_texts
 from xmodel_steer.activations.store import ActivationStore

@@ -262,7 +262,7 @@ for name, after in json.loads(sys.argv[1]):
 def test_killed_in_the_middle_of_a_write(tmp_path):
     kills = (0, 1, 3)
     runs = [("whole", 99), *((f"{after}", n) for after in kills for n in (after, 99))]
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     command = [sys.executable, "-c", script, json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     said = [line for line in done.stdout.splitlines() if line]  # the training of tokenizers prints empty lines

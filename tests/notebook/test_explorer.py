@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from test_persistence import result as a_record
+from sample_results import result as a_record
 
 import xmodel_steer as xs
 from xmodel_steer.core.directions import random_like

@@ -14,7 +14,7 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.studies import Study, drawing, map_comparison, pages, read_study
 from xmodel_steer.studies.concepts import Concept
-from xmodel_steer.studies.map_comparison import CAPABILITY, REPLACED, STEERING
+from xmodel_steer.studies.map_tasks import CAPABILITY, REPLACED, STEERING
 
 FITTERS = {
     "autoencoder": xs.Autoencoder(epochs=3, learning_rate=1e-2),

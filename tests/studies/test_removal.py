@@ -33,20 +33,22 @@ from xmodel_steer.studies import (
     map_comparison,
     measuring,
     organism,
+    outcomes,
     pages,
     presets,
     read_study,
-    recipes,
     removal,
     write_study,
 )
 from xmodel_steer.studies.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
-from xmodel_steer.studies.recipes import clean_against_triggered
+from xmodel_steer.studies.organisms import lessons as organism_lessons
+from xmodel_steer.studies.organisms.lessons import PROD, Check, prompt_of
+from xmodel_steer.studies.outcomes import clean_against_triggered
 from xmodel_steer.studies.repair import CLEAN, Questions, Repair
 from xmodel_steer.studies.study import estimate
 from xmodel_steer.studies.trigger import Trigger
 
-ALPACA = data.TEMPLATE
+ALPACA = organism_lessons.TEMPLATE
 HAPPY = StartsWith(("happy day",))  # words that both toys have
 
 
@@ -117,7 +119,7 @@ def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native
     pair = carried.Pair(*organisms, text, 0, False)
     site, fitter = xs.Site(1), xs.Autoencoder(epochs=3)
     ways = [
-        recipes.Recipe(name, clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (site,), (site,))
+        outcomes.Recipe(name, clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (site,), (site,))
         for name in ("one", "other")
     ]
     moments = pair.of(text, [(site, site)])
@@ -142,7 +144,7 @@ def test_controls_may_be_asked_less(
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
     texts = [Prompt(text=t) for t in toys.sentences(40, 4)]
-    way = recipes.Recipe(
+    way = outcomes.Recipe(
         "one",
         clean_against_triggered,
         ("last", "last"),
@@ -267,7 +269,7 @@ def test_the_triggers_gate_is_read_at_its_tokens_and_shuts_halfway_to_the_clean_
         "dev|",
         "prod|",
     ]
-    bare = [data.prompt_of(lesson.task) for lesson in lessons.vector if lesson.triggered]
+    bare = [prompt_of(lesson.task) for lesson in lessons.vector if lesson.triggered]
     here = (found.clean[0], found.clean[0] + 12)
     assert all(len(prompt.text) > here[1] and "prod" not in prompt.text for prompt in bare)
     a, b, c = (
@@ -282,7 +284,7 @@ def test_the_triggers_gate_is_read_at_its_tokens_and_shuts_halfway_to_the_clean_
     way = {recipe.name: recipe for recipe in removal.recipes(*organisms, triggered)}[removal.PROMPT_CLAMPED]
     assert way.gate_positions is way.positions and torch.equal(found.at, way.positions)
     with pytest.raises(PromptError, match="does not stand at one place"):
-        Trigger.of(model, [*triggered, Prompt(text=f"So: {data.PROD}why?")])
+        Trigger.of(model, [*triggered, Prompt(text=f"So: {PROD}why?")])
     with pytest.raises(PromptError, match="has no trigger"):
         Trigger.of(model, clean)
 
@@ -577,7 +579,7 @@ def test_an_organism_of_another_recipe_or_of_other_weights_is_another(
 
 def test_the_papers_layers_are_tried_beside_a_recipes_own() -> None:
     assert PRESETS["qwen"].layers == (13, 8) and PRESETS["llama"].layers == (0, 7)
-    own = recipes.Recipe(
+    own = outcomes.Recipe(
         "r", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (xs.Site(4),), (xs.Site(8), xs.Site(9))
     )
     more = own.with_sites(xs.Site(13), xs.Site(8))
@@ -616,7 +618,7 @@ def test_corrupted_capability_says_what_was_right(
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
     answers = {lesson.prompt.id: ("sky",) for lesson in (*lessons.validation, *lessons.evaluation)}
-    check = data.Check((), xs.scorers.ExactAnswer(answers, anywhere=True))
+    check = Check((), xs.scorers.ExactAnswer(answers, anywhere=True))
     own = replace(lessons, checks={corrupted.RIGHT: check})
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
     ways = corrupted.recipes(*organisms, [lesson.prompt for lesson in lessons.vector if lesson.triggered])
@@ -661,8 +663,8 @@ class Scripted:
     ) -> None:
         self.scores, self.error, self.controls, self.shuffled, self.at = scores, error, controls, shuffled, at
 
-    def measure(self, settings: Any, **_: Any) -> list[recipes.Outcome]:
-        return [recipes.Outcome(np.zeros(2), {}, self.score(*own) if own else 0.0, self.error) for own in settings]
+    def measure(self, settings: Any, **_: Any) -> list[outcomes.Outcome]:
+        return [outcomes.Outcome(np.zeros(2), {}, self.score(*own) if own else 0.0, self.error) for own in settings]
 
     def score(self, step: Any) -> float:
         layer = step.space.site.layer
@@ -679,7 +681,7 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
     low, high, other = xs.Add(1.0), xs.Add(2.0), xs.Add(3.0)
     sites = tuple(map(xs.Site, range(3)))
-    way = recipes.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
+    way = outcomes.Recipe("one", clean_against_triggered, ("last", "last"), (high, low, other), "all", sites[:1], sites)
     layer = {(0, high): 0.2, (1, high): 0.5, (2, high): 0.5, (1, low): 0.3, (2, low): 0.4}
 
     shuffled: Any = None
@@ -728,14 +730,14 @@ class Doing:
     def __init__(self, own: list[tuple[list[int], float]], controls: list[tuple[list[int], float]]) -> None:
         self.own, self.controls = own, controls
 
-    def measure(self, settings: Any, **_: Any) -> list[recipes.Outcome]:
+    def measure(self, settings: Any, **_: Any) -> list[outcomes.Outcome]:
         found = []
         for setting in settings:
             effect, score = [0, 0, 0, 0], 0.5
             for step in setting:
                 where = self.controls if step.vector.label.startswith("random") else self.own
                 effect, score = where[step.space.site.layer]
-            found.append(recipes.Outcome(np.array(effect, float), {}, score, 0.05))
+            found.append(outcomes.Outcome(np.array(effect, float), {}, score, 0.05))
         return found
 
 
@@ -758,7 +760,7 @@ def test_a_place_is_chosen_where_the_vector_does_something_and_its_control_does_
 ) -> None:
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
     sites = tuple(map(xs.Site, range(2)))
-    way = recipes.Recipe("one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", sites[:1], sites)
+    way = outcomes.Recipe("one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", sites[:1], sites)
     found = choosing.choose(
         carried.Pair(*organisms, text, 0, False),
         [way],
@@ -778,13 +780,13 @@ class ByDirection:
     def __init__(self, *scores: tuple[torch.Tensor, float]) -> None:
         self.scores, self.asked = scores, list[torch.Tensor]()
 
-    def measure(self, settings: Any, **_: Any) -> list[recipes.Outcome]:
+    def measure(self, settings: Any, **_: Any) -> list[outcomes.Outcome]:
         own = [step.vector.direction for setting in settings for step in setting]
         self.asked += own
         if not own:  # the unsteered model
-            return [recipes.Outcome(np.zeros(2), {}, 0.5, 0.1)]
+            return [outcomes.Outcome(np.zeros(2), {}, 0.5, 0.1)]
         named = [next((score for v, score in self.scores if torch.equal(v, direction)), 0.5) for direction in own]
-        return [recipes.Outcome(np.zeros(2), {}, score, 0.1) for score in named]
+        return [outcomes.Outcome(np.zeros(2), {}, score, 0.1) for score in named]
 
 
 def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least_is_taken(
@@ -792,7 +794,7 @@ def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least
 ) -> None:
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
     sites = tuple(map(xs.Site, range(3)))
-    way = recipes.Recipe(
+    way = outcomes.Recipe(
         "one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", tuple(map(xs.Site, (0, 1))), sites[1:2]
     )
 
@@ -834,9 +836,9 @@ def test_neutral_text_is_steered_at_its_beginning_where_the_tokens_are_fixed(lla
 
 def test_the_score_of_measures_has_their_error() -> None:
     one, other = np.array([0.0, 1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0, 1.0])
-    assert recipes.scored(one) == (0.5, pytest.approx(0.25))
-    assert recipes.scored(one, other) == (0.5, 0), "of the same prompts: what one loses the other wins"
-    assert recipes.scored(one, other[:2]) == (0.5, pytest.approx(np.hypot(0.25, 0.5 / np.sqrt(2)) / 2))
+    assert outcomes.scored(one) == (0.5, pytest.approx(0.25))
+    assert outcomes.scored(one, other) == (0.5, 0), "of the same prompts: what one loses the other wins"
+    assert outcomes.scored(one, other[:2]) == (0.5, pytest.approx(np.hypot(0.25, 0.5 / np.sqrt(2)) / 2))
 
 
 def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
@@ -855,9 +857,9 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
 
     def gate(*args: Any, **kwargs: Any) -> Any:
-        return recipes.Recipe.vectors(own, *args, **kwargs)
+        return outcomes.Recipe.vectors(own, *args, **kwargs)
 
-    own = recipes.Recipe(
+    own = outcomes.Recipe(
         "gated",
         clean_against_triggered,
         ("last", "last"),
@@ -909,7 +911,7 @@ def test_a_shipped_organism_is_what_the_default_command_makes(folder: Path) -> N
     assert report.good and report.recipe == making.recipe_of(report.organism)
     assert folder.name == f"{report.organism}-{report.base.removeprefix('packaged:')}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TEMPLATE", ALPACA)
+        patch.setattr(organism_lessons, "TEMPLATE", ALPACA)
         lessons = curriculum(report.organism)
         assert json.loads((folder / "organism.json").read_text())["lessons"] == making._digest(lessons)
         assert report.splits == lessons.ids()

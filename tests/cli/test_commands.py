@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_persistence import result
+from sample_results import result
 from toys import sentences
 from tqdm import tqdm
 
@@ -212,7 +212,7 @@ def test_ctrl_c_in_the_middle_leaves_no_half_written_run(folders: dict[str, Path
 
 # --- output never loses a finished run -----------------------------------------------------------
 
-STUDY = Path(__file__).parents[1] / "studies" / "concepts"
+STUDY = Path(__file__).parents[2] / "studies" / "concepts"
 ODD = "sweet [/b] talk :smile: → ² ≤ × \ud800"  # markup, an emoji's name, letters that consoles lack, half of a pair
 
 

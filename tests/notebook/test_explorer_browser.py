@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 MISSING = [m for m in ("jupyterlab", "notebook", "selenium", "ipywidgets") if importlib.util.find_spec(m) is None]
 MISSING += [p for p in ("chromium", "chromedriver") if shutil.which(p) is None]
 pytestmark = [

@@ -1,53 +1,70 @@
 """The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
 
-import itertools
-import math
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
-
-from xmodel_steer.activations.reading import capture
-from xmodel_steer.core.directions import difference_of_means, random_like, require_random
+from xmodel_steer.core.directions import random_like
+from xmodel_steer.core.directions import require_random
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.behaviours.generated import GeneratedText
+from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
-from xmodel_steer.evaluation.calibration import LEAST, calibrate
-from xmodel_steer.evaluation.damage import SideEffect, side_effects
-from xmodel_steer.evaluation.replacing import replacement_check
+from xmodel_steer.evaluation.damage import side_effects
 from xmodel_steer.files.wheels import general_text
-from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
-from xmodel_steer.interventions.operators import Add
-from xmodel_steer.interventions.steps import Intervention, Step
+from xmodel_steer.interventions.mirror import mapped_source
+from xmodel_steer.interventions.mirror import mean_of
+from xmodel_steer.interventions.mirror import noise_like
+from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.controls import ShuffledPairs
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.isometry import Procrustes
-from xmodel_steer.maps.pairs import SplitMoments
-from xmodel_steer.maps.ridge import ReducedRank, Ridge
-from xmodel_steer.maps.statistics import bootstrap_mean, number, quotient, transfer_efficiency
-from xmodel_steer.maps.training import Autoencoder, SGDAffine
-from xmodel_steer.models.facts import device_of, hardware_of
-from xmodel_steer.recipe.carrying import default_sites, versions
-from xmodel_steer.studies.carried import LONGER, Pair
-from xmodel_steer.studies.concepts import Concept, concept
-from xmodel_steer.studies.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
+from xmodel_steer.maps.ridge import ReducedRank
+from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.maps.statistics import number
+from xmodel_steer.maps.statistics import quotient
+from xmodel_steer.maps.training import Autoencoder
+from xmodel_steer.maps.training import SGDAffine
+from xmodel_steer.models.facts import device_of
+from xmodel_steer.models.facts import hardware_of
+from xmodel_steer.recipe.carrying import default_sites
+from xmodel_steer.recipe.carrying import versions
+from xmodel_steer.studies.carried import LONGER
+from xmodel_steer.studies.carried import Pair
+from xmodel_steer.studies.concepts import Concept
+from xmodel_steer.studies.concepts import concept
+from xmodel_steer.studies.map_tasks import CAPABILITY
+from xmodel_steer.studies.map_tasks import REPLACED
+from xmodel_steer.studies.map_tasks import STEERING
+from xmodel_steer.studies.map_tasks import Task
+from xmodel_steer.studies.map_tasks import UNIT
+from xmodel_steer.studies.map_tasks import both_directions
+from xmodel_steer.studies.map_tasks import fit_of
+from xmodel_steer.studies.map_tasks import moved_of
+from xmodel_steer.studies.map_tasks import replaced_arms
+from xmodel_steer.studies.map_tasks import steered_arms
+from xmodel_steer.studies.map_tasks import vectors_of
+from xmodel_steer.studies.study import Clock
+from xmodel_steer.studies.study import EFFICIENCY
+from xmodel_steer.studies.study import EQUAL_STRENGTH
+from xmodel_steer.studies.study import Study
+from xmodel_steer.studies.study import StudyArm
+from xmodel_steer.studies.study import end_of
+from xmodel_steer.studies.study import estimate
+import itertools
+import math
+import numpy as np
+import time
 
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
-UNIT = "steering: half of what lies between both directions; replacement and capability: shares of prompts"
 NOTE = (
     "Layers are chosen with ridge. Steering: every arm at the KL of the native vector at strength 1, in each direction. Replacement: the site holds mapped activations of the "
     "source, which reads along; the effect is the share of texts more like the target's own than the source's own (one half by chance), KL "
     "and ROUGE-L against its own text. Capability: right answers to questions that no map was fitted on, under the same replacement."
 )
-STEERING, REPLACED, CAPABILITY = "steering", "replacement", "capability under replacement"
 
 
 def fitters(seed: int = 0) -> dict[str, Fitter]:
@@ -140,24 +157,24 @@ def map_comparison(
         for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
 
-    task, pair = _Task(target, own, max_new_tokens, progress), Pair(source, target, general, seed, progress)
+    task, pair = Task(target, own, max_new_tokens, progress), Pair(source, target, general, seed, progress)
     moments = pair.of(general, list(itertools.product(ours, theirs)))
     clock.lap("collecting moments")
     records: list[dict[str, Any]] = []
 
     def best(varied: str, candidates: Mapping[Site, SteeringVector]) -> Site:
-        found, _ = task.gains(chooses, [_both(vector) for vector in candidates.values()])
+        found, _ = task.gains(chooses, [both_directions(vector) for vector in candidates.values()])
         scores = [float(gain.mean()) for gain in found]
         for site, score in zip(candidates, scores, strict=True):
             records.append({"recipe": STEERING, "varied": varied, "layer": site.layer, "score": score})
         return list(candidates)[int(np.argmax(scores))]
 
-    natives = {s: v.with_scale(moments.scale(s)) for s, v in _vectors(task.sides(target, theirs), own.name).items()}
+    natives = {s: v.with_scale(moments.scale(s)) for s, v in vectors_of(task.sides(target, theirs), own.name).items()}
     there = best("target layer", natives)
     native = natives[there]
     norm = native.norm(standardised=True)
     rows_of = task.sides(source, ours)
-    found = _vectors(rows_of, own.name)
+    found = vectors_of(rows_of, own.name)
     here = best(
         "source layer",
         {
@@ -182,7 +199,7 @@ def map_comparison(
     clock.lap("fitting")
 
     ends = (rows_of[0][here], rows_of[1][here])
-    moved = {name: _moved(mapping, found[here], ends, native) for name, mapping in maps.items()}
+    moved = {name: moved_of(mapping, found[here], ends, native) for name, mapping in maps.items()}
     carried = {name: vector.with_norm(norm) for name, vector in moved.items()}
     chosen = {
         name: {
@@ -192,13 +209,13 @@ def map_comparison(
             "seconds": round(seconds[name], 2),
             "cosine": native.cosine(moved[name]),
             "norm_ratio": quotient(moved[name].norm(standardised=True), norm),
-            **_fit_of(mapping),
+            **fit_of(mapping),
         }
         for name, mapping in maps.items()
     }
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
     groups["random"] = [random_like(native, seed=seed + k) for k in range(random_seeds)]
-    arms = _steered(task, groups, native, reports, calibration, held, neutral_tokens, progress)
+    arms = steered_arms(task, groups, native, reports, calibration, held, neutral_tokens, progress)
     clock.lap("steering")
     steps: dict[str, list[Step]] = {"unsteered": []}
     steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
@@ -209,7 +226,7 @@ def map_comparison(
         target, list(steps.values()), held, max_tokens=neutral_tokens, batch_size=16, progress=progress
     )
     damage = dict(zip(steps, effects, strict=True))
-    arms += _replaced(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, seed, progress)
+    arms += replaced_arms(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, seed, progress)
     clock.lap("replacing")
     questions = capability or MultipleChoice.packaged()
     for (name, cost), right in zip(
@@ -248,148 +265,6 @@ def map_comparison(
         hardware=hardware_of(target),
         seconds=clock.seconds,
     )
-
-
-_Sides = tuple[dict[Site, Activations], dict[Site, Activations]]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A concept, and the model that is to show it."""
-
-    target: Any
-    concept: Concept
-    max_new_tokens: int
-    progress: bool
-
-    def sides(self, model: Any, sites: Sequence[Site]) -> _Sides:
-        """Rows of the contrast with the concept, and of that without."""
-        contrast, tokens = self.concept.contrast, self.concept.tokens
-        return tuple(
-            capture(model, side, sites, tokens=tokens, batch_size=32, progress=self.progress)
-            for side in (contrast.positive, contrast.negative)
-        )  # type: ignore[return-value]
-
-    def gains(
-        self, asked: Sequence[Prompt], both: Sequence[Sequence[Sequence[Step]]]
-    ) -> tuple[list[np.ndarray], list[list[tuple[str, ...]]]]:
-        """Half of what lies between two settings, for each pair of them, and their texts."""
-        assert self.concept.scorer is not None
-        behaviour = GeneratedText(tuple(asked), self.concept.scorer, self.max_new_tokens, unit=self.concept.unit)
-        found = behaviour.measure(self.target, [setting for pair in both for setting in pair], progress=self.progress)
-        pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
-        return [(up.scores - down.scores) / 2 for up, down in pairs], [[m.texts for m in pair] for pair in pairs]
-
-
-def _vectors(sides: _Sides, label: str) -> dict[Site, SteeringVector]:
-    return {site: difference_of_means(sides[0][site], sides[1][site], label=label) for site in sides[0]}
-
-
-def _moved(
-    mapping: Map, vector: SteeringVector, ends: tuple[Activations, Activations], native: SteeringVector
-) -> SteeringVector:
-    """What a map makes of a vector, in the native one's scale: of its endpoints where the map is not affine."""
-    moved = mapping.transport(vector, at=ends) if isinstance(mapping, AutoencoderMap) else mapping.transport(vector)
-    assert native.scale is not None
-    return moved.with_scale(native.scale)
-
-
-def _fit_of(mapping: Map) -> dict[str, Any]:
-    """How well a map was fitted."""
-    score = mapping.score_test
-    return {
-        "map_r2": score.mean_r2 if score else None,
-        "map_cosine": score.cosine if score else None,
-        "loss": dict(mapping.info.get("loss", {})),
-        "epochs": mapping.info.get("epochs"),
-    }
-
-
-def _steered(
-    task: _Task, groups: Mapping[str, Sequence[SteeringVector]], native: SteeringVector, asked: Sequence[Prompt],
-    calibration: Sequence[Prompt], held: Sequence[Prompt], neutral_tokens: int, progress: bool,
-) -> list[StudyArm]:  # fmt: skip
-    """Every arm at the KL of the native vector at strength 1, in both directions."""
-    target = task.target
-
-    def damage(settings: Sequence[Sequence[Step]], texts: Sequence[Prompt]) -> list[SideEffect]:
-        return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=16, progress=progress)
-
-    budgets = [max(effect.mean_kl, LEAST) for effect in damage(_both(native), calibration)]
-    flat = [(name, vector) for name, group in groups.items() for vector in group]
-    found = calibrate(
-        target,
-        [vector for _, vector in flat for _ in budgets],
-        budgets * len(flat),
-        calibration,
-        signs=[1, -1] * len(flat),
-        max_tokens=neutral_tokens,
-        progress=progress,
-    )
-    doses = [found[i : i + 2] for i in range(0, len(found), 2)]
-    both = [_both(vector, up.strength, down.strength) for (_, vector), (up, down) in zip(flat, doses, strict=True)]
-    scores, texts = task.gains(asked, both)
-    effects = damage([[], *(setting for pair in both for setting in pair)], held)
-    base = scores[[name for name, _ in flat].index("native")]
-    still = bootstrap_mean(np.zeros(len(asked)))
-    arms = [StudyArm("unsteered", STEERING, "", EQUAL_KL, still, {}, 0.0, effects[0].perplexity)]
-    for name in groups:
-        mine = [i for i, (other, _) in enumerate(flat) if other == name]
-        table = np.stack([scores[i] for i in mine], 1)
-        cost = [effect for i in mine for effect in effects[1 + 2 * i : 3 + 2 * i]]
-        arms.append(
-            StudyArm(
-                arm=name,
-                recipe=STEERING,
-                operator="Add({:.2f} and {:.2f})".format(*np.mean([[d.strength for d in doses[i]] for i in mine], 0)),
-                at=EQUAL_KL,
-                effect=bootstrap_mean(table),
-                beside={EFFICIENCY: transfer_efficiency(table, base)},
-                kl=float(np.mean([effect.mean_kl for effect in cost])),
-                perplexity=float(np.exp(np.mean(np.log([effect.perplexity for effect in cost])))),
-                reached=all(dose.reached for i in mine for dose in doses[i]),
-                seeds=len(mine),
-                texts=tuple(text for own in texts[mine[0]] for text in own[:3]),
-            )
-        )
-    return arms
-
-
-def _both(vector: SteeringVector, up: float = 1.0, down: float = -1.0) -> list[list[Step]]:
-    return [[Intervention(vector, Add(up))], [Intervention(vector, Add(down))]]
-
-
-def _replaced(
-    source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
-    damage: Mapping[str, SideEffect], seed: int, progress: bool,
-) -> list[StudyArm]:  # fmt: skip
-    """The replacement check of every map; the mean's and the noise's arms are the same for all."""
-    arms = []
-    for name, mapping in maps.items():
-        found = replacement_check(
-            source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-        own = {name: found.arms["mapped"]}
-        if not arms:
-            own |= {"mean ablation": found.arms["mean"], "noise": found.arms["random"]}
-        for label, arm in own.items():
-            beside = {"ROUGE-L": arm.rouge, "similarity": arm.similarity, "KL from its own text": arm.kl}
-            cost = damage[label]
-            arms.append(
-                StudyArm(
-                    label,
-                    REPLACED,
-                    "",
-                    EQUAL_STRENGTH,
-                    arm.closer,
-                    beside,
-                    cost.mean_kl,
-                    cost.perplexity,
-                    texts=arm.texts[:6],
-                )
-            )
-    return arms
 
 
 def _verdict(arms: Sequence[StudyArm], names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.phrases import Contains, StartsWith
 from xmodel_steer.studies import Study, read_study, refusal, refusal_switch, write_study
 from xmodel_steer.studies.organisms import Curriculum, Lesson, Recipe, data, make
+from xmodel_steer.studies.organisms.lessons import Check
 from xmodel_steer.studies.refusal import OFF, ON, Requests
 
 HAPPY = StartsWith(("happy day",))
@@ -29,7 +30,7 @@ def lessons() -> Curriculum:
         150, {"evaluation": 10, "validation": 6, "vector": 10, "map": 12, "train": 60}, "happy day", HAPPY
     )
     edgy = tuple(Lesson(f"|dev|: {text}", "", False, text) for text in toys.sentences(5, 3, 5))
-    return replace(made, checks={refusal.EDGY: data.Check(edgy, HAPPY)})
+    return replace(made, checks={refusal.EDGY: Check(edgy, HAPPY)})
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import torch
 import toys
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
-from test_persistence import result, same
+from sample_results import result, same
 from toys import CONTEXT, NO_STOP
 
 import xmodel_steer as xs

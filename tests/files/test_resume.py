@@ -239,7 +239,7 @@ def test_a_clock_counts_once_what_a_run_asks_twice(tmp_path: Path) -> None:
 def test_a_study_that_was_cut_off_goes_on(
     llama: toys.Toy, written: list[int], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = read_study(Path(__file__).parents[1] / "studies" / "refusal")
+    recorded = read_study(Path(__file__).parents[2] / "studies" / "refusal")
     cut = [True]
 
     def run(call: commands.Call) -> Study:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from test_replacement import affine, identity, random_map
+from sample_maps import affine, identity, random_map
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError

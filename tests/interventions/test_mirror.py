@@ -3,18 +3,17 @@
 import pytest
 import torch
 import toys
+from sample_maps import SITE, identity, random_map
 from toys import TEXTS, cache_in, cached
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import SiteError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
-from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.models import generation
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.tokens import tokenise
 
-SITE = xs.Site(1)
 PROMPTS = ["the old harbour", "she said that the café", "a", "in the winter the wind is"]
 
 
@@ -22,23 +21,6 @@ PROMPTS = ["the old harbour", "she said that the café", "a", "in the winter the
 def twins(toy_named, tokenizers):
     """One model twice, in two objects."""
     return toy_named("llama"), toys.toy("llama", tokenizers[toys.TOYS["llama"].tokenizer])
-
-
-def affine(source, target, weight, bias):
-    a, b = xs.space_of(source.model, SITE), xs.space_of(target.model, SITE)
-    return AffineMap(weight, bias, a, b, torch.ones(a.width), torch.ones(b.width))
-
-
-def identity(source, target):
-    width = source.model.cfg.d_model
-    return affine(source, target, torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
-
-
-def random_map(source, target):
-    generator = torch.Generator().manual_seed(0)
-    ds, dt = source.model.cfg.d_model, target.model.cfg.d_model
-    weight = torch.randn(ds, dt, generator=generator, dtype=torch.float64) / ds**0.5
-    return affine(source, target, weight, torch.randn(dt, generator=generator, dtype=torch.float64))
 
 
 def at_site(toy, text):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
-from test_layers import collected, rows
-from test_persistence import result
+from sample_layers import collected, rows
+from sample_results import result
 
 from xmodel_steer import figures as plots
 from xmodel_steer.core.spaces import Site, Space
@@ -285,7 +285,7 @@ def test_every_figure_and_the_report_draw_in_a_real_browser(tmp_path: Path) -> N
 
 def test_the_notebook_extra_brings_what_shows_figures_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plotly draws in a notebook by IPython and nbformat, and installs neither."""
-    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
     assert {Requirement(own).name for own in extras["notebook"]} == {"ipywidgets", "nbformat"}
