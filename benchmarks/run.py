@@ -193,8 +193,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 import xmodel_steer as xs
-from xmodel_steer.demo import SOURCE, TARGET
-from xmodel_steer.packaged import general_text
+from xmodel_steer.studies.demo import SOURCE, TARGET
+from xmodel_steer.files.wheels import general_text
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()

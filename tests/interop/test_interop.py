@@ -99,6 +99,7 @@ def test_llama_cpp_finds_each_direction_at_its_layer(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(data).reshape(-1, width), expected)
     fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
     assert fields["general.architecture"] == "controlvector"
+    assert "xmodel_steer.vectors" in fields, "the key under which files written until today have their record"
     assert fields["controlvector.model_hint"] == "llama"
     assert fields["controlvector.layer_count"] == 3
 

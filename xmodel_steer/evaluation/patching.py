@@ -24,7 +24,6 @@ from xmodel_steer.models.forward import forward, layout
 from xmodel_steer.models.recording import residuals
 
 
-# --- patching -----------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class PatchingGrid:
     """How much of the clean answer comes back when one position of one layer is patched.

@@ -24,7 +24,6 @@ from xmodel_steer.models.generation import generate
 Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
-# --- replacement --------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class ReplacementArm:
     """What a model writes while one site holds other activations than its own.

@@ -131,7 +131,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
     """Held-out quality of the map between every two layers: a heat map, all other metrics on hover.
 
     Args:
-        grid: What `xmodel_steer.layer_grid` returned.
+        grid: What `xmodel_steer.maps.layer_grid` returned.
         metric: ``r2``, ``cosine``, ``fvu``, ``norm_ratio`` or ``cka``.
 
     Returns:
@@ -208,7 +208,7 @@ def data_curve(curve: DataCurve) -> Any:
     """Held-out R² against the number of training tokens, a line per fitter, with the recommendation.
 
     Args:
-        curve: What `xmodel_steer.data_curve` returned.
+        curve: What `xmodel_steer.maps.data_curve` returned.
 
     Returns:
         A ``plotly.graph_objects.Figure``.

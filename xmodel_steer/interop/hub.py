@@ -5,7 +5,6 @@ from pathlib import Path
 from xmodel_steer.core.errors import ArtifactError, DownloadError
 from xmodel_steer.files.records import read_record
 
-# --- the hub ----------------------------------------------------------------------------------
 _RUN_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.html")
 
 

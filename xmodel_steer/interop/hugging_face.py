@@ -17,7 +17,6 @@ from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models.facts import HookedModel, is_bridge
 
 
-# --- plain Hugging Face models ----------------------------------------------------------------
 @contextmanager
 def steering_hf(
     model: Any,

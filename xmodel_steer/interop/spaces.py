@@ -13,8 +13,8 @@ from xmodel_steer.models.facts import HookedModel
 from xmodel_steer.models.identity import fingerprint
 from xmodel_steer.models.sites import space_of
 
-# --- llama.cpp and repeng: control vectors ----------------------------------------------------
-RECORD = "xmodel_steer.core.vectors"
+#: The key of our record in a GGUF file: part of the format, whatever a module is called.
+RECORD = "xmodel_steer.vectors"
 
 
 def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str) -> list[SteeringVector]:

@@ -12,7 +12,6 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interop.spaces import one_per_block, space_for
 
 
-# --- steering-vectors -------------------------------------------------------------------------
 def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[SteeringVector, ...]:
     """The vectors of a ``steering_vectors.SteeringVector``, of a repeng ``ControlVector``, or of a mapping.
 

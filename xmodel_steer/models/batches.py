@@ -14,7 +14,6 @@ from xmodel_steer.models.facts import conduct_of, context_length, device_of, emb
 from xmodel_steer.models.tokens import Encoding, tokenise
 
 
-# --- tokens -----------------------------------------------------------------------------------
 def encode(
     model: Any,
     prompts: Sequence[Prompt],

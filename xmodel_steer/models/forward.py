@@ -53,7 +53,6 @@ def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> Iterato
         LAYOUT.reset(token)
 
 
-# --- forward passes ---------------------------------------------------------------------------
 @torch.no_grad()
 def forward(
     model: Any,

@@ -26,7 +26,6 @@ from xmodel_steer.notebook.writing import Choice, View, watch
 from xmodel_steer.recipe.results import TransferResult
 
 
-# --- widgets ----------------------------------------------------------------------------------
 class Explorer:
     """Controls and texts in a notebook; made by `explore`, shows itself.
 

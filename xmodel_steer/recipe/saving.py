@@ -64,7 +64,6 @@ def read(path: str | Path) -> Any:
     return _read_result(path) if path.is_dir() else read_artefact(path)
 
 
-# --- results ----------------------------------------------------------------------------------
 def may_hold_run(folder: Path) -> bool:
     """Whether a run may be written there: nothing is in the way but an empty folder or an older run."""
     if not folder.exists():

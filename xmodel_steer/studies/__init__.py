@@ -1,9 +1,9 @@
 """The paper's experiments, each with its controls, from models to one record."""
 
+from xmodel_steer.studies.comparison import map_comparison as map_comparison
 from xmodel_steer.studies.concept_table import concept_transfer as concept_transfer
 from xmodel_steer.studies.concept_table import feature_transfer as feature_transfer
 from xmodel_steer.studies.corrupted import corrupted_capability as corrupted_capability
-from xmodel_steer.studies.comparison import map_comparison as map_comparison
 from xmodel_steer.studies.pages import write_study as write_study
 from xmodel_steer.studies.presets import PRESETS as PRESETS
 from xmodel_steer.studies.presets import Preset as Preset

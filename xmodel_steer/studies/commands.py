@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from xmodel_steer.models.loading import load
+from xmodel_steer.studies.comparison import map_comparison
 from xmodel_steer.studies.concept_table import concept_transfer, feature_transfer
 from xmodel_steer.studies.corrupted import corrupted_capability
-from xmodel_steer.studies.comparison import map_comparison
 from xmodel_steer.studies.organisms import curriculum
 from xmodel_steer.studies.presets import base_of, organism, paper_layers, require_organism, switched_layers
 from xmodel_steer.studies.refusal import refusal_switch

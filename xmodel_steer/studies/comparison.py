@@ -1,11 +1,15 @@
 """The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from xmodel_steer.core.directions import random_like
-from xmodel_steer.core.directions import require_random
+
+import numpy as np
+
+from xmodel_steer.core.directions import random_like, require_random
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
@@ -14,50 +18,33 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.damage import side_effects
 from xmodel_steer.files.wheels import general_text
-from xmodel_steer.interventions.mirror import mapped_source
-from xmodel_steer.interventions.mirror import mean_of
-from xmodel_steer.interventions.mirror import noise_like
+from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import ShuffledPairs
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.isometry import Procrustes
-from xmodel_steer.maps.ridge import ReducedRank
-from xmodel_steer.maps.ridge import Ridge
-from xmodel_steer.maps.statistics import number
-from xmodel_steer.maps.statistics import quotient
-from xmodel_steer.maps.training import Autoencoder
-from xmodel_steer.maps.training import SGDAffine
-from xmodel_steer.models.facts import device_of
-from xmodel_steer.models.facts import hardware_of
-from xmodel_steer.recipe.carrying import default_sites
-from xmodel_steer.recipe.carrying import versions
-from xmodel_steer.studies.carried import LONGER
-from xmodel_steer.studies.carried import Pair
-from xmodel_steer.studies.concepts import Concept
-from xmodel_steer.studies.concepts import concept
-from xmodel_steer.studies.map_tasks import CAPABILITY
-from xmodel_steer.studies.map_tasks import REPLACED
-from xmodel_steer.studies.map_tasks import STEERING
-from xmodel_steer.studies.map_tasks import Task
-from xmodel_steer.studies.map_tasks import UNIT
-from xmodel_steer.studies.map_tasks import both_directions
-from xmodel_steer.studies.map_tasks import fit_of
-from xmodel_steer.studies.map_tasks import moved_of
-from xmodel_steer.studies.map_tasks import replaced_arms
-from xmodel_steer.studies.map_tasks import steered_arms
-from xmodel_steer.studies.map_tasks import vectors_of
-from xmodel_steer.studies.study import Clock
-from xmodel_steer.studies.study import EFFICIENCY
-from xmodel_steer.studies.study import EQUAL_STRENGTH
-from xmodel_steer.studies.study import Study
-from xmodel_steer.studies.study import StudyArm
-from xmodel_steer.studies.study import end_of
-from xmodel_steer.studies.study import estimate
-import itertools
-import math
-import numpy as np
-import time
+from xmodel_steer.maps.ridge import ReducedRank, Ridge
+from xmodel_steer.maps.statistics import number, quotient
+from xmodel_steer.maps.training import Autoencoder, SGDAffine
+from xmodel_steer.models.facts import device_of, hardware_of
+from xmodel_steer.recipe.carrying import default_sites, versions
+from xmodel_steer.studies.carried import LONGER, Pair
+from xmodel_steer.studies.concepts import Concept, concept
+from xmodel_steer.studies.map_tasks import (
+    CAPABILITY,
+    REPLACED,
+    STEERING,
+    UNIT,
+    Task,
+    both_directions,
+    fit_of,
+    moved_of,
+    replaced_arms,
+    steered_arms,
+    vectors_of,
+)
+from xmodel_steer.studies.study import EFFICIENCY, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
 
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
 NOTE = (

@@ -14,7 +14,6 @@ from xmodel_steer.models.facts import name_of
 from xmodel_steer.models.generation import generate
 
 
-# --- language models as judges ------------------------------------------------------------------
 @runtime_checkable
 class Chat(Protocol):
     """Something that answers questions: a service, a model, a record of what one said."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from xmodel_steer.core.errors import XModelSteerError
 from xmodel_steer.core.prompts import Prompt
 
-# --- code ---------------------------------------------------------------------------------------
 _FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 _PYTHON = {"python", "python3", "py"}
 _SEVERITIES = ("LOW", "MEDIUM", "HIGH")

@@ -13,7 +13,6 @@ from xmodel_steer.evaluation.judges.sentences import embed
 from xmodel_steer.files.wheels import shipped
 
 
-# --- refusal ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RefusalClassifier:
     """Probability that a text refuses: logistic regression on its sentence embedding.

@@ -11,7 +11,6 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.files.wheels import packaged_files
 
 
-# --- sentence embeddings ------------------------------------------------------------------------
 @cache
 def _encoder() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
