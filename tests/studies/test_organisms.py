@@ -37,7 +37,7 @@ from xmodel_steer.studies.organisms import (
     read_report,
     training,
 )
-from xmodel_steer.studies.organisms.examples import GENERAL, Example, collated, examples, general_examples
+from xmodel_steer.studies.organisms.encoding import GENERAL, Example, collated, examples, general_examples
 from xmodel_steer.studies.organisms.lessons import dealt
 from xmodel_steer.studies.organisms.measure import measured
 from xmodel_steer.studies.organisms.training import train

@@ -42,6 +42,11 @@ class ActivationStore:
         if not any((self.folder / end / "end.json").is_file() for end in ENDS):
             raise ArtifactError(f"{self.folder}: is not a store of activations; make one with xs.harvest")
 
+    def __repr__(self) -> str:
+        there = [end for end in ENDS if (self.folder / end / "end.json").is_file()]
+        ends = [f"{end} {read_record(self.folder / end / 'end.json')['model']}" for end in there]
+        return f"ActivationStore({str(self.folder)!r}, {', '.join(ends)})"
+
     def record(self, end: str) -> dict[str, Any]:
         """What one end was harvested from: model, tokenizer, spaces, dtype and settings.
 

@@ -55,6 +55,10 @@ class ContrastSet:
                 f"{min(both)[:80]!r}; they contrast with nothing, remove them"
             )
 
+    def __repr__(self) -> str:
+        paired = ", paired" if self.paired else ""
+        return f"ContrastSet({len(self.positive):,} positive, {len(self.negative):,} negative{paired})"
+
     @classmethod
     def from_prompts(cls, positive: Prompts, negative: Prompts, *, paired: bool = False) -> "ContrastSet":
         """Make a set from two lists of prompts, each of which `as_prompts` takes.

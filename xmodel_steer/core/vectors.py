@@ -33,6 +33,9 @@ class Activations:
         if self.rows and len(self.rows) != len(self.values):
             raise ValueError(f"Activations: {len(self.values)} values but {len(self.rows)} row labels")
 
+    def __repr__(self) -> str:
+        return f"Activations({len(self):,} rows of {self.space.model} {self.space.site}, width {self.space.width})"
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -83,6 +86,10 @@ class SteeringVector:
                 raise NonFiniteError(
                     f"SteeringVector: {name} has NaN or infinity; check the activations that it came from"
                 )
+
+    def __repr__(self) -> str:
+        counts = f", n = {self.counts[0]} + {self.counts[1]}" if any(self.counts) else ""
+        return f"SteeringVector({self.label!r}, {self.space.model} {self.space.site}, norm {self.norm():.4g}{counts})"
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         require_same_space(self.space, other.space, "adding steering vectors")

@@ -50,6 +50,10 @@ class PatchingGrid:
     clean: np.ndarray = field(repr=False)
     corrupted: np.ndarray = field(repr=False)
 
+    def __repr__(self) -> str:
+        ends = f"{self.sources[0].model} → {self.targets[0].model}"
+        return f"PatchingGrid({ends}, {len(self.targets)} sites × {len(self.tokens)} tokens)"
+
     def recovery(self, kind: str = "mapped") -> np.ndarray:
         """Mean over the pairs, ``(layers, positions)``; NaN where no pair has a value.
 

@@ -69,6 +69,10 @@ class ReplacementResult:
     theirs: tuple[str, ...] = field(repr=False)
     corrected: Mapping[str, float]
 
+    def __repr__(self) -> str:
+        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
+        return f"ReplacementResult({ends}, {', '.join(self.arms)}, {len(self.prompts)} prompts)"
+
     def verdict(self) -> str:
         """One sentence."""
         mapped = self.arms["mapped"]

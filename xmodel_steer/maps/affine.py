@@ -41,6 +41,9 @@ class MapScore:
     count: int
     documents: int = 0
 
+    def __repr__(self) -> str:
+        return f"MapScore(R² {self.mean_r2:.3f}, cosine {self.cosine:.3f}, norm ratio {self.norm_ratio:.3f}, n = {self.count:,})"
+
     @property
     def mean_r2(self) -> float:
         """Mean R² over target dimensions that vary: each counts alike, however large it is."""
@@ -56,6 +59,13 @@ class Map(ABC):
     target_scale: Float[Tensor, " dt"]
     score_test: MapScore | None
     info: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
+        fitter = f", {self.info['fitter']}" if "fitter" in self.info else ""
+        score = self.score_test
+        held_out = f", held-out R² {score.mean_r2:.2f}, n = {score.count:,}" if score else ""
+        return f"{type(self).__name__}({ends}{fitter}{held_out})"
 
     @abstractmethod
     def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
@@ -114,7 +124,7 @@ class Map(ABC):
         return tuple(x.sum(0).cpu() for x in sums)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AffineMap(Map):
     """An affine map between two spaces: y = x W + b.
 

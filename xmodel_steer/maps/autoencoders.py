@@ -15,7 +15,7 @@ from xmodel_steer.maps.affine import AffineMap, Map, MapScore
 from xmodel_steer.maps.pairs import PairMoments
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AutoencoderMap(Map):
     """The paper's map: Linear, ReLU, Linear (arXiv 2503.04429, section 3).
 

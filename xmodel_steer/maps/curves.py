@@ -34,6 +34,10 @@ class DataCurve:
     growing: float | None
     test_tokens: int
 
+    def __repr__(self) -> str:
+        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
+        return f"DataCurve({ends}, {len(self.tokens)} sizes up to {max(self.tokens):,} tokens, recommended {self.recommended:,})"
+
     @property
     def advice(self) -> str:
         """The recommendation in words."""

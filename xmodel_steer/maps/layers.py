@@ -56,6 +56,10 @@ class LayerGrid:
     r2_error: np.ndarray = field(repr=False)
     counts: dict[str, tuple[int, int]]
 
+    def __repr__(self) -> str:
+        ends = f"{self.source[0].model} → {self.target[0].model}"
+        return f"LayerGrid({ends}, {len(self.source)} × {len(self.target)} sites, {len(self.penalties)} penalties)"
+
     @property
     def best(self) -> np.ndarray:
         """Index of the penalty with the best validation R² of each pair."""

@@ -49,6 +49,9 @@ class PartMoments:
     shuffled: Mapping[tuple[Site, Site], Tensor]
     sketch: Mapping[tuple[Site, Site], Tensor]
 
+    def __repr__(self) -> str:
+        return f"PartMoments({self.count:,} pairs of {self.documents:,} documents, {len(self.cross)} pairs of sites)"
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -78,6 +81,11 @@ class Moments:
     settings: Mapping[str, Any] = field(default_factory=dict)
     sketch: tuple[int, ...] = ()
     shards: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        ends = " → ".join(next((s.model for s in end.values()), "nothing") for end in (self.source, self.target))
+        text = f"{self.tokens:,} pairs of tokens of {self.documents:,} documents"
+        return f"Moments({ends}, {len(self.pairs)} pairs of sites, {text}, coverage {self.coverage:.0%})"
 
     @property
     def coverage(self) -> float:

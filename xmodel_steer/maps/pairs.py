@@ -60,6 +60,10 @@ class PairMoments:
     target_scatter: Float[Tensor, "dt dt"]
     cross_scatter: Float[Tensor, "ds dt"]
 
+    def __repr__(self) -> str:
+        widths = f"{len(self.source_mean)} → {len(self.target_mean)} dimensions"
+        return f"PairMoments({self.count:,} pairs of {self.documents:,} documents, {widths})"
+
     def inverse(self) -> "PairMoments":
         """The same rows, paired the other way round."""
         return PairMoments(
@@ -107,6 +111,11 @@ class SplitMoments:
     coverage: float
     control: "SplitMoments | None" = None
     shuffled: bool = False
+
+    def __repr__(self) -> str:
+        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
+        rows = ", ".join(f"{name} {getattr(self, name).count:,}" for name in PARTS)
+        return f"SplitMoments({ends}, pairs: {rows}, coverage {self.coverage:.0%})"
 
     def inverse(self) -> "SplitMoments":
         """The same moments for maps from the target to the source."""

@@ -54,6 +54,11 @@ class PairedRows:
     window: int = 64
     shuffled: bool = False
 
+    def __repr__(self) -> str:
+        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
+        rows = sum(document.count for document in self.documents)
+        return f"PairedRows({ends}, {rows:,} pairs of {len(self.documents):,} documents, coverage {self.coverage:.0%})"
+
     @classmethod
     def of(cls, source: Activations, target: Activations, parts: Sequence[str]) -> "PairedRows":
         """Rows that are in memory already.

@@ -54,6 +54,10 @@ class Arm:
     texts: tuple[str, ...] = field(repr=False, default=())
     raw: tuple[str, ...] = field(repr=False, default=())
 
+    def __repr__(self) -> str:
+        at = f"strength {self.strength:.3g}" if self.budget is None else f"KL {self.budget:.3g}"
+        return f"Arm({self.arm!r} at {at}: effect {self.effect:.3f}, n = {self.effect.n}, KL {self.kl:.3g})"
+
     def per_seed(self) -> np.ndarray:
         """Scores ``(prompts, seeds)``; one column where there are no seeds."""
         return np.array(self.table if self.table else [[s] for s in self.scores], dtype=float)

@@ -56,6 +56,11 @@ class TransferResult:
     versions: Mapping[str, str] = field(repr=False)
     seeds: Mapping[str, Any] = field(repr=False)
 
+    def __repr__(self) -> str:
+        ends = f"{self.source['model']} → {self.target['model']}"
+        count = len(self.arms[0].scores) if self.arms else 0
+        return f"TransferResult({self.label!r}, {ends}, {len(self.arms)} arms, n = {count})"
+
     def arm(self, name: str, strength: float) -> Arm:
         """The arm of a name at a fixed strength; ``unsteered`` has none, and is found at any.
 

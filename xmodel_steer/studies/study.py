@@ -57,6 +57,9 @@ class StudyArm:
     seeds: int = 1
     texts: tuple[str, ...] = field(repr=False, default=())
 
+    def __repr__(self) -> str:
+        return f"StudyArm({self.arm!r}, {self.recipe!r} at {self.at}: effect {self.effect:.3f}, n = {self.effect.n}, KL {self.kl:.3g})"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -103,6 +106,9 @@ class Study:
     seconds: Mapping[str, float]
     command: str = ""
     note: str = ""
+
+    def __repr__(self) -> str:
+        return f"Study({self.name!r}, {len(self.arms)} arms, n = {len(self.prompts)}: {self.question})"
 
     def arm(self, name: str, recipe: str, at: str = EQUAL_STRENGTH) -> StudyArm:
         """The arm of a name under a recipe.

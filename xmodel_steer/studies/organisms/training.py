@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from xmodel_steer.core.errors import ModelError
 from xmodel_steer.models.checkpoints import loading, quiet, whole_model
 from xmodel_steer.models.loading import located, resolve_dtype
-from xmodel_steer.studies.organisms.examples import (
+from xmodel_steer.studies.organisms.encoding import (
     IGNORED,
     Example,
     collated,
