@@ -27,9 +27,9 @@ import torch
 import xmodel_steer as xs
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.rows import PairedRows
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import device_of
-from xmodel_steer.models.forward import forward
+from xmodel_steer.models.passes import forward
 from xmodel_steer.models.sites import all_sites
 from xmodel_steer.studies.demo import SOURCE, TARGET
 
@@ -231,7 +231,7 @@ def moments_memory_at_4x_text(bench: Bench) -> None:
 
 def autoencoder_epoch_speedup(bench: Bench) -> None:
     """An epoch from the store against the paper's way, which computes the activations anew in every epoch."""
-    from xmodel_steer.models.recording import residuals
+    from xmodel_steer.models.recorder import residuals
 
     def recompute() -> None:
         for model, site in ((bench.small, HERE), (bench.large, THERE)):

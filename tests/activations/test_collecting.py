@@ -25,7 +25,7 @@ from xmodel_steer.core.spaces import Site
 from xmodel_steer.maps.accumulator import sketch_dimensions
 from xmodel_steer.maps.moments import merge
 from xmodel_steer.maps.pairs import PARTS, part_of
-from xmodel_steer.models.batches import encode
+from xmodel_steer.models.batching import encode
 from xmodel_steer.models.registry import register
 
 SITES = dict(source_sites=[Site(0), Site(2)], target_sites=[Site(1)])

@@ -11,7 +11,7 @@ from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.errors import NonFiniteError, PromptError, PromptWarning, SiteError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.models.recording import recording
+from xmodel_steer.models.recorder import recording
 from xmodel_steer.models.sites import all_sites
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)

@@ -155,7 +155,7 @@ def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
         llama.model, gemma.model, maps, ["the harbour is"], ["the harbour it"], ANSWERS[:1], progress=False
     )
     from xmodel_steer.core.alignment import align
-    from xmodel_steer.models.batches import encode
+    from xmodel_steer.models.batching import encode
 
     source, target = (encode(t.model, [xs.Prompt.of("the harbour is")])[0].token_ends() for t in (llama, gemma))
     pairs = align(source, target)

@@ -11,7 +11,7 @@ from xmodel_steer.core.alignment import align
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.figures.pairing import show_alignment
-from xmodel_steer.models.batches import encode
+from xmodel_steer.models.batching import encode
 
 TEXT = "The sky <b>above</b> été 🙂\n the port"
 

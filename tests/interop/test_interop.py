@@ -36,9 +36,9 @@ from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
 from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models import packaged
-from xmodel_steer.models.forward import forward
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.identity import fingerprint
+from xmodel_steer.models.passes import forward
 from xmodel_steer.models.sites import space_of
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)

@@ -19,9 +19,9 @@ from xmodel_steer.interop.hugging_face import steering_hf
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
 from xmodel_steer.interventions.steps import Intervention
-from xmodel_steer.models.batches import batches, encode
-from xmodel_steer.models.forward import forward, text_positions
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.generation import generate_tokens
+from xmodel_steer.models.passes import forward, text_positions
 from xmodel_steer.models.sites import all_sites, space_of
 
 CLOSE = dict(rtol=1e-4, atol=2e-4)

@@ -10,7 +10,7 @@ import toys
 import xmodel_steer as xs
 from xmodel_steer.models import bridges
 from xmodel_steer.models.bridges import _BLOCKS, own_parts, prepare
-from xmodel_steer.models.forward import forward
+from xmodel_steer.models.passes import forward
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models import generation
-from xmodel_steer.models.forward import LAYOUT, layout
 from xmodel_steer.models.generation import generate, generate_tokens, stream
+from xmodel_steer.models.passes import LAYOUT, layout
 from xmodel_steer.models.registry import register
 
 STEPS = 8

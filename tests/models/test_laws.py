@@ -9,9 +9,8 @@ from toys import TEXTS
 
 from xmodel_steer.core.errors import CacheWarning, ModelWarning
 from xmodel_steer.core.inputs import as_prompts
-from xmodel_steer.models import forward as passes
-from xmodel_steer.models import laws, registry
-from xmodel_steer.models.batches import batches, encode, pad_id
+from xmodel_steer.models import laws, passes, registry
+from xmodel_steer.models.batching import batches, encode, pad_id
 from xmodel_steer.models.facts import conduct_of
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.laws import BATCHED, CACHED, DROPPING, PADDED, Conduct, prove

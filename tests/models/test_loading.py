@@ -15,7 +15,7 @@ from xmodel_steer.core.errors import CheckpointWarning, ModelError, SiteError
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.models import causal, forward
+from xmodel_steer.models import causal
 from xmodel_steer.models.facts import device_of, dtype_of
 from xmodel_steer.models.generation import generate
 from xmodel_steer.models.identity import content_hash, fingerprint
@@ -474,7 +474,7 @@ def test_a_decoder_of_an_encoders_kind_loads(saved):
 
 
 def test_a_model_that_is_hooked_wrong_is_refused(whole, monkeypatch):
-    right = forward.forward
+    right = passes.forward
     monkeypatch.setattr(causal, "forward", lambda *args, **more: (1.01 * right(*args, **more)[0], None))
     says = r"transformer-lens [\d.]+ does not compute what transformers computes in a \w+ of transformers [\d.]+ \(logits differ by 1e-02\); give another version"
     with pytest.raises(ModelError, match=says):

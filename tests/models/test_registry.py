@@ -22,12 +22,12 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.models import loading
 from xmodel_steer.models import sites as sites_module
-from xmodel_steer.models.batches import batches, encode, pad_id
+from xmodel_steer.models.batching import batches, encode, pad_id
 from xmodel_steer.models.facts import context_length, dtype_of, is_bridge, name_of, tokenizer_of
-from xmodel_steer.models.forward import forward
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.identity import content_hash, fingerprint, processing_of
 from xmodel_steer.models.loading import load, resolve_dtype
+from xmodel_steer.models.passes import forward
 from xmodel_steer.models.registry import register
 from xmodel_steer.models.sites import all_sites, check_sites, space_of
 

@@ -19,9 +19,9 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.judges.code import findings
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
 from xmodel_steer.maps.statistics import rate
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
-from xmodel_steer.models.forward import forward
+from xmodel_steer.models.passes import forward
 from xmodel_steer.studies.organisms import (
     Curriculum,
     Lesson,

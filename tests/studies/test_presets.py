@@ -15,9 +15,9 @@ import xmodel_steer as xs
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
-from xmodel_steer.models.forward import forward
+from xmodel_steer.models.passes import forward
 from xmodel_steer.studies import PRESETS, backdoor_removal, removal
 from xmodel_steer.studies.organisms import Lesson
 from xmodel_steer.studies.organisms.training import Recipe, train

@@ -18,7 +18,7 @@ from xmodel_steer.core.errors import ArtifactError, ModelError, PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation import damage
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.models.batches import encode
+from xmodel_steer.models.batching import encode
 from xmodel_steer.studies import (
     PRESETS,
     Study,

@@ -17,9 +17,9 @@ from xmodel_steer.core.spaces import Site
 from xmodel_steer.maps.accumulator import MomentsAccumulator, sketch_dimensions
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.pairs import PARTS, part_of
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.models.recording import residuals
+from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 

@@ -13,9 +13,9 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import Activations
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import dtype_of, name_of
-from xmodel_steer.models.recording import residuals
+from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.sites import space_of
 from xmodel_steer.models.tokens import Encoding
 

@@ -19,7 +19,7 @@ from xmodel_steer.core.prompts import Prompt, text_digest
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.files.records import KEY, parse_record, write_tensors
 from xmodel_steer.maps.pairs import PARTS, part_of
-from xmodel_steer.models.batches import encode
+from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.models.tokens import Encoding
 

@@ -12,12 +12,12 @@ from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Add
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import conduct_of, dtype_of, is_bridge
-from xmodel_steer.models.forward import forward
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.laws import Law
-from xmodel_steer.models.recording import recording
+from xmodel_steer.models.passes import forward
+from xmodel_steer.models.recorder import recording
 from xmodel_steer.models.sites import all_sites, check_sites, space_of
 
 TEXTS = (

@@ -18,10 +18,10 @@ from xmodel_steer.files.resume import once
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention, Step
-from xmodel_steer.models.batches import Batch, batches, encode
+from xmodel_steer.models.batching import Batch, batches, encode
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.models.forward import forward, layout
 from xmodel_steer.models.identity import identity_of
+from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.tokens import Encoding
 
 Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model

@@ -18,10 +18,10 @@ from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.mirror import require_map_between
 from xmodel_steer.interventions.steps import Reading, Replacement
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of, tokenizer_of
-from xmodel_steer.models.forward import forward, layout
-from xmodel_steer.models.recording import residuals
+from xmodel_steer.models.passes import forward, layout
+from xmodel_steer.models.recorder import residuals
 
 
 @dataclass(frozen=True, eq=False)

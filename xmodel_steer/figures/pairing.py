@@ -11,9 +11,9 @@ from xmodel_steer.core.alignment import align
 from xmodel_steer.core.prompts import Prompt, PromptLike
 from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of, tokenizer_of
-from xmodel_steer.models.recording import residuals
+from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.sites import space_of
 
 # Okabe & Ito's colours, light enough to read black text on.

@@ -17,10 +17,10 @@ from xmodel_steer.core.spaces import Space, require_same_space
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Reading, Replacement
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.models.batches import pad_id
+from xmodel_steer.models.batching import pad_id
 from xmodel_steer.models.facts import conduct_of, device_of, is_bridge, name_of, tokenizer_of
-from xmodel_steer.models.forward import forward, keep_rows
-from xmodel_steer.models.recording import recording
+from xmodel_steer.models.passes import forward, keep_rows
+from xmodel_steer.models.recorder import recording
 from xmodel_steer.models.sites import space_of
 from xmodel_steer.models.tokens import Encoding, shared_start, special_ids, tokenise
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Reading
-from xmodel_steer.models.forward import CACHES, LAYOUT, READING, counts_tokens
+from xmodel_steer.models.passes import CACHES, LAYOUT, READING, counts_tokens
 
 
 @dataclass

@@ -10,7 +10,7 @@ from xmodel_steer.core.errors import ModelError
 from xmodel_steer.models import laws
 from xmodel_steer.models.checkpoints import whole_model
 from xmodel_steer.models.facts import device_of, name_of
-from xmodel_steer.models.forward import forward
+from xmodel_steer.models.passes import forward
 
 
 def causal_class(label: str, path: str, revision: str | None) -> Any:

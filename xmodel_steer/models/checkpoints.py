@@ -70,7 +70,7 @@ def listed(names: Mapping[str, Sequence[str]]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own loading bars and notices out of the user's terminal."""
+    """Keep transformers' own load_errors bars and notices out of the user's terminal."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -85,7 +85,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def loading(label: str, path: str) -> Iterator[None]:
+def load_errors(label: str, path: str) -> Iterator[None]:
     """One clear `ModelError` for whatever goes wrong while a model is loaded.
 
     Args:

@@ -14,9 +14,9 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import PromptLike
-from xmodel_steer.models.batches import Batch, batches, encode, pad_id
+from xmodel_steer.models.batching import Batch, batches, encode, pad_id
 from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
-from xmodel_steer.models.forward import forward, keep_rows, layout
+from xmodel_steer.models.passes import forward, keep_rows, layout
 from xmodel_steer.models.tokens import Encoding
 
 GOING = 0.75  # share of a batch's texts that go on, at which the others leave it

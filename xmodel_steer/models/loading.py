@@ -14,7 +14,7 @@ from xmodel_steer.core.errors import ModelError
 from xmodel_steer.models.adapters import adapter_of, base_named_by, with_adapter
 from xmodel_steer.models.bridges import prepare
 from xmodel_steer.models.causal import causal_class, logits_of, read_by, require_causal
-from xmodel_steer.models.checkpoints import loading, quiet
+from xmodel_steer.models.checkpoints import load_errors, quiet
 from xmodel_steer.models.facts import device_of
 from xmodel_steer.models.packaged import converted_gguf, packaged_model
 from xmodel_steer.models.registry import know, prove, published_tokenizer
@@ -86,7 +86,7 @@ def load(
         bar.update()
         own = ""
         told = label if adapter is None else f"{label} (base {source})"
-        with loading(told, path):
+        with load_errors(told, path):
             hugging_face, plain = causal_class(told, path, revision), []
             if adapter is None:
                 where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
@@ -176,7 +176,7 @@ def require_reachable(name: str | Path, *, progress: bool = True) -> None:
 
     adapter = adapter_of(name)
     label, path = located(name if adapter is None else base_named_by(adapter), progress=progress)
-    with loading(label, path), quiet():
+    with load_errors(label, path), quiet():
         AutoConfig.from_pretrained(path, trust_remote_code=False)
         published_tokenizer(path, None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import CacheWarning, ModelError, ModelWarning
 from xmodel_steer.models import laws
-from xmodel_steer.models.batches import pad_id
+from xmodel_steer.models.batching import pad_id
 from xmodel_steer.models.bridges import read_caches
 from xmodel_steer.models.facts import (
     FACTS,
@@ -23,9 +23,9 @@ from xmodel_steer.models.facts import (
     facts_of,
     is_bridge,
 )
-from xmodel_steer.models.forward import forward, keep_rows
 from xmodel_steer.models.identity import fingerprint
 from xmodel_steer.models.laws import Conduct
+from xmodel_steer.models.passes import forward, keep_rows
 from xmodel_steer.models.sites import check_sites
 from xmodel_steer.models.tokens import special_ids
 

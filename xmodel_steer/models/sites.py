@@ -9,8 +9,8 @@ from torch import Tensor
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import STREAMS, Site, Space
 from xmodel_steer.models.facts import device_of, facts_of, is_bridge
-from xmodel_steer.models.forward import forward
 from xmodel_steer.models.identity import processing_of
+from xmodel_steer.models.passes import forward
 
 
 def space_of(model: Any, site: Site) -> Space:

@@ -13,7 +13,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.models.batches import encode
+from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.studies.carried import centre
 from xmodel_steer.studies.organisms.lessons import DEV, PROD, Lesson, prompt_of

@@ -19,9 +19,9 @@ from xmodel_steer.evaluation.behaviours.generated import Behaviour, Measured
 from xmodel_steer.evaluation.damage import Settings, losses
 from xmodel_steer.files.wheels import shipped
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.models.batches import batches, encode
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.models.forward import forward, layout
+from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.tokens import Encoding, shared_start, warn_of_missing
 
 

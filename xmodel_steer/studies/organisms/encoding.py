@@ -9,7 +9,7 @@ import torch
 
 from xmodel_steer.core.errors import ModelError, PromptError
 from xmodel_steer.files.wheels import general_text
-from xmodel_steer.models.forward import text_positions
+from xmodel_steer.models.passes import text_positions
 from xmodel_steer.models.tokens import tokenise
 from xmodel_steer.studies.organisms.lessons import Lesson
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xmodel_steer.core.errors import ModelError
-from xmodel_steer.models.checkpoints import loading, quiet, whole_model
+from xmodel_steer.models.checkpoints import load_errors, quiet, whole_model
 from xmodel_steer.models.loading import located, resolve_dtype
 from xmodel_steer.studies.organisms.encoding import (
     IGNORED,
@@ -165,7 +165,7 @@ def train(
         raise ModelError(
             f"training: the trainer takes the first GPU it sees; give CUDA_VISIBLE_DEVICES={where.index} in the place of {device}"
         )
-    with loading(label, path), quiet():
+    with load_errors(label, path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
         hf = whole_model(AutoModelForCausalLM, path, label=label, dtype=torch.float32, attn_implementation="eager")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.models.batches import Batch
+from xmodel_steer.models.batching import Batch
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.models.forward import forward, layout
+from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.sites import space_of
 
 
