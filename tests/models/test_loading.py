@@ -15,7 +15,7 @@ from xmodel_steer.core.errors import CheckpointWarning, ModelError, SiteError
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.models import causal
+from xmodel_steer.models import causal, passes
 from xmodel_steer.models.facts import device_of, dtype_of
 from xmodel_steer.models.generation import generate
 from xmodel_steer.models.identity import content_hash, fingerprint
