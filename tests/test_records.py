@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}
 NUMBER = r"−?\d*\.?\d+"
 INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
-# Pages with the heading under which records are spoken of.
-PAGES = {"README.md": "## The paper's experiments", "docs/paper.md": ""}
+PAGES = ("README.md", "docs/paper.md")
 
 
 def estimates(record: Any) -> Iterator[tuple[float, float, float]]:
@@ -46,8 +45,6 @@ def blocks(page: str) -> list[tuple[str, set[str]]]:
     Those are the ones that it names; in a table, "the same" are the ones above; else those that its section has named so far.
     """
     text = (ROOT / page).read_text()
-    if PAGES[page]:
-        text = re.split(r"^## ", text.partition(PAGES[page])[2], maxsplit=1, flags=re.MULTILINE)[0]
     found: list[tuple[str, set[str]]] = []
     for section in re.split(r"^## ", text, flags=re.MULTILINE):
         known, last = set[str](), set[str]()

@@ -13,7 +13,7 @@ import torch
 from xmodel_steer.activations.collecting import collect_moments
 from xmodel_steer.core.errors import ArtifactError, CacheWarning
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Sites, as_sites
 from xmodel_steer.files.artefacts import read_artefact, save_artefact
 from xmodel_steer.files.cache import cache_folder
 from xmodel_steer.files.records import SCHEMA
@@ -28,8 +28,8 @@ def cached_moments(
     target: Any,
     texts: Sequence[Prompt],
     *,
-    source_sites: Sequence[Site],
-    target_sites: Sequence[Site],
+    source_sites: Sites,
+    target_sites: Sites,
     pairs: Sequence[tuple[Site, Site]] | None = None,
     max_tokens: int,
     seed: int = 0,
@@ -43,6 +43,7 @@ def cached_moments(
     called, every text, the sites, the settings and the versions of what computes: whatever changes, the moments are collected anew.
     So they are where the file is damaged, or a model has hooks; where they cannot be kept, a `CacheWarning` says so.
     """
+    source_sites, target_sites = as_sites(source_sites), as_sites(target_sites)
     ends = [identity_of(source), identity_of(target)]
     collect = partial(
         collect_moments, source, target, texts, source_sites=source_sites, target_sites=target_sites, pairs=pairs,

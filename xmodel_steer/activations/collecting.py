@@ -13,7 +13,7 @@ from xmodel_steer.core.alignment import Alignment, align, check_coverage
 from xmodel_steer.core.errors import ModelError, PromptError
 from xmodel_steer.core.inputs import as_prompts, items_of, iter_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, SiteLike, Sites, as_site
 from xmodel_steer.maps.accumulator import MomentsAccumulator, sketch_dimensions
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.pairs import PARTS, part_of
@@ -58,9 +58,9 @@ def collect_moments(
     target: Any,
     texts: Prompts,
     *,
-    source_sites: Sequence[Site] | Literal["all"],
-    target_sites: Sequence[Site] | Literal["all"],
-    pairs: Sequence[tuple[Site, Site]] | None = None,
+    source_sites: Sites | Literal["all"],
+    target_sites: Sites | Literal["all"],
+    pairs: Sequence[tuple[SiteLike, SiteLike]] | None = None,
     sketch: int | None = None,
     shuffled: bool = True,
     max_tokens: int = 256,
@@ -192,7 +192,7 @@ class Plan:
         widths: tuple[int, int],
         source_sites: Sequence[Site],
         target_sites: Sequence[Site],
-        pairs: Sequence[tuple[Site, Site]] | None,
+        pairs: Sequence[tuple[SiteLike, SiteLike]] | None,
         sketch: int | None,
         shuffled: bool,
         seed: int,
@@ -206,7 +206,7 @@ class Plan:
             chosen = every if fits and not sketch else ()
             sketch = sketch if sketch is not None or fits else min(SKETCH, width)
         else:
-            chosen = tuple(pairs)
+            chosen = tuple((as_site(s), as_site(t)) for s, t in pairs)
         grid = every if sketch else ()
         if not chosen and not grid:
             raise ValueError("collect_moments: give at least one source site and one target site")

@@ -14,7 +14,7 @@ from xmodel_steer.activations.store import ENDS, ActivationStore
 from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.core.inputs import as_prompts, items_of
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Sites
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.models.facts import context_length, dtype_of, name_of, revision_of, tokenizer_of
 from xmodel_steer.models.sites import sites_of, space_of
@@ -27,7 +27,7 @@ def harvest(
     folder: str | Path,
     *,
     end: str,
-    sites: Sequence[Site] | Literal["all"],
+    sites: Sites | Literal["all"],
     dtype: str = "model",
     max_tokens: int = 256,
     truncation_side: str = "right",

@@ -1,6 +1,5 @@
 """Activations of prompts."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Sites, as_site, as_sites
 from xmodel_steer.core.vectors import Activations
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import dtype_of, name_of
@@ -22,10 +21,19 @@ from xmodel_steer.models.tokens import Encoding
 Tokens = Literal["last", "mean", "all"] | tuple[int, int]
 
 
+class BySite(dict[Site, Activations]):
+    """Activations by site; ``made[10]`` is ``made[Site(10)]``."""
+
+    def __missing__(self, key: Any) -> Activations:
+        if isinstance(key, Site):
+            raise KeyError(key)
+        return self[as_site(key)]
+
+
 def capture(
     model: Any,
     prompts: Prompts,
-    sites: Sequence[Site],
+    sites: Sites,
     *,
     tokens: Tokens = "last",
     batch_size: int = 16,
@@ -42,7 +50,7 @@ def capture(
     Args:
         model: A TransformerLens model.
         prompts: Strings, lists of chat messages, prompts, or rows; see `as_prompts`.
-        sites: Where to read.
+        sites: Where to read: sites, or layers by number; one alone too.
         tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the
             mean over its content's tokens. ``"all"``: one row per token of its content.
             ``(start, end)``: one row per token that ends on a character of that span of the
@@ -55,7 +63,7 @@ def capture(
         progress: Show a progress bar when it takes over two seconds.
 
     Returns:
-        For each site its activations, prompts in the order given, on the CPU, in the model's dtype
+        For each site its activations (a layer's number finds them too), prompts in the order given, on the CPU, in the model's dtype
         (means in float32 or wider).
 
     Raises:
@@ -63,7 +71,7 @@ def capture(
         SiteError: The model has no such site.
         NonFiniteError: An activation is NaN or infinite.
     """
-    items = as_prompts(prompts)
+    sites, items = as_sites(sites), as_prompts(prompts)
     if not items:
         raise PromptError("capture: no prompts were given")
     if not sites:
@@ -88,7 +96,7 @@ def capture(
         for e, positions in zip(encodings, chosen, strict=True)
         for p in (positions[-1:] if tokens == "mean" else positions)
     )
-    made = {}
+    made = BySite()
     for site, parts in rows.items():
         values = torch.cat(parts)
         check_finite(values, f"capture {name_of(model)} {site} ({dtype_of(model)})")

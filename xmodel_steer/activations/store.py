@@ -17,7 +17,7 @@ from xmodel_steer.activations.collecting import Plan, window_size
 from xmodel_steer.activations.shards import Document, Shard, align_documents, rows_name, unnamed
 from xmodel_steer.core.alignment import check_coverage
 from xmodel_steer.core.errors import ArtifactError, SpaceMismatchError
-from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.spaces import Site, SiteLike, Sites, Space, as_site, as_sites
 from xmodel_steer.files.records import read_record
 from xmodel_steer.maps.accumulator import MomentsAccumulator
 from xmodel_steer.maps.moments import Moments
@@ -118,18 +118,19 @@ class ActivationStore:
             )
         return spaces[site]
 
-    def pair(self, source: Site, target: Site) -> PairedRows:
+    def pair(self, source: SiteLike, target: SiteLike) -> PairedRows:
         """The paired rows of one layer pair, read when they are needed.
 
         Args:
-            source: Site of the source.
-            target: Site of the target.
+            source: Site of the source, or a layer by its number.
+            target: The same of the target.
 
         Raises:
             ArtifactError: A shard is missing or damaged, or the ends do not match.
             SpaceMismatchError: The store does not hold the site.
             AlignmentError: Under 20 % of the tokens pair.
         """
+        source, target = as_site(source), as_site(target)
         spaces = self._require_site("source", source), self._require_site("target", target)
         size = window_size(self.record("source")["settings"]["max_tokens"])
         documents = []
@@ -143,9 +144,9 @@ class ActivationStore:
     def moments(
         self,
         *,
-        source_sites: Sequence[Site] | None = None,
-        target_sites: Sequence[Site] | None = None,
-        pairs: Sequence[tuple[Site, Site]] | None = None,
+        source_sites: Sites | None = None,
+        target_sites: Sites | None = None,
+        pairs: Sequence[tuple[SiteLike, SiteLike]] | None = None,
         sketch: int | None = None,
         shuffled: bool = True,
         progress: bool = True,
@@ -166,7 +167,7 @@ class ActivationStore:
         spaces = {end: self.spaces(end) for end in ENDS}
         settings = self.record("source")["settings"]
         chosen = [
-            tuple(spaces[end]) if s is None else tuple(s)
+            tuple(spaces[end]) if s is None else as_sites(s)
             for end, s in zip(ENDS, (source_sites, target_sites), strict=True)
         ]
         widths = [next(iter(spaces[end].values())).width for end in ENDS]

@@ -1,6 +1,9 @@
 """Where a tensor lives: a site in a model, and the vector space at that site."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 from xmodel_steer.core.errors import SpaceMismatchError
 
@@ -41,6 +44,36 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.stream}[{self.layer}]"
+
+
+if TYPE_CHECKING:
+    SiteLike = Site | int
+    Sites = SiteLike | Sequence[SiteLike]
+else:
+    SiteLike = Sites = Any  # `as_sites` refuses others, and says why
+
+
+def as_site(value: SiteLike) -> Site:
+    """Make a site of a layer's number: 10 is ``Site(10)``.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(value, Site):
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return Site(int(value))
+    raise TypeError(f"sites takes Site or int, such as 10 or xs.Site(10), got {value!r}")
+
+
+def as_sites(values: Sites) -> tuple[Site, ...]:
+    """Make sites of what was given: one site or layer, or several.
+
+    Raises:
+        TypeError: One is neither a site nor a number.
+    """
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    return tuple(map(as_site, values if several else [values]))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

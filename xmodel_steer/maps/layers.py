@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import MapScore, score_of
 from xmodel_steer.maps.fitting import PENALTIES
@@ -97,7 +97,7 @@ class LayerGrid:
         return pd.DataFrame(rows)
 
     def source_for(
-        self, target: Site, *, rule: str = "score", tolerance: float = 0.01, blocks: tuple[int, int] | None = None
+        self, target: SiteLike, *, rule: str = "score", tolerance: float = 0.01, blocks: tuple[int, int] | None = None
     ) -> Site:
         """The source site to map from, chosen without any label of the target's.
 
@@ -113,7 +113,7 @@ class LayerGrid:
         Raises:
             ValueError: The rule or the site is unknown.
         """
-        columns = [space.site for space in self.target]
+        target, columns = as_site(target), [space.site for space in self.target]
         if target not in columns:
             raise ValueError(f"LayerGrid: {target} is not among the target sites {', '.join(map(str, columns))}")
         if rule == "score":

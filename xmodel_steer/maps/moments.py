@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.core.errors import SpaceMismatchError, XModelSteerError
-from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
 from xmodel_steer.maps.pairs import PARTS, PRODUCTS, PairMoments, SplitMoments, deviations
 
 
@@ -168,16 +168,17 @@ class Moments:
             sketch=(),
         )
 
-    def pair(self, source: Site, target: Site) -> SplitMoments:
+    def pair(self, source: SiteLike, target: SiteLike) -> SplitMoments:
         """The moments of one layer pair, with those of the shuffled control.
 
         Args:
-            source: Site in the source model.
-            target: Site in the target model.
+            source: Site in the source model, or a layer by its number.
+            target: The same in the target model.
 
         Raises:
             ValueError: The pair was not collected.
         """
+        source, target = as_site(source), as_site(target)
         if (source, target) not in self.pairs:
             raise ValueError(
                 f"moments: the pair {source} to {target} was "
@@ -197,12 +198,13 @@ class Moments:
             return split("cross")
         return replace(split("cross"), control=replace(split("shuffled"), shuffled=True))
 
-    def sketched(self, source: Site, target: Site) -> SplitMoments:
+    def sketched(self, source: SiteLike, target: SiteLike) -> SplitMoments:
         """The moments of one layer pair with the target's dimensions of the sketch alone.
 
         Raises:
             ValueError: There is no sketch of the pair.
         """
+        source, target = as_site(source), as_site(target)
         if (source, target) not in self.parts["train"].sketch:
             raise ValueError(f"moments: the pair {source} to {target} was not sketched; collect with sketch=64")
         cross = {name: part.sketch[source, target] for name, part in self.parts.items()}
@@ -231,7 +233,7 @@ class Moments:
             space = replace(space, width=len(columns))
         return SplitMoments(self.source[source], space, *map(of, PARTS), coverage=self.coverage)
 
-    def scale(self, site: Site, *, end: str = "target") -> Float[Tensor, " d"]:
+    def scale(self, site: SiteLike, *, end: str = "target") -> Float[Tensor, " d"]:
         """Standard deviation of each dimension of a site over the training text.
 
         Args:
@@ -243,7 +245,7 @@ class Moments:
         """
         if end not in ("source", "target"):
             raise ValueError(f"moments: end must be 'source' or 'target', got {end!r}")
-        train = self.parts["train"]
+        site, train = as_site(site), self.parts["train"]
         source = end == "source"
         scatters = train.source_scatters if source else train.target_scatters
         means = train.source_means if source else train.target_means

@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.core.errors import SiteError
-from xmodel_steer.core.spaces import STREAMS, Site, Space
+from xmodel_steer.core.spaces import STREAMS, Site, SiteLike, Sites, Space, as_site, as_sites
 from xmodel_steer.models.facts import device_of, facts_of, is_bridge
 from xmodel_steer.models.identity import processing_of
 from xmodel_steer.models.passes import forward
 
 
-def space_of(model: Any, site: Site) -> Space:
+def space_of(model: Any, site: SiteLike) -> Space:
     """The vector space at a site of a model.
 
     Args:
         model: A TransformerLens model.
-        site: The place in it.
+        site: The place in it, or a layer by its number.
 
     Raises:
         SiteError: The model has no such layer, or this layer no such stream. No pass is run to find out.
     """
-    facts = facts_of(model)
+    facts, site = facts_of(model), as_site(site)
     if site.layer >= model.cfg.n_layers:
         raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
     points = model.hook_dict
@@ -42,9 +42,9 @@ def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
     return tuple(Site(layer, stream) for layer in range(model.cfg.n_layers))
 
 
-def sites_of(model: Any, sites: Sequence[Site] | Literal["all"]) -> tuple[Site, ...]:
-    """The sites, or the one after every block for ``"all"``."""
-    return all_sites(model) if isinstance(sites, str) else tuple(sites)
+def sites_of(model: Any, sites: Sites | Literal["all"]) -> tuple[Site, ...]:
+    """Return the sites, or the one after every block for ``"all"``."""
+    return all_sites(model) if isinstance(sites, str) and sites == "all" else as_sites(sites)
 
 
 def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:

@@ -21,7 +21,7 @@ from xmodel_steer.core.directions import Direction, difference_of_means, random_
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts, require_disjoint
 from xmodel_steer.core.prompts import Prompt, Prompts
-from xmodel_steer.core.spaces import Site, require_same_space
+from xmodel_steer.core.spaces import Site, Sites, as_sites, require_same_space
 from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.evaluation.behaviours.generated import Behaviour, GeneratedText
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice, Preference
@@ -68,8 +68,8 @@ def transfer(
     held_out: Callable[[ContrastSet], Behaviour] = Preference,
     label: str = "behaviour",
     unit: str = "score",
-    source_sites: Sequence[Site] | None = None,
-    target_sites: Sequence[Site] | None = None,
+    source_sites: Sites | None = None,
+    target_sites: Sites | None = None,
     strengths: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
     tokens: Tokens = "mean",
     direction: Direction = difference_of_means,
@@ -154,8 +154,8 @@ def transfer(
         )
     neutral_positions(positions)  # refuses a mask of rows: prompts are split here
     strengths = tuple(sorted({float(s) for s in strengths}))
-    chosen_sources = tuple(source_sites or default_sites(source, "source"))
-    chosen_targets = tuple(target_sites or default_sites(target, "target"))
+    chosen_sources = as_sites(() if source_sites is None else source_sites) or default_sites(source, "source")
+    chosen_targets = as_sites(() if target_sites is None else target_sites) or default_sites(target, "target")
     text_items = as_prompts(texts, what="transfer: texts")
     neutral = as_prompts(neutral_texts, what="transfer: neutral_texts") if neutral_texts is not None else ()
     fit_set, (validation, validating), (evaluation, reporting) = _behaviours(

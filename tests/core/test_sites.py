@@ -1,0 +1,74 @@
+"""A layer's number is a site after its block, wherever sites are taken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toys
+from sample_layers import collected, rows
+
+import xmodel_steer as xs
+from xmodel_steer.core.spaces import as_site, as_sites
+from xmodel_steer.models.sites import sites_of
+
+FIRST = xs.Site(1)
+
+
+@pytest.mark.parametrize("given", [1, np.int64(1), FIRST, [1], (FIRST,), np.array([1]), {1: "a"}.keys()])
+def test_what_sites_are_made_of(given: object) -> None:
+    assert as_sites(given) == (FIRST,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["1", ["1"], 1.0, True, None, [None], [[1]], "resid_post[1]"])
+def test_what_is_no_site_is_told(given: object) -> None:
+    with pytest.raises(TypeError, match="sites takes Site or int, such as 10 or xs.Site"):
+        as_sites(given)  # type: ignore[arg-type]
+
+
+def test_a_negative_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="counts blocks from 0"):
+        as_site(-1)
+
+
+def test_every_verb_takes_numbers(llama: toys.Toy, tmp_path: Path) -> None:
+    model, texts, quiet = llama.model, toys.sentences(12, 0), {"progress": False}
+    made = xs.capture(model, texts, 1, **quiet)
+    named = xs.capture(model, texts, [FIRST], **quiet)
+    assert torch.equal(made[1].values, named[FIRST].values) and made[1] is made[FIRST]
+    with pytest.raises(KeyError):
+        made[xs.Site(0)]
+    assert xs.space_of(model, 1) == xs.space_of(model, FIRST)
+    assert sites_of(model, "all") == tuple(xs.Site(i) for i in range(model.cfg.n_layers))
+    with pytest.raises(TypeError, match="Site or int"):
+        sites_of(model, "1")  # type: ignore[arg-type]
+    long = {"max_tokens": 16, **quiet}
+    moments = xs.collect_moments(model, model, texts, source_sites=0, target_sites=[1], **long)
+    assert moments.pairs == ((xs.Site(0), FIRST),)
+    assert torch.equal(moments.pair(0, 1).train.cross_scatter, moments.pair(xs.Site(0), FIRST).train.cross_scatter)
+    assert torch.equal(moments.scale(1), moments.scale(FIRST))
+    some = xs.collect_moments(model, model, texts, source_sites="all", target_sites="all", pairs=[(0, 1)], **long)
+    assert some.pairs == moments.pairs
+    for end in ("source", "target"):
+        xs.harvest(model, texts, tmp_path / "s", end=end, sites=1, **long)
+    store = xs.ActivationStore(tmp_path / "s")
+    assert store.pair(1, 1).source == store.pair(FIRST, FIRST).source
+    assert store.moments(source_sites=1, target_sites=[1], progress=False).pairs == ((FIRST, FIRST),)
+
+
+def test_a_grid_is_asked_by_number() -> None:
+    grid = xs.maps.layer_grid(collected())
+    assert grid.source_for(4) == grid.source_for(xs.Site(4))
+    with pytest.raises(ValueError, match="is not among the target sites"):
+        grid.source_for(3)
+    assert rows().source.site == FIRST
+
+
+def test_transfer_takes_numbers_block_0_too(llama: toys.Toy) -> None:
+    settings = dict(
+        prompts=toys.sentences(9, 3, 4), scorer=len, strengths=(1.0,), max_new_tokens=2, neutral_tokens=8,
+        random_seeds=1, side={}, progress=False,
+    )  # fmt: skip
+    given = llama.model, llama.model, toys.contrast(), toys.sentences(60, 4)
+    made = xs.transfer(*given, source_sites=0, target_sites=[0], **settings)
+    assert made.spec["source_sites"] == made.spec["target_sites"] == ["resid_post[0]"]
