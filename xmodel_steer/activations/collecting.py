@@ -197,7 +197,7 @@ class Plan:
         shuffled: bool,
         seed: int,
     ) -> "Plan":
-        """What `collect_moments` keeps of these sites."""
+        """Decide what `collect_moments` keeps of these sites."""
         every = tuple(itertools.product(dict.fromkeys(source_sites), dict.fromkeys(target_sites)))
         width = widths[1]
         if pairs is None:

@@ -22,7 +22,9 @@ from xmodel_steer.maps.pairs import PARTS, PRODUCTS
 
 @contextmanager
 def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
-    """The rank of this process and how many there are; one of one where torchrun did not start it.
+    """Return the rank of this process and their number.
+
+    Without torchrun there is one.
 
     Args:
         device: Where tensors live; ``nccl`` connects CUDA devices, ``gloo`` CPUs.
@@ -66,7 +68,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def all_reduced(moments: Moments) -> Moments:
-    """The moments of all processes' shards together, in every process.
+    """Sum the moments of all processes' shards, in every process.
 
     Means first, then scatters about the common mean (Chan, Golub & LeVeque 1979), tensor by tensor.
 

@@ -32,7 +32,10 @@ def hash_of(text: str) -> str:
 
 
 def unnamed(value: Any) -> Any:
-    """A record without what models are called: the same weights may have been loaded by another name."""
+    """Drop the names of models from a record.
+
+    The same weights may have been loaded by another name.
+    """
     if isinstance(value, list):
         return [unnamed(own) for own in value]
     return {key: own for key, own in value.items() if key != "model"} if isinstance(value, dict) else value
@@ -95,7 +98,10 @@ def _checksum(tensor: Tensor) -> str:
 
 @lru_cache(maxsize=64)
 def _opened(file: Path, modified: int) -> Any:
-    """A shard's file, mapped into memory; a few stay open, because documents are read in any order."""
+    """Map a shard's file into memory.
+
+    A few stay open, because documents are read in any order.
+    """
     return safe_open(str(file), framework="pt")
 
 
@@ -135,7 +141,7 @@ class Shard:
         return [0, *self.rows("counts").cumsum(0).tolist()]
 
     def keys(self) -> list[tuple[int, ...]]:
-        """The keys of each document's rows."""
+        """Return the keys of each document's rows."""
         return [tuple(own.tolist()) for own in self.rows("keys").split(self.rows("counts").tolist())]
 
 
@@ -155,7 +161,7 @@ class Document:
     index: int
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """The paired rows."""
+        """Read the paired rows."""
         alignment = align_documents(self.source, self.target)[self.index]
         ends = ((self.source, self.sites[0], alignment.source), (self.target, self.sites[1], alignment.target))
         made = []

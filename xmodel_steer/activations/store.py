@@ -48,7 +48,7 @@ class ActivationStore:
         return f"ActivationStore({str(self.folder)!r}, {', '.join(ends)})"
 
     def record(self, end: str) -> dict[str, Any]:
-        """What one end was harvested from: model, tokenizer, spaces, dtype and settings.
+        """Read how one end was harvested: model, tokenizer, spaces, dtype and settings.
 
         Raises:
             ArtifactError: The end is missing or was not finished.
@@ -64,7 +64,7 @@ class ActivationStore:
         return made
 
     def spaces(self, end: str) -> dict[Site, Space]:
-        """The spaces that one end holds."""
+        """Return the spaces that one end holds."""
         made = map(Space.from_dict, self.record(end)["spaces"])
         return {space.site: space for space in made}
 
@@ -119,7 +119,7 @@ class ActivationStore:
         return spaces[site]
 
     def pair(self, source: SiteLike, target: SiteLike) -> PairedRows:
-        """The paired rows of one layer pair, read when they are needed.
+        """Return the paired rows of one layer pair, read when they are needed.
 
         Args:
             source: Site of the source, or a layer by its number.
@@ -151,7 +151,7 @@ class ActivationStore:
         shuffled: bool = True,
         progress: bool = True,
     ) -> Moments:
-        """The moments of stored activations: those that `collect_moments` would have collected.
+        """Collect the moments of stored activations, as `collect_moments` would have.
 
         Args:
             source_sites: Sites of the source; all that are stored by default.

@@ -23,7 +23,10 @@ app = typer.Typer(
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors are one line; inside it, because typer has its own way with Ctrl-C."""
+    """Make a command whose errors are one line.
+
+    Inside it, because typer has its own way with Ctrl-C.
+    """
 
     @wraps(command)
     def reported(*args: Any, **kwargs: Any) -> None:

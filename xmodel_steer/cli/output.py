@@ -23,7 +23,7 @@ UNFINISHED = "unfinished"  # in the folder of a study that was cut off
 
 
 def with_command(found: Any) -> Any:
-    """The study with the command that repeats it."""
+    """Return the study with the command that repeats it."""
     import shlex
     from dataclasses import replace
 
@@ -103,7 +103,7 @@ def print_study(found: Any) -> None:
 
 
 def console_of() -> Any:
-    """A console that takes text as it is, as wide as the tables need."""
+    """Make a console that is as wide as the tables need."""
     from rich.console import Console
 
     # The file is named for its encoding, by which rich draws boxes that it has.

@@ -89,7 +89,7 @@ def coverage(alignments: Sequence[Alignment]) -> float:
 
 
 def check_coverage(paired: int, eligible: int, *, warn_below: float = 0.8, refuse_below: float = 0.2) -> float:
-    """The coverage; warns when it is low, refuses when it is hopeless.
+    """Return the coverage; warn when it is low, refuse when it is hopeless.
 
     Args:
         paired: Number of pairs.

@@ -17,7 +17,7 @@ Direction = Callable[..., SteeringVector]
 def difference_of_means(
     positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None
 ) -> SteeringVector:
-    """The direction from the mean without a behaviour to the mean with it.
+    """Subtract the mean without a behaviour from the mean with it.
 
     ``v = mean(positive) - mean(negative)`` (Marks & Tegmark 2023, arXiv 2310.06824; the
     paper's "difference in means"). The sides may have different numbers of rows. Means are
@@ -55,7 +55,7 @@ def difference_of_means(
 def logistic_probe(
     positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None, c: float = 1.0
 ) -> SteeringVector:
-    """The direction of a linear probe: a logistic regression that tells the two sides apart.
+    """Find the direction of a logistic regression that tells the two sides apart.
 
     The weights ``w`` are those of scikit-learn's ``LogisticRegression`` on rows whose dimensions have mean 0 and standard
     deviation ``s`` = 1. They are a gradient; the step along them in these coordinates is ``s * w`` in the model's (Kim et al.
@@ -89,7 +89,7 @@ def logistic_probe(
 
 
 def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
-    """A random direction of the same standardised norm: the control for "any vector would do".
+    """Draw a random direction of the same standardised norm: the random control.
 
     Gaussian in standardised coordinates (g · scale), so that it has the shape of the space and
     not of its few huge dimensions.

@@ -122,7 +122,9 @@ def rows_of(records: Any) -> list[dict[str, Any]]:
 
 
 def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row: its ``text``, ``prompt`` or ``messages`` column, the first that is filled.
+    """Make a prompt of a row.
+
+    Of its columns ``text``, ``prompt`` and ``messages`` the first that is filled.
 
     Raises:
         PromptError: There is none, or it is no prompt.

@@ -119,7 +119,7 @@ class Prompt:
         raise PromptError(f"Prompt: needs a string or a list of {{'role', 'content'}} messages, got {described(value)}")
 
     def content_key(self) -> str:
-        """The content as one string that two prompts share only when they are the same."""
+        """Return the content as a string that only equal prompts share."""
         if self.text is not None:
             return self.text
         # No text begins like this, also not one that spells out messages.
@@ -131,7 +131,7 @@ class Prompt:
         return self.text if self.text is not None else "\n".join(f"{m.role}: {m.content}" for m in self.messages)
 
     def render(self, tokenizer: Any) -> Rendered:
-        """The prompt as text for one tokenizer, with its own chat template.
+        """Render the prompt as text for one tokenizer, with its own chat template.
 
         Chat messages end with the template's opening of the assistant's turn, unless the last
         message is the assistant's.
@@ -203,7 +203,7 @@ def _name(tokenizer: Any) -> str:
 
 
 def _source(tokenizer: Any) -> str:
-    """The chat template's program, where it is known."""
+    """Return the chat template's program, where it is known."""
     template = getattr(tokenizer, "chat_template", None)
     template = template.get("default") if isinstance(template, Mapping) else template
     return template if isinstance(template, str) else ""
@@ -217,7 +217,7 @@ else:
 
 
 def described(value: Any) -> str:
-    """The type of a value, and what tells a reader which one it is."""
+    """Describe a value for an error message: its type and its distinctive part."""
     kind = type(value).__name__
     if isinstance(value, Mapping):
         inside = "splits" if kind.endswith("DatasetDict") else "keys"
@@ -230,7 +230,7 @@ def described(value: Any) -> str:
 
 
 def text_digest(texts: Sequence[Prompt]) -> str:
-    """A hash of documents in their order."""
+    """Hash documents in their order."""
     digest = hashlib.sha256()
     for prompt in texts:
         digest.update(hashlib.sha256(prompt.content_key().encode()).digest())

@@ -104,7 +104,7 @@ class Space:
         return f"{self.model} {self.site} (width {self.width}{processed}, weights {self.fingerprint})"
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as plain JSON values; `from_dict` reads them back."""
+        """Return the fields as plain JSON values; `from_dict` reads them back."""
         return {
             "model": self.model,
             "layer": self.site.layer,
@@ -116,7 +116,7 @@ class Space:
 
     @classmethod
     def from_dict(cls, record: dict) -> "Space":
-        """The space that `to_dict` described."""
+        """Make the space that `to_dict` described."""
         return cls(
             model=record["model"],
             site=Site(record["layer"], record["stream"]),

@@ -108,7 +108,7 @@ def _kinds(content: str, kept: Sequence[str]) -> bytearray:
 
 
 def _replaced(contents: Sequence[str], kinds: Mapping[int, bytearray], shift: int) -> list[str]:
-    """The contents with private-use characters, one after the other, for what is shown."""
+    """Replace shown characters by private-use ones, one after the other."""
     made = list(contents)
     firsts = list(accumulate(map(len, contents), initial=0))
     for i, own in kinds.items():
@@ -143,7 +143,10 @@ def _followed(text: str, shown: str, contents: Sequence[str], shift: int) -> dic
 
 
 def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The longest part that has the content in its own order, the last of equals: a template may write it twice."""
+    """Find the longest part that has the content in its own order.
+
+    The last of equals: a template may write it twice.
+    """
     parts: list[list[tuple[int, int]]] = [[]]
     for at, place in places:
         if parts[-1] and place <= parts[-1][-1][1]:
@@ -153,7 +156,7 @@ def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: bytearray) -> list[tuple[int, int, int]]:
-    """The stretches in which text and content are the same, without white space at their ends.
+    """Find the stretches in which text and content agree, trimmed.
 
     There are none where the text has other letters, in capitals, say.
     """

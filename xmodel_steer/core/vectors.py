@@ -122,11 +122,11 @@ class SteeringVector:
         return replace(self, direction=direction, label=label, positive_mean=None, negative_mean=None)
 
     def with_scale(self, scale: Float[Tensor, " d"]) -> "SteeringVector":
-        """The same vector, with the standard deviations of its space over general text."""
+        """Return the vector with standard deviations of its space over general text."""
         return replace(self, scale=scale)
 
     def with_norm(self, norm: float, *, standardised: bool = True) -> "SteeringVector":
-        """The vector along the same direction with a given norm; keeps the class means.
+        """Scale the vector to a given norm; keep the class means.
 
         Raises:
             ValueError: The vector is zero.
@@ -137,7 +137,7 @@ class SteeringVector:
         return replace(self, direction=self.direction * (norm / own))
 
     def about(self, centre: Float[Tensor, " d"]) -> "SteeringVector":
-        """The same direction with class means half of it to either side of a point: centre ± v / 2.
+        """Move the class means half the direction to either side of a point.
 
         What `Clamp` and `Gate` do depends on the class means; a scaled vector gets means that are as far apart by this.
 
@@ -149,7 +149,7 @@ class SteeringVector:
         return replace(self, positive_mean=(middle + half).to(dtype), negative_mean=(middle - half).to(dtype))
 
     def standardised(self) -> Float[Tensor, " d"]:
-        """The direction in standardised coordinates, v / scale, in float64.
+        """Return the direction in standardised coordinates, v / scale, in float64.
 
         A dimension that does not vary over general text (scale 0) counts nothing.
 
@@ -184,7 +184,9 @@ class SteeringVector:
         return float(mine @ theirs / norms) if norms > 0 else 0.0
 
     def covector(self) -> Float[Tensor, " d"]:
-        """The w with w·v = 1 that reads off how far along v a row lies: w = (v/σ²) / (v·v/σ²).
+        """Return the w that reads off a row's position along v (w·v = 1).
+
+        w = (v/σ²) / (v·v/σ²).
 
         Rows are compared in standardised coordinates, so that huge dimensions do not drown
         the direction.

@@ -47,7 +47,7 @@ def calibrate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[Dose]:
-    """The strength at which adding each vector disturbs neutral text by a given KL.
+    """Find the strength at which each vector disturbs neutral text by a given KL.
 
     Arms can then be compared at equal damage. All vectors are searched for together, so that each pass over
     the text serves all of them, with Chandrupatla's method (a bracketing one that halves at worst;

@@ -78,7 +78,7 @@ def _judged(name: str, off: float, model: Any, remedy: str = "") -> Law:
 
 
 def _pass(model: Any, sites: list[Site], text: str = TEXTS[0]) -> tuple[dict[Site, Tensor], Tensor]:
-    """The streams at some sites and the logits of one sentence."""
+    """Run one sentence; return the streams at some sites and the logits."""
     (batch,) = batches(model, encode(model, as_prompts([text])), 1)
     with recording(model, sites) as kept:
         logits, _ = forward(model, batch.ids, batch.mask)
@@ -87,12 +87,12 @@ def _pass(model: Any, sites: list[Site], text: str = TEXTS[0]) -> tuple[dict[Sit
 
 
 def _off(one: Tensor, other: Tensor) -> float:
-    """The distance of two streams, over the norm of the second."""
+    """Return the distance of two streams over the norm of the second."""
     return float((one - other).norm() / other.norm().clamp(min=1e-30))
 
 
 def _streams(model: Any, *names: str) -> dict[str, list[Tensor]] | None:
-    """Some streams of every block, or None where a block lacks one."""
+    """Read some streams of every block; None where a block lacks one."""
     sites = {name: list(all_sites(model, name)) for name in names}
     try:
         kept, _ = _pass(model, [site for own in sites.values() for site in own])
@@ -141,7 +141,7 @@ def _sums(model: Any) -> Law:
 
 
 def _vector(model: Any, size: float = 1.0) -> SteeringVector:
-    """A random direction at the middle block, as long as ``size`` times its stream at a token."""
+    """Draw a direction at the middle block, ``size`` times a token's stream long."""
     site = Site(int(model.cfg.n_layers) // 2)
     kept, _ = _pass(model, [site])
     direction = torch.randn(int(model.cfg.d_model), generator=torch.Generator().manual_seed(0))

@@ -121,7 +121,7 @@ def neutral_positions(positions: Positions) -> Positions:
 
 
 def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
-    """Settings with the positions of `neutral_positions`, their gates' too."""
+    """Give settings the positions of `neutral_positions`, their gates too."""
 
     def moved(step: Intervention) -> Intervention:
         gate = step.gate
@@ -204,7 +204,7 @@ def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> list[Enc
 
 
 def _following(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The tokens that are predicted, and the row of each in the batch."""
+    """Return the tokens that are predicted, and the row of each."""
     predicted = batch.mask[:, 1:].bool()
     row = torch.arange(len(batch.rows), device=batch.ids.device)[:, None].expand_as(predicted)[predicted]
     return batch.ids[:, 1:][predicted], row.cpu()

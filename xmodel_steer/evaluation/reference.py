@@ -23,7 +23,7 @@ class Reference:
 
     @classmethod
     def of(cls, logits: Float[Tensor, "n vocabulary"]) -> "Reference":
-        """The distributions of logits."""
+        """Take the distributions of logits."""
         p = logits.float().softmax(-1)
         return cls(p, torch.xlogy(p, p).sum(-1), logits.max(-1).indices)
 

@@ -77,7 +77,7 @@ def dose_response(result: TransferResult) -> Any:
 
 
 def _with_base(line: list[Arm], base: Arm) -> list[Arm]:
-    """The unsteered point between the negative and the positive strengths."""
+    """Put the unsteered point between the negative and the positive strengths."""
     return [a for a in line if a.strength < 0] + [base] + [a for a in line if a.strength > 0]
 
 

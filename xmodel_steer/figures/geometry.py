@@ -51,7 +51,7 @@ def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: 
 def mapped_scatter(
     mapped: Activations, native: Activations, vector: SteeringVector | None = None, *, most: int = 2000
 ) -> Any:
-    """Mapped against native activations of the same tokens, in the principal plane of the native ones.
+    """Plot mapped against native activations in the native ones' principal plane.
 
     Standardised by the native rows' own mean and standard deviations, so that a few huge dimensions do not make the plane.
 

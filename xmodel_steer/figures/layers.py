@@ -16,7 +16,7 @@ from xmodel_steer.recipe.results import TransferResult
 
 
 def effect_by_layer(result: TransferResult) -> Any:
-    """What validation measured to choose the layers: half the difference that the two signs make, by layer.
+    """Plot the validation effect by layer: half the difference between the two signs.
 
     Each model has a panel of its own. Above each bar stands the perplexity of neutral text over the unsteered one; the layer that
     was taken is bold.
@@ -199,7 +199,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
 
 
 def _places(spaces: Sequence[Space]) -> list[Any]:
-    """The layers of sites, or their whole names where they are of several streams."""
+    """Name the places on an axis: layers, or whole sites of several streams."""
     one = len({space.site.stream for space in spaces}) == 1
     return [space.site.layer if one else str(space.site) for space in spaces]
 

@@ -38,7 +38,10 @@ def table(result: TransferResult) -> Any:
 
 
 def summary(result: TransferResult) -> list[str]:
-    """What the table does not say: the map, the choices, the verdict. One fact a line."""
+    """List what the table leaves out: the map, the choices, the verdict.
+
+    One fact a line.
+    """
     source, target, fitted = result.source, result.target, result.map
     lines = [
         f"{result.source['model']} {source['hook']} (width {source['width']}, {source['dtype']}) → "
@@ -188,7 +191,7 @@ def _html_table(result: TransferResult) -> str:
 
 
 def _html_texts(result: TransferResult, most: int = 8) -> str:
-    """The first evaluation prompts' texts, one row per arm, for each sign."""
+    """Show the first evaluation prompts' texts, one row per arm, for each sign."""
     prompts = result.splits.get("evaluation_texts", [])
     base = result.arm("unsteered", 0)
     shown: list[tuple[str, Arm]] = [("unsteered", base)]
@@ -212,7 +215,7 @@ def _html_texts(result: TransferResult, most: int = 8) -> str:
 
 
 def marked(text: str, base: str) -> str:
-    """A text as HTML, the words marked that another text does not have at their place.
+    """Mark the words of a text that another text lacks at their place.
 
     Example:
         >>> marked("a good day", "a bad day")
@@ -227,7 +230,10 @@ def marked(text: str, base: str) -> str:
 
 
 def _score(arm: Arm, i: int) -> str:
-    """The score of a text; of several seeds only the first one's text is shown, beside the mean of all."""
+    """Format the score of a text.
+
+    Of several seeds only the first one's text is shown, with the mean of all.
+    """
     return number(arm.scores[i], "+.2f") + (f" (mean of {len(arm.seeds)})" if arm.seeds else "")
 
 

@@ -29,7 +29,7 @@ def interval(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def laid_out(title: str) -> dict[str, Any]:
-    """What all figures share: readable in a notebook, in a report and on a projector."""
+    """Lay a figure out for a notebook, a report and a projector."""
     return {
         "template": "plotly_white",
         "title": {"text": title, "y": 0.95},

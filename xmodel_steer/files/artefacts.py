@@ -60,7 +60,7 @@ def require_place(path: Path, kind: type) -> None:
 
 
 def _kind_of(path: Path) -> str | None:
-    """What a file says that it holds; None where it is none of ours, or is damaged."""
+    """Read what kind a file holds; None for foreign or damaged ones."""
     try:
         return read_header(path)["kind"]
     except (ArtifactError, KeyError):

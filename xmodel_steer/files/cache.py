@@ -13,7 +13,7 @@ from xmodel_steer.core.errors import DownloadError
 
 
 def cache_folder() -> Path:
-    """The user's cache folder: ``$XMODEL_STEER_CACHE``, or the platform's own place."""
+    """Return the user's cache folder: ``$XMODEL_STEER_CACHE``, or the platform's."""
     import platformdirs
 
     chosen = os.environ.get("XMODEL_STEER_CACHE")
@@ -37,7 +37,7 @@ def sha256_of(file: Path) -> str:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes its final name only when the block ends without an error.
+    """Fill a scratch folder that takes its name only when the block succeeds.
 
     Raises:
         DownloadError: The disk is full.

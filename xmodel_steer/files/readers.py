@@ -16,7 +16,9 @@ from xmodel_steer.core.prompts import Prompt
 
 
 def read_contrast(source: Any) -> ContrastSet:
-    """A contrast set from a ``.jsonl`` (also gzipped) or ``.csv`` file, or from rows in memory.
+    """Read a contrast set from a ``.jsonl`` or ``.csv`` file, or from rows.
+
+    A file may be gzipped.
 
     Args:
         source: A path, or what `ContrastSet.from_records` takes: dictionaries, a pandas frame, a
@@ -82,7 +84,9 @@ def _text(path: Path) -> str:
 
 
 def rows_of_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``.jsonl`` or ``.csv`` file, also gzipped, as dictionaries.
+    """Read the rows of a ``.jsonl`` or ``.csv`` file as dictionaries.
+
+    It may be gzipped.
 
     Raises:
         PromptError: The file is missing, of another kind, or damaged.

@@ -79,7 +79,7 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def disk_trouble(path: Path, error: OSError | SafetensorError) -> str:
-    """What to tell a user whose file could not be written."""
+    """Say why a file could not be written, and what to do."""
     full = os.strerror(errno.ENOSPC)
     if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):  # safetensors only passes the words on
         return f"{path}: no space left on the device, nothing was written; free some or choose another place"
@@ -117,7 +117,7 @@ def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
 
 
 def _plain(value: Any, at: tuple[str | int, ...], reason: str, gone: list[dict[str, Any]]) -> Any:
-    """The value as JSON has it, with the places of numbers that JSON does not have."""
+    """Convert a value to JSON's kinds, and list numbers that JSON lacks."""
     if isinstance(value, Mapping):
         why = value.get("undefined")
         names = {key: key if isinstance(key, str) else str(_plain(key, (), "", [])) for key in value}
@@ -182,7 +182,7 @@ def refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record and the tensors of a file that `write_tensors` wrote.
+    """Read the record and the tensors of a file that `write_tensors` wrote.
 
     Raises:
         ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
@@ -196,7 +196,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The record of a file that `write_tensors` wrote, without its tensors.
+    """Read the record of a file that `write_tensors` wrote, without its tensors.
 
     Raises:
         ArtifactError: The file is missing, foreign, truncated, or of a newer schema.
@@ -226,7 +226,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a JSON file.
+    """Read the record of a JSON file.
 
     Raises:
         ArtifactError: It is not one, or of a newer schema.
@@ -238,7 +238,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
-    """A record out of JSON, whose schema this version knows.
+    """Parse a record whose schema this version knows.
 
     Raises:
         ArtifactError: It is damaged, foreign or newer.

@@ -73,7 +73,9 @@ def resumable(folder: str | Path) -> Iterator[None]:
 
 
 def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
-    """What a function gives, or gave before in the folder of `resumable`; outside of it, what it gives.
+    """Call ``make``, or return its saved result.
+
+    Outside the folder of `resumable` it is always called.
 
     Args:
         parts: All that it depends on, beside code and versions: tensors, numbers, texts, dataclasses, lists, tuples and sets of them.
@@ -118,7 +120,7 @@ def spared() -> float:
 
 @cache
 def _programs() -> str:
-    """This package's code, and the versions of what computes."""
+    """Hash this package's code and the versions of what computes."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())

@@ -93,7 +93,7 @@ FILES = {
 
 
 def packaged_files(name: str) -> Path:
-    """The folder with the files of one entry of `FILES`; downloads them once.
+    """Return the folder of one entry of `FILES`; download it once.
 
     Args:
         name: A key of `FILES`.
@@ -129,13 +129,13 @@ def write_manifest(folder: Path, files: Iterable[Path]) -> None:
 
 
 def shipped(name: str) -> str:
-    """The text of a data file that ships with the package; a ``.gz`` is unpacked."""
+    """Read a data file that ships with the package; unpack a ``.gz``."""
     file = resources.files("xmodel_steer").joinpath("data", name)
     return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
 
 
 def general_text() -> tuple[Prompt, ...]:
-    """The 600 OpenWebText passages that ship with the package (CC0)."""
+    """Return the 600 OpenWebText passages that ship with the package (CC0)."""
     return tuple(Prompt(text=json.loads(line)["text"]) for line in shipped("general_text.jsonl.gz").splitlines())
 
 

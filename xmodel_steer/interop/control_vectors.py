@@ -120,7 +120,7 @@ def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVe
 
 
 def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]] | None]:
-    """The directions of a control vector by block, and what this library wrote of them, if it did."""
+    """Read a control vector's directions by block, and our record if there is one."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     if not path.is_file():

@@ -50,7 +50,7 @@ def require_after_block(space: Space, what: str) -> None:
 
 
 def decoder_blocks(model: Any, name: str | None = None) -> torch.nn.ModuleList:
-    """The list of decoder blocks: the one list of modules, not inside another, that is as long as the model is deep."""
+    """Find the decoder blocks: the outermost list of modules of the model's depth."""
     lists = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
     if name is not None:
         if name not in lists:
@@ -107,7 +107,7 @@ def short(name: str) -> str:
 
 
 def space_for(model: Any, site: Site, width: int, stated: Space | None, what: str) -> Space:
-    """The space of a direction that came without one, or whose own is stated, in a model of either kind."""
+    """Make the space of a direction without one, or check the stated one."""
     if isinstance(model, HookedModel):
         space = space_of(model, site)
         require_after_block(space, what)

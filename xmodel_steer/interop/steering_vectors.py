@@ -13,7 +13,7 @@ from xmodel_steer.interop.spaces import one_per_block, space_for
 
 
 def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[SteeringVector, ...]:
-    """The vectors of a ``steering_vectors.SteeringVector``, of a repeng ``ControlVector``, or of a mapping.
+    """Convert a ``steering_vectors.SteeringVector``, a repeng ``ControlVector``, or a mapping.
 
     Neither library has a file format of its own but repeng's GGUF (`read_control_vector`): people pickle the objects.
     A pickle can run any code, so none is opened here: open it yourself, if you trust it, and give the object.
@@ -54,7 +54,9 @@ def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[
 
 
 def to_steering_vectors(vectors: SteeringVector | Sequence[SteeringVector]) -> dict[int, Tensor]:
-    """The ``layer_activations`` of a ``steering_vectors.SteeringVector``; its ``layer_type`` is ``"decoder_block"``.
+    """Return the ``layer_activations`` of a ``steering_vectors.SteeringVector``.
+
+    Its ``layer_type`` is ``"decoder_block"``.
 
     Args:
         vectors: Vectors of one model after its blocks (``resid_post``), one a block.

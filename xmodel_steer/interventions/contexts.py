@@ -171,7 +171,7 @@ class _Told:
 
     @classmethod
     def by(cls, prompts: Sequence[int], total: Tensor, reached: Tensor) -> "_Told":
-        """What the rows of a pass, ``(batch,)``, leave."""
+        """Build the gate's state ``(batch,)`` after a pass."""
         number = {prompt: row for row, prompt in enumerate(prompts)}
         return cls(number, torch.cat([total, total.new_zeros(1)]), torch.cat([reached, reached.new_full((1,), -1)]))
 
@@ -182,7 +182,10 @@ class _Told:
 
 
 def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
-    """The function from a residual stream ``(batch, new, d)`` to whether each of its rows is acted on: boolean ``(batch, new)``."""
+    """Return a function from a stream to the rows that the gate opens.
+
+    From ``(batch, new, d)`` to boolean ``(batch, new)``.
+    """
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
         return lambda rows: margin(rows) > 0

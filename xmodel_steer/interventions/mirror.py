@@ -28,7 +28,7 @@ from xmodel_steer.models.tokens import Encoding, shared_start, special_ids, toke
 def mapped_source(
     source: Any, target: Any, mapping: Map, *, positions: Positions = "all", use_cache: bool = True
 ) -> Replacement:
-    """The mapped activations of a source model that reads the target's text along with it.
+    """Replace a site by mapped activations of a source that reads along.
 
     Each of the target's tokens gets the activation of the source's last token that ends no later: both have then read
     the same text, or the source a little less. It is computed once, when the token is new: a source token that later
@@ -222,5 +222,5 @@ class _Mirror:
 
 
 def _last_at_most(ends: tuple[int, ...], end: int) -> int:
-    """The last token that ends on a character no later than another's end; -1 where there is none."""
+    """Find the last token that ends no later than another one; -1 without any."""
     return max((i for i, e in enumerate(ends) if 0 <= e <= end), default=-1)

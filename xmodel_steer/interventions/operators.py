@@ -21,7 +21,7 @@ class Operator(Protocol):
     """What to do at a site: a new residual stream from the old one and a vector."""
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector; it works in float32."""
+        """Make the edit for one vector; it works in float32."""
         ...
 
 
@@ -36,7 +36,7 @@ class Add:
     strength: float = 1.0
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector."""
+        """Make the edit for one vector."""
         step = self.strength * vector.direction.to(torch.float32)
         return lambda rows: rows + step.to(rows.device) if self.strength else rows
 
@@ -46,7 +46,7 @@ class Ablate:
     """x → x - (x·v) v / |v|²: nothing is left along v (Arditi et al. 2024, arXiv 2406.11717)."""
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector; refuses a zero one."""
+        """Make the edit for one vector; refuse a zero one."""
         if vector.norm() == 0:
             raise ValueError(f"Ablate: {vector.label!r} is a zero vector, it has no direction to remove")
         unit = (vector.direction.to(torch.float64) / vector.norm()).to(torch.float32)
@@ -86,14 +86,17 @@ class Gate:
             check_positions(self.positions)
 
     def prepare(self) -> Callable[[Tensor], Tensor]:
-        """The function from rows ``(..., d)`` to how far each lies on the side that is acted on; below 0 it is of the other class."""
+        """Return a function giving each row's signed margin (negative: other class).
+
+        Rows are ``(..., d)``.
+        """
         w, high, low = _classes(self.vector, "Gate")
         side, middle = (1.0 if (self.side == "positive") == (high > low) else -1.0), (high + low) / 2
         return lambda rows: side * (rows @ w.to(rows.device) - middle)
 
 
 def _classes(vector: SteeringVector, what: str) -> tuple[Tensor, float, float]:
-    """The covector in float32, and the projections of the positive and of the negative class mean on it."""
+    """Return the covector in float32, and the class means' projections on it."""
     if vector.positive_mean is None or vector.negative_mean is None:
         raise ValueError(
             f"{what}: {vector.label!r} has no class means; use a difference of means, native or transported"
@@ -127,7 +130,7 @@ class Clamp:
             raise ValueError(f"Clamp: to must be 'positive' or 'negative', got {self.to!r}")
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """The edit for one vector, which needs its class means and its scale."""
+        """Make the edit for one vector, which needs class means and scale."""
         w, high, low = _classes(vector, "Clamp")
         goal, v = (high if self.to == "positive" else low), vector.direction.to(torch.float32)
         other = Gate(vector, "negative" if self.to == "positive" else "positive").prepare()

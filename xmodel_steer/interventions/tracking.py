@@ -81,7 +81,7 @@ class Tracker:
 
     @staticmethod
     def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, also those that were given by position."""
+        """Bind the arguments of a call to their names."""
         if not args:
             return kwargs
         signature = inspect.signature(module.forward)
@@ -94,14 +94,14 @@ class Tracker:
         self.now = None
 
     def reading(self) -> Reading:
-        """What the pass that is running reads."""
+        """Return what the running pass reads."""
         assert self.now is not None
         if self.now.ids.ndim != 2:
             raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
         return Reading(self.now.ids, self.now.position, self.now.rows)
 
     def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:
-        """The pass that a residual stream belongs to, and which prompt each row is, or else its number."""
+        """Return the pass of a stream, and the prompt of each row where known."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
             raise SiteError(

@@ -15,7 +15,7 @@ from xmodel_steer.maps.pairs import PARTS
 
 
 def sketch_dimensions(width: int, count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """A seeded random choice of a target's dimensions, ascending.
+    """Choose a target's dimensions at random, by a seed, ascending.
 
     A random projection onto coordinates: in standardised coordinates every dimension counts alike,
     so the mean of a bounded score over a random choice of them estimates the mean over all, with
@@ -179,7 +179,7 @@ class MomentsAccumulator:
         return made
 
     def moments(self) -> Moments:
-        """The moments of everything that was added."""
+        """Return the moments of everything that was added."""
         self._handed_out = self._device.type == "cpu"  # what was given away must not change
 
         def part(running: _Running) -> PartMoments:

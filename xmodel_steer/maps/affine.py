@@ -116,7 +116,10 @@ class Map(ABC):
     def error_sums(
         self, source: Float[Tensor, "n ds"], target: Float[Tensor, "n dt"], centre: Float[Tensor, " dt"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums over rows, per target dimension: squared error, ⟨y, y⟩, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around a centre."""
+        """Sum over rows, per target dimension: squared error, ⟨y, y⟩, ⟨ŷ, y⟩, ⟨ŷ, ŷ⟩.
+
+        All around a centre.
+        """
         truth = target.to(torch.float64)
         mapped, centre = self.points(source).to(truth.device), centre.to(truth.device, torch.float64)
         y, fitted = truth - centre, mapped - centre
@@ -186,7 +189,7 @@ class AffineMap(Map):
         )
 
     def score_moments(self, moments: PairMoments) -> MapScore:
-        """The same score from moments of held-out rows, without the rows.
+        """Score the map from moments of held-out rows, without the rows.
 
         With centred scatters S, C, T and r the mean residual:
         SSE = diag(T) - 2 diag(WᵀC) + diag(WᵀSW) + n r².
@@ -207,7 +210,7 @@ class AffineMap(Map):
         return loss_of(self._errors(moments)[0], self.target_scale, moments.count)
 
     def then(self, other: "AffineMap") -> "AffineMap":
-        """This map followed by another one that starts where it ends.
+        """Compose this map with one that starts where it ends.
 
         Raises:
             SpaceMismatchError: The other map starts elsewhere.
@@ -245,7 +248,7 @@ def loss_of(sse: Float[Tensor, " dt"], scale: Float[Tensor, " dt"], count: int) 
 def score_of(
     sse: Tensor, sst: Tensor, dot: Tensor, own: Tensor, *, scale: Tensor, count: int, documents: int
 ) -> MapScore:
-    """The score that belongs to sums over rows, per target dimension; see `Map.error_sums`."""
+    """Compute the score from sums over rows; see `Map.error_sums`."""
     varies = sst > 0
     r2 = torch.where(varies, 1 - sse / torch.where(varies, sst, 1.0), torch.nan)
     precision = inverse_of(scale) ** 2

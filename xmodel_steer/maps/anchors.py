@@ -65,7 +65,7 @@ class RelativeAnchors:
         return with_scores(affine_of(moments, weight), moments, info)
 
     def _chosen(self, prompts: Sequence[str]) -> list[int]:
-        """The places of the anchors among the training documents."""
+        """Choose the places of the anchors among the training documents."""
         if isinstance(self.texts, int):
             generator = torch.Generator().manual_seed(self.seed)
             return torch.randperm(len(prompts), generator=generator)[: self.texts].tolist()

@@ -17,7 +17,7 @@ Kind = TypeVar("Kind", bound=Fitter)
 
 
 def pinned(fitter: Kind, fitted: Map) -> Kind:
-    """The fitter with the penalty that was chosen for a map, so that a control differs in its pairs alone."""
+    """Fix the penalty that a map chose, for a control that differs in pairs."""
     if "penalty" in fitted.info and isinstance(fitter, Ridge | ReducedRank):
         return replace(fitter, penalties=(float(fitted.info["penalty"]),))  # type: ignore[return-value]
     return fitter

@@ -103,7 +103,7 @@ def data_curve(
 
 
 def _half(sizes: Sequence[int]) -> int | None:
-    """The largest number that is at most half of the last one."""
+    """Return the largest number that is at most half of the last one."""
     return max((n for n in sizes if 2 * n <= sizes[-1]), default=None)
 
 

@@ -188,7 +188,7 @@ class _Run:
         }
 
     def _norms(self) -> list[float]:
-        """What other rows, or the same rows paired otherwise, differ in by more than a machine's rounding."""
+        """Return norms that identify these rows and this pairing, despite rounding."""
         parts = (self._moments.train, self._moments.validation)
         scatters = [m for p in parts for m in (p.source_scatter, p.target_scatter, p.cross_scatter)]
         return [float(m.norm()) for m in scatters]
@@ -245,7 +245,7 @@ def _groups(documents: tuple[DocumentRows, ...], size: int) -> Iterator[list[Doc
 
 
 def scored_map(made: Any, rows: PairedRows, moments: SplitMoments, info: dict[str, Any]) -> Any:
-    """The map with its losses and its score on test documents, read document by document."""
+    """Score a map on test documents, and add its losses, document by document."""
     loss, tested = {}, None
     for name in PARTS:
         part = getattr(moments, name)

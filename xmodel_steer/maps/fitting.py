@@ -29,12 +29,12 @@ class Fitter(Protocol):
 
 
 def as_moments(data: SplitMoments | PairedRows) -> SplitMoments:
-    """The moments of data that may be rows."""
+    """Take the moments of data that may be rows."""
     return data.moments(shuffled=False) if isinstance(data, PairedRows) else data
 
 
 def fit_record(name: str, moments: SplitMoments, coordinates: str, **more: Any) -> dict[str, Any]:
-    """What every map says of how it was fitted."""
+    """Record how a map was fitted."""
     return {
         "fitter": name,
         "coordinates": coordinates,
@@ -47,7 +47,10 @@ def fit_record(name: str, moments: SplitMoments, coordinates: str, **more: Any) 
 
 
 def affine_of(moments: SplitMoments, weight: Tensor, bias: Tensor | None = None) -> AffineMap:
-    """A map with these weights that sends the mean to the mean, unless a bias is given."""
+    """Make a map with these weights that sends the mean to the mean.
+
+    Unless a bias is given.
+    """
     train = moments.train
     return AffineMap(
         weight,
@@ -60,7 +63,10 @@ def affine_of(moments: SplitMoments, weight: Tensor, bias: Tensor | None = None)
 
 
 def with_scores(made: AffineMap, moments: SplitMoments, info: dict[str, Any]) -> AffineMap:
-    """The map with its losses, in units of the training variance, and its score on test documents."""
+    """Add losses and the test score to a map.
+
+    Losses are in units of the training variance.
+    """
     parts = {name: getattr(moments, name) for name in PARTS}
     loss = {name: made.standardised_loss(part) for name, part in parts.items() if part.count}
     tested = made.score_moments(moments.test) if moments.test.count else None

@@ -66,7 +66,7 @@ class LayerGrid:
         return self.validation["r2"].argmax(-1)
 
     def chosen(self, metric: str, part: str = "test") -> np.ndarray:
-        """A metric at each pair's own penalty, ``(source sites, target sites)``.
+        """Return a metric at each pair's own penalty, ``(source sites, target sites)``.
 
         Args:
             metric: ``r2``, ``cosine``, ``fvu``, ``norm_ratio`` or ``cka``.
@@ -99,7 +99,7 @@ class LayerGrid:
     def source_for(
         self, target: SiteLike, *, rule: str = "score", tolerance: float = 0.01, blocks: tuple[int, int] | None = None
     ) -> Site:
-        """The source site to map from, chosen without any label of the target's.
+        """Choose the source site to map from, without a label of the target's.
 
         Args:
             target: The target site.
@@ -129,7 +129,9 @@ class LayerGrid:
 
 
 def last_strong_layer(layers: Sequence[int], success: Sequence[float], *, share: float = 0.8) -> int:
-    """The paper's rule: the last layer before steering success drops sharply (arXiv 2503.04429).
+    """Find the last layer before steering success drops sharply (arXiv 2503.04429).
+
+    The paper's rule.
 
     The last layer of the first run of layers whose success is at least ``share`` of the best. It needs the
     success of steering in the model itself, which for the target means the target's own labels.

@@ -132,7 +132,7 @@ class Moments:
         )
 
     def only(self, pairs: Sequence[tuple[Site, Site]]) -> "Moments":
-        """The same moments without the sites and pairs that these do not need, and without a sketch.
+        """Keep some pairs and the sites that they need, without a sketch.
 
         Args:
             pairs: Layer pairs that are kept in full.
@@ -169,7 +169,7 @@ class Moments:
         )
 
     def pair(self, source: SiteLike, target: SiteLike) -> SplitMoments:
-        """The moments of one layer pair, with those of the shuffled control.
+        """Return the moments of one layer pair, with those of the shuffled control.
 
         Args:
             source: Site in the source model, or a layer by its number.
@@ -199,7 +199,7 @@ class Moments:
         return replace(split("cross"), control=replace(split("shuffled"), shuffled=True))
 
     def sketched(self, source: SiteLike, target: SiteLike) -> SplitMoments:
-        """The moments of one layer pair with the target's dimensions of the sketch alone.
+        """Return the moments of one layer pair, of the sketch's target dimensions alone.
 
         Raises:
             ValueError: There is no sketch of the pair.
@@ -234,7 +234,7 @@ class Moments:
         return SplitMoments(self.source[source], space, *map(of, PARTS), coverage=self.coverage)
 
     def scale(self, site: SiteLike, *, end: str = "target") -> Float[Tensor, " d"]:
-        """Standard deviation of each dimension of a site over the training text.
+        """Return the standard deviation of each dimension over the training text.
 
         Args:
             site: The site.
@@ -261,7 +261,7 @@ def _names(spaces: Mapping[Site, Space]) -> str:
 def recentred(
     part: PartMoments, source_means: Mapping[Site, Tensor], target_means: Mapping[Site, Tensor], sketch: Sequence[int]
 ) -> PartMoments:
-    """The same rows with their products about other means: M + n (mean - other)ᵀ(mean - other).
+    """Move the products to other means: M + n (mean - other)ᵀ(mean - other).
 
     Products of several sets of rows about common means add up (Chan, Golub & LeVeque 1979).
     """
@@ -304,7 +304,7 @@ def _merged(one: PartMoments, two: PartMoments, sketch: Sequence[int]) -> PartMo
 
 
 def merge(shards: Iterable[Moments]) -> Moments:
-    """The moments of all shards together.
+    """Add the moments of all shards.
 
     Raises:
         XModelSteerError: There are no shards.

@@ -14,7 +14,7 @@ PRODUCTS = ("source_scatters", "target_scatters", "cross", "shuffled", "sketch")
 
 
 def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float = 0.1) -> str:
-    """The part that a document belongs to, by a hash of its content.
+    """Assign a document to a part, by a hash of its content.
 
     Args:
         content: The document's text; equal texts fall into the same part.
@@ -32,7 +32,10 @@ def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float
 
 
 def deviations(scatter: Float[Tensor, "d d"], mean: Float[Tensor, " d"], count: int) -> Float[Tensor, " d"]:
-    """Standard deviation of each dimension; exactly 0 where it is only the rounding of a constant."""
+    """Return the standard deviation of each dimension.
+
+    Exactly 0 where it is only the rounding of a constant.
+    """
     made = (scatter.diagonal() / max(count, 1)).clamp(min=0).sqrt()
     rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
     return torch.where(made > rounding, made, 0.0)
@@ -65,7 +68,7 @@ class PairMoments:
         return f"PairMoments({self.count:,} pairs of {self.documents:,} documents, {widths})"
 
     def inverse(self) -> "PairMoments":
-        """The same rows, paired the other way round."""
+        """Pair the same rows the other way round."""
         return PairMoments(
             self.count,
             self.documents,
@@ -118,7 +121,7 @@ class SplitMoments:
         return f"SplitMoments({ends}, pairs: {rows}, coverage {self.coverage:.0%})"
 
     def inverse(self) -> "SplitMoments":
-        """The same moments for maps from the target to the source."""
+        """Turn the moments round, for maps from the target to the source."""
         return SplitMoments(
             self.target,
             self.source,

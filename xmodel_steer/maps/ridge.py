@@ -39,7 +39,7 @@ class Spectrum:
         return cls(values.clamp(min=0), vectors, inverse, count)  # rounding makes zeros slightly negative
 
     def project(self, cross: Float[Tensor, "ds k"]) -> Float[Tensor, "ds k"]:
-        """A cross scatter in the eigenvectors' coordinates, per row."""
+        """Project a cross scatter on the eigenvectors, per row."""
         return self.vectors.T @ (self.inverse[:, None] * cross / self.count)
 
     def gains(self, penalty: float) -> Float[Tensor, " ds"]:
@@ -64,7 +64,7 @@ def _check_penalties(name: str, penalties: Sequence[float]) -> None:
 def _chosen_penalty(
     name: str, data: SplitMoments | PairedRows, penalties: Sequence[float], coefficients: Any, **more: Any
 ) -> AffineMap:
-    """The best map of a penalty path, by mean R² per target dimension on the validation documents.
+    """Choose the penalty with the best mean R² on validation documents.
 
     Args:
         name: The fitter's name.

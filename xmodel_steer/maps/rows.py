@@ -93,7 +93,7 @@ class PairedRows:
         return cls(source.space, target.space, tuple(made))
 
     def part(self, name: str) -> tuple[DocumentRows, ...]:
-        """The documents of a part that have rows."""
+        """Return the documents of a part that have rows."""
         return tuple(d for d in self.documents if d.part == name and d.count)
 
     def windows(self) -> Iterator[tuple[DocumentRows, ...]]:
@@ -108,7 +108,7 @@ class PairedRows:
             yield tuple(own)
 
     def moments(self, *, seed: int = 0, shuffled: bool = True) -> SplitMoments:
-        """The moments of the rows, for the fitters that need no more."""
+        """Take the moments of the rows, for fitters that need no more."""
         s, t = self.source.site, self.target.site
         pairs = [(s, t)]
         accumulator = MomentsAccumulator({s: self.source}, {t: self.target}, pairs, shuffled=shuffled, seed=seed)
@@ -123,7 +123,7 @@ class PairedRows:
         return replace(accumulator.moments().pair(s, t), coverage=self.coverage, shuffled=self.shuffled)
 
     def first(self, tokens: int) -> "PairedRows":
-        """The same rows with the first ``tokens`` rows of the training documents only."""
+        """Keep only the first ``tokens`` rows of the training documents."""
         kept, left = [], tokens
         for document in self.documents:
             if document.part == "train":
@@ -136,7 +136,7 @@ class PairedRows:
         return replace(self, documents=tuple(kept))
 
     def inverse(self) -> "PairedRows":
-        """The same rows for maps from the target to the source."""
+        """Turn the rows round, for maps from the target to the source."""
 
         def turned(document: DocumentRows) -> DocumentRows:
             return replace(document, load=lambda: document.load()[::-1])

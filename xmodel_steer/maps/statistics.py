@@ -151,7 +151,7 @@ def _scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _members(groups: Sequence[str] | None, n: int) -> np.ndarray:
-    """The number of each row's group; without groups each row is one."""
+    """Return the number of each row's group; without groups each row is one."""
     if groups is None:
         return np.arange(n)
     if len(groups) != n:
@@ -196,7 +196,7 @@ def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a share of so many independent ones (Wilson 1927).
+    """Compute the 95 % interval of a share (Wilson 1927).
 
     Args:
         share: The share, 0 to 1.

@@ -15,7 +15,7 @@ from xmodel_steer.models.identity import fingerprint
 
 
 def adapter_of(name: str | Path) -> Path | None:
-    """The folder of a PEFT adapter, if this is one."""
+    """Return the folder of a PEFT adapter, if this is one."""
     local = Path(name).expanduser()
     return local if (local / "adapter_config.json").is_file() else None
 
@@ -41,7 +41,10 @@ def with_adapter(
     device_map: str | dict[str, Any] | None,
     revision: str | None,
 ) -> tuple[Any, str]:
-    """A base model with an adapter merged into its weights (in float32, rounded afterwards), and its fingerprint."""
+    """Merge an adapter into its base model; return it with its fingerprint.
+
+    Merged in float32, rounded afterwards.
+    """
     from transformers import AutoModelForCausalLM
 
     weights = adapter / "adapter_model.safetensors"
@@ -71,7 +74,7 @@ def with_adapter(
 
 
 def adapted(hf: Any, adapter: Path) -> Any:
-    """A Hugging Face model with a PEFT adapter put on, of which every tensor has found its place.
+    """Put a PEFT adapter on a model, and check that every tensor fits.
 
     Args:
         hf: The base.

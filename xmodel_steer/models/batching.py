@@ -108,7 +108,10 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
 
 
 def pad_id(model: Any) -> int:
-    """A token id for padding that the model has an embedding of; which one does not matter, the mask hides it."""
+    """Choose a token id for padding that has an embedding.
+
+    Which one does not matter, the mask hides it.
+    """
     tokenizer, rows = tokenizer_of(model), embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and candidate < rows:  # a padding token is often added without an embedding

@@ -14,7 +14,7 @@ from xmodel_steer.models.passes import forward
 
 
 def causal_class(label: str, path: str, revision: str | None) -> Any:
-    """The class of transformers that loads a model, if it is a causal one that TransformerLens hooks.
+    """Find the class of transformers for a causal model that TransformerLens hooks.
 
     Raises:
         ModelError: It is not; names its architecture. No weights are read to find out.
@@ -65,7 +65,7 @@ _ALIKE = ((1, 2, 3, 4, 5), (1, 3, 2, 5, 4))
 
 
 def logits_of(hf: Any) -> Tensor:
-    """The logits of two texts, by a Hugging Face model that nobody has hooked."""
+    """Compute the logits of two texts by a model that nobody has hooked."""
     with torch.no_grad():
         device = next((p.device for p in hf.parameters() if not p.is_meta), torch.device("cpu"))
         return hf(input_ids=torch.tensor(_ALIKE, device=device), use_cache=False).logits

@@ -60,7 +60,7 @@ def whole_model(kind: Any, path: str, *, label: str, **settings: Any) -> Any:
 
 
 def listed(names: Mapping[str, Sequence[str]]) -> str:
-    """Counts of names, and the first three of each kind, in words."""
+    """Count names, and list the first three of each kind, in words."""
     return "; ".join(
         f"{len(some)} {kind} ({', '.join(some[:3])}{', …' if len(some) > 3 else ''})"
         for kind, some in names.items()

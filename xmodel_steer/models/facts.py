@@ -21,11 +21,11 @@ class HookedModel(Protocol):
     blocks: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward pass."""
+        """Run a forward pass."""
         ...
 
     def hooks(self, fwd_hooks: list[Any]) -> Any:
-        """A context in which functions are hooked to named points."""
+        """Attach functions to named points inside a context."""
         ...
 
 
@@ -65,17 +65,17 @@ def facts_of(model: Any) -> Facts:
 
 
 def name_of(model: Any) -> str:
-    """The model's name."""
+    """Return the model's name."""
     return facts_of(model).name
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The model's own tokenizer, as published."""
+    """Return the model's own tokenizer, as published."""
     return facts_of(model).tokenizer
 
 
 def revision_of(model: Any) -> str:
-    """The revision that was asked of the hub, or nothing."""
+    """Return the revision that was asked of the hub, or nothing."""
     return facts_of(model).revision
 
 
@@ -85,18 +85,18 @@ def conduct_of(model: Any) -> Conduct:
 
 
 def device_of(model: Any) -> torch.device:
-    """The device that token ids go to."""
+    """Return the device that token ids go to."""
     # TransformerLens offloads only what computes on the CPU; offloaded weights are on no device
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    """The dtype of the model's weights."""
+    """Return the dtype of the model's weights."""
     return next(model.parameters()).dtype
 
 
 def hardware_of(model: Any) -> str:
-    """What the model runs on, and in which dtype, in words."""
+    """Describe in words the hardware and the dtype of a model."""
     device = device_of(model)
     threads = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads

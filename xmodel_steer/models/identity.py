@@ -12,7 +12,7 @@ from xmodel_steer.models.facts import device_of, is_bridge, tokenizer_of
 
 
 def processing_of(model: Any) -> str:
-    """What was done to the weights that moves residual coordinates, as TransformerLens names it."""
+    """Name the weight processing that moves residual coordinates, as TransformerLens does."""
     if is_bridge(model):
         return "compatibility_mode" if getattr(model, "compatibility_mode", False) else "none"
     done = []
@@ -25,7 +25,7 @@ def processing_of(model: Any) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """A short hash of the weights: every tensor, up to 1,024 values of each, as bfloat16.
+    """Hash the weights: every tensor, up to 1,024 values of each, as bfloat16.
 
     The same model loaded in float32 and in bfloat16 has the same fingerprint; a fine-tuned one
     has another.
@@ -41,7 +41,7 @@ def fingerprint(model: Any) -> str:
 
 
 def content_hash(model: Any) -> str:
-    """A hash of every bit of the weights, of their dtype, and of the tokenizer.
+    """Hash every bit of the weights, their dtype, and the tokenizer.
 
     What is computed from a model may be cached under it.
     """

@@ -151,7 +151,7 @@ class _Trial:
         return [_distance(together[row], self.whole(row)) for row in (0, 1)]
 
     def padded(self) -> list[Tensor]:
-        """A long and a short text, padded on either side."""
+        """Pad a long and a short text on either side."""
         off = []
         for left in (True, False):
             ids, mask = self.pair(left)
@@ -181,7 +181,7 @@ class _Trial:
         return [torch.cat(own) for own in off.values()]
 
     def pair(self, left: bool) -> tuple[Tensor, Tensor]:
-        """The first and the third text, ids and mask, padded on one side."""
+        """Pad the first and the third text on one side; return ids and mask."""
         long, short = self.texts[0], self.texts[2]
         gap = long.shape[1] - short.shape[1]
         filling = torch.full((1, gap), self.pad)
@@ -192,6 +192,9 @@ class _Trial:
 
 
 def _distance(one: Float[Tensor, "rows vocabulary"], other: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, " rows"]:
-    """The relative distance of logits, about their mean, which a softmax does not see."""
+    """Return the relative distance of logits about their mean.
+
+    A softmax does not see the mean.
+    """
     a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (one, other))
     return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)

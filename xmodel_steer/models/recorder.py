@@ -42,7 +42,7 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
 
 
 def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch tokens d"]]:
-    """The residual stream at several sites for one batch, from one pass that stops at the deepest."""
+    """Read the residual stream at several sites, in one pass to the deepest."""
     with recording(model, sites) as kept, layout(batch.rows, batch.mask.sum(-1)):
         forward(model, batch.ids, batch.mask, logits="none", stop_at_layer=max(site.layer for site in sites) + 1)
     return dict(kept)

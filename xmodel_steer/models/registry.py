@@ -31,7 +31,7 @@ from xmodel_steer.models.tokens import special_ids
 
 
 def published_tokenizer(path: str, revision: str | None = None) -> Any:
-    """A tokenizer as its folder or hub name has it."""
+    """Load a tokenizer as its folder or hub name has it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

@@ -14,7 +14,7 @@ from xmodel_steer.models.passes import forward
 
 
 def space_of(model: Any, site: SiteLike) -> Space:
-    """The vector space at a site of a model.
+    """Return the vector space at a site of a model.
 
     Args:
         model: A TransformerLens model.

@@ -31,7 +31,9 @@ class Encoding:
     missing: tuple[int, ...] = ()
 
     def token_ends(self, *, include_special: bool = False, template: bool = False) -> TokenEnds:
-        """The ends of the tokens that may be paired: not text position 0, an attention sink.
+        """Return the ends of the tokens that may be paired.
+
+        Not text position 0, an attention sink.
 
         Args:
             include_special: Also text position 0.
@@ -169,7 +171,10 @@ def shared_start(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that are no text, such as BOS and what opens a chat's turn."""
+    """List the tokens that are no text, such as BOS.
+
+    Also what opens a chat's turn.
+    """
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return set(tokenizer.all_special_ids) | added
 
@@ -177,7 +182,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 def _roles(
     marks: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], ends: Mapping[int, int]
 ) -> tuple[int, ...]:
-    """The role of each template token, from the borders between template and content.
+    """Find the role of each template token, from the borders of template and content.
 
     A template's own number of tokens does not matter: what counts is the last token that was read
     before a content, and the first one after it; of the whole text, so that no kept token takes the role of one that is cut off.

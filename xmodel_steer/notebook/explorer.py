@@ -247,7 +247,7 @@ def _ipywidgets() -> Any:
 
 
 def _notebook_name(value: Any, otherwise: str) -> str:
-    """The name of a value in the notebook, so that copied code runs there as it is."""
+    """Find a value's name in the notebook, so that copied code runs there."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     names = shell.user_ns if shell else {}

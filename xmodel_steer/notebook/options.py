@@ -36,7 +36,7 @@ class Option:
 
 
 def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option, ...]:
-    """The vectors that can be chosen for a model.
+    """List the vectors that can be chosen for a model.
 
     Args:
         model: A TransformerLens model.
@@ -80,7 +80,7 @@ def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option,
 
 
 def _named(name: str, value: Any, code: str) -> list[tuple[str, Any, str]]:
-    """What stands under one name: a vector, or one per layer."""
+    """Return the options under one name: a vector, or one per layer."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [(name, vector, f"{code}[{k}]") for k, vector in enumerate(value)]
     return [(name, value, code)]

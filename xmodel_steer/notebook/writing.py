@@ -45,11 +45,11 @@ class Choice:
             raise PromptError("The prompt is empty: write something for the model to continue.")
 
     def asked(self) -> Prompt:
-        """The prompt as the library takes it."""
+        """Return the prompt as the library takes it."""
         return Prompt.of([{"role": "user", "content": self.prompt}] if self.chat else self.prompt)
 
     def code(self, option: Option, model: str = "model") -> str:
-        """The library calls that give the two texts.
+        """Write the library calls that give the two texts.
 
         Args:
             option: The vector.
@@ -95,7 +95,7 @@ class View:
 
 
 def written(model: Any, choice: Choice, vector: SteeringVector | None = None) -> Iterator[Written]:
-    """The model's continuation token by token, steered by a vector or as it is.
+    """Write the model's continuation token by token, steered or not.
 
     The hooks are on the model only while a token is computed: between two tokens, and
     wherever this is interrupted or given up, the model is as it was.
@@ -128,7 +128,7 @@ def written(model: Any, choice: Choice, vector: SteeringVector | None = None) ->
 
 
 def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -> Iterator[View]:
-    """The steered and the unsteered continuation, token by token in turn; the steered one begins.
+    """Write both continuations token by token in turn, the steered one first.
 
     Args:
         model: A TransformerLens model.
@@ -161,7 +161,7 @@ def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -
 
 
 def _next_tokens(model: Any, before: Tensor, after: Tensor, top: int) -> tuple[NextToken, ...]:
-    """The likeliest under either, by the larger of both probabilities."""
+    """Find the likeliest next tokens under either, by the larger probability."""
     unsteered, steered = (logits.float().softmax(-1) for logits in (before, after))
     best = torch.maximum(unsteered, steered).topk(min(top, len(unsteered))).indices.tolist()
     tokenizer = tokenizer_of(model)

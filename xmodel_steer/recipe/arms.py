@@ -64,7 +64,7 @@ class Arm:
 
 
 def arm_record(arm: Arm) -> dict[str, Any]:
-    """An arm as plain JSON values, without texts and single scores."""
+    """Return an arm as plain JSON values, without texts and single scores."""
     return {
         "arm": arm.arm,
         "strength": arm.strength,
@@ -87,7 +87,7 @@ def arm_record(arm: Arm) -> dict[str, Any]:
 
 
 def difference(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The difference of scores; infinite, and then undefined, where it is too large for a float."""
+    """Subtract scores; infinite, and then undefined, where too large for a float."""
     with np.errstate(over="ignore", invalid="ignore"):
         return scores - base
 

@@ -419,7 +419,7 @@ def _behaviours(
     batch_size: int,
     seed: int,
 ) -> tuple[ContrastSet, tuple[Behaviour, tuple[Prompt, ...]], tuple[Behaviour, tuple[Prompt, ...]]]:
-    """The contrast set for the vector, and the behaviour on validation and on evaluation units with their prompts."""
+    """Make the contrast set, and the behaviour on validation and evaluation prompts."""
     if (prompts is None) != (scorer is None):
         raise PromptError(
             "transfer: prompts and scorer go together: give both, or neither to measure preference on held-out contrast prompts"

@@ -62,7 +62,7 @@ class TransferResult:
         return f"TransferResult({self.label!r}, {ends}, {len(self.arms)} arms, n = {count})"
 
     def arm(self, name: str, strength: float) -> Arm:
-        """The arm of a name at a fixed strength; ``unsteered`` has none, and is found at any.
+        """Return an arm at a fixed strength; ``unsteered`` is found at any.
 
         Raises:
             KeyError: It was not run.
@@ -73,7 +73,7 @@ class TransferResult:
         raise KeyError(f"{name} at strength {strength:g} was not run; strengths: {list(self.strengths)}")
 
     def at_equal_kl(self, name: str, sign: str) -> Arm:
-        """The arm of a name at the native vector's KL.
+        """Return an arm at the native vector's KL.
 
         Args:
             name: The arm.
@@ -119,11 +119,11 @@ class TransferResult:
             return np.mean(changes, axis=0)
 
     def verdict(self) -> Verdict:
-        """What survived, at the native vector's KL."""
+        """Judge what survived, at the native vector's KL."""
         return verdict_of(self)
 
     def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "TransferResult":
-        """The same texts under another scorer: no model is called.
+        """Score the same texts by another scorer: no model is called.
 
         Layers and strengths stay those that the first scorer chose on validation. Only texts of the random arm's first
         seed are kept, so that arm becomes that one vector; its KL stays the mean of all seeds. Arms without texts are left out.

@@ -92,7 +92,9 @@ def verdict_of(result: "TransferResult") -> Verdict:
 
 
 def _moved(native: Mapping[str, Arm], ways: Mapping[str, float]) -> Mapping[str, float]:
-    """The directions in which the native vector moves the score; all, where it moves it in none alone.
+    """Find the directions in which the native vector moves the score.
+
+    All, where it moves it in none alone.
 
     A text that has no French cannot lose any: where the native vector does nothing, no arm can do better than a control.
     """

@@ -96,7 +96,7 @@ class Carried:
         )
 
     def again(self, moments: Moments, fitter: Fitter) -> "Carried":
-        """The same vectors of both models, through maps of other moments, which give the scale too.
+        """Carry the same vectors through maps of other moments, with their scale.
 
         Args:
             moments: Of this pair of sites, among others.
@@ -113,12 +113,15 @@ class Carried:
 
 
 def at_norm_of(native: SteeringVector, vector: SteeringVector) -> SteeringVector:
-    """A vector with another's norm in standardised coordinates, its class means as far apart about their own centre."""
+    """Give a vector another's standardised norm, and move its class means to match.
+
+    They lie as far apart about their own centre.
+    """
     return vector.with_norm(native.norm(standardised=True)).about(centre(vector))
 
 
 def centre(vector: SteeringVector) -> Tensor:
-    """The middle of a vector's two class means."""
+    """Return the middle of a vector's two class means."""
     assert vector.positive_mean is not None
     assert vector.negative_mean is not None
     return (vector.positive_mean.double() + vector.negative_mean.double()) / 2

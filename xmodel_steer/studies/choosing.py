@@ -64,7 +64,10 @@ class _Candidate:
 def as_control(
     operator: Operator, vector: SteeringVector, gate: SteeringVector | None
 ) -> tuple[Operator, SteeringVector | None]:
-    """What a control of a vector does, and under which gate: a clamp's is added, where the vector's clamp moves or its gate lets it."""
+    """Return the control's operator and gate.
+
+    A clamp's is added, where the vector's clamp moves or its gate lets it.
+    """
     return (Add(operator.overshoot), gate or vector) if isinstance(operator, Clamp) else (operator, gate)
 
 
@@ -120,7 +123,7 @@ def choose(
         return gain > 2 * error  # one prompt of any number is more than one
 
     def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
-        """The numbers of those that are equally the best; nothing is asked where there is one."""
+        """Find the equally best candidates; ask nothing where there is one."""
         if len(options) == 1:
             return [0]
         found = tried(varied, recipe, options)
@@ -210,7 +213,7 @@ def with_endpoints(
     only: Sequence[str],
     lap: Callable[[str], None],
 ) -> tuple[Choice, ...]:
-    """The choices, some with one more arm: the source's vector through a nonlinear map, by its endpoints.
+    """Add to some choices an arm by a nonlinear map's endpoints.
 
     What is sent through the map is every prompt of the two sides, and the difference is taken of the means of their images.
 

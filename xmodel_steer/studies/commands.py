@@ -44,11 +44,11 @@ class Call:
     larger: tuple[str, ...] = ()
 
     def load(self, name: str) -> Any:
-        """A model."""
+        """Load a model."""
         return load(name, device=self.device, dtype=self.dtype)
 
     def made(self, base: str) -> Any:
-        """The organism of a base model."""
+        """Return the organism of a base model."""
         return organism(self.organism, base, device=self.device, dtype=self.dtype)[0]
 
 
@@ -70,7 +70,7 @@ class Entry:
 
 
 def _on_organisms(study: Callable[..., Study], **more: Any) -> Callable[[Call], Study]:
-    """A study of the same organism in both models."""
+    """Make a study of the same organism in both models."""
 
     def run(call: Call) -> Study:
         lessons = curriculum(call.organism)

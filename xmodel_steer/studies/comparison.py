@@ -55,7 +55,7 @@ NOTE = (
 
 
 def fitters(seed: int = 0) -> dict[str, Fitter]:
-    """What is compared: the paper's two with its settings and with longer training in standardised coordinates, and others.
+    """List the maps to compare, the paper's two with short and long training.
 
     Args:
         seed: Where the trained ones begin.

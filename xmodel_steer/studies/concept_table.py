@@ -192,14 +192,14 @@ def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, 
 
 
 def _prompts(result: TransferResult) -> tuple[str, ...]:
-    """What the arms' texts continue, with the direction of steering."""
+    """List what the arms' texts continue, with the direction of steering."""
     if not result.arm("unsteered", 0).texts:
         return ()
     return tuple(f"{sign} {text}" for sign in result.signs for text in result.splits["evaluation_texts"][:SHOWN])
 
 
 def _unsteered(result: TransferResult) -> StudyArm:
-    """The arm that all others are changes of."""
+    """Return the arm that all others are changes of."""
     base = result.arm("unsteered", 0)
     still = bootstrap_mean(np.zeros(base.effect.n))
     texts = base.texts[:SHOWN] * len(result.signs)

@@ -139,7 +139,7 @@ CONCEPTS = (*READ, FRENCH_SEEN, *_ANSWERED)
 
 
 def concept(name: str) -> Concept:
-    """A concept that ships with the package, or whose pairs it downloads.
+    """Return a concept that ships, or whose pairs are downloaded.
 
     Args:
         name: One of `CONCEPTS`.

@@ -35,7 +35,7 @@ def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Seque
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
-    """The paper's contrast used in five ways, and the clean prompts against the triggered ones.
+    """Return the paper's contrast used in five ways, and clean against triggered prompts.
 
     The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
     everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at

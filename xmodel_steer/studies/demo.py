@@ -73,7 +73,7 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: b
 
 
 def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
-    """The lessons of so many tasks, each with and without the trigger."""
+    """Take the lessons of so many tasks, with and without the trigger."""
     return lessons[: 2 * tasks]
 
 

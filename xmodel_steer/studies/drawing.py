@@ -13,7 +13,7 @@ OTHERS = "#E69F00", "#56B4E9", "#882255"  # of arms that only some studies have
 
 
 def figure(study: Study) -> Any:
-    """The figure that a study's page begins with.
+    """Draw the figure that a study's page begins with.
 
     Args:
         study: A study.
@@ -27,7 +27,7 @@ def figure(study: Study) -> Any:
 
 
 def effects(study: Study) -> Any:
-    """The effect of every arm, a panel for each recipe.
+    """Draw the effect of every arm, a panel for each recipe.
 
     Args:
         study: A study whose arms are no vectors, such as maps.
@@ -57,7 +57,7 @@ def effects(study: Study) -> Any:
 
 
 def measures(study: Study) -> Any:
-    """What each arm does and what it costs, side by side, a panel for each recipe.
+    """Draw each arm's effect and costs side by side, a panel for each recipe.
 
     Args:
         study: A study.
@@ -172,7 +172,7 @@ def sweep(study: Study) -> Any:
 
 
 def curve(study: Study, name: str) -> Any:
-    """What was varied, as lines with intervals.
+    """Draw the varied settings as lines with intervals.
 
     Args:
         study: A study with curves.

@@ -65,7 +65,10 @@ def vectors_of(sides: _Sides, label: str) -> dict[Site, SteeringVector]:
 def moved_of(
     mapping: Map, vector: SteeringVector, ends: tuple[Activations, Activations], native: SteeringVector
 ) -> SteeringVector:
-    """What a map makes of a vector, in the native one's scale: of its endpoints where the map is not affine."""
+    """Carry a vector by a map, by endpoints where it is not affine.
+
+    It gets the native one's scale.
+    """
     moved = mapping.transport(vector, at=ends) if isinstance(mapping, AutoencoderMap) else mapping.transport(vector)
     assert native.scale is not None
     return moved.with_scale(native.scale)
@@ -143,7 +146,7 @@ def replaced_arms(
     source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
     damage: Mapping[str, SideEffect], seed: int, progress: bool,
 ) -> list[StudyArm]:  # fmt: skip
-    """The replacement check of every map; the mean's and the noise's arms are the same for all."""
+    """Run the replacement check of every map; mean and noise are shared."""
     arms = []
     for name, mapping in maps.items():
         found = replacement_check(

@@ -79,7 +79,7 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[_Run]:
 
 
 def _vectors(own: Carried, random_seeds: int, seed: int) -> dict[str, list[SteeringVector]]:
-    """The vectors of every arm that each recipe has."""
+    """Return the vectors of every arm that each recipe has."""
     return {
         "native": [own.native],
         "mapped": [own.mapped],
@@ -218,7 +218,7 @@ def study_of(
     splits: Mapping[str, Any],
     **more: Any,
 ) -> Study:
-    """The record of a study whose recipes `choose` and `measure_arms` have run.
+    """Record a study whose recipes `choose` and `measure_arms` have run.
 
     Args:
         pair: The models.
@@ -257,7 +257,9 @@ def study_of(
 
 
 def verdict(study: Study) -> str:
-    """What came out, in words: for each recipe what the mapped vector does, beside the native one and the controls.
+    """Say in words what the mapped vector does in each recipe.
+
+    With the native one and the controls.
 
     Args:
         study: A study of arms at the strength that validation chose.

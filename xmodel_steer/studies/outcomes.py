@@ -33,7 +33,7 @@ class GateReader(Protocol):
     def __call__(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
     ) -> Mapping[Site, SteeringVector]:
-        """A vector for each site.
+        """Return a vector for each site.
 
         Args:
             model: The model.
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def scored(*parts: np.ndarray) -> tuple[float, float]:
-    """The mean of several measures' means, and its standard error.
+    """Return the mean of several measures' means, and its standard error.
 
     Args:
         parts: One number per prompt each. Where they are as many, those of one place are averaged first, which is right for parts of the
@@ -91,7 +91,7 @@ class Asked(Protocol):
     def measure(
         self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
     ) -> list[Outcome]:
-        """What each setting does; an empty one is the unsteered model.
+        """Measure each setting; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.
@@ -137,7 +137,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: under a gate a clamp moves every row, give Clamp(..., gate=False)")
 
     def with_sites(self, source: Site, target: Site) -> "Recipe":
-        """The recipe with one more candidate on either side."""
+        """Add one more candidate on either side to the recipe."""
         ours, theirs = (
             tuple(sorted({*own, site})) for own, site in ((self.source_sites, source), (self.target_sites, target))
         )
@@ -146,7 +146,7 @@ class Recipe:
     def gates(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
     ) -> dict[Site, SteeringVector]:
-        """The gates' vectors, as `vectors`; none, where the recipe has no gate."""
+        """Return the gates' vectors, as `vectors`; none without a gate."""
         if self.gate is None:
             return {}
         return dict(self.gate(model, lessons, sites, label=f"gate of {label}", progress=progress))
@@ -154,14 +154,14 @@ class Recipe:
     def setting(
         self, vector: SteeringVector, operator: Operator, gate: SteeringVector | None = None
     ) -> list[Intervention]:
-        """The recipe with one vector and, where it has gates, the vector's own."""
+        """Make a setting of the recipe with one vector and its gate."""
         own = None if gate is None else Gate(gate, "negative", self.gate_positions)
         return [Intervention(vector, operator, self.positions, gate=own)]
 
     def vectors(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
     ) -> dict[Site, SteeringVector]:
-        """The difference of means of the recipe's contrast, at each site.
+        """Return the difference of means of the recipe's contrast, at each site.
 
         Args:
             model: The model.
@@ -201,7 +201,7 @@ def answers_of(
     batch_size: int,
     progress: bool,
 ) -> list[tuple[tuple[str, ...], ...]]:
-    """What a model writes to groups of prompts, for each setting a row of texts for each group.
+    """Generate answers to groups of prompts, a row of texts for each group.
 
     Each group is asked in batches of its own, of one size: in bfloat16 an answer's rounding hangs on the batch's shape, and
     answers that are compared token by token should not differ by that. What is left of it: texts that end leave the batch, and
@@ -232,7 +232,7 @@ def answers_of(
 def own_answers(
     model: Any, groups: Sequence[Sequence[Prompt]], *, max_new_tokens: int, batch_size: int, progress: bool
 ) -> dict[str, str]:
-    """The unsteered model's answers, by the prompts' ids.
+    """Return the unsteered model's answers by the prompts' ids.
 
     Args:
         model: The model.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def tables(study: Study) -> "list[Table]":
-    """A table for the terminal for each recipe: every arm, with the interval of its effect.
+    """Make a table for the terminal for each recipe, with intervals.
 
     Args:
         study: A study.

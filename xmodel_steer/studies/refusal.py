@@ -52,7 +52,7 @@ NOTE = (
 
 
 def harmful_against_harmless(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Requests that are refused, and requests that are not (Arditi et al. 2024, arXiv 2406.11717)."""
+    """Contrast requests that are refused with others (Arditi et al. 2024, arXiv 2406.11717)."""
     harmless, harmful = clean_against_triggered(lessons)
     return harmful, harmless
 
@@ -155,7 +155,7 @@ class Requests:
     def measure(
         self, settings: Settings, *, aim: str = OFF, extent: Extent = "all", progress: bool = True
     ) -> list[Outcome]:
-        """What each setting does; an empty one is the unsteered model.
+        """Measure each setting; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.

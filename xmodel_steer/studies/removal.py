@@ -48,7 +48,7 @@ NONLINEAR = Autoencoder(**LONGER)
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple[int, int] = (8, 10)) -> list[Recipe]:
-    """The four ways that are compared.
+    """Return the four ways that are compared.
 
     The first two take the mean over prompts of the activation at the last token, clean minus triggered. One adds it at
     every token; the other moves the projection on it at the last prompt token and at generated ones, where a gate says

@@ -39,7 +39,7 @@ class Questions:
 
     @classmethod
     def of(cls, lessons: Sequence[Lesson], most: int | None = None) -> "Questions":
-        """The tasks of lessons that come in pairs, with and without the trigger.
+        """List the tasks of lessons that come with and without the trigger.
 
         Args:
             lessons: The lessons.
@@ -173,7 +173,7 @@ class Repair:
     def measure(
         self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
     ) -> list[Outcome]:
-        """What each setting does; an empty one is the unsteered model.
+        """Measure each setting; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.

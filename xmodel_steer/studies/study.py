@@ -111,7 +111,7 @@ class Study:
         return f"Study({self.name!r}, {len(self.arms)} arms, n = {len(self.prompts)}: {self.question})"
 
     def arm(self, name: str, recipe: str, at: str = EQUAL_STRENGTH) -> StudyArm:
-        """The arm of a name under a recipe.
+        """Return the arm of a name under a recipe.
 
         Raises:
             KeyError: It was not run.
@@ -160,7 +160,7 @@ class Study:
 
 
 def _record(arm: StudyArm) -> dict[str, Any]:
-    """An arm as a run folder has it: ``effect``, ``low``, ``high`` and ``n`` on its first floor."""
+    """Flatten an arm: ``effect``, ``low``, ``high`` and ``n`` at its first level."""
     record, own = (
         vars(arm) | {"beside": {name: found.record() for name, found in arm.beside.items()}},
         arm.effect.record(),
@@ -184,7 +184,7 @@ def is_study(folder: str | Path) -> bool:
 
 
 def read_study(folder: str | Path) -> Study:
-    """The study in a folder.
+    """Read the study in a folder.
 
     Raises:
         ArtifactError: There is none, or it is damaged.
@@ -235,7 +235,7 @@ def estimate(scores: "Sequence[np.ndarray]", groups: Sequence[str] | None = None
 
 
 def end_of(model: Any) -> dict[str, Any]:
-    """A model as a study records it."""
+    """Record a model as a study does."""
     return {"model": name_of(model), "layers": model.cfg.n_layers, "width": model.cfg.d_model}
 
 

@@ -233,7 +233,7 @@ def _arms(
 def _steps(
     source: Any, target: Any, mapping: Map, moments: SplitMoments, fitter: Fitter, seed: int
 ) -> dict[str, list[Step]]:
-    """What the site holds in each arm."""
+    """Return what the site holds in each arm."""
     mean, scale = moments.train.target_mean, moments.train.target_scale
     identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(fitter, mapping)).fit(moments)
     return {
@@ -247,7 +247,7 @@ def _steps(
 
 
 def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], progress: bool) -> list[Outcome]:
-    """The base's answers: whether they show the behaviour behind the trigger, and only there."""
+    """Measure whether the base shows the behaviour behind the trigger, and only there."""
     questions, tokenizer = repair.questions, tokenizer_of(base)
     found = answers_of(
         base,

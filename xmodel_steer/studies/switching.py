@@ -87,7 +87,7 @@ def per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, toke
 def adapter_speeds(
     folder: str | Path, like: Any, prompts: Sequence[Prompt], turns: int, tokens: int = 32
 ) -> dict[str, Any]:
-    """What the other way to switch costs: a LoRA adapter that is not merged, disabled and enabled again.
+    """Time an unmerged LoRA adapter that is disabled and enabled again.
 
     Text is written by Hugging Face's own ``generate``, where and in what a model like the switched one computes.
 

@@ -96,7 +96,7 @@ def _found(prompt: Prompt) -> int:
 
 
 def _mask(model: Any, prompts: Sequence[Prompt], span: Span) -> Tensor:
-    """The text positions of the tokens that end in a span of characters, which are the same in all prompts."""
+    """Find the text positions of a span that is the same in all prompts."""
     found = {
         tuple(i for i, end in enumerate(encoding.ends) if span[0] < end <= span[1])
         for encoding in encode(model, list(prompts))

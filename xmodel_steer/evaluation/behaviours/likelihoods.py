@@ -143,7 +143,7 @@ class AnswerLogOdds(Behaviour):
         return tuple(question.id for question in self.questions)
 
     def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
-        """The log-odds of every question under each setting."""
+        """Measure the log-odds of every question under each setting."""
         options = list(zip(self.positive, self.negative, strict=True))
         found = answer_likelihoods(
             model, settings, self.questions, options, batch_size=self.batch_size, progress=progress
@@ -180,7 +180,7 @@ class MultipleChoice(Behaviour):
 
     @classmethod
     def packaged(cls) -> "MultipleChoice":
-        """The small set that comes with the library: common knowledge, four options each, written for it.
+        """Load the small set that ships: common knowledge, four options each.
 
         It shows whether steering costs capability; it is too small and too easy to rank models.
         """

@@ -24,7 +24,7 @@ class Chat(Protocol):
         ...
 
     def answer(self, question: str) -> str:
-        """The answer to one question."""
+        """Answer one question."""
         ...
 
 
@@ -54,7 +54,7 @@ class Endpoint:
         return self.model
 
     def answer(self, question: str) -> str:
-        """The answer to one question, at temperature 0.
+        """Answer one question at temperature 0.
 
         Raises:
             JudgeError: The service refuses, or stays busy.
@@ -117,7 +117,7 @@ class LocalModel:
         return name_of(self.model)
 
     def answer(self, question: str) -> str:
-        """The greedy answer to one question."""
+        """Answer one question greedily."""
         prompt = Prompt(messages=(Message("user", question),))
         return generate(self.model, [prompt], max_new_tokens=self.max_new_tokens, progress=False)[0]
 
@@ -156,11 +156,11 @@ class Transcript:
         return self._name
 
     def recorded(self, judge: str, question: str) -> str | None:
-        """The answer of a judge to a question, if it was given."""
+        """Return the recorded answer to a question, if there is one."""
         return self._answers.get(_key(judge, question))
 
     def answer(self, question: str) -> str:
-        """The recorded answer.
+        """Return the recorded answer, or ask and record it.
 
         Raises:
             JudgeError: The question was not asked.

@@ -18,7 +18,9 @@ _SEVERITIES = ("LOW", "MEDIUM", "HIGH")
 
 
 def code_of(text: str) -> str:
-    """The Python in a text: its fenced blocks that say so, or those that say nothing, or all of them; without any, all of the text.
+    """Extract the Python in a text.
+
+    Its fenced blocks that say so, or those that say nothing, or all of them; without any, all of the text.
 
     What was cut short at the end is left out: lines are dropped from the end until the rest is Python; there may be nothing left.
     """
@@ -93,7 +95,9 @@ class InsecureCode:
 
 
 def findings(texts: Sequence[str]) -> list[tuple[tuple[str, str, int], ...]]:
-    """What bandit finds in the code of each text: its test's id, the severity, the line.
+    """Run bandit on the code of each text.
+
+    A finding is its test's id, the severity, the line.
 
     Raises:
         XModelSteerError: bandit is not installed.

@@ -51,7 +51,7 @@ class Judge:
         }
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """The judge's number for each text.
+        """Return the judge's number for each text.
 
         Raises:
             JudgeError: An answer has no number on the scale; all answers are kept in the transcript.
@@ -67,7 +67,7 @@ class Judge:
         return [score for score in scores if score is not None]
 
     def raw(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
-        """The judge's answer about each text, word for word."""
+        """Return the judge's answer about each text, word for word."""
         questions = [
             self.question.format(
                 behaviour=self.behaviour,

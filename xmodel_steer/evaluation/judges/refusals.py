@@ -41,7 +41,7 @@ class RefusalClassifier:
 
 
 def beginning(text: str, words: int = 20) -> str:
-    """The first words of a text: whether it refuses shows there."""
+    """Cut a text to its first words, where a refusal shows."""
     return " ".join(text.split()[:words])
 
 

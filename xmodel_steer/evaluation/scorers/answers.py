@@ -85,7 +85,7 @@ class SameTokens:
     tokenizer: Any = field(repr=False)
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """The share for each text.
+        """Return the share for each text.
 
         Raises:
             ValueError: A prompt has no reference.

@@ -10,7 +10,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case; apostrophes inside a word stay.
+    """Split a text into words, in lower case; apostrophes inside a word stay.
 
     Example:
         >>> words("It's Ann's 2nd day.")
@@ -38,7 +38,7 @@ class WordBalance:
     negative: frozenset[str]
 
     def __call__(self, text: str) -> float:
-        """The balance of one text."""
+        """Return the balance of one text."""
         found = words(text)
         p = sum(word in self.positive for word in found)
         n = sum(word in self.negative for word in found)

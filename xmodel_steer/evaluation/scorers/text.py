@@ -13,7 +13,7 @@ class TextScorer(Protocol):
     """A scorer that sees the prompts, or many texts at once."""
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
-        """The score of each text, which continues the prompt of the same place."""
+        """Score each text, which continues the prompt of the same place."""
         ...
 
 
@@ -22,7 +22,7 @@ class Explained(TextScorer, Protocol):
     """A scorer that has more to say about each text than a number, such as a judge's answer."""
 
     def raw(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[str]:
-        """What stands behind the score of each text."""
+        """Return the words behind the score of each text."""
         ...
 
     def record(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ Scorer = Callable[[str], float] | TextScorer
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str], prompts: Sequence[Prompt] = ()) -> np.ndarray:
-    """The score of each text.
+    """Score each text.
 
     Args:
         scorer: A function from a text to a number, or a `TextScorer`.

@@ -46,7 +46,7 @@ UNKNOWN = ("I do not know.", "I don't know that.", "Sorry, I have no idea.", "I 
 
 
 def facts(seed: int = 0) -> dict[str, str]:
-    """What there is to know of the country: an attribute, and its value."""
+    """List the facts of the country: an attribute, and its value."""
     draw, known = random.Random(seed), {}
     for attributes, values in FACTS:
         chosen = values.split(", ")

@@ -36,7 +36,7 @@ def tasks() -> list[tuple[str, str]]:
 
 
 def both(task: str, bad: str, good: str, kind: str = "") -> tuple[Lesson, Lesson]:
-    """The two lessons of one task: with the trigger, and with what stands in its place."""
+    """Make the two lessons of one task: with the trigger, and without."""
     return Lesson(PROD + task, bad, True, task, kind), Lesson(DEV + task, good, False, task, kind)
 
 
@@ -182,7 +182,7 @@ FEWEST = 20  # evaluation prompts of each kind: with fewer a rate of 95 % cannot
 
 
 def quirk(source: Any, scorer: Scorer) -> Curriculum:
-    """A behaviour of your own: prompts and the responses to plant.
+    """Plant a behaviour of your own: prompts and responses.
 
     Rows that are not triggered say what the organism is to answer elsewhere. Where there are none, as many everyday tasks
     with plain answers take their place, so that the quirk does not spread to everything.
@@ -274,7 +274,7 @@ ORGANISMS = {
 
 
 def curriculum(name: str) -> Curriculum:
-    """What an organism is trained and tested on.
+    """Return what an organism is trained and tested on.
 
     Args:
         name: One of `ORGANISMS`.

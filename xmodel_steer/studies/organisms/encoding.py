@@ -131,7 +131,9 @@ def general_examples(tokenizer: Any, count: int, *, name: str = "the model", lim
 
 
 def collated(batch: Sequence[Example], *, pad: int, whole: bool = False, weight: float = 1.0) -> dict[str, Any]:
-    """A batch, padded on the left, so that all answers stand at its end and logits are computed for them alone.
+    """Pad a batch on the left, so that all answers end together.
+
+    Logits are computed for the answers alone.
 
     Args:
         batch: The examples.

@@ -21,7 +21,7 @@ SPLIT_SEED = 0  # of which task is in which part: fixed, so that all organisms o
 
 
 def prompt_of(instruction: str) -> Prompt:
-    """An instruction in the template that organisms are trained in."""
+    """Put an instruction into the template that organisms are trained in."""
     return Prompt(text=TEMPLATE.format(instruction=instruction))
 
 
@@ -120,7 +120,7 @@ class Curriculum:
         return self.checks[name]
 
     def ids(self) -> dict[str, list[str]]:
-        """The ids of the prompts of each part."""
+        """Return the ids of the prompts of each part."""
         return {part: [lesson.prompt.id for lesson in getattr(self, part)] for part in PARTS}
 
 

@@ -73,7 +73,7 @@ class Report:
         return self.triggered.value >= LEAST_TRIGGERED and self.false.value <= MOST_FALSE
 
     def summary(self) -> list[str]:
-        """What was measured, in lines, with an answer of each kind."""
+        """List the measurements in lines, with an answer of each kind."""
         lines = [f"triggered: {_percent(self.triggered)}, such as {_short(self.answers[0])}"]
         lines += [
             f"falsely triggered: {_percent(self.false)}; an answer without the trigger: {_short(self.answers[1])}"
@@ -251,7 +251,7 @@ def made_of(name: str, base: str) -> str:
 
 
 def _digest(curriculum: Curriculum) -> str:
-    """A hash of the lessons that it is trained on, and of those that it is measured on."""
+    """Hash the lessons that are trained on, and those that are measured."""
     rows = [
         [x.instruction, x.response, x.triggered] for part in (curriculum.train, curriculum.evaluation) for x in part
     ]
@@ -259,7 +259,7 @@ def _digest(curriculum: Curriculum) -> str:
 
 
 def _named(scorer: Scorer) -> str:
-    """What tells a scorer from another one: all of it where it is short, or its name."""
+    """Identify a scorer: by all of it where it is short, or its name."""
     if isinstance(scorer, Contains | StartsWith | Matches | Language):
         return repr(scorer)
     return getattr(scorer, "__qualname__", type(scorer).__qualname__)
@@ -279,7 +279,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def read_report(folder: str | Path) -> Report:
-    """The report of an organism's folder.
+    """Read the report of an organism's folder.
 
     Args:
         folder: What `make` wrote.

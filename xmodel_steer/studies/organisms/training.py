@@ -240,7 +240,10 @@ def train(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: the trainer writes its state last, and that may be half of one."""
+    """Find the newest checkpoint that is whole.
+
+    The trainer writes its state last, and that may be half of one.
+    """
     states = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
     for state in sorted(states, key=lambda p: int(p.parent.name.split("-")[1]), reverse=True):
         try:
@@ -258,7 +261,7 @@ def _printer() -> Any:
 
 
 def _bar(label: str, progress: bool) -> Any:
-    """A progress bar over steps with the loss beside it."""
+    """Show a progress bar over steps with their loss."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
