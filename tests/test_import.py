@@ -1,8 +1,11 @@
 """The package imports fast, and everything that it exports is documented."""
 
+import importlib
 import inspect
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import xmodel_steer as xs
 
@@ -36,3 +39,18 @@ def test_every_public_name_says_what_it_is() -> None:
                 assert f"{parameter}:" in documented or len(inspect.signature(value).parameters) == 1, (
                     f"{name}({parameter})"
                 )
+
+
+def test_every_command_that_is_installed_is_there() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "xmodel-steer" in project["scripts"]
+    for place in project["scripts"].values():
+        module, _, name = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_the_installed_command_runs() -> None:
+    """As it was installed: after `pip install -e .` its script may name a place that has moved."""
+    command = Path(sys.executable).parent / "xmodel-steer"
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("xmodel-steer "), done.stderr

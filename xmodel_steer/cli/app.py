@@ -46,16 +46,23 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return reported
 
 
+def _tell_version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"xmodel-steer {version('xmodel-steer')}")
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
-    if version:
-        from importlib.metadata import version as of
-
-        print(f"xmodel-steer {of('xmodel-steer')}")
-        raise typer.Exit
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:
