@@ -4,7 +4,9 @@ The residual stream is recorded here, and never changed.
 """
 
 from xmodel_steer.models.generation import generate as generate
+from xmodel_steer.models.generation import generate_tokens as generate_tokens
 from xmodel_steer.models.laws import Law as Law
 from xmodel_steer.models.loading import load as load
 from xmodel_steer.models.registry import register as register
 from xmodel_steer.models.sites import space_of as space_of
+from xmodel_steer.models.tokens import tokenise as tokenise
