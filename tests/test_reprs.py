@@ -85,3 +85,9 @@ def test_what_is_made_of_tensors_is_never_printed_whole(llama: toys.Toy, tmp_pat
 @pytest.mark.parametrize("label", ["", "a\nb"])
 def test_a_label_cannot_break_the_line(label: str) -> None:
     assert "\n" not in repr(xs.SteeringVector(torch.ones(4), vector().space, label))
+
+
+def test_a_damaged_store_still_prints(llama: toys.Toy, tmp_path: Path) -> None:
+    xs.harvest(llama.model, toys.sentences(3, 0), tmp_path, end="target", sites=[1], max_tokens=8, progress=False)
+    (tmp_path / "target" / "end.json").write_text("{")
+    assert repr(xs.ActivationStore(tmp_path)) == f"ActivationStore({str(tmp_path)!r}, target)"

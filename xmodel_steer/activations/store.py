@@ -43,9 +43,10 @@ class ActivationStore:
             raise ArtifactError(f"{self.folder}: is not a store of activations; make one with xs.harvest")
 
     def __repr__(self) -> str:
-        there = [end for end in ENDS if (self.folder / end / "end.json").is_file()]
-        ends = [f"{end} {read_record(self.folder / end / 'end.json')['model']}" for end in there]
-        return f"ActivationStore({str(self.folder)!r}, {', '.join(ends)})"
+        there = [
+            end for end in ENDS if (self.folder / end / "end.json").is_file()
+        ]  # nothing is read: it may be damaged
+        return f"ActivationStore({str(self.folder)!r}, {' and '.join(there) or 'gone'})"
 
     def record(self, end: str) -> dict[str, Any]:
         """Read how one end was harvested: model, tokenizer, spaces, dtype and settings.

@@ -43,6 +43,19 @@ class Facts:
 FACTS: "weakref.WeakKeyDictionary[Any, Facts]" = weakref.WeakKeyDictionary()
 
 
+def require_hooked(model: Any) -> None:
+    """Refuse what is no TransformerLens model.
+
+    Raises:
+        ModelError: Says what came.
+    """
+    if not isinstance(model, HookedModel):
+        raise ModelError(
+            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
+            "load it with xs.load(name)"
+        )
+
+
 def facts_of(model: Any) -> Facts:
     """Return what is known of a model; nothing is run or loaded.
 
@@ -51,15 +64,11 @@ def facts_of(model: Any) -> Facts:
     """
     known = FACTS.get(model) if isinstance(model, torch.nn.Module) else None
     if known is None:
-        if isinstance(model, HookedModel):
-            name = getattr(model.cfg, "model_name", None) or type(model).__name__
-            raise ModelError(
-                f"{name}: this model is not known yet; tell the library of it with xs.register(model), or load it with "
-                "xs.load(name)"
-            )
+        require_hooked(model)
+        name = getattr(model.cfg, "model_name", None) or type(model).__name__
         raise ModelError(
-            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
-            "load it with xs.load(name)"
+            f"{name}: this model is not known yet; tell the library of it with xs.register(model), or load it with "
+            "xs.load(name)"
         )
     return known
 

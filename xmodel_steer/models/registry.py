@@ -15,13 +15,13 @@ from xmodel_steer.models.bridges import read_caches
 from xmodel_steer.models.facts import (
     FACTS,
     Facts,
-    HookedModel,
     context_length,
     device_of,
     dtype_of,
     embedding_rows,
     facts_of,
     is_bridge,
+    require_hooked,
 )
 from xmodel_steer.models.identity import fingerprint
 from xmodel_steer.models.laws import Conduct
@@ -52,11 +52,7 @@ def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str
             than the model.
         SiteError: A site does not fire, or is misshapen.
     """
-    if not isinstance(model, HookedModel):
-        raise ModelError(
-            f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
-            "load it with xs.load(name)"
-        )
+    require_hooked(model)
     name = name or str(getattr(model.cfg, "model_name", None) or "model")
     if tokenizer is None:
         tokenizer = model.tokenizer
