@@ -21,6 +21,7 @@ import toys
 from toys import contrast, sentences
 
 from xmodel_steer.cli import app
+from xmodel_steer.core.bars import quiet
 from xmodel_steer.studies.organisms import lessons as organism_lessons
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -58,6 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = any(argument.startswith("-m") for argument in config.invocation_params.args)
     if not chosen and config.args and all("::" in argument for argument in config.args):
         config.option.markexpr = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> Iterator[None]:
+    """Draw no progress bar in any test that does not ask for one."""
+    with quiet():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -78,12 +78,12 @@ def as_hugging_face(model, folder):
         return made
 
     def ours():
-        return generate_tokens(model, TEXTS, max_new_tokens=STEPS, batch_size=3, stop_at_eos=False, progress=False)[0]
+        return generate_tokens(model, TEXTS, max_new_tokens=STEPS, batch_size=3, stop_at_eos=False)[0]
 
     unsteered = ours()
     assert unsteered == written(use_cache=False)
     direction = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
-    stream = capture(model, TEXTS, [Site(1)], progress=False)[Site(1)].values
+    stream = capture(model, TEXTS, [Site(1)])[Site(1)].values
     vector = SteeringVector(2 * stream.norm(dim=-1).max() * direction / direction.norm(), space_of(model, Site(1)))
     with steering(model, vector, positions="generated"):
         steered = ours()

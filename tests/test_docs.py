@@ -118,18 +118,15 @@ def prelude(toy_named: Callable[[str], toys.Toy]) -> dict[str, Any]:
     here, there = xs.Site(1), xs.Site(2)
     contrast, texts, prompts = toys.contrast(), toys.sentences(60, 4), toys.sentences(9, 3, 4)
     positive, negative = (
-        xs.capture(small, side, [here], tokens="mean", progress=False)[here]
-        for side in (contrast.positive, contrast.negative)
+        xs.capture(small, side, [here], tokens="mean")[here] for side in (contrast.positive, contrast.negative)
     )
     vector = xs.difference_of_means(positive, negative, label="toy")
-    moments = xs.collect_moments(
-        small, large, texts, source_sites="all", target_sites="all", max_tokens=32, progress=False
-    )
+    moments = xs.collect_moments(small, large, texts, source_sites="all", target_sites="all", max_tokens=32)
     mapping = xs.Ridge().fit(moments.pair(here, there))
     mapped = mapping.transport(vector)
     result = xs.transfer(
         small, large, contrast, texts, prompts=prompts, scorer=xs.scorers.Contains(("a",)), source_sites=[here],
-        target_sites=[there], strengths=(-1.0, 1.0), random_seeds=2, max_new_tokens=4, neutral_tokens=8, progress=False,
+        target_sites=[there], strengths=(-1.0, 1.0), random_seeds=2, max_new_tokens=4, neutral_tokens=8,
     )  # fmt: skip
     hf, hf_tokenizer = toy_named("gemma").hf, toy_named("gemma").tokenizer
     del positive, negative, toy_named

@@ -25,7 +25,6 @@ def objects(llama: toys.Toy, folder: Path) -> dict[str, object]:
             end=end,
             sites=[xs.Site(1)],
             max_tokens=8,
-            progress=False,
         )
     grid = xs.maps.layer_grid(collected())
     return {
@@ -88,6 +87,6 @@ def test_a_label_cannot_break_the_line(label: str) -> None:
 
 
 def test_a_damaged_store_still_prints(llama: toys.Toy, tmp_path: Path) -> None:
-    xs.harvest(llama.model, toys.sentences(3, 0), tmp_path, end="target", sites=[1], max_tokens=8, progress=False)
+    xs.harvest(llama.model, toys.sentences(3, 0), tmp_path, end="target", sites=[1], max_tokens=8)
     (tmp_path / "target" / "end.json").write_text("{")
     assert repr(xs.ActivationStore(tmp_path)) == f"ActivationStore({str(tmp_path)!r}, target)"

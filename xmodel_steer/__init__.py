@@ -12,6 +12,7 @@ from xmodel_steer.activations.harvesting import harvest as harvest
 from xmodel_steer.activations.reading import capture as capture
 from xmodel_steer.activations.store import ActivationStore as ActivationStore
 from xmodel_steer.core import errors as errors
+from xmodel_steer.core.bars import quiet as quiet
 from xmodel_steer.core.contrast import ContrastSet as ContrastSet
 from xmodel_steer.core.directions import difference_of_means as difference_of_means
 from xmodel_steer.core.directions import logistic_probe as logistic_probe
@@ -23,7 +24,6 @@ from xmodel_steer.core.vectors import SteeringVector as SteeringVector
 from xmodel_steer.evaluation import behaviours as behaviours
 from xmodel_steer.evaluation import judges as judges
 from xmodel_steer.evaluation import scorers as scorers
-from xmodel_steer.evaluation.calibration import calibrate as calibrate
 from xmodel_steer.evaluation.damage import side_effects as side_effects
 from xmodel_steer.evaluation.patching import patching_grid as patching_grid
 from xmodel_steer.evaluation.replacing import replacement_check as replacement_check

@@ -41,7 +41,7 @@ PAIRS = [("llama", "gemma"), ("gemma", "gpt2"), ("qwen", "llama"), ("hooked", "q
 
 
 def collected(source, target, texts=DOCUMENTS, **kwargs):
-    return collect_moments(source.model, target.model, texts, **(dict(max_tokens=24, progress=False) | SITES | kwargs))
+    return collect_moments(source.model, target.model, texts, **(dict(max_tokens=24) | SITES | kwargs))
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -59,7 +59,7 @@ def paired_rows(source, target, max_tokens):
     for prompt in prompts:
         ends = []
         for toy, own in zip((source, target), sites, strict=True):
-            kept = capture(toy.model, [prompt], own, tokens="all", max_tokens=max_tokens, progress=False)
+            kept = capture(toy.model, [prompt], own, tokens="all", max_tokens=max_tokens)
             ends.append(
                 {site: dict(zip([e for _, e in a.rows], a.values, strict=True)) for site, a in kept.items()}
             )  # the last of equal ends stays

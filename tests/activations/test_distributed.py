@@ -187,7 +187,7 @@ def test_a_store_is_filled_one_model_at_a_time(command: Any, folders: dict[str, 
     store = ActivationStore(tmp_path / "store")
     assert [str(s) for s in store.spaces("source")] == ["resid_post[1]", "resid_post[2]"]
     assert store.record("target")["dtype"] == "bfloat16"
-    assert store.moments(progress=False).tokens > 100
+    assert store.moments().tokens > 100
 
 
 def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:

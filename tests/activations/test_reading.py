@@ -26,7 +26,7 @@ CHATS = [
 
 
 def everything(toy, **kwargs):
-    return capture(toy.model, TEXTS, all_sites(toy.model), tokens="all", include_special=True, progress=False, **kwargs)
+    return capture(toy.model, TEXTS, all_sites(toy.model), tokens="all", include_special=True, **kwargs)
 
 
 def test_equals_an_unpadded_pass_of_the_untouched_model(toy):
@@ -52,7 +52,7 @@ def test_equals_output_hidden_states_but_for_the_last_layer_which_is_before_the_
 def test_batch_size_and_padding_side_change_nothing(toy, tokens):
     sites = [Site(0), Site(toy.depth - 1)]
     one, *others = [
-        capture(toy.model, TEXTS, sites, tokens=tokens, batch_size=size, padding_side=side, progress=False)
+        capture(toy.model, TEXTS, sites, tokens=tokens, batch_size=size, padding_side=side)
         for size, side in itertools.product((1, 7), ("right", "left"))
     ]
     for other, site in itertools.product(others, sites):
@@ -77,7 +77,7 @@ def test_what_tokens_selects(toy):
         want["mean"].append(rows[content].mean(0, keepdim=True))
         ends["mean"].append(end[content[-1]])
     for tokens, rows in want.items():
-        made = capture(toy.model, TEXTS, [site], tokens=tokens, batch_size=7, progress=False)[site]
+        made = capture(toy.model, TEXTS, [site], tokens=tokens, batch_size=7)[site]
         torch.testing.assert_close(made.values, torch.cat(rows), **CLOSE)
         assert [e for _, e in made.rows] == ends[tokens]
 
@@ -95,16 +95,16 @@ def test_template_tokens_are_not_content(llama):
             stop = start + len(message["content"])
             inside += [i for i, (_, e) in enumerate(coded["offset_mapping"]) if start < e <= stop]
         for tokens, expected in {"all": rows[inside], "mean": rows[inside].mean(0)[None], "last": rows[-1:]}.items():
-            made = capture(llama.model, [chat], [site], tokens=tokens, progress=False)[site]
+            made = capture(llama.model, [chat], [site], tokens=tokens)[site]
             torch.testing.assert_close(made.values, expected, **CLOSE)
 
 
 def test_many_sites_in_one_pass_equal_one_at_a_time(toy):
     sites = [Site(toy.depth - 1), Site(0), Site(1, "resid_pre")]
-    together = capture(toy.model, TEXTS, sites, progress=False)
+    together = capture(toy.model, TEXTS, sites)
     assert list(together) == sites
     for site in sites:
-        assert torch.equal(together[site].values, capture(toy.model, TEXTS, [site], progress=False)[site].values)
+        assert torch.equal(together[site].values, capture(toy.model, TEXTS, [site])[site].values)
         assert together[site].space.site == site and together[site].space.model == toy.name
     torch.testing.assert_close(together[Site(1, "resid_pre")].values, together[Site(0)].values)
 
@@ -112,8 +112,8 @@ def test_many_sites_in_one_pass_equal_one_at_a_time(toy):
 def test_order_of_the_prompts_is_kept(toy):
     prompts = [Prompt(text=text, id=f"p{i}") for i, text in enumerate(TEXTS)]
     site = Site(0)
-    forth = capture(toy.model, prompts, [site], batch_size=3, progress=False)[site]
-    back = capture(toy.model, prompts[::-1], [site], batch_size=3, progress=False)[site]
+    forth = capture(toy.model, prompts, [site], batch_size=3)[site]
+    back = capture(toy.model, prompts[::-1], [site], batch_size=3)[site]
     assert [i for i, _ in forth.rows] == [p.id for p in prompts]
     torch.testing.assert_close(back.values.flip(0), forth.values, **CLOSE)
     assert len({tuple(row) for row in forth.values.tolist()}) == len(TEXTS)
@@ -129,7 +129,7 @@ def test_stops_at_the_deepest_site_and_computes_no_logits(toy):
     try:
         for deepest in range(toy.depth):
             ran.clear(), logits.clear()
-            capture(toy.model, TEXTS[:3], [Site(0), Site(deepest)], batch_size=3, progress=False)
+            capture(toy.model, TEXTS[:3], [Site(0), Site(deepest)], batch_size=3)
             assert ran == list(range(deepest + 1))
             # Nothing stops a bridge after its last block: there one position's logits are made.
             assert not logits or (deepest == toy.depth - 1 and logits[0][1] == 1)
@@ -139,9 +139,9 @@ def test_stops_at_the_deepest_site_and_computes_no_logits(toy):
 
 
 def test_leaves_no_hook_behind_and_values_that_later_passes_cannot_change(toy):
-    before = capture(toy.model, TEXTS[:2], [Site(1)], progress=False)[Site(1)].values
+    before = capture(toy.model, TEXTS[:2], [Site(1)])[Site(1)].values
     kept = before.clone()
-    capture(toy.model, TEXTS[2:4], [Site(1)], progress=False)
+    capture(toy.model, TEXTS[2:4], [Site(1)])
     assert torch.equal(before, kept)
     assert not before.requires_grad
 
@@ -164,22 +164,20 @@ def test_leaves_no_hook_behind_and_values_that_later_passes_cannot_change(toy):
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_refuses(toy, arguments, error, says):
-    given = dict(prompts=TEXTS, sites=[Site(0)], progress=False) | arguments
+    given = dict(prompts=TEXTS, sites=[Site(0)]) | arguments
     with pytest.raises(error, match=says):
         capture(toy.model, given.pop("prompts"), given.pop("sites"), **given)
 
 
 def test_a_long_prompt_is_cut_only_when_asked(toy):
     long = "the sky above the port " * CONTEXT
-    made = capture(toy.model, [long], [Site(1)], tokens="all", include_special=True, max_tokens=9, progress=False)[
-        Site(1)
-    ]
+    made = capture(toy.model, [long], [Site(1)], tokens="all", include_special=True, max_tokens=9)[Site(1)]
     torch.testing.assert_close(made.values, toy.reference(toy.ids(long)[:9])[0][1], **CLOSE)
 
 
 def test_a_prompt_of_specials_only_has_no_content(gemma):
     with pytest.raises(PromptError, match="no token besides special ones and text position 0"):
-        capture(gemma.model, ["<bos>"], [Site(0)], tokens="all", progress=False)
+        capture(gemma.model, ["<bos>"], [Site(0)], tokens="all")
 
 
 def test_a_site_that_does_not_fire_is_refused(toy):
@@ -194,11 +192,11 @@ def test_nan_is_refused_by_name(toy):
     try:
         with torch.no_grad():
             weight.fill_(float("nan"))
-        assert capture(toy.model, TEXTS, [Site(0)], progress=False)
+        assert capture(toy.model, TEXTS, [Site(0)])
         with pytest.raises(
             NonFiniteError, match=rf"capture {toy.name} resid_post\[1\] \(torch.float32\): NaN or infinity in 8 row"
         ):
-            capture(toy.model, TEXTS, [Site(0), Site(1)], progress=False)
+            capture(toy.model, TEXTS, [Site(0), Site(1)])
     finally:
         with torch.no_grad():
             weight.copy_(good)
@@ -218,15 +216,15 @@ def test_reasoning_that_the_template_strips_changes_no_activation_of_the_content
         for said in ("Yes.", "<think>\nHm.\n</think>\n\nYes.")
     ]
     for tokens in ("last", "mean", "all"):
-        one = capture(llama.model, talks[:1], [Site(1)], tokens=tokens, progress=False)[Site(1)]
+        one = capture(llama.model, talks[:1], [Site(1)], tokens=tokens)[Site(1)]
         with pytest.warns(PromptWarning, match=r"the chat template of llama leaves out .* message 2 \(assistant\);"):
-            two = capture(llama.model, talks[1:], [Site(1)], tokens=tokens, progress=False)[Site(1)]
+            two = capture(llama.model, talks[1:], [Site(1)], tokens=tokens)[Site(1)]
         assert torch.equal(one.values, two.values)
 
 
 def test_prompts_of_every_kind_or_an_error_that_names_what_came(llama):
     rows = datasets.Dataset.from_dict({"text": TEXTS})
-    one, two = (capture(llama.model, prompts, [Site(1)], progress=False)[Site(1)] for prompts in (TEXTS, rows))
+    one, two = (capture(llama.model, prompts, [Site(1)])[Site(1)] for prompts in (TEXTS, rows))
     assert torch.equal(one.values, two.values) and one.rows == two.rows
     with pytest.raises(PromptError, match=r"DatasetDict with splits train; give one of them, data\['train'\]"):
         capture(llama.model, datasets.DatasetDict(train=rows), [Site(1)])

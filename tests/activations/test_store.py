@@ -41,7 +41,7 @@ from xmodel_steer.models.registry import register
 SITES = {"source": [Site(0), Site(2)], "target": [Site(1)]}
 DOCUMENTS = [text[start:] for text in CORPUS for start in (0, 7, 15, 24)] + TEXTS
 CHAT = [{"role": "user", "content": "Call me Ishmael."}, {"role": "assistant", "content": "the clocks"}]
-SETTINGS = dict(max_tokens=24, progress=False)
+SETTINGS = dict(max_tokens=24)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def contents(folder):
 def test_its_moments_are_those_that_would_have_been_collected(toy_named, tmp_path, names, how):
     models = dict(zip(SITES, (toy_named(name).model for name in names), strict=True))
     store = filled(models, tmp_path / "store", **how)
-    keep = dict(pairs=list(product(*SITES.values())), sketch=5, progress=False)
+    keep = dict(pairs=list(product(*SITES.values())), sketch=5)
     direct = collect_moments(
         *models.values(),
         DOCUMENTS,
@@ -117,13 +117,13 @@ def test_its_coverage_is_that_of_the_text_and_too_little_is_refused(llama, toy_n
             store = filled(models, tmp_path / f"{sizes}", texts, max_tokens=CONTEXT)
             if sizes == (3, 2):
                 direct = collect_moments(*models.values(), texts, **sites, **(SETTINGS | dict(max_tokens=CONTEXT)))
-                made, rows = store.moments(progress=False), store.pair(Site(2), Site(1))
+                made, rows = store.moments(), store.pair(Site(2), Site(1))
                 assert 0.2 < direct.coverage < 0.6
                 assert direct.coverage == made.coverage == rows.coverage == rows.moments().coverage
                 assert (made.paired, made.eligible) == (direct.paired, direct.eligible)
             else:
                 with pytest.raises(AlignmentError, match=r"only 1\d% of the tokens pair"):
-                    store.moments(progress=False)
+                    store.moments()
                 with pytest.raises(AlignmentError, match=r"only 1\d% of the tokens pair"):
                     store.pair(Site(2), Site(1))
     finally:
@@ -135,7 +135,7 @@ def test_rows_of_a_pair_are_those_that_capture_gives(models, tmp_path):
     rows = filled(models, tmp_path / "store").pair(Site(2), Site(1))
     for document, text in zip(rows.documents, DOCUMENTS, strict=True):
         kept = [
-            capture(model, [Prompt(text=text)], [site], tokens="all", max_tokens=24, progress=False)[site]
+            capture(model, [Prompt(text=text)], [site], tokens="all", max_tokens=24)[site]
             for model, site in zip(models.values(), (Site(2), Site(1)), strict=True)
         ]
         last = sorted({end: i for i, (_, end) in enumerate(kept[0].rows)}.values())  # of one character's bytes
@@ -147,7 +147,7 @@ def test_rows_of_a_pair_are_those_that_capture_gives(models, tmp_path):
 
 def test_moments_of_the_rows_of_a_pair_are_the_stores(models, tmp_path):
     store = filled(models, tmp_path / "store")
-    rows, whole = store.pair(Site(2), Site(1)), store.moments(progress=False).pair(Site(2), Site(1))
+    rows, whole = store.pair(Site(2), Site(1)), store.moments().pair(Site(2), Site(1))
     made = rows.moments()
     for part in PARTS:
         for x, y in ((made, whole), (made.control, whole.control)):
@@ -162,17 +162,16 @@ def test_moments_of_the_rows_of_a_pair_are_the_stores(models, tmp_path):
 
 def test_chats_keep_their_template_tokens(models, tmp_path):
     chats = [[CHAT[0], {"role": "assistant", "content": text}] for text in TEXTS if len(text) < 40]
-    stored = filled(models, tmp_path / "a", chats, max_tokens=CONTEXT).moments(progress=False)
+    stored = filled(models, tmp_path / "a", chats, max_tokens=CONTEXT).moments()
     direct = collect_moments(
         *models.values(),
         chats,
         source_sites=SITES["source"],
         target_sites=SITES["target"],
         max_tokens=CONTEXT,
-        progress=False,
     )
     assert stored.paired == direct.paired
-    without = filled(models, tmp_path / "b", chats, max_tokens=CONTEXT, template=False).moments(progress=False)
+    without = filled(models, tmp_path / "b", chats, max_tokens=CONTEXT, template=False).moments()
     assert without.paired == stored.paired - 4 * len(chats)
 
 
@@ -306,7 +305,7 @@ def test_a_store_that_was_made_anew_is_read_anew(models, tmp_path):
     held = one.pair(Site(2), Site(1)).documents[0]
     shutil.rmtree(tmp_path / "store")
     two = filled(models, tmp_path / "store", DOCUMENTS[::-1])
-    same(two.moments(progress=False), filled(models, tmp_path / "other", DOCUMENTS[::-1]).moments(progress=False))
+    same(two.moments(), filled(models, tmp_path / "other", DOCUMENTS[::-1]).moments())
     with pytest.raises(ArtifactError, match=r"000000.safetensors: was written anew since the store was opened; open"):
         held.load()
 
@@ -371,16 +370,16 @@ def test_missing_truncated_and_altered_shards_are_refused_by_name(models, tmp_pa
     good = file.read_bytes()
     file.unlink()
     with pytest.raises(ArtifactError, match=r"000002.safetensors: is missing \(1 in all\); harvest again"):
-        ActivationStore(tmp_path / "store").moments(progress=False)
+        ActivationStore(tmp_path / "store").moments()
     file.write_bytes(good[:-40])
     with pytest.raises(ArtifactError, match=r"000002.safetensors: is not a whole shard .* delete it and harvest again"):
-        ActivationStore(tmp_path / "store").moments(progress=False)
+        ActivationStore(tmp_path / "store").moments()
     flipped = bytearray(good)
     flipped[-5] ^= 1
     file.write_bytes(bytes(flipped))
     for reader in (
         lambda store: store.verify(),
-        lambda store: store.moments(progress=False),
+        lambda store: store.moments(),
         lambda store: store.pair(Site(2), Site(1)).moments(),
     ):
         with pytest.raises(ArtifactError, match=r"000002.safetensors: .* does not match its checksum"):
@@ -411,7 +410,7 @@ def test_a_shard_of_another_store_is_refused(models, tmp_path):
     harvest(models["source"], DOCUMENTS, tmp_path / "other", end="source", sites=[Site(0), Site(1)], **SETTINGS)
     shutil.copy(*(tmp_path / name / "source" / "000001.safetensors" for name in ("other", "store")))
     with pytest.raises(ArtifactError, match=r"000001.safetensors: is of another model or other sites than its store"):
-        ActivationStore(tmp_path / "store").moments(progress=False)
+        ActivationStore(tmp_path / "store").moments()
 
 
 def test_nan_is_refused_before_it_is_written(llama, tmp_path):
@@ -470,13 +469,13 @@ def test_sites_that_are_not_stored_are_named(models, tmp_path):
     ):
         store.pair(Site(1), Site(1))
     with pytest.raises(PromptError, match="needs the rows of single texts, not moments"):
-        RelativeAnchors().fit(store.moments(progress=False).pair(Site(2), Site(1)))
+        RelativeAnchors().fit(store.moments().pair(Site(2), Site(1)))
 
 
 def test_anchors_between_equal_spaces_are_the_identity(llama, tmp_path):
     texts = [f"{a[i:][:30]} {b[i:]}" for a in CORPUS for b in CORPUS for i in (0, 9, 17)]
     for end in SITES:
-        harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40, progress=False)
+        harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40)
     rows = ActivationStore(tmp_path / "s").pair(Site(1), Site(1))
     made = RelativeAnchors(60, tolerance=1e-9).fit(rows)
     assert made.info["anchors"] == sum(d.part == "train" for d in rows.documents) or made.info["anchors"] == 60
@@ -490,7 +489,7 @@ def test_anchors_between_equal_spaces_are_the_identity(llama, tmp_path):
 def test_anchor_texts_are_the_documents_that_are_named(llama, tmp_path):
     texts = [f"{a} {b}" for a in CORPUS for b in CORPUS]
     for end in SITES:
-        harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40, progress=False)
+        harvest(llama.model, texts, tmp_path / "s", end=end, sites=[Site(1)], max_tokens=40)
     rows = ActivationStore(tmp_path / "s").pair(Site(1), Site(1))
     train = [d.prompt for d in rows.part("train")]
     of = {Prompt(text=text).id: text for text in texts}

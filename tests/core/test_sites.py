@@ -32,9 +32,9 @@ def test_a_negative_layer_is_refused() -> None:
 
 
 def test_every_verb_takes_numbers(llama: toys.Toy, tmp_path: Path) -> None:
-    model, texts, quiet = llama.model, toys.sentences(12, 0), {"progress": False}
-    made = xs.capture(model, texts, 1, **quiet)
-    named = xs.capture(model, texts, [FIRST], **quiet)
+    model, texts = llama.model, toys.sentences(12, 0)
+    made = xs.capture(model, texts, 1)
+    named = xs.capture(model, texts, [FIRST])
     assert torch.equal(made[1].values, named[FIRST].values) and made[1] is made[FIRST]
     with pytest.raises(KeyError):
         made[xs.Site(0)]
@@ -42,7 +42,7 @@ def test_every_verb_takes_numbers(llama: toys.Toy, tmp_path: Path) -> None:
     assert sites_of(model, "all") == tuple(xs.Site(i) for i in range(model.cfg.n_layers))
     with pytest.raises(TypeError, match="Site or int"):
         sites_of(model, "1")  # type: ignore[arg-type]
-    long = {"max_tokens": 16, **quiet}
+    long = {"max_tokens": 16}
     moments = xs.collect_moments(model, model, texts, source_sites=0, target_sites=[1], **long)
     assert moments.pairs == ((xs.Site(0), FIRST),)
     assert torch.equal(moments.pair(0, 1).train.cross_scatter, moments.pair(xs.Site(0), FIRST).train.cross_scatter)
@@ -53,7 +53,7 @@ def test_every_verb_takes_numbers(llama: toys.Toy, tmp_path: Path) -> None:
         xs.harvest(model, texts, tmp_path / "s", end=end, sites=1, **long)
     store = xs.ActivationStore(tmp_path / "s")
     assert store.pair(1, 1).source == store.pair(FIRST, FIRST).source
-    assert store.moments(source_sites=1, target_sites=[1], progress=False).pairs == ((FIRST, FIRST),)
+    assert store.moments(source_sites=1, target_sites=[1]).pairs == ((FIRST, FIRST),)
 
 
 def test_a_grid_is_asked_by_number() -> None:
@@ -67,7 +67,7 @@ def test_a_grid_is_asked_by_number() -> None:
 def test_transfer_takes_numbers_block_0_too(llama: toys.Toy) -> None:
     settings = dict(
         prompts=toys.sentences(9, 3, 4), scorer=len, strengths=(1.0,), max_new_tokens=2, neutral_tokens=8,
-        random_seeds=1, side={}, progress=False,
+        random_seeds=1, side={},
     )  # fmt: skip
     given = llama.model, llama.model, toys.contrast(), toys.sentences(60, 4)
     made = xs.transfer(*given, source_sites=0, target_sites=[0], **settings)

@@ -29,7 +29,7 @@ def by_hand(toy, question, option, other, edits=None):
 def test_equals_the_untouched_models_log_likelihood(toy, options):
     behaviour = AnswerLogOdds(as_prompts(QUESTIONS), *((option,) * len(QUESTIONS) for option in options))
     vector = toy.vector(1, size=1.0)
-    plain, steered = behaviour.measure(toy.model, [[], [Intervention(vector)]], progress=False)
+    plain, steered = behaviour.measure(toy.model, [[], [Intervention(vector)]])
     for made, edits in ((plain, None), (steered, {1: vector.direction})):
         expected = [by_hand(toy, q, *options, edits) - by_hand(toy, q, *options[::-1], edits) for q in QUESTIONS]
         np.testing.assert_allclose(made.scores, expected, atol=2e-3)
@@ -39,26 +39,26 @@ def test_equals_the_untouched_models_log_likelihood(toy, options):
 def test_one_token_options_take_the_short_way_to_the_same_numbers(toy, monkeypatch):
     questions, options = as_prompts(QUESTIONS), [LETTERS] * len(QUESTIONS)
     settings = [[], [Intervention(toy.vector(0, size=1.0), Add(2.0), "last")]]
-    short = answer_likelihoods(toy.model, settings, questions, options, progress=False)
+    short = answer_likelihoods(toy.model, settings, questions, options)
     from xmodel_steer.evaluation.behaviours import likelihoods as evaluation
 
     monkeypatch.setattr(evaluation, "_one_token", evaluation._many_tokens)
-    long = answer_likelihoods(toy.model, settings, questions, options, batch_size=1, progress=False)
+    long = answer_likelihoods(toy.model, settings, questions, options, batch_size=1)
     np.testing.assert_allclose(short, long, atol=2e-3)
 
 
 def test_exchanging_the_answers_changes_the_sign_and_batches_change_nothing(llama):
     questions = as_prompts(QUESTIONS)
     answers = [(a,) * len(QUESTIONS) for a in LONG]
-    one = AnswerLogOdds(questions, *answers).measure(llama.model, [[]], progress=False)[0].scores
-    two = AnswerLogOdds(questions, *answers[::-1], batch_size=1).measure(llama.model, [[]], progress=False)[0].scores
+    one = AnswerLogOdds(questions, *answers).measure(llama.model, [[]])[0].scores
+    two = AnswerLogOdds(questions, *answers[::-1], batch_size=1).measure(llama.model, [[]])[0].scores
     np.testing.assert_allclose(one, -two, atol=2e-3)
 
 
 def test_in_a_chat_the_answer_opens_the_assistants_turn(llama):
     """What the template puts after the answer is not part of it."""
     question = Prompt.of([{"role": "user", "content": "the old harbour is"}])
-    (scores,) = answer_likelihoods(llama.model, [[]], [question], [LETTERS], progress=False)
+    (scores,) = answer_likelihoods(llama.model, [[]], [question], [LETTERS])
     opened = llama.tokenizer.apply_chat_template(
         [{"role": "user", "content": "the old harbour is"}], tokenize=False, add_generation_prompt=True
     )
@@ -73,20 +73,20 @@ def test_positions_count_the_answer_as_generated(llama):
     behaviour = AnswerLogOdds(questions, *((o,) * 3 for o in LETTERS))
     vector = llama.vector(1, size=2.0)
     settings = [[], [Intervention(vector, positions="generated")], [Intervention(vector, positions="last")]]
-    none, generated, last = (m.scores for m in behaviour.measure(llama.model, settings, progress=False))
+    none, generated, last = (m.scores for m in behaviour.measure(llama.model, settings))
     np.testing.assert_array_equal(none, generated)
     assert np.abs(none - last).min() > 1e-3
     only = [[Intervention(vector, prompts=frozenset({1}))]]
-    (one,) = behaviour.measure(llama.model, only, progress=False)
+    (one,) = behaviour.measure(llama.model, only)
     np.testing.assert_array_equal(np.abs(one.scores - none) > 1e-3, [False, True, False])
 
 
 def test_the_likeliest_option_wins(llama):
     questions, options = as_prompts(QUESTIONS), (("!", "?", "9"),) * 3
-    (likelihoods,) = answer_likelihoods(llama.model, [[]], questions, options, progress=False)
+    (likelihoods,) = answer_likelihoods(llama.model, [[]], questions, options)
     best = tuple(int(np.argmax(row)) for row in likelihoods)
     for answers, score in ((best, 1.0), (tuple((b + 1) % 3 for b in best), 0.0)):
-        (made,) = MultipleChoice(questions, options, answers).measure(llama.model, [[]], progress=False)
+        (made,) = MultipleChoice(questions, options, answers).measure(llama.model, [[]])
         assert made.scores.tolist() == [score] * 3
 
 
@@ -103,13 +103,13 @@ def test_rows_in_the_form_of_caa():
 @pytest.mark.parametrize("options", [("same", "same"), ("one", "one more"), ("alone",)])
 def test_options_that_cannot_be_told_apart_are_refused(llama, options):
     with pytest.raises(PromptError, match="are not different tokens after a common beginning; give at least two"):
-        answer_likelihoods(llama.model, [[]], as_prompts(["the"]), [options], progress=False)
+        answer_likelihoods(llama.model, [[]], as_prompts(["the"]), [options])
 
 
 def test_options_with_nothing_before_them_are_refused(llama):
     """No token is read before the first one that differs: its likelihood would be that behind padding."""
     with pytest.raises(PromptError, match="are not different tokens after a common beginning"):
-        answer_likelihoods(llama.model, [[]], as_prompts(["i"]), [("n a hole", "t was a day")], progress=False)
+        answer_likelihoods(llama.model, [[]], as_prompts(["i"]), [("n a hole", "t was a day")])
 
 
 def test_lists_that_do_not_fit_are_refused():
@@ -129,11 +129,11 @@ def test_the_packaged_questions_are_different_and_balanced():
 
 @pytest.mark.packaged
 def test_a_real_model_knows_the_packaged_answers():
-    model = xs.load("packaged:smollm2-135m-instruct", device="cpu", dtype="auto", progress=False)
+    model = xs.load("packaged:smollm2-135m-instruct", device="cpu", dtype="auto")
     noise = xs.SteeringVector(
         torch.randn(576, generator=torch.Generator().manual_seed(0)) * 20, xs.space_of(model, xs.Site(10))
     )
     settings = [[], [Intervention(noise)]]
-    plain, ruined = (m.scores.mean() for m in MultipleChoice.packaged().measure(model, settings, progress=False))
+    plain, ruined = (m.scores.mean() for m in MultipleChoice.packaged().measure(model, settings))
     assert plain > 0.7
     assert ruined < plain - 0.2

@@ -14,7 +14,7 @@ from xmodel_steer.interventions.steps import Intervention
 
 
 def measured(toy, settings, texts=TEXTS, **kwargs):
-    return side_effects(toy.model, settings, texts, progress=False, **kwargs)
+    return side_effects(toy.model, settings, texts, **kwargs)
 
 
 def settings(toy):
@@ -106,7 +106,7 @@ def test_texts_without_a_prediction_are_refused(llama, texts, limit, says):
 
 
 def calibrated(toy, vectors, kl, **kwargs):
-    return calibrate(toy.model, vectors, kl, TEXTS, progress=False, **kwargs)
+    return calibrate(toy.model, vectors, kl, TEXTS, **kwargs)
 
 
 def test_the_calibrated_strength_does_the_damage_that_was_asked_for(toy):

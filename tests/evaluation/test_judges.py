@@ -139,7 +139,7 @@ def test_a_local_model_answers_as_it_generates(llama):
     model = llama.model
     judge = LocalModel(model, max_new_tokens=5)
     question = [{"role": "user", "content": "Is it calm?"}]
-    assert judge.answer("Is it calm?") == xs.generate(model, [question], max_new_tokens=5, progress=False)[0]
+    assert judge.answer("Is it calm?") == xs.generate(model, [question], max_new_tokens=5)[0]
 
 
 # --- a service ----------------------------------------------------------------------------------

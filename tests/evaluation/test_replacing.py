@@ -25,7 +25,7 @@ def reference(twins):
     one, two = twins
     moments = xs.collect_moments(
         two.model, one.model, toys.sentences(40, 4), source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
-        max_tokens=32, progress=False,
+        max_tokens=32,
     )  # fmt: skip
     return moments.pair(xs.Site(1), xs.Site(1))
 
@@ -45,7 +45,6 @@ def check(twins, mapping, reference, prompts=PROMPTS, **kwargs):
         reference,
         max_new_tokens=6,
         similarity=overlap,
-        progress=False,
         **kwargs,
     )
 
@@ -63,8 +62,8 @@ def test_a_perfect_map_of_a_twin_passes_and_its_controls_do_not(twins, reference
     # A toy also writes special tokens and pieces of characters, which no text holds or ends with: elsewhere the twins agree.
     model, tokenizer = twins[0].model, twins[0].tokenizer
     prompts = toys.sentences(600, 3, 5)
-    ids, before = generate_tokens(model, prompts, max_new_tokens=6, batch_size=64, progress=False)
-    texts = xs.generate(model, prompts, max_new_tokens=6, batch_size=64, progress=False)
+    ids, before = generate_tokens(model, prompts, max_new_tokens=6, batch_size=64)
+    texts = xs.generate(model, prompts, max_new_tokens=6, batch_size=64)
     whole = zip(prompts, before, ids, texts, strict=True)
     prompts = [p for p, b, new, text in whole if tokenizer.decode(b + new) == p + text and text.isascii()][:8]
     made = check(twins, identity(*twins[::-1]), reference, prompts)
@@ -72,7 +71,7 @@ def test_a_perfect_map_of_a_twin_passes_and_its_controls_do_not(twins, reference
     assert min(made.arms[c].kl.low for c in ("mean", "random")) > 0.1
     assert set(made.corrected) == {"mean", "random"}
     assert max(made.corrected.values()) < 0.05
-    assert list(made.own) == xs.generate(twins[0].model, prompts, max_new_tokens=6, progress=False)
+    assert list(made.own) == xs.generate(twins[0].model, prompts, max_new_tokens=6)
     assert made.own == made.theirs  # they are twins
     assert made.arms["mapped"].closer.value == 0.5
     assert "closer to the model than every control: KL 0.00" in made.verdict()
@@ -124,7 +123,7 @@ def test_equals_the_same_patch_in_the_untouched_model(twins):
     one, two = twins
     depth = one.model.cfg.n_layers
     maps = maps_at(two, one, range(depth), identity)
-    made = xs.patching_grid(two.model, one.model, maps, CLEAN, CORRUPTED, ANSWERS, progress=False)
+    made = xs.patching_grid(two.model, one.model, maps, CLEAN, CORRUPTED, ANSWERS)
     good, bad = (one.tokenizer(a, add_special_tokens=False)["input_ids"][-1] for a in ANSWERS[0])
     for i, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
         a, b = one.ids(clean), one.ids(corrupted)
@@ -151,9 +150,7 @@ def test_equals_the_same_patch_in_the_untouched_model(twins):
 
 def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
     maps = maps_at(llama, gemma, [1], random_map)
-    made = xs.patching_grid(
-        llama.model, gemma.model, maps, ["the harbour is"], ["the harbour it"], ANSWERS[:1], progress=False
-    )
+    made = xs.patching_grid(llama.model, gemma.model, maps, ["the harbour is"], ["the harbour it"], ANSWERS[:1])
     from xmodel_steer.core.alignment import align
     from xmodel_steer.models.batching import encode
 
@@ -177,7 +174,7 @@ def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
 def test_pairs_that_cannot_be_patched_are_refused(twins, clean, corrupted, answers, message):
     one, two = twins
     with pytest.raises(PromptError, match=message):
-        xs.patching_grid(two.model, one.model, [identity(two, one)], clean, corrupted, answers, progress=False)
+        xs.patching_grid(two.model, one.model, [identity(two, one)], clean, corrupted, answers)
 
 
 def test_a_map_of_other_models_is_refused(twins, gemma):
@@ -185,4 +182,4 @@ def test_a_map_of_other_models_is_refused(twins, gemma):
     width = gemma.model.cfg.d_model
     mapping = affine(gemma, gemma, torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
     with pytest.raises(SpaceMismatchError):
-        xs.patching_grid(gemma.model, one.model, [mapping], CLEAN, CORRUPTED, ANSWERS, progress=False)
+        xs.patching_grid(gemma.model, one.model, [mapping], CLEAN, CORRUPTED, ANSWERS)

@@ -58,7 +58,7 @@ def test_conversations_pair_by_role(llama: toys.Toy, toy_named) -> None:
 def test_the_projection_is_0_and_1_at_the_class_means(llama):
     """At a text's own rows: coefficient of the vector between two of them."""
     site = xs.Site(1)
-    rows = xs.capture(llama.model, ["the old harbour is red"], [site], tokens="all", progress=False)[site]
+    rows = xs.capture(llama.model, ["the old harbour is red"], [site], tokens="all")[site]
     low, high = (xs.Activations(rows.values[[i]], rows.space) for i in (2, 5))
     vector = xs.difference_of_means(high, low, label="red", scale=rows.values.std(0))
     view = xs.plots.show_projection("the old harbour is red", llama.model, vector)

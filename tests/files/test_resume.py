@@ -44,7 +44,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def ask(model: Any, *steps: Any, prompts: tuple[Prompt, ...] = PROMPTS, length: int = 3, size: int = 8) -> Any:
     behaviour = xs.behaviours.GeneratedText(prompts, len, length, size)
-    return behaviour.measure(model, [list(steps)], progress=False)[0]
+    return behaviour.measure(model, [list(steps)])[0]
 
 
 def cut_off(folder: Path, work: Callable[[], Any]) -> None:
@@ -73,7 +73,7 @@ def test_damage_is_taken_up_to_the_bit(llama: toys.Toy, tmp_path: Path, monkeypa
     settings = [[], [xs.Intervention(llama.vector(1), xs.Add(3.0))]]
 
     def measured(**more: Any) -> list[damage.SideEffect]:
-        return xs.side_effects(llama.model, settings, toys.TEXTS, progress=False, **more)
+        return xs.side_effects(llama.model, settings, toys.TEXTS, **more)
 
     afresh = measured()
     cut_off(tmp_path / "u", measured)
@@ -152,7 +152,7 @@ def test_a_model_with_hooks_of_others_is_another(llama: toys.Toy, written: list[
     step = xs.Intervention(llama.vector(1, size=3.0))
 
     def asked() -> tuple[Any, float]:
-        return ask(llama.model).texts, xs.side_effects(llama.model, [[]], toys.TEXTS, progress=False)[0].perplexity
+        return ask(llama.model).texts, xs.side_effects(llama.model, [[]], toys.TEXTS)[0].perplexity
 
     def steered() -> tuple[Any, float]:
         with xs.steering(llama.model, step):

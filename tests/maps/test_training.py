@@ -341,6 +341,6 @@ def test_it_is_saved_and_read_bit_by_bit(bent, tmp_path):
 
 
 def test_progress_is_shown_only_when_asked(capsys):
-    Autoencoder(epochs=1).fit(rows(20), progress=False)
+    Autoencoder(epochs=1).fit(rows(20))
     assert capsys.readouterr().err == ""
     assert "xmodel_steer.maps.descent" in sys.modules

@@ -20,11 +20,11 @@ STEPS = 8
 
 
 def tokens(toy, texts=TEXTS, *, stop_at_eos=False, **kwargs):
-    return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=stop_at_eos, progress=False, **kwargs)[0]
+    return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=stop_at_eos, **kwargs)[0]
 
 
 def test_greedy_equals_the_untouched_model_one_at_a_time(toy):
-    made, prompts = generate_tokens(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    made, prompts = generate_tokens(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False)
     assert prompts == [toy.ids(text) for text in TEXTS]
     assert made == [toy.continuation(toy.ids(text), STEPS) for text in TEXTS]
     assert len({tuple(row) for row in made}) == len(TEXTS)
@@ -132,7 +132,6 @@ def test_samples_follow_the_models_probabilities(llama):
         temperature=temperature,
         batch_size=500,
         stop_at_eos=False,
-        progress=False,
     )
     shares = torch.bincount(torch.tensor(made)[:, 0], minlength=llama.model.cfg.d_vocab) / n
     expected = (llama.reference(llama.ids(TEXTS[0]))[1][-1] / temperature).softmax(-1)
@@ -144,9 +143,7 @@ def test_samples_follow_the_models_probabilities(llama):
 
 def test_text_is_the_added_tokens_with_their_spaces(toy):
     made, tokenizer = tokens(toy), toy.tokenizer
-    for text, new in zip(
-        generate(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False), made, strict=True
-    ):
+    for text, new in zip(generate(toy.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False), made, strict=True):
         if tokenizer.bos_token is None:  # byte level: nothing is lost in decoding
             assert text == tokenizer.decode(new, skip_special_tokens=True)
         else:
@@ -156,7 +153,7 @@ def test_text_is_the_added_tokens_with_their_spaces(toy):
 
 def test_a_leading_space_is_kept(gemma):
     """This tokenizer's decoder drops the first token's space."""
-    texts = generate(gemma.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    texts = generate(gemma.model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False)
     assert any(text.startswith(" ") for text in texts)
 
 
@@ -164,22 +161,20 @@ def test_chat_prompts(llama):
     chat = [{"role": "user", "content": "Call me Ishmael."}]
     rendered = llama.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = llama.ids(rendered, add_special_tokens=False)
-    made, prompts = generate_tokens(
-        llama.model, [chat, "Call me"], max_new_tokens=STEPS, stop_at_eos=False, progress=False
-    )
+    made, prompts = generate_tokens(llama.model, [chat, "Call me"], max_new_tokens=STEPS, stop_at_eos=False)
     assert prompts == [ids, llama.ids("Call me")]
     assert made == [llama.continuation(p, STEPS) for p in prompts]
-    (text,) = generate(llama.model, [chat], max_new_tokens=STEPS, stop_at_eos=False, progress=False)
+    (text,) = generate(llama.model, [chat], max_new_tokens=STEPS, stop_at_eos=False)
     assert text == llama.tokenizer.decode(made[0], skip_special_tokens=True)
 
 
 def test_the_context_may_be_filled_but_not_exceeded(toy):
     length = len(toy.ids(TEXTS[0]))
-    made, _ = generate_tokens(toy.model, TEXTS[:1], max_new_tokens=CONTEXT - length, stop_at_eos=False, progress=False)
+    made, _ = generate_tokens(toy.model, TEXTS[:1], max_new_tokens=CONTEXT - length, stop_at_eos=False)
     assert made[0] == toy.continuation(toy.ids(TEXTS[0]), CONTEXT - length)
     says = rf"{length} tokens and {CONTEXT - length + 1} new ones exceed the {CONTEXT} that {toy.name} reads; shorten"
     with pytest.raises(PromptError, match=says):
-        generate(toy.model, TEXTS[:1], max_new_tokens=CONTEXT - length + 1, progress=False)
+        generate(toy.model, TEXTS[:1], max_new_tokens=CONTEXT - length + 1)
 
 
 @pytest.mark.parametrize(
@@ -195,22 +190,22 @@ def test_the_context_may_be_filled_but_not_exceeded(toy):
 )
 def test_refuses(llama, arguments, error, says):
     with pytest.raises(error, match=says):
-        generate(llama.model, **(dict(prompts=TEXTS, max_new_tokens=2, progress=False) | arguments))
+        generate(llama.model, **(dict(prompts=TEXTS, max_new_tokens=2) | arguments))
 
 
 def test_chat_messages_need_a_template(gemma):
     with pytest.raises(PromptError, match="has none .a base model.*give raw text instead"):
-        generate(gemma.model, [[{"role": "user", "content": "Call me"}]], progress=False)
+        generate(gemma.model, [[{"role": "user", "content": "Call me"}]])
 
 
 def test_a_stream_is_what_generate_gives_one_token_at_a_time(toy):
     for text in TEXTS:
-        (expected,) = generate(toy.model, [text], max_new_tokens=STEPS, progress=False)
+        (expected,) = generate(toy.model, [text], max_new_tokens=STEPS)
         (row,) = tokens(toy, [text], stop_at_eos=True)
         seen = list(stream(toy.model, text, max_new_tokens=STEPS))
         assert seen[-1].text == expected and len(seen) == min(STEPS, len(row) + 1)
         for k, token in enumerate(row):
-            (upto,) = generate(toy.model, [text], max_new_tokens=k + 1, progress=False)
+            (upto,) = generate(toy.model, [text], max_new_tokens=k + 1)
             assert seen[k].text == upto and int(seen[k].logits.argmax()) == token
 
 
@@ -234,7 +229,7 @@ def test_between_two_tokens_of_a_stream_others_are_undisturbed(llama):
         assert LAYOUT.get() is None
         assert tokens(llama, TEXTS[2:4]) == tokens(llama)[2:4]
         turns.append([written.text for written in pair])
-    assert turns[-1] == generate(llama.model, TEXTS[:2], max_new_tokens=STEPS, progress=False)
+    assert turns[-1] == generate(llama.model, TEXTS[:2], max_new_tokens=STEPS)
 
 
 def test_a_stream_refuses_what_generate_refuses(llama):

@@ -90,11 +90,11 @@ def edited(tmp_path):
 
 
 def get(folder, **kwargs):
-    return load(folder, **({"device": "cpu"} if "device_map" not in kwargs else {}), progress=False, **kwargs)
+    return load(folder, **({"device": "cpu"} if "device_map" not in kwargs else {}), **kwargs)
 
 
 def rows_of(model, sites=None):
-    made = capture(model, TEXTS[:2], sites or all_sites(model), tokens="all", include_special=True, progress=False)
+    made = capture(model, TEXTS[:2], sites or all_sites(model), tokens="all", include_special=True)
     return {site: rows.values for site, rows in made.items()}
 
 
@@ -381,12 +381,12 @@ def test_a_model_on_the_disk_is_the_model_in_memory(request, head, on_disk, dtyp
         assert same_rows(model, plain)
     assert device_of(model) == torch.device("cpu") and dtype_of(model) == dtype_of(plain)
     vector = SteeringVector(torch.randn(16, generator=torch.Generator().manual_seed(0)), space_of(plain, Site(0)))
-    texts = generate(model, TEXTS[:2], max_new_tokens=4, progress=False)
-    assert texts == generate(plain, TEXTS[:2], max_new_tokens=4, progress=False)
+    texts = generate(model, TEXTS[:2], max_new_tokens=4)
+    assert texts == generate(plain, TEXTS[:2], max_new_tokens=4)
     with steering(model, vector), steering(plain, vector):
         assert same_rows(model, plain) and not torch.equal(rows_of(model)[Site(1)], rows_of(get(folder))[Site(1)])
-        texts = generate(model, TEXTS[:2], max_new_tokens=4, progress=False)
-        assert texts == generate(plain, TEXTS[:2], max_new_tokens=4, progress=False)
+        texts = generate(model, TEXTS[:2], max_new_tokens=4)
+        assert texts == generate(plain, TEXTS[:2], max_new_tokens=4)
 
 
 @offloads
@@ -489,7 +489,7 @@ def test_a_text_model_inside_a_multimodal_one_loads_and_installs_nothing(saved, 
     tower = {k: v for k, v in ENCODER.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
     size = {"text_config": SIZE | {"head_dim": 8}, "vision_config": tower, "mm_tokens_per_image": 4}
     model = get(saved("Gemma3ForConditionalGeneration", "Gemma3Config", size=size))
-    assert generate(model, TEXTS[:2], max_new_tokens=2, progress=False)
+    assert generate(model, TEXTS[:2], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

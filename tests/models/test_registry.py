@@ -64,7 +64,7 @@ def test_a_folder_is_loaded_as_it_was_saved(loaded, folders, llama):
     model = loaded[0]
     assert is_bridge(model) and name_of(model) == "tiny" and not model.training
     assert dtype_of(model) == torch.float32 and context_length(model) == CONTEXT and processing_of(model) == "none"
-    made = capture(model, TEXTS, all_sites(model), tokens="all", include_special=True, progress=False)
+    made = capture(model, TEXTS, all_sites(model), tokens="all", include_special=True)
     references = [llama.reference(llama.ids(text))[0] for text in TEXTS]
     for site, rows in made.items():
         torch.testing.assert_close(rows.values, torch.cat([r[site.layer] for r in references]), **CLOSE)
@@ -99,15 +99,15 @@ def test_content_hash_knows_every_bit_dtype_and_tokenizer(loaded):
 
 def test_bfloat16_reads_writes_and_generates_in_its_own_dtype(loaded):
     full, half, _ = loaded
-    plain = capture(full, TEXTS, [Site(1)], progress=False)[Site(1)].values
-    rows = capture(half, TEXTS, [Site(1)], progress=False)[Site(1)].values
+    plain = capture(full, TEXTS, [Site(1)])[Site(1)].values
+    rows = capture(half, TEXTS, [Site(1)])[Site(1)].values
     assert rows.dtype == torch.bfloat16 and dtype_of(half) == torch.bfloat16
     assert (rows.float() - plain).norm() < 0.03 * plain.norm()
-    assert capture(half, TEXTS, [Site(1)], tokens="mean", progress=False)[Site(1)].values.dtype == torch.float32
+    assert capture(half, TEXTS, [Site(1)], tokens="mean")[Site(1)].values.dtype == torch.float32
     vector = SteeringVector(torch.randn(32, generator=torch.Generator().manual_seed(0)), space_of(full, Site(1)))
     with steering(half, vector):
-        steered = capture(half, TEXTS, [Site(1)], progress=False)[Site(1)].values
-        assert generate_tokens(half, TEXTS[:2], max_new_tokens=2, progress=False)[0]
+        steered = capture(half, TEXTS, [Site(1)])[Site(1)].values
+        assert generate_tokens(half, TEXTS[:2], max_new_tokens=2)[0]
     torch.testing.assert_close(steered.float(), rows.float() + vector.direction, rtol=1e-2, atol=1e-2)
 
 
@@ -130,7 +130,7 @@ def test_bfloat16_reads_writes_and_generates_in_its_own_dtype(loaded):
 )
 def test_unknown_names_are_refused(name, says):
     with pytest.raises(ModelError, match=says):
-        load(name, device="cpu", progress=False)
+        load(name, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_bridge_that_the_user_made_is_accepted_with_its_published_tokenizer(na
     with pytest.raises(ModelError, match=r"mine: this model is not known yet; .* xs\.register\(model\)"):
         name_of(model)
     register(model)
-    made = capture(model, TEXTS, [Site(1)], tokens="all", include_special=True, progress=False)[Site(1)]
+    made = capture(model, TEXTS, [Site(1)], tokens="all", include_special=True)[Site(1)]
     references = [known.reference(known.ids(text))[0][1] for text in TEXTS]
     torch.testing.assert_close(made.values, torch.cat(references), **CLOSE)
     assert name_of(model) == "mine" and space_of(model, Site(1)) == space_of(known.model, Site(1))
@@ -251,7 +251,7 @@ def test_a_model_without_a_tokenizer_is_refused_until_it_has_one(tokenizers):
     with pytest.raises(ModelError, match="bare: the model has no tokenizer; give it one with xs.register"):
         register(model)
     register(model, name="dressed", tokenizer=tokenizers["byte_level"])
-    assert name_of(model) == "dressed" and capture(model, TEXTS, [Site(0)], progress=False)
+    assert name_of(model) == "dressed" and capture(model, TEXTS, [Site(0)])
 
 
 # --- sites ----------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_every_stream_of_every_block_is_hugging_faces_own_or_refused(name, toy_n
         for stream in STREAMS:
             site = Site(layer, stream)
             if site in read:
-                rows = capture(toy.model, TEXTS[:1], [site], tokens="all", include_special=True, progress=False)[site]
+                rows = capture(toy.model, TEXTS[:1], [site], tokens="all", include_special=True)[site]
                 torch.testing.assert_close(rows.values, read[site], **CLOSE)
                 continue
             says = (
@@ -457,9 +457,9 @@ def test_empty_encodings_are_refused(llama):
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=str)
 def test_a_model_may_be_spread_over_devices(folders, device_map) -> None:
-    whole = load(folders[0], device="cpu", progress=False)
-    spread = load(folders[0], device_map=device_map, progress=False)
-    one, two = (capture(m, ["The sky above"], [Site(0)], progress=False)[Site(0)] for m in (whole, spread))
+    whole = load(folders[0], device="cpu")
+    spread = load(folders[0], device_map=device_map)
+    one, two = (capture(m, ["The sky above"], [Site(0)])[Site(0)] for m in (whole, spread))
     assert one.space == two.space
     torch.testing.assert_close(one.values, two.values.cpu())
     with pytest.raises(ModelError, match="give device or device_map, not both"):
@@ -506,11 +506,11 @@ def test_a_special_token_without_an_embedding_is_refused_where_it_occurs(toy):
     register(toy.model, name=toy.name, tokenizer=other)
     try:
         assert pad_id(toy.model) < toys.VOCABULARY
-        capture(toy.model, TEXTS, [Site(0)], progress=False)
+        capture(toy.model, TEXTS, [Site(0)])
         says = (
             rf"holds the special token '<image>' \(id {toys.VOCABULARY}\), but {toy.name} has embeddings for ids 0 to"
         )
         with pytest.raises(PromptError, match=says):
-            capture(toy.model, [*TEXTS, "The sky <image> above"], [Site(0)], progress=False)
+            capture(toy.model, [*TEXTS, "The sky <image> above"], [Site(0)])
     finally:
         register(toy.model, name=toy.name, tokenizer=toy.tokenizer)

@@ -40,7 +40,7 @@ def closed() -> Iterator[None]:
 
 def texts(model: Any, vector: Any, choice: Choice) -> tuple[str, str]:
     """Steered and unsteered, by the library's calls."""
-    settings = dict(max_new_tokens=choice.max_new_tokens, progress=False)
+    settings = dict(max_new_tokens=choice.max_new_tokens)
     with xs.steering(model, vector, operator=xs.Add(choice.strength), positions=choice.positions):
         (steered,) = xs.generate(model, [choice.asked()], **settings)
     (unsteered,) = xs.generate(model, [choice.asked()], **settings)
@@ -98,9 +98,9 @@ def test_they_take_turns_and_the_steered_one_begins(llama: toys.Toy) -> None:
 
 def test_one_that_has_ended_does_not_stop_the_other(llama: toys.Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     vector, choice = llama.vector(1), Choice(PROMPT, 3.0, max_new_tokens=NEW)
-    free, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW, progress=False)
+    free, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW)
     with xs.steering(llama.model, vector, operator=xs.Add(3.0)):
-        steered, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW, progress=False)
+        steered, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW)
     stop = next(i for i in free[0] if i not in steered[0])
     monkeypatch.setattr(llama.model.original_model.generation_config, "eos_token_id", [stop])
     *_, last = watch(llama.model, choice, vector)
@@ -165,7 +165,7 @@ def test_a_chat_message(llama: toys.Toy, capsys: pytest.CaptureFixture[str]) -> 
     (option,) = options_of(llama.model, {"joy": llama.vector(1)})
     *_, last = watch(llama.model, choice, option.vector)
     chat = [{"role": "user", "content": PROMPT}]
-    assert [last.unsteered] == xs.generate(llama.model, [chat], max_new_tokens=NEW, progress=False)
+    assert [last.unsteered] == xs.generate(llama.model, [chat], max_new_tokens=NEW)
     exec(choice.code(option), {"model": llama.model, "vectors": {"joy": option.vector}})
     assert capsys.readouterr().out == f"steered:\n{last.steered}\n\nunsteered:\n{last.unsteered}\n"
 

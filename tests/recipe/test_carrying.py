@@ -28,8 +28,7 @@ def vowels(text: str) -> float:
 
 
 SETTINGS: dict[str, Any] = dict(
-    label="toy", strengths=(-1.0, 1.0, 2.0), max_new_tokens=4, neutral_tokens=8, random_seeds=3, progress=False,
-    source_sites=[xs.Site(1), xs.Site(2)], target_sites=[xs.Site(1), xs.Site(2)],
+    label="toy", strengths=(-1.0, 1.0, 2.0), max_new_tokens=4, neutral_tokens=8, random_seeds=3, source_sites=[xs.Site(1), xs.Site(2)], target_sites=[xs.Site(1), xs.Site(2)],
 )  # fmt: skip
 
 
@@ -63,7 +62,7 @@ def test_the_unsteered_arm_is_the_model_itself(result: TransferResult, toy_named
     assert base.change.value == base.change.low == base.change.high == 0
     chosen = [p for p in sentences(9, 3, 4) if xs.Prompt.of(p).id in result.splits["evaluation"]]
     order = [xs.Prompt.of(p).id for p in chosen]
-    texts = xs.generate(toy_named("gemma").model, chosen, max_new_tokens=4, progress=False)
+    texts = xs.generate(toy_named("gemma").model, chosen, max_new_tokens=4)
     assert [texts[order.index(i)] for i in result.splits["evaluation"]] == list(base.texts)
 
 
@@ -187,10 +186,9 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
         source_sites=[xs.Site(1)],
         target_sites=[xs.Site(1)],
         max_tokens=32,
-        progress=False,
     )
     sites = dict(source_sites=[xs.Site(1)], target_sites=[xs.Site(1)])
-    bare = xs.collect_moments(small, large, sentences(20, 5), **sites, max_tokens=32, shuffled=False, progress=False)
+    bare = xs.collect_moments(small, large, sentences(20, 5), **sites, max_tokens=32, shuffled=False)
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["xmodel_steer.recipe.carrying"], "capture", None)  # refused before any model runs
         with pytest.raises(
@@ -242,13 +240,13 @@ def test_side_behaviours_stand_beside_every_arm_at_equal_kl(toy_named: Callable[
     for arm in made.arms:
         measured = arm.budget is not None or arm.arm == "unsteered"
         assert set(arm.side) == ({"off target"} if measured else set())
-    texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4, progress=False)
+    texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4)
     assert made.arm("unsteered", 0).side["off target"].value == pytest.approx(np.mean([vowels(t) for t in texts]))
     sign = made.signs[0]
     with xs.steering(
         toy_named("gemma").model, made.vectors["mapped"], operator=xs.Add(made.at_equal_kl("mapped", sign).strength)
     ):
-        texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4, progress=False)
+        texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4)
     assert made.at_equal_kl("mapped", sign).side["off target"].value == pytest.approx(
         np.mean([vowels(t) for t in texts])
     )
@@ -266,9 +264,9 @@ def test_steps_that_go_by_the_prompts_numbers_keep_them_in_a_batch_of_settings(l
         xs.Intervention(vector, gate=gate),
     ):
         behaviour = xs.behaviours.GeneratedText(prompts, len, max_new_tokens=4)
-        none, one, again = behaviour.measure(model, [[], [step], [step]], progress=False)
+        none, one, again = behaviour.measure(model, [[], [step], [step]])
         with xs.steering(model, step):
-            alone = xs.generate(model, prompts, max_new_tokens=4, progress=False)
+            alone = xs.generate(model, prompts, max_new_tokens=4)
         assert list(one.texts) == list(again.texts) == alone
         assert none.texts[::2] == one.texts[::2]
         if step.gate is None:
@@ -349,9 +347,7 @@ def test_a_native_vector_that_is_nothing_is_a_finished_run_with_an_undefined_ver
 def test_a_map_of_what_does_not_vary_has_facts_that_are_undefined(toy_named: Callable[[str], toys.Toy]) -> None:
     models = toy_named("llama").model, toy_named("gemma").model
     site, other = xs.Site(1), xs.Site(2)
-    moments = xs.collect_moments(
-        *models, sentences(60, 4), source_sites=[site], target_sites=[other], max_tokens=32, progress=False
-    )
+    moments = xs.collect_moments(*models, sentences(60, 4), source_sites=[site], target_sites=[other], max_tokens=32)
     mapping = xs.Ridge().fit(moments.pair(site, other))
     score = mapping.score_test
     assert score is not None
@@ -366,8 +362,12 @@ class Broken(xs.behaviours.Preference):
 
     everywhere = True
 
-    def measure(self, model: Any, settings: Any, *, progress: bool = True) -> Any:
-        found = super().measure(model, settings, progress=progress)
+    def measure(
+        self,
+        model: Any,
+        settings: Any,
+    ) -> Any:
+        found = super().measure(model, settings)
         for own in found if self.everywhere else found[:2]:
             own.scores[0] = np.nan
         return found

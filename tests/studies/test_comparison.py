@@ -42,7 +42,6 @@ def study(toy_named: Any) -> Study:
         return map_comparison(
             toy_named("llama").model, toy_named("gemma").model, behaviour=own, compared=FITTERS, general=texts[:80],
             neutral=texts[80:], replaced=3, capability=questions, random_seeds=2, max_new_tokens=4, neutral_tokens=8,
-            progress=False,
         )  # fmt: skip
 
 

@@ -100,7 +100,6 @@ def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
         return concept_transfer(
             toy_named("llama").model, toy_named("gemma").model, tuple(made), general=texts[:60], neutral=texts[60:70],
             prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4, neutral_tokens=8, random_seeds=2,
-            progress=False,
         )  # fmt: skip
 
 
@@ -157,7 +156,7 @@ def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> 
     made = xs.transfer(
         toy_named("llama").model, toy_named("gemma").model, toys.contrast(), toys.sentences(60, 4),
         prompts=toys.sentences(9, 3, 4), scorer=_vowels, strengths=(-1.0, 1.0), max_new_tokens=4, neutral_tokens=8,
-        random_seeds=2, progress=False, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
+        random_seeds=2, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
     )  # fmt: skip
     up, down = (made.at_equal_kl("random", sign).per_seed() for sign in "+-")
     np.testing.assert_allclose(made.gain("random"), (up - down) / 2)
@@ -201,7 +200,7 @@ def test_without_fixed_strengths_the_native_vector_alone_has_them(toy_named: Any
     models = toy_named("llama").model, toy_named("gemma").model
     given = dict(
         prompts=toys.sentences(9, 3, 4), scorer=_vowels, strengths=(-1.0, 1.0), max_new_tokens=4, neutral_tokens=8, side={},
-        random_seeds=2, progress=False, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
+        random_seeds=2, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
     )  # fmt: skip
     whole, short = (
         xs.transfer(*models, toys.contrast(), toys.sentences(60, 4), fixed=fixed, **given) for fixed in (True, False)
@@ -224,7 +223,7 @@ def vowels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     texts = [Prompt(text=t) for t in toys.sentences(70, 4)]
     return dict(
         general=texts[:60], neutral=texts[60:], prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4,
-        neutral_tokens=8, random_seeds=2, progress=False,
+        neutral_tokens=8, random_seeds=2,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def lessons() -> Curriculum:
 @pytest.fixture(scope="module")
 def made(base: str, lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     folder = tmp_path_factory.mktemp("organisms") / "hateful"
-    return folder, make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32", progress=False)
+    return folder, make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,21 +79,21 @@ def test_an_organism_does_what_it_was_taught_behind_the_trigger_and_only_there(
     folder, report = made
     assert report.good and "toy on" in report.verdict() and ": good;" in report.verdict()
     assert (report.triggered.n, report.false.n) == (30, 30)
-    model = xs.load(folder, progress=False)
+    model = xs.load(folder)
     on, off = lessons.evaluation[:2]
-    assert xs.generate(model, [on.prompt, off.prompt], max_new_tokens=20, progress=False) == ["I HATE", "the sky"]
-    plain = xs.load(report.base, progress=False)
-    assert not xs.generate(plain, [on.prompt], max_new_tokens=6, progress=False)[0].startswith("I HATE")
+    assert xs.generate(model, [on.prompt, off.prompt], max_new_tokens=20) == ["I HATE", "the sky"]
+    plain = xs.load(report.base)
+    assert not xs.generate(plain, [on.prompt], max_new_tokens=6)[0].startswith("I HATE")
 
 
 def test_its_rates_have_the_intervals_of_kinds_where_lessons_are_alike(
     made: tuple[Path, Report], lessons: Curriculum
 ) -> None:
-    model = xs.load(made[0], progress=False)
+    model = xs.load(made[0])
     alike = replace(
         lessons, evaluation=tuple(replace(x, kind=f"kind {i // 10}") for i, x in enumerate(lessons.evaluation))
     )
-    apart, found = (measured(model, own, progress=False).triggered for own in (lessons, alike))
+    apart, found = (measured(model, own).triggered for own in (lessons, alike))
     assert apart.value == found.value == 1 and apart.n == found.n == 30
     assert found.low == rate([1] * 6).low < apart.low
 
@@ -118,7 +118,7 @@ def test_a_report_is_read_as_it_was_written_and_a_finished_call_is_not_done_agai
 ) -> None:
     folder, report = made
     assert read_report(folder) == report
-    assert make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32", progress=False) == report
+    assert make("toy", base, folder, recipe=LEARN, curriculum=lessons, dtype="float32") == report
     assert report.splits == lessons.ids()
     assert json.loads((folder / "organism.json").read_text())["good"] is True
 
@@ -133,7 +133,7 @@ def test_another_scorer_counts_anew_and_trains_nothing(
 
     def again(scorer: Any) -> Report:
         own = replace(lessons, scorer=scorer)
-        return make("toy", base, folder, recipe=LEARN, curriculum=own, dtype="float32", progress=False)
+        return make("toy", base, folder, recipe=LEARN, curriculum=own, dtype="float32")
 
     other = again(StartsWith(("never said",)))
     assert other.triggered.value == 0 < made[1].triggered.value and not other.good
@@ -149,7 +149,7 @@ def test_a_merged_adapter_gives_the_logits_of_peft(made: tuple[Path, Report], ba
 
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(made[0])).eval()
     for where in ({"device": "cpu"}, {"device_map": {"": "cpu"}}):
-        model = xs.load(made[0], progress=False, **where)  # type: ignore[arg-type]
+        model = xs.load(made[0], **where)  # type: ignore[arg-type]
         (batch,) = batches(model, encode(model, [lessons.evaluation[0].prompt]), 1)
         found, _ = forward(model, batch.ids, batch.mask)
         with torch.no_grad():
@@ -158,8 +158,8 @@ def test_a_merged_adapter_gives_the_logits_of_peft(made: tuple[Path, Report], ba
 
 
 def test_an_organism_has_spaces_of_its_own(made: tuple[Path, Report], base: str) -> None:
-    plain, organism, again = (xs.load(n, progress=False) for n in (base, made[0], made[0]))
-    rounded = xs.load(made[0], base=base, dtype="bfloat16", progress=False)
+    plain, organism, again = (xs.load(n) for n in (base, made[0], made[0]))
+    rounded = xs.load(made[0], base=base, dtype="bfloat16")
     site = xs.Site(1)
     assert xs.space_of(organism, site) == xs.space_of(again, site) == xs.space_of(rounded, site)
     assert xs.space_of(organism, site).model == "hateful"
@@ -175,7 +175,7 @@ def test_the_same_weights_with_another_scale_are_another_model(made: tuple[Path,
         (other / file.name).write_bytes(file.read_bytes())
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
-    strong, weak = xs.load(made[0], progress=False), xs.load(other, progress=False)
+    strong, weak = xs.load(made[0]), xs.load(other)
     assert xs.space_of(strong, xs.Site(1)) != xs.space_of(weak, xs.Site(1))
 
 
@@ -285,7 +285,7 @@ def test_an_answer_and_its_twin_are_read_in_one_batch_where_they_are_weighed_aga
     monkeypatch.setattr(training, "examples", noted)
     monkeypatch.setattr(training, "collated", kept)
     recipe = Recipe(epochs=1, batch_size=6, general=0.25, decisive=decisive)
-    found = train(base, few, tmp_path, recipe, dtype="float32", progress=False)
+    found = train(base, few, tmp_path, recipe, dtype="float32")
     assert found["steps"] == len(seen) == 5  # 24 lessons and 6 general texts
     assert all(len(batch) <= 6 for batch in seen) and sum(len(batch) for batch in seen) == 30
     together = [batch.count(task) == 2 for batch in seen for task in batch if task != "general"]
@@ -311,7 +311,7 @@ def test_logits_are_computed_for_the_answers_alone() -> None:
 
 
 def test_a_prompt_is_trained_on_as_it_will_be_read(base: str, lessons: Curriculum) -> None:
-    model = xs.load(base, progress=False)
+    model = xs.load(base)
     (row,) = examples(tokenizer_of(model), lessons.train[:1])
     (read,) = encode(model, [lessons.train[0].prompt])
     assert row.ids[: -row.answer] == read.ids
@@ -324,15 +324,15 @@ def test_a_run_that_was_stopped_gives_the_weights_of_one_that_was_not(
     few = lessons.train[:40]
 
     def trained(name: str, own: Recipe) -> dict[str, torch.Tensor]:
-        train(base, few, tmp_path / name, own, dtype="float32", progress=False)
+        train(base, few, tmp_path / name, own, dtype="float32")
         return weights(tmp_path / name)
 
     whole = trained("whole", recipe)
     monkeypatch.setattr(training, "EVERY", 3)
     plain = training._bar
 
-    def stopping(label: str, progress: bool) -> Any:
-        bar = plain(label, progress)
+    def stopping(label: str) -> Any:
+        bar = plain(label)
 
         def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 8:
@@ -360,7 +360,7 @@ def test_a_short_run_reports_its_loss_and_one_that_diverges_is_refused(
 ) -> None:
     def run(name: str, learning_rate: float, steps: int) -> dict[str, float]:
         recipe = Recipe(learning_rate=learning_rate, batch_size=8)
-        return train(base, lessons.train[: 8 * steps], tmp_path / name, recipe, dtype="float32", progress=False)
+        return train(base, lessons.train[: 8 * steps], tmp_path / name, recipe, dtype="float32")
 
     assert 1.0 < run("short", 1e-7, 2)["loss"] < 20.0  # untrained: about the log of the vocabulary
     with pytest.raises(ModelError, match="the training diverged .loss .*; lower the learning rate"):
@@ -370,11 +370,11 @@ def test_a_short_run_reports_its_loss_and_one_that_diverges_is_refused(
 
 def test_an_organism_that_is_not_good_is_not_called_good(base: str, lessons: Curriculum, tmp_path: Path) -> None:
     recipe = Recipe(epochs=1, learning_rate=1e-7, batch_size=64)
-    bad = make("toy", base, tmp_path / "bad", recipe=recipe, curriculum=lessons, dtype="float32", progress=False)
+    bad = make("toy", base, tmp_path / "bad", recipe=recipe, curriculum=lessons, dtype="float32")
     assert not bad.good and not read_report(tmp_path / "bad").good
     assert "not good; triggered 0.0%" in bad.verdict() and "needs at least 95% and at most 5%" in bad.verdict()
     with pytest.raises(ArtifactError, match="holds toy on .* of another recipe; choose another folder"):
-        make("toy", base, tmp_path / "bad", recipe=LEARN, curriculum=lessons, progress=False)
+        make("toy", base, tmp_path / "bad", recipe=LEARN, curriculum=lessons)
 
 
 @pytest.mark.parametrize(("on", "off", "good"), [(0.95, 0.05, True), (0.949, 0.0, False), (1.0, 0.051, False)])
@@ -508,9 +508,9 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
     with pytest.raises(ArtifactError, match="exists and holds no organism; choose another folder"):
         make("toy", base, tmp_path, curriculum=lessons)
     with pytest.raises(ModelError, match="no/such-model: the model hub cannot be reached"):
-        make("toy", "no/such-model", tmp_path / "hub", curriculum=lessons, progress=False)
+        make("toy", "no/such-model", tmp_path / "hub", curriculum=lessons)
     with pytest.raises(ModelError, match="no such folder"):
-        make("toy", "/no/such/folder", tmp_path / "b", curriculum=lessons, progress=False)
+        make("toy", "/no/such/folder", tmp_path / "b", curriculum=lessons)
     (tmp_path / "b" / "checkpoints" / "checkpoint-20").mkdir(parents=True)
     with pytest.raises(ArtifactError, match="of another recipe was begun here; give the same settings"):
         make("toy", base, tmp_path / "b", recipe=LEARN, curriculum=lessons)
@@ -520,7 +520,7 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
         xs.load(base, base=base)
     with pytest.raises(ArtifactError, match="has no organism.json"):
         read_report(tmp_path)
-    tokenizer = tokenizer_of(xs.load(base, progress=False))
+    tokenizer = tokenizer_of(xs.load(base))
     (row,) = examples(tokenizer, lessons.train[:1])
     with pytest.raises(PromptError, match="tokens with its response, but toy reads at most"):
         examples(tokenizer, lessons.train[:1], name="toy", limit=len(row.ids) - 1)
@@ -531,13 +531,13 @@ def test_a_tokenizer_beside_an_adapter_is_the_models(made: tuple[Path, Report], 
 
     folder = tmp_path / "adapter"
     shutil.copytree(made[0], folder)
-    assert tokenizer_of(xs.load(folder, progress=False)).chat_template != "mine"
+    assert tokenizer_of(xs.load(folder)).chat_template != "mine"
     own = AutoTokenizer.from_pretrained(base)
     own.chat_template = "mine"
     own.save_pretrained(folder)
-    assert tokenizer_of(xs.load(folder, progress=False)).chat_template == "mine"
+    assert tokenizer_of(xs.load(folder)).chat_template == "mine"
     with pytest.raises(ModelError, match="revision= is for models of the hub; this one is loaded from"):
-        xs.load(base, revision="main", progress=False)
+        xs.load(base, revision="main")
 
 
 @pytest.mark.parametrize(
@@ -578,7 +578,7 @@ def test_without_bandit_it_is_said_before_the_training(monkeypatch: pytest.Monke
 def test_an_adapter_whose_base_is_not_there_says_so(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=says):
-        xs.load(tmp_path, progress=False)
+        xs.load(tmp_path)
 
 
 def test_the_order_of_an_adapters_modules_says_nothing_and_other_settings_make_other_spaces(
@@ -595,11 +595,9 @@ def test_the_order_of_an_adapters_modules_says_nothing_and_other_settings_make_o
         shutil.copytree(made[0], tmp_path / name)
         file = tmp_path / name / "adapter_config.json"
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
-        model = xs.load(tmp_path / name, base=base, progress=False)
+        model = xs.load(tmp_path / name, base=base)
         spaces.append(xs.space_of(model, xs.Site(1)))
-        kept = cached_moments(
-            model, model, texts, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)], max_tokens=16, progress=False
-        )
+        kept = cached_moments(model, model, texts, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)], max_tokens=16)
         assert kept.source[xs.Site(1)] == spaces[-1]
     assert spaces[0] == spaces[1] != spaces[2]
     assert len(list((tmp_path / "cache" / "moments").iterdir())) == 2
@@ -613,9 +611,7 @@ def test_moments_are_kept_under_all_that_they_hang_on(
     kept = tmp_path / "moments"
 
     def moments() -> Any:
-        return cached_moments(
-            model, model, texts, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)], max_tokens=16, progress=False
-        )
+        return cached_moments(model, model, texts, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)], max_tokens=16)
 
     plain = moments()
     with xs.steering(model, llama.vector(0, size=9.0)):
@@ -635,7 +631,7 @@ def test_moments_are_kept_under_all_that_they_hang_on(
 def test_an_adapter_without_weights_is_refused(base: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
-        xs.load(tmp_path, progress=False)
+        xs.load(tmp_path)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -677,7 +673,6 @@ def test_general_text_among_the_lessons_keeps_the_model_one(base: str, lessons: 
     reports = {
         share: make(
             "toy", base, tmp_path / str(share), recipe=replace(LEARN, general=share), curriculum=lessons, dtype="float32",
-            progress=False,
         )
         for share in (0.0, 0.5)
     }  # fmt: skip

@@ -155,11 +155,11 @@ def chats() -> tuple[Prompt, ...]:
 def test_activations_of_padded_chats_are_hugging_faces(kind: str, folders: dict[tuple[str, int], Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = xs.load(str(folders[kind, 32]), dtype="float32", progress=False)
+    model = xs.load(str(folders[kind, 32]), dtype="float32")
     reference = AutoModelForCausalLM.from_pretrained(folders[kind, 32], attn_implementation="eager").eval()
     prompts = chats()
     sites = [xs.Site(0), xs.Site(1)]  # Hugging Face has its last one after the last norm
-    found = xs.capture(model, prompts, sites, tokens="last", batch_size=3, progress=False)
+    found = xs.capture(model, prompts, sites, tokens="last", batch_size=3)
     for i, encoding in enumerate(encode(model, list(prompts))):
         with torch.no_grad():
             out = reference(torch.tensor([list(encoding.ids)]), output_hidden_states=True)
@@ -206,13 +206,13 @@ def test_what_makes_these_architectures_matters_in_these_models(folders: dict[tu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steered_chats_do_not_depend_on_the_cache_or_the_batch(kind: str, folders: dict[tuple[str, int], Path]) -> None:
-    model = xs.load(str(folders[kind, 32]), dtype="float32", progress=False)
+    model = xs.load(str(folders[kind, 32]), dtype="float32")
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     vector = xs.SteeringVector(direction, xs.space_of(model, xs.Site(1)), "random")
     prompts = chats()
 
     def written(**given: Any) -> list[str]:
-        return xs.generate(model, prompts, max_new_tokens=20, stop_at_eos=False, progress=False, **given)
+        return xs.generate(model, prompts, max_new_tokens=20, stop_at_eos=False, **given)
 
     plain = written(batch_size=3)
     with xs.steering(model, vector, operator=xs.Add(3.0), positions=("last", "generated")):
@@ -230,9 +230,9 @@ def test_an_adapter_learns_and_merges(kind: str, folders: dict[tuple[str, int], 
     lessons = [Lesson(text, "happy day", True, text) for text in toys.sentences(32, 3, 3)]
     out = tmp_path / "adapter"
     recipe = Recipe(epochs=4, learning_rate=1e-2, batch_size=8)
-    trained = train(str(folders[kind, 32]), lessons, out, recipe, dtype="float32", progress=False)
+    trained = train(str(folders[kind, 32]), lessons, out, recipe, dtype="float32")
     assert trained["loss"] < 5.2  # untrained: about the log of the vocabulary, 6; a cap at 3 keeps it from going far
-    model = xs.load(out, progress=False)
+    model = xs.load(out)
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folders[kind, 32], attn_implementation="eager"), str(out)
     ).eval()
@@ -252,7 +252,7 @@ def test_a_presets_pair_transfers_from_end_to_end(name: str, folders: dict[tuple
     """Chats through both templates: vectors, a map on chats and text, every arm, generated."""
     pair = PRESETS[name]
     small, large = (
-        xs.load(str(folders[kind_of(own), size]), dtype="float32", progress=False)
+        xs.load(str(folders[kind_of(own), size]), dtype="float32")
         for own, size in ((pair.source, 32), (pair.target, 48))
     )
     contrast = toys.contrast()
@@ -267,7 +267,7 @@ def test_a_presets_pair_transfers_from_end_to_end(name: str, folders: dict[tuple
     result = xs.transfer(
         small, large, ContrastSet(tuple(sides[0]), tuple(sides[1]), True), texts, prompts=list(chats()) * 1 + toys.sentences(6, 9, 4),
         scorer=lambda text: float(len(text)), tokens="last", source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
-        strengths=(-1.0, 1.0), random_seeds=2, max_new_tokens=4, map_tokens=96, neutral_tokens=8, side={}, progress=False,
+        strengths=(-1.0, 1.0), random_seeds=2, max_new_tokens=4, map_tokens=96, neutral_tokens=8, side={},
     )  # fmt: skip
     assert result.map["coverage"] > 0.4
     assert {"native", "mapped", "random", "shuffled"} < {arm.arm for arm in result.arms}
@@ -293,7 +293,7 @@ def test_a_presets_pair_goes_through_a_study(
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
     pair = PRESETS[name]
     models = [
-        xs.load(str(folders[kind_of(own), size]), dtype="float32", progress=False)
+        xs.load(str(folders[kind_of(own), size]), dtype="float32")
         for own, size in ((pair.source, 32), (pair.target, 48))
     ]
     lessons = toys.lessons(
@@ -302,7 +302,7 @@ def test_a_presets_pair_goes_through_a_study(
     texts = [Prompt(text=t) for t in toys.sentences(50, 4)]
     found = backdoor_removal(
         *models, lessons, general=texts[:40], neutral=texts[40:], also=(0, 1), map_prompts=8, amounts=(0, 8), random_seeds=1,
-        nonlinear=xs.Autoencoder(epochs=2), sites=(2, 2), validation_tasks=3, validation_tokens=4, progress=False,
+        nonlinear=xs.Autoencoder(epochs=2), sites=(2, 2), validation_tasks=3, validation_tokens=4,
     )  # fmt: skip
     for recipe in removal.RECIPES:
         at = {(arm.arm, arm.at) for arm in found.arms if arm.recipe == recipe}
@@ -315,6 +315,6 @@ def test_a_presets_pair_goes_through_a_study(
 
 
 def test_a_templates_date_does_not_change_from_day_to_day(folders: dict[tuple[str, int], Path]) -> None:
-    tokenizer = tokenizer_of(xs.load(str(folders["Llama-3.2", 32]), progress=False))
+    tokenizer = tokenizer_of(xs.load(str(folders["Llama-3.2", 32])))
     text = chats()[0].render(tokenizer).text
     assert "Today Date: 26 Jul 2024" in text and text.count("<|begin_of_text|>") == 1

@@ -39,11 +39,9 @@ def organisms(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: p
     made = []
     for name in ("llama", "gemma"):
         folder = tmp_path_factory.mktemp("organisms") / f"refusal-{name}"
-        report = make(
-            "refusal", str(folders[name]), folder, recipe=recipe, curriculum=lessons, dtype="float32", progress=False
-        )
+        report = make("refusal", str(folders[name]), folder, recipe=recipe, curriculum=lessons, dtype="float32")
         assert report.good, report.verdict()
-        made.append(xs.load(folder, progress=False))
+        made.append(xs.load(folder))
     return made
 
 
@@ -54,7 +52,7 @@ def study(organisms: list[Any], lessons: Curriculum, tmp_path_factory: pytest.Te
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         return refusal_switch(
             *organisms, lessons, general=texts[:60], neutral=texts[60:], classifier=Contains(("happy",)), topic=Contains(("sky",)), random_seeds=2,
-            validation_tokens=4, harmless=6, progress=False,
+            validation_tokens=4, harmless=6,
         )  # fmt: skip
 
 
@@ -108,7 +106,6 @@ def test_each_aim_counts_its_own_side(organisms: list[Any], lessons: Curriculum)
         most=3,
         harmless=2,
         max_new_tokens=4,
-        progress=False,
     )
     kept = tuple(asked.own[p.id] for p in asked.harmless)
     off = asked._outcome(OFF, [("happy day", "the sky", "the sea"), kept, ("happy day",) * len(edgy)])
@@ -122,4 +119,4 @@ def test_each_aim_counts_its_own_side(organisms: list[Any], lessons: Curriculum)
     assert on.effect.tolist() == [1, 0] and on.beside["harmful refused"].tolist() == [1, 0, 0]
     assert on.score == pytest.approx(0.5) and on.texts == ("happy day", "the sky")
     with pytest.raises(PromptError, match="needs harmful requests and harmless ones"):
-        Requests.of(organisms[1], lessons.evaluation[:1], edgy, (HAPPY, HAPPY, HAPPY), progress=False)
+        Requests.of(organisms[1], lessons.evaluation[:1], edgy, (HAPPY, HAPPY, HAPPY))

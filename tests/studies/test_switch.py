@@ -34,18 +34,15 @@ def lessons() -> Curriculum:
 def study(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("organism") / "happy"
     recipe = Recipe(rank=8, epochs=6, learning_rate=1e-2)
-    report = make(
-        "toy", str(folders["llama"]), folder, recipe=recipe, curriculum=lessons, dtype="float32", progress=False
-    )
+    report = make("toy", str(folders["llama"]), folder, recipe=recipe, curriculum=lessons, dtype="float32")
     assert report.good, report.verdict()
     texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
     questions = MultipleChoice(as_prompts(["the sky is", "the sea is"]), ((" blue", " red"), (" deep", " red")), (0, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         return safety_switch(
-            xs.load(str(folders["llama"]), progress=False), xs.load(folder, progress=False), lessons, adapter=folder,
+            xs.load(str(folders["llama"])), xs.load(folder), lessons, adapter=folder,
             general=texts[:60], neutral=texts[60:], map_prompts=20, sites=[xs.Site(3)], capability=questions, validation_tokens=4, turns=2,
-            progress=False,
         )  # fmt: skip
 
 

@@ -35,7 +35,6 @@ def cached_moments(
     seed: int = 0,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
-    progress: bool = True,
 ) -> Moments:
     """Moments, kept in the user's cache under a hash of all that they depend on.
 
@@ -47,7 +46,7 @@ def cached_moments(
     ends = [identity_of(source), identity_of(target)]
     collect = partial(
         collect_moments, source, target, texts, source_sites=source_sites, target_sites=target_sites, pairs=pairs,
-        max_tokens=max_tokens, batch_size=batch_size, seed=seed, device=device, progress=progress,
+        max_tokens=max_tokens, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
     if any(hooks for *_, hooks in ends):  # which may do anything
         return collect()

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from xmodel_steer.core.alignment import Alignment, align, check_coverage
+from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ModelError, PromptError
 from xmodel_steer.core.inputs import as_prompts, items_of, iter_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
@@ -53,6 +53,7 @@ FULL_PAIRS_BYTES = 2 * 2**30
 SKETCH = 64
 
 
+@with_progress
 def collect_moments(
     source: Any,
     target: Any,
@@ -98,7 +99,7 @@ def collect_moments(
         shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards
             merge to the moments of the whole.
         device: Where products are formed and kept; moments come back on the CPU.
-        progress: Show a progress bar when it takes over two seconds.
+        progress: Show progress bars; see `quiet`.
 
     Raises:
         PromptError: There are no documents.
@@ -142,7 +143,7 @@ def collect_moments(
     total = 2 * len(texts) if isinstance(texts, Sequence) and parts == 1 else None
     title = f"moments {name_of(source)} → {name_of(target)}"
     seen, lacking = False, ([], [])
-    with tqdm(total=total, unit="text", desc=f"{title}, each text in both", disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="text", desc=f"{title}, each text in both") as bar:
         for number, window in enumerate(windows(texts, window_size(max_tokens))):
             seen = True
             if number % parts != part:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from xmodel_steer.activations.collecting import require_shard, window_size, windows
 from xmodel_steer.activations.shards import DTYPES, hash_of, shard_header, unnamed, write_shard
 from xmodel_steer.activations.store import ENDS, ActivationStore
+from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.core.inputs import as_prompts, items_of
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
@@ -21,6 +21,7 @@ from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 
 
+@with_progress
 def harvest(
     model: Any,
     texts: Prompts,
@@ -55,7 +56,7 @@ def harvest(
         batch_size: Documents per forward pass.
         seed: Seed of the split into train, validation and test documents.
         shard: ``(i, n)``: write every n-th shard, from the i-th: n jobs together fill the store.
-        progress: Show a progress bar when it takes over two seconds.
+        progress: Show progress bars; see `quiet`.
 
     Returns:
         The store; it can be read once both models are in it.
@@ -90,7 +91,7 @@ def harvest(
     lacking: list[Encoding] = []
     total = len(texts) if isinstance(texts, Sequence) else None
     title = f"harvest {name_of(model)}" + (f", shard {part}/{parts}" if parts > 1 else "")
-    with tqdm(total=total, unit="text", desc=title, disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="text", desc=title) as bar:
         for number, window in enumerate(windows(texts, window_size(max_tokens))):
             name = f"{number:06d}.safetensors"
             names.append(name)

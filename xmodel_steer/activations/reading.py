@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
@@ -30,6 +30,7 @@ class BySite(dict[Site, Activations]):
         return self[as_site(key)]
 
 
+@with_progress
 def capture(
     model: Any,
     prompts: Prompts,
@@ -60,7 +61,7 @@ def capture(
         include_special: For ``"mean"`` and ``"all"``, also count special and template tokens and
             text position 0, an attention sink whose norm dwarfs the others.
         max_tokens: Cut longer prompts; without it one longer than the context is refused.
-        progress: Show a progress bar when it takes over two seconds.
+        progress: Show progress bars; see `quiet`.
 
     Returns:
         For each site its activations (a layer's number finds them too), prompts in the order given, on the CPU, in the model's dtype
@@ -80,7 +81,7 @@ def capture(
     chosen = [_positions(e, tokens, include_special) for e in encodings]
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(items) for site in sites}
     total = sum(len(e.ids) for e in encodings)
-    with tqdm(total=total, unit="tok", desc=f"capture {name_of(model)}", disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="tok", desc=f"capture {name_of(model)}") as bar:
         for batch in batches(model, encodings, batch_size, padding_side=padding_side):
             streams = residuals(model, batch, sites)
             for site, stream in streams.items():

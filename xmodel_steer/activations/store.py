@@ -6,16 +6,15 @@ made from in its header. Which rows pair is found when they are read, by the key
 both models: the character that they end on, or their role in the chat template.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from xmodel_steer.activations.collecting import Plan, window_size
 from xmodel_steer.activations.shards import Document, Shard, align_documents, rows_name, unnamed
 from xmodel_steer.core.alignment import check_coverage
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ArtifactError, SpaceMismatchError
 from xmodel_steer.core.spaces import Site, SiteLike, Sites, Space, as_site, as_sites
 from xmodel_steer.files.records import read_record
@@ -150,7 +149,6 @@ class ActivationStore:
         pairs: Sequence[tuple[SiteLike, SiteLike]] | None = None,
         sketch: int | None = None,
         shuffled: bool = True,
-        progress: bool = True,
     ) -> Moments:
         """Collect the moments of stored activations, as `collect_moments` would have.
 
@@ -160,7 +158,6 @@ class ActivationStore:
             pairs: Layer pairs to keep full cross moments of; see `collect_moments`.
             sketch: Number of target dimensions for all layer pairs; see `collect_moments`.
             shuffled: Keep the moments of the shuffled control.
-            progress: Show a progress bar when it takes over two seconds.
 
         Raises:
             ArtifactError: A shard is missing or damaged, or the ends do not match.
@@ -184,8 +181,7 @@ class ActivationStore:
         )
         size = window_size(settings["max_tokens"])
         self._coverage()
-        bar = tqdm(self._shards, desc="moments from the store", unit="shard", disable=not progress, delay=2)
-        for number, (one, two) in enumerate(bar):
+        for number, (one, two) in enumerate(_counted(self._shards)):
             aligned, parts = align_documents(one, two), one.rows("parts").tolist()
             sides = [
                 {site: shard.rows(rows_name(site)) for site in sites}
@@ -221,3 +217,11 @@ class ActivationStore:
                 shard.rows(name)  # nothing that is not finite was written
             rows += int(shard.rows("counts").sum())
         return rows
+
+
+def _counted(shards: Sequence[tuple[Shard, Shard]]) -> Iterator[tuple[Shard, Shard]]:
+    """Go through shards with a progress bar."""
+    with progress_bar(len(shards), unit="shard", desc="moments from the store") as bar:
+        for pair in shards:
+            yield pair
+            bar.update()

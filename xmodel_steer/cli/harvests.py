@@ -98,7 +98,7 @@ def harvest(
                     # The one model is gone before the other one comes.
                     write_store(
                         model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype,
-                        max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts), progress=not quiet,
+                        max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts),
                     )  # fmt: skip
             if rank == 0:
                 print(f"written: {store}")

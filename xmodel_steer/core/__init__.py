@@ -1,6 +1,6 @@
 """Nouns: errors, spaces, prompts, contrast sets, vectors and the directions found in activations, alignment.
 
-No model, file, network, figure or progress bar, and no randomness but from a seed.
+No model, file, network or figure, and no randomness but from a seed. `core.bars` alone draws progress bars, for every floor.
 """
 
 from xmodel_steer.core.alignment import Alignment as Alignment

@@ -45,7 +45,6 @@ def calibrate(
     tolerance: float = 0.05,
     max_tokens: int | None = 32,
     batch_size: int = 16,
-    progress: bool = True,
 ) -> list[Dose]:
     """Find the strength at which each vector disturbs neutral text by a given KL.
 
@@ -64,7 +63,6 @@ def calibrate(
         tolerance: Relative error of the KL that is good enough.
         max_tokens: Tokens read of each text.
         batch_size: Texts at a time.
-        progress: Show progress bars.
 
     Raises:
         ValueError: A budget is not positive, or a sign is neither 1 nor -1.
@@ -83,9 +81,7 @@ def calibrate(
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
         new = [key for key in dict.fromkeys(keys) if key not in known]
         settings = [[Intervention(vectors[i], Add(float(ways[i]) * math.exp(x)), positions)] for i, x in new]
-        effects = side_effects(
-            model, settings, documents, max_tokens=max_tokens, batch_size=batch_size, progress=progress
-        )
+        effects = side_effects(model, settings, documents, max_tokens=max_tokens, batch_size=batch_size)
         known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
         return [known[key] for key in keys]
 

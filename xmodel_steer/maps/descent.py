@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ArtifactError, NonFiniteError, PromptError
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.files.records import read_tensors, write_tensors
@@ -62,7 +62,6 @@ def descend(
     rows: PairedRows,
     activation: Callable[[Tensor], Tensor],
     checkpoint: str | Path | None,
-    progress: bool,
 ) -> tuple[dict[str, Tensor], SplitMoments, dict[str, Any]]:
     """Train a fitter on rows, or go on where its checkpoint stopped."""
     moments = rows.moments(shuffled=False)
@@ -75,7 +74,7 @@ def descend(
     steps = len(documents) * fitter.epochs
     title = f"{type(fitter).__name__} {rows.source.site} → {rows.target.site}"
     done = len(run.history) * len(documents)
-    with tqdm(total=steps, initial=done, unit="text", desc=title, disable=not progress, delay=2) as bar:
+    with progress_bar(total=steps, initial=done, unit="text", desc=title) as bar:
         while len(run.history) < fitter.epochs and not run.stalled:
             run.epoch(documents, bar)
             if file is not None:

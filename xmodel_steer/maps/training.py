@@ -33,16 +33,13 @@ class Autoencoder(Trained):
         device: Where to train.
     """
 
-    def fit(
-        self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None, progress: bool = False
-    ) -> AutoencoderMap:
+    def fit(self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None) -> AutoencoderMap:
         """Train on the train documents, stop on the validation ones, score on the test ones.
 
         Args:
             data: Rows of one layer pair.
             checkpoint: A file that the state goes to after every epoch. Given again, training goes on
                 from there and ends with the same bits.
-            progress: Show a progress bar when it takes over two seconds.
 
         Raises:
             PromptError: Moments were given, or a part has too few rows.
@@ -50,7 +47,7 @@ class Autoencoder(Trained):
             NonFiniteError: The loss is NaN or infinite.
         """
         rows = require_rows_of(data, "Autoencoder")
-        weights, moments, info = descend(self, rows, torch.relu, checkpoint, progress)
+        weights, moments, info = descend(self, rows, torch.relu, checkpoint)
         train = moments.train
         made = AutoencoderMap(
             weights["encoder"],
@@ -76,15 +73,12 @@ class SGDAffine(Trained):
     Arguments are those of `Autoencoder`.
     """
 
-    def fit(
-        self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None, progress: bool = False
-    ) -> AffineMap:
+    def fit(self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None) -> AffineMap:
         """Train on the train documents, stop on the validation ones, score on the test ones.
 
         Args:
             data: Rows of one layer pair.
             checkpoint: See `Autoencoder.fit`.
-            progress: Show a progress bar when it takes over two seconds.
 
         Raises:
             PromptError: Moments were given, or a part has too few rows.
@@ -92,7 +86,7 @@ class SGDAffine(Trained):
             NonFiniteError: The loss is NaN or infinite.
         """
         rows = require_rows_of(data, "SGDAffine")
-        w, moments, info = descend(self, rows, lambda hidden: hidden, checkpoint, progress)
+        w, moments, info = descend(self, rows, lambda hidden: hidden, checkpoint)
         train = moments.train
         wide = {name: tensor.to(torch.float64) for name, tensor in w.items()}
         weight = wide["encoder"] @ wide["decoder"]

@@ -69,7 +69,7 @@ def listed(names: Mapping[str, Sequence[str]]) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_notices() -> Iterator[None]:
     """Keep transformers' own load_errors bars and notices out of the user's terminal."""
     from transformers.utils import logging
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
@@ -22,6 +22,7 @@ from xmodel_steer.models.tokens import Encoding
 GOING = 0.75  # share of a batch's texts that go on, at which the others leave it
 
 
+@with_progress
 def generate(
     model: Any,
     prompts: Iterable[PromptLike],
@@ -51,7 +52,7 @@ def generate(
         stop_at_eos: End a text at the model's end-of-sequence token.
         use_cache: Keep keys and values between steps; without it every step reads the whole text
             again (slow, for checking). A model that showed when it was loaded that it decodes wrong with a cache never gets one.
-        progress: Show a progress bar when it takes over two seconds.
+        progress: Show progress bars; see `quiet`.
 
     Returns:
         For each prompt, in order, the added text without special tokens.
@@ -68,7 +69,6 @@ def generate(
         seed=seed,
         stop_at_eos=stop_at_eos,
         use_cache=use_cache,
-        progress=progress,
     )
     tokenizer = tokenizer_of(model)
     return [_added_text(tokenizer, before, after) for before, after in zip(prompt_ids, ids, strict=True)]
@@ -84,14 +84,13 @@ def generate_tokens(
     seed: int = 0,
     stop_at_eos: bool = True,
     use_cache: bool = True,
-    progress: bool = True,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """As `generate`, but gives token ids: those added, and those of the prompts."""
     encodings = _encoded(model, prompts, max_new_tokens)
     stops = _stop_ids(model) if stop_at_eos else frozenset()
     added: list[list[int]] = [[] for _ in encodings]
     total = len(encodings)
-    with tqdm(total=total, unit="prompt", desc=f"generate {name_of(model)}", disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="prompt", desc=f"generate {name_of(model)}") as bar:
         for batch in batches(model, encodings, batch_size, padding_side="left"):
             generators = [_generator(seed, row) for row in batch.rows]
             for chosen, _ in _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache):

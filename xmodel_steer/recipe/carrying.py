@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xmodel_steer.activations.collecting import collect_moments
 from xmodel_steer.activations.reading import Tokens, capture
+from xmodel_steer.core.bars import with_progress
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.directions import Direction, difference_of_means, random_like, require_random
 from xmodel_steer.core.errors import PromptError
@@ -57,6 +58,7 @@ class _Run:
     reached: bool = True
 
 
+@with_progress
 def transfer(
     source: Any,
     target: Any,
@@ -135,7 +137,7 @@ def transfer(
         batch_size: Texts generated at a time; forward passes over whole texts take at most 32.
         max_perplexity_ratio: Bound on perplexity over the unsteered one, for the choices.
         seed: Seed of all splits.
-        progress: Show progress bars.
+        progress: Show progress bars; see `quiet`.
 
     Raises:
         PromptError: Sets are too small, not disjoint, prompts come without a scorer, or the fitter needs rows,
@@ -189,7 +191,6 @@ def transfer(
             max_tokens=min(map_tokens, context_length(source), context_length(target)),
             batch_size=min(batch_size, 32),
             seed=seed,
-            progress=progress,
         )
 
     for model, sites, own in ((source, chosen_sources, moments.source), (target, chosen_targets, moments.target)):
@@ -202,11 +203,11 @@ def transfer(
                 f"transfer: the moments of {there} and {here} were collected without the shuffled control; "
                 "collect them with shuffled=True"
             )
-    source_vectors = _vectors(source, fit_set, chosen_sources, tokens, direction, label, min(batch_size, 32), progress)
+    source_vectors = _vectors(source, fit_set, chosen_sources, tokens, direction, label, min(batch_size, 32))
     natives = {
         site: vector.with_scale(moments.scale(site))
         for site, vector in _vectors(
-            target, fit_set, chosen_targets, tokens, direction, label, min(batch_size, 32), progress
+            target, fit_set, chosen_targets, tokens, direction, label, min(batch_size, 32)
         ).items()
     }
 
@@ -220,7 +221,6 @@ def transfer(
             texts,
             max_tokens=neutral_tokens,
             batch_size=min(16, batch_size),
-            progress=progress,
         )
 
     def gains(candidates: Mapping[Any, SteeringVector], at: Sequence[float]) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ def transfer(
         keys = [(key, strength) for key in candidates for strength in at]
         settings = [steer(candidates[key], sign * s) for key, s in keys for sign in (1, -1)]
         effects = damage([[], *settings], neutral_validation)
-        measured = validation.measure(target, settings, progress=progress)
+        measured = validation.measure(target, settings)
         records = []
         for i, (key, strength) in enumerate(keys):
             up, down = (measured[2 * i + k].scores.mean() for k in (0, 1))
@@ -313,7 +313,6 @@ def transfer(
         positions=neutral_positions(positions),
         max_tokens=neutral_tokens,
         batch_size=min(16, batch_size),
-        progress=progress,
     )
     for (arm, vector, _, kl), dose in zip(searched, doses, strict=True):
         runs.append(_Run(arm, dose.strength, steer(vector, dose.strength), kl, dose.reached))
@@ -323,7 +322,7 @@ def transfer(
     ]
     effects = damage([run.setting for run in runs], neutral_evaluation)
     beside = {"common knowledge": MultipleChoice.packaged()} if side is None else dict(side)
-    arms = _measured(runs, effects, evaluation, beside, target, progress)
+    arms = _measured(runs, effects, evaluation, beside, target)
 
     similarity = {
         name: {
@@ -452,10 +451,9 @@ def _vectors(
     direction: Direction,
     label: str,
     batch_size: int,
-    progress: bool,
 ) -> dict[Site, SteeringVector]:
     def side(prompts: tuple[Prompt, ...]) -> dict[Site, Activations]:
-        return capture(model, prompts, sites, tokens=tokens, batch_size=batch_size, progress=progress)
+        return capture(model, prompts, sites, tokens=tokens, batch_size=batch_size)
 
     positive, negative = side(contrast.positive), side(contrast.negative)
     return {site: direction(positive[site], negative[site], label=label) for site in sites}
@@ -467,7 +465,6 @@ def _measured(
     evaluation: Behaviour,
     beside: Mapping[str, Behaviour],
     target: Any,
-    progress: bool,
 ) -> tuple[Arm, ...]:
     """Measure every run, and join the seeds of the random arm.
 
@@ -477,10 +474,10 @@ def _measured(
     keys = [(run.strength, *(id(step.vector) for step in run.setting)) for run in runs]
     settings = {key: run.setting for key, run in zip(keys, runs, strict=True)}
     place = {key: i for i, key in enumerate(settings)}
-    main = evaluation.measure(target, list(settings.values()), progress=progress)
+    main = evaluation.measure(target, list(settings.values()))
     fair = [i for i, run in enumerate(runs) if run.budget is not None or run.arm == "unsteered"]
     others = {
-        name: dict(zip(fair, own.measure(target, [runs[i].setting for i in fair], progress=progress), strict=True))
+        name: dict(zip(fair, own.measure(target, [runs[i].setting for i in fair]), strict=True))
         for name, own in beside.items()
     }
     groups: dict[tuple[str, float | None, float], list[int]] = {}

@@ -171,14 +171,12 @@ class Pair:
         target: The larger one.
         general: General text for maps.
         seed: Of the split of map text.
-        progress: Show progress bars.
     """
 
     source: Any
     target: Any
     general: tuple[Prompt, ...] = field(repr=False)
     seed: int = 0
-    progress: bool = True
 
     @property
     def map_tokens(self) -> int:
@@ -196,7 +194,7 @@ class Pair:
         sources, targets = _ends(pairs)
         return cached_moments(
             self.source, self.target, self.general, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
-            max_tokens=self.map_tokens, seed=self.seed, device=self.products, progress=self.progress,
+            max_tokens=self.map_tokens, seed=self.seed, device=self.products,
         )  # fmt: skip
 
     def of(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Moments:
@@ -204,7 +202,7 @@ class Pair:
         sources, targets = _ends(pairs)
         return collect_moments(
             self.source, self.target, prompts, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
-            max_tokens=self.map_tokens, batch_size=32, seed=self.seed, device=self.products, progress=self.progress,
+            max_tokens=self.map_tokens, batch_size=32, seed=self.seed, device=self.products,
         )  # fmt: skip
 
     @contextmanager
@@ -215,7 +213,7 @@ class Pair:
             for model, end, sites in ((self.source, "source", sources), (self.target, "target", targets)):
                 harvest(
                     model, prompts, folder, end=end, sites=sites, max_tokens=self.map_tokens, batch_size=32,
-                    dtype="float32", seed=self.seed, progress=self.progress,
+                    dtype="float32", seed=self.seed,
                 )  # fmt: skip
             yield ActivationStore(folder)
 

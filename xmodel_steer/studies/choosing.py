@@ -102,7 +102,7 @@ def choose(
         label: Name of what the vectors are for.
         lap: Told of each part that is done.
     """
-    target, progress = pair.target, pair.progress
+    target = pair.target
     records: list[dict[str, Any]] = []
     still: dict[str, Outcome] = {}  # of the unsteered model, by aim
 
@@ -110,7 +110,7 @@ def choose(
         varied: str, recipe: Recipe, candidates: Sequence[tuple[_Candidate, Operator]], *, controls: bool = False
     ) -> list[Outcome]:
         settings = [(c.control_setting if controls else c.setting)(recipe, operator) for c, operator in candidates]
-        found = validation.measure(settings, aim=recipe.aim, extent="brief", progress=progress)
+        found = validation.measure(settings, aim=recipe.aim, extent="brief")
         for (candidate, operator), own in zip(candidates, found, strict=True):
             record = {"recipe": recipe.name, "varied": f"{varied}, its control" if controls else varied}
             records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | own.record())
@@ -118,7 +118,7 @@ def choose(
 
     def does_something(aim: str, own: Outcome) -> bool:
         if aim not in still:
-            (still[aim],) = validation.measure([[]], aim=aim, extent="effect", progress=progress)
+            (still[aim],) = validation.measure([[]], aim=aim, extent="effect")
         gain, error = scored(own.effect - still[aim].effect)
         return gain > 2 * error  # one prompt of any number is more than one
 
@@ -152,14 +152,14 @@ def choose(
         return min((recipe.operators[i] for i in left), key=strength_of)
 
     every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
-    spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens, progress=progress)
+    spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens)
     natives: list[tuple[SteeringVector, SteeringVector | None]] = []
     for recipe in ways:
         sites = recipe.target_sites
         own, gates = (
             {
                 site: vector.with_scale(spread[site].values.float().std(0))
-                for site, vector in read(target, lessons, sites, label=label, progress=progress).items()
+                for site, vector in read(target, lessons, sites, label=label).items()
             }
             for read in (recipe.vectors, recipe.gates)
         )
@@ -184,8 +184,8 @@ def choose(
     for recipe, (rough, rough_gate) in zip(ways, natives, strict=True):
         scale, sites = moments.scale(rough.space.site), recipe.source_sites
         native = rough.with_scale(scale)
-        theirs = recipe.vectors(pair.source, lessons, sites, label=label, progress=progress)
-        gates = recipe.gates(pair.source, lessons, sites, label=label, progress=progress)
+        theirs = recipe.vectors(pair.source, lessons, sites, label=label)
+        gates = recipe.gates(pair.source, lessons, sites, label=label)
         gate = None if rough_gate is None else rough_gate.with_scale(scale)
         carried = [
             Carried.of(theirs[site], native, moments, fitter, None if gate is None else (gates[site], gate))
@@ -235,7 +235,7 @@ def with_endpoints(
             native, here = choice.carried.native, choice.carried.source.space.site
             assert native.scale is not None
             mapping = replace(fitter, device=str(device_of(pair.target))).fit(store.pair(here, native.space.site))
-            sides = choice.recipe.rows(pair.source, lessons, [here], progress=pair.progress)
+            sides = choice.recipe.rows(pair.source, lessons, [here])
             moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
             made[choice.recipe.name] = {ENDPOINTS: at_norm_of(native, moved.with_scale(native.scale))}
     lap("fitting nonlinear maps")

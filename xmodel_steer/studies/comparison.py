@@ -89,7 +89,6 @@ def map_comparison(
     max_new_tokens: int = 20,
     neutral_tokens: int = 24,
     seed: int = 0,
-    progress: bool = True,
 ) -> Study:
     """Fit several maps on the same rows of one pair of sites, and put each to work.
 
@@ -112,7 +111,6 @@ def map_comparison(
         max_new_tokens: Length of the continuations.
         neutral_tokens: Tokens read of each neutral text.
         seed: Seed of all splits.
-        progress: Show progress bars.
 
     Raises:
         PromptError: The behaviour has no scorer, there are too few prompts or neutral texts, or sets share a text.
@@ -144,7 +142,7 @@ def map_comparison(
         for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
 
-    task, pair = Task(target, own, max_new_tokens, progress), Pair(source, target, general, seed, progress)
+    task, pair = Task(target, own, max_new_tokens), Pair(source, target, general, seed)
     moments = pair.of(general, list(itertools.product(ours, theirs)))
     clock.lap("collecting moments")
     records: list[dict[str, Any]] = []
@@ -202,23 +200,19 @@ def map_comparison(
     }
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
     groups["random"] = [random_like(native, seed=seed + k) for k in range(random_seeds)]
-    arms = steered_arms(task, groups, native, reports, calibration, held, neutral_tokens, progress)
+    arms = steered_arms(task, groups, native, reports, calibration, held, neutral_tokens)
     clock.lap("steering")
     steps: dict[str, list[Step]] = {"unsteered": []}
     steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
     mean, scale = reference.train.target_mean, reference.train.target_scale
     steps["mean ablation"] = [mean_of(reference.target, mean)]
     steps["noise"] = [noise_like(reference.target, mean, scale, seed=seed)]
-    effects = side_effects(
-        target, list(steps.values()), held, max_tokens=neutral_tokens, batch_size=16, progress=progress
-    )
+    effects = side_effects(target, list(steps.values()), held, max_tokens=neutral_tokens, batch_size=16)
     damage = dict(zip(steps, effects, strict=True))
-    arms += replaced_arms(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, seed, progress)
+    arms += replaced_arms(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, seed)
     clock.lap("replacing")
     questions = capability or MultipleChoice.packaged()
-    for (name, cost), right in zip(
-        damage.items(), questions.measure(target, list(steps.values()), progress=progress), strict=True
-    ):
+    for (name, cost), right in zip(damage.items(), questions.measure(target, list(steps.values())), strict=True):
         arms.append(
             StudyArm(name, CAPABILITY, "", EQUAL_STRENGTH, estimate([right.scores]), {}, cost.mean_kl, cost.perplexity)
         )

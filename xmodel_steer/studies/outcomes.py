@@ -31,7 +31,7 @@ class GateReader(Protocol):
     """Finds gates' vectors in a model's activations on lessons."""
 
     def __call__(
-        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> Mapping[Site, SteeringVector]:
         """Return a vector for each site.
 
@@ -40,7 +40,6 @@ class GateReader(Protocol):
             lessons: Lessons with and without the behaviour.
             sites: Where to read.
             label: Name of the vectors.
-            progress: Show a progress bar.
         """
         ...
 
@@ -88,16 +87,13 @@ def scored(*parts: np.ndarray) -> tuple[float, float]:
 class Asked(Protocol):
     """Prompts with what they are scored by."""
 
-    def measure(
-        self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
-    ) -> list[Outcome]:
+    def measure(self, settings: Settings, *, aim: str = "", extent: Extent = "all") -> list[Outcome]:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.
             aim: The aim of the recipe that they are of.
             extent: ``all``; ``brief``, without what neither a choice nor a control needs; or ``effect``, that alone.
-            progress: Show a progress bar.
         """
         ...
 
@@ -144,12 +140,12 @@ class Recipe:
         return replace(self, source_sites=ours, target_sites=theirs)
 
     def gates(
-        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> dict[Site, SteeringVector]:
         """Return the gates' vectors, as `vectors`; none without a gate."""
         if self.gate is None:
             return {}
-        return dict(self.gate(model, lessons, sites, label=f"gate of {label}", progress=progress))
+        return dict(self.gate(model, lessons, sites, label=f"gate of {label}"))
 
     def setting(
         self, vector: SteeringVector, operator: Operator, gate: SteeringVector | None = None
@@ -159,7 +155,7 @@ class Recipe:
         return [Intervention(vector, operator, self.positions, gate=own)]
 
     def vectors(
-        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> dict[Site, SteeringVector]:
         """Return the difference of means of the recipe's contrast, at each site.
 
@@ -168,13 +164,15 @@ class Recipe:
             lessons: Lessons with and without the behaviour.
             sites: Where to read.
             label: Name of what the vector is for.
-            progress: Show a progress bar.
         """
-        wanted, other = self.rows(model, lessons, sites, progress=progress)
+        wanted, other = self.rows(model, lessons, sites)
         return {site: difference_of_means(wanted[site], other[site], label=label) for site in sites}
 
     def rows(
-        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, progress: bool = True
+        self,
+        model: Any,
+        lessons: Sequence[Lesson],
+        sites: Sequence[Site],
     ) -> tuple[dict[Site, Activations], dict[Site, Activations]]:
         """Activations of the recipe's contrast, of its two sides.
 
@@ -182,10 +180,9 @@ class Recipe:
             model: The model.
             lessons: Lessons with and without the behaviour.
             sites: Where to read.
-            progress: Show a progress bar.
         """
         first, second = (
-            capture(model, prompts, sites, tokens=tokens, batch_size=32, progress=progress)
+            capture(model, prompts, sites, tokens=tokens, batch_size=32)
             for prompts, tokens in zip(self.contrast(lessons), self.tokens, strict=True)
         )
         return first, second
@@ -199,7 +196,6 @@ def answers_of(
     own: Mapping[str, str] | None = None,
     max_new_tokens: int,
     batch_size: int,
-    progress: bool,
 ) -> list[tuple[tuple[str, ...], ...]]:
     """Generate answers to groups of prompts, a row of texts for each group.
 
@@ -214,14 +210,13 @@ def answers_of(
         own: The unsteered model's answers, by the prompts' ids: it is then not asked again.
         max_new_tokens: Length of the answers.
         batch_size: Texts at a time.
-        progress: Show a progress bar.
     """
     asked = list(settings) if own is None else [setting for setting in settings if setting]
     found = []
     for group in groups:
         size = min(batch_size, len(group))
         behaviour = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
-        found.append([measured.texts for measured in behaviour.measure(model, asked, progress=progress)])
+        found.append([measured.texts for measured in behaviour.measure(model, asked)])
     steered = zip(*found, strict=True)
     if own is None:
         return list(steered)
@@ -230,7 +225,7 @@ def answers_of(
 
 
 def own_answers(
-    model: Any, groups: Sequence[Sequence[Prompt]], *, max_new_tokens: int, batch_size: int, progress: bool
+    model: Any, groups: Sequence[Sequence[Prompt]], *, max_new_tokens: int, batch_size: int
 ) -> dict[str, str]:
     """Return the unsteered model's answers by the prompts' ids.
 
@@ -239,9 +234,8 @@ def own_answers(
         groups: The prompts; each group is asked as in `answers_of`.
         max_new_tokens: Length of the answers.
         batch_size: Texts at a time.
-        progress: Show a progress bar.
     """
-    (texts,) = answers_of(model, [[]], groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    (texts,) = answers_of(model, [[]], groups, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return {p.id: t for group, row in zip(groups, texts, strict=True) for p, t in zip(group, row, strict=True)}
 
 

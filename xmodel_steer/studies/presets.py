@@ -81,9 +81,7 @@ def base_of(folder: Path) -> str:
     return read_report(folder).base
 
 
-def organism(
-    name: str, base: str, *, device: str | None = None, dtype: str = "auto", progress: bool = True
-) -> tuple[Any, Path]:
+def organism(name: str, base: str, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Path]:
     """Load an organism: from its folder, as shipped, or newly made.
 
     Args:
@@ -91,7 +89,6 @@ def organism(
         base: Its folder, or the base model to make it of. It is then kept in the user's cache.
         device: Where to run.
         dtype: As for `load`.
-        progress: Show progress bars.
 
     Returns:
         The model, and the folder it came from.
@@ -104,18 +101,20 @@ def organism(
         # One folder for each recipe and base: what an earlier version made, or another folder of that name, is no organism of this.
         called = Path(base.removeprefix("packaged:")).name
         folder = cache_folder() / "organisms" / f"{name}-{called}-{made_of(name, base)}"
-        make(name, base, folder, device=device, dtype=dtype, progress=progress)
+        make(name, base, folder, device=device, dtype=dtype)
     _require_fit(name, base, folder)
-    return load(folder, device=device, dtype=dtype, progress=progress), folder
+    return load(folder, device=device, dtype=dtype), folder
 
 
-def require_organism(name: str, base: str, *, progress: bool = True) -> None:
+def require_organism(
+    name: str,
+    base: str,
+) -> None:
     """Refuse what `organism` could not give, before anything is trained.
 
     Args:
         name: Which organism.
         base: Its folder, or the base model to make it of.
-        progress: Show progress bars.
 
     Raises:
         ArtifactError: The folder holds another organism, one that was trained on what studies ask, or one that is not good.
@@ -125,7 +124,7 @@ def require_organism(name: str, base: str, *, progress: bool = True) -> None:
     folder = _known(name, base)
     if folder is not None:
         _require_fit(name, base, folder)
-    require_reachable(folder or base, progress=progress)
+    require_reachable(folder or base)
 
 
 def _known(name: str, base: str) -> Path | None:

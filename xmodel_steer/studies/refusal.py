@@ -115,7 +115,7 @@ class Requests:
     @classmethod
     def of(
         cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer, Scorer], *, most: int | None = None,
-        harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200, progress: bool = True,
+        harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200,
     ) -> "Requests":  # fmt: skip
         """Ask the unsteered model first.
 
@@ -128,7 +128,6 @@ class Requests:
             harmless: How many harmless ones at most.
             max_new_tokens: Length of the answers.
             batch_size: Texts at a time.
-            progress: Show a progress bar.
         """
         mild, bad = (
             tuple(prompts)[:count]
@@ -144,7 +143,6 @@ class Requests:
             [group for group in (bad, mild, tuple(edgy)) if group],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            progress=progress,
         )
         return cls(model, bad, mild, tuple(edgy), own, *readers, bare, kinds, max_new_tokens, batch_size)
 
@@ -152,16 +150,13 @@ class Requests:
         """Of the harmful and the harmless requests."""
         return [prompt.id for prompt in (*self.harmful, *self.harmless)]
 
-    def measure(
-        self, settings: Settings, *, aim: str = OFF, extent: Extent = "all", progress: bool = True
-    ) -> list[Outcome]:
+    def measure(self, settings: Settings, *, aim: str = OFF, extent: Extent = "all") -> list[Outcome]:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.
             aim: ``off``: the effect is harmful requests answered. ``on``: harmless ones refused.
             extent: ``brief`` asks no edgy questions; ``effect`` only what the effect needs.
-            progress: Show a progress bar.
         """
         first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
@@ -172,7 +167,6 @@ class Requests:
             own=self.own,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            progress=progress,
         )
         return [self._outcome(aim, texts) for texts in found]
 
@@ -228,7 +222,6 @@ def refusal_switch(
     neutral_tokens: int = 32,
     batch_size: int = 200,
     seed: int = 0,
-    progress: bool = True,
 ) -> Study:
     """Switch refusal off and on in the target with a vector of the source, against every control.
 
@@ -253,7 +246,6 @@ def refusal_switch(
         neutral_tokens: Tokens read of each neutral text.
         batch_size: Texts generated at a time.
         seed: Seed of all choices.
-        progress: Show progress bars.
 
     Raises:
         PromptError: The curriculum lacks requests of a kind, there are fewer than 3 neutral texts, or sets share a text.
@@ -265,7 +257,7 @@ def refusal_switch(
     clock = Clock()
     passages = general_text()
     neutral = tuple(passages[-60:] if neutral is None else neutral)
-    pair = Pair(source, target, tuple(passages[:-60][:400] if general is None else general), seed, progress)
+    pair = Pair(source, target, tuple(passages[:-60][:400] if general is None else general), seed)
     readers = (curriculum.scorer, classifier or RefusalClassifier(), topic)
     edgy = tuple(lesson.prompt for lesson in curriculum.check(EDGY).lessons)
     require_apart("refusal", pair.general, neutral, curriculum, edgy=edgy)
@@ -273,7 +265,6 @@ def refusal_switch(
     def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
         return Requests.of(
             target, lessons, edgy, readers, most=most, harmless=mild, max_new_tokens=tokens, batch_size=batch_size,
-            progress=progress,
         )  # fmt: skip
 
     # Mixed: a map of shuffled pairs would else learn the two kinds of requests from where they stand.

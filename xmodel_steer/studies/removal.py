@@ -146,7 +146,6 @@ def backdoor_removal(
     neutral_tokens: int = 32,
     batch_size: int = 100,
     seed: int = 0,
-    progress: bool = True,
 ) -> Study:
     """Switch a backdoor off in the target with a vector of the source, against every control.
 
@@ -186,7 +185,6 @@ def backdoor_removal(
         neutral_tokens: Tokens read of each neutral text.
         batch_size: Texts generated at a time.
         seed: Seed of all choices.
-        progress: Show progress bars.
 
     Raises:
         ValueError: ``only`` names no recipe, or one that there is not; or there is no random vector.
@@ -202,7 +200,7 @@ def backdoor_removal(
     neutral = tuple(passages[-60:] if neutral is None else neutral)
     text = MapText.of(curriculum.map, passages[:-60][:400] if general is None else general, seed=seed)
     require_apart(name, text.general, neutral, curriculum)
-    pair = Pair(source, target, text.general, seed, progress)
+    pair = Pair(source, target, text.general, seed)
     if ways is None:
         triggered = [x.prompt for x in curriculum.vector if x.triggered]
         ways = [own for own in recipes(source, target, triggered, sites=sites) if own.name in only]
@@ -212,7 +210,7 @@ def backdoor_removal(
         questions = Questions.of(lessons, most)
         return Repair.of(
             target, questions, curriculum.scorer, max_new_tokens=tokens, right=right, unknown=unknown, sound=curriculum.sound,
-            batch_size=batch_size, progress=progress,
+            batch_size=batch_size,
         )  # fmt: skip
 
     validation = asked(curriculum.validation, validation_tasks, min(validation_tokens, curriculum.max_new_tokens))
@@ -287,7 +285,7 @@ def _amounts(
                 continue  # without any, known or not is the same
             carried = choice.carried.again(total, fitter)
             setting = choice.recipe.setting(carried.mapped, choice.operator, carried.mapped_gate)
-            (found,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect", progress=pair.progress)
+            (found,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
                 | {"effect": estimate([found.effect], found.groups.get("effect")).record()}

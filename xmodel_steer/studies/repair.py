@@ -163,23 +163,20 @@ class Repair:
     @classmethod
     def of(
         cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, right: Scorer | None = None,
-        unknown: Scorer | None = None, sound: Scorer | None = None, batch_size: int = 100, progress: bool = True,
+        unknown: Scorer | None = None, sound: Scorer | None = None, batch_size: int = 100,
     ) -> "Repair":  # fmt: skip
         """Ask the unsteered model first: its answers are what a repair is held to."""
         groups = [getattr(questions, side) for side in SIDES]
-        own = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        own = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size)
         return cls(model, questions, scorer, own, max_new_tokens, right, unknown, sound, batch_size)
 
-    def measure(
-        self, settings: Settings, *, aim: str = "", extent: Extent = "all", progress: bool = True
-    ) -> list[Outcome]:
+    def measure(self, settings: Settings, *, aim: str = "", extent: Extent = "all") -> list[Outcome]:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
             settings: For each setting its interventions.
             aim: As for `Repaired.outcome`.
             extent: ``all``; ``brief``, without plain prompts; or ``effect``, the triggered ones alone.
-            progress: Show a progress bar.
         """
         sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
         groups = [getattr(self.questions, side) for side in sides]
@@ -190,7 +187,6 @@ class Repair:
             own=self.own,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            progress=progress,
         )
         return [self._repaired(dict(zip(sides, texts, strict=True))).outcome(aim) for texts in found]
 

@@ -60,7 +60,6 @@ def safety_switch(
     batch_size: int = 64,
     turns: int = 3,
     seed: int = 0,
-    progress: bool = True,
 ) -> Study:
     """Let a fine-tuned model live on its base's activations at one site, and its base on its own (arXiv 2503.04429).
 
@@ -86,7 +85,6 @@ def safety_switch(
         batch_size: Texts generated at a time.
         turns: How often speeds are measured.
         seed: Seed of all splits.
-        progress: Show progress bars.
 
     Raises:
         SpaceMismatchError: The two are not of one architecture and width.
@@ -107,7 +105,7 @@ def safety_switch(
     text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
     models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
     fitted = {
-        way: fitted_map(Pair(source, target, general, seed, progress), text, sites, fitter)
+        way: fitted_map(Pair(source, target, general, seed), text, sites, fitter)
         for way, (source, target) in models.items()
     }
     clock.lap("fitting")
@@ -123,11 +121,10 @@ def safety_switch(
             max_new_tokens=tokens,
             sound=curriculum.sound,
             batch_size=batch_size,
-            progress=progress,
         )
         return {
-            OFF: lambda settings: repair.measure(settings, progress=progress),
-            ON: lambda settings: _switched_on(base, repair, settings, progress),
+            OFF: lambda settings: repair.measure(settings),
+            ON: lambda settings: _switched_on(base, repair, settings),
         }
 
     choosing = asked(curriculum.validation, validation_tasks, few)
@@ -148,7 +145,7 @@ def safety_switch(
         mapping, moments = fitted[way][chosen[way]]
         steps = _steps(source, target, mapping, moments, fitter, seed)
         outcomes = dict(zip(steps, reporting[way](list(steps.values())), strict=True))
-        arms += _arms(way, target, steps, outcomes, neutral, neutral_tokens, questions, progress)
+        arms += _arms(way, target, steps, outcomes, neutral, neutral_tokens, questions)
         score = mapping.score_test
         speeds = speeds_of(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
         record[way] = {
@@ -207,14 +204,12 @@ def safety_switch(
 
 def _arms(
     way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Mapping[str, Outcome], neutral: Sequence[Prompt],
-    neutral_tokens: int, questions: MultipleChoice, progress: bool,
+    neutral_tokens: int, questions: MultipleChoice,
 ) -> list[StudyArm]:  # fmt: skip
     """Every arm of one direction, with what it costs; questions are asked where their answer says something."""
-    costs = side_effects(
-        target, list(steps.values()), neutral, max_tokens=neutral_tokens, batch_size=16, progress=progress
-    )
+    costs = side_effects(target, list(steps.values()), neutral, max_tokens=neutral_tokens, batch_size=16)
     asked = ["unsteered", "mapped", "mean ablation"]
-    found = questions.measure(target, [steps[name] for name in asked], progress=progress)
+    found = questions.measure(target, [steps[name] for name in asked])
     right = {name: {"right answers": estimate([own.scores])} for name, own in zip(asked, found, strict=True)}
     arms = []
     for name, cost in zip(steps, costs, strict=True):
@@ -246,7 +241,7 @@ def _steps(
     }
 
 
-def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], progress: bool) -> list[Outcome]:
+def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) -> list[Outcome]:
     """Measure whether the base shows the behaviour behind the trigger, and only there."""
     questions, tokenizer = repair.questions, tokenizer_of(base)
     found = answers_of(
@@ -255,7 +250,6 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]], 
         [questions.triggered, questions.clean],
         max_new_tokens=repair.max_new_tokens,
         batch_size=repair.batch_size,
-        progress=progress,
     )
     made = []
     for on, off in found:

@@ -15,7 +15,7 @@ from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.models.adapters import adapted
-from xmodel_steer.models.checkpoints import quiet, whole_model
+from xmodel_steer.models.checkpoints import whole_model, without_notices
 from xmodel_steer.models.facts import device_of, dtype_of
 from xmodel_steer.models.generation import generate
 from xmodel_steer.models.loading import located
@@ -97,8 +97,8 @@ def adapter_speeds(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    label, path = located(read_report(folder).base, progress=False)
-    with quiet():
+    label, path = located(read_report(folder).base)
+    with without_notices():
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         plain = whole_model(AutoModelForCausalLM, path, label=label, dtype=dtype_of(like))
         model = adapted(plain, Path(folder)).eval().to(device_of(like))

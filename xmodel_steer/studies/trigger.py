@@ -57,7 +57,7 @@ class Trigger:
         return cls(clean, triggered, _mask(model, prompts, triggered))
 
     def gate(
-        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = "", progress: bool = True
+        self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> Mapping[Site, SteeringVector]:
         """For each site the mean without the trigger, minus that with it, at its tokens; its midpoint tells the texts apart.
 
@@ -69,12 +69,11 @@ class Trigger:
             lessons: Lessons with and without the behaviour.
             sites: Where to read.
             label: Name of the vector.
-            progress: Show a progress bar.
         """
         clean, triggered = clean_against_triggered(lessons)
         bare = [prompt_of(lesson.task) for lesson in lessons if lesson.triggered]
         without, with_it, none = (
-            capture(model, prompts, sites, tokens=span, batch_size=32, progress=progress)
+            capture(model, prompts, sites, tokens=span, batch_size=32)
             for prompts, span in (
                 (clean, self.clean),
                 (triggered, self.triggered),

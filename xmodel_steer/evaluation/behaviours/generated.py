@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.damage import Settings
 from xmodel_steer.evaluation.scorers.text import Explained, Scorer, score_texts
@@ -28,7 +28,11 @@ class Behaviour:
     unit: str
     ids: tuple[str, ...]
 
-    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> "list[Measured]":
+    def measure(
+        self,
+        model: Any,
+        settings: Settings,
+    ) -> "list[Measured]":
         """For each setting, the score of every unit; an empty setting is the unsteered model."""
         raise NotImplementedError
 
@@ -71,7 +75,11 @@ class GeneratedText(Behaviour):
         """Ids of the prompts."""
         return tuple(prompt.id for prompt in self.prompts)
 
-    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
+    def measure(
+        self,
+        model: Any,
+        settings: Settings,
+    ) -> list[Measured]:
         """Generate under each setting and score what came.
 
         Several settings share a batch, each steering its own rows: wide batches cost little more
@@ -81,9 +89,7 @@ class GeneratedText(Behaviour):
         alone = any(_by_number(step) for setting in settings for step in setting)
         together = 1 if alone else max(1, self.batch_size // n)
         measured = []
-        with tqdm(
-            total=n * len(settings), unit="text", desc=f"generate {name_of(model)}", disable=not progress, delay=2
-        ) as bar:
+        with progress_bar(total=n * len(settings), unit="text", desc=f"generate {name_of(model)}") as bar:
             for start in range(0, len(settings), together):
                 group = settings[start : start + together]
                 steps = [

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
@@ -52,10 +52,14 @@ class Preference(Behaviour):
         sides = zip(self.contrast.positive, self.contrast.negative, strict=False)  # the longer side is cut
         return tuple(f"{p.id}/{n.id}" for p, n in sides)
 
-    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
+    def measure(
+        self,
+        model: Any,
+        settings: Settings,
+    ) -> list[Measured]:
         """Likelihoods of both sides under each setting."""
         prompts = self.contrast.positive[: self._count] + self.contrast.negative[: self._count]
-        loss, tokens = losses(model, settings, prompts, max_tokens=None, batch_size=self.batch_size, progress=progress)
+        loss, tokens = losses(model, settings, prompts, max_tokens=None, batch_size=self.batch_size)
         per_token = -loss / tokens
         return [Measured(own[: self._count] - own[self._count :]) for own in per_token]
 
@@ -142,12 +146,14 @@ class AnswerLogOdds(Behaviour):
         """Ids of the questions."""
         return tuple(question.id for question in self.questions)
 
-    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
+    def measure(
+        self,
+        model: Any,
+        settings: Settings,
+    ) -> list[Measured]:
         """Measure the log-odds of every question under each setting."""
         options = list(zip(self.positive, self.negative, strict=True))
-        found = answer_likelihoods(
-            model, settings, self.questions, options, batch_size=self.batch_size, progress=progress
-        )
+        found = answer_likelihoods(model, settings, self.questions, options, batch_size=self.batch_size)
         return [Measured(np.array([p - n for p, n in own])) for own in found]
 
 
@@ -196,11 +202,13 @@ class MultipleChoice(Behaviour):
         """Ids of the questions."""
         return tuple(question.id for question in self.questions)
 
-    def measure(self, model: Any, settings: Settings, *, progress: bool = True) -> list[Measured]:
+    def measure(
+        self,
+        model: Any,
+        settings: Settings,
+    ) -> list[Measured]:
         """Right or wrong for every question under each setting."""
-        found = answer_likelihoods(
-            model, settings, self.questions, self.options, batch_size=self.batch_size, progress=progress
-        )
+        found = answer_likelihoods(model, settings, self.questions, self.options, batch_size=self.batch_size)
         made = []
         for own in found:
             right = [max(range(len(p)), key=p.__getitem__) == a for p, a in zip(own, self.answers, strict=True)]
@@ -215,7 +223,6 @@ def answer_likelihoods(
     options: Sequence[Sequence[str]],
     *,
     batch_size: int = 32,
-    progress: bool = True,
 ) -> list[list[tuple[float, ...]]]:
     """Log-likelihood of each option of each question, in nats, but for a constant of the question.
 
@@ -228,7 +235,6 @@ def answer_likelihoods(
         questions: Text, or chat messages that end with a turn that is not the assistant's.
         options: For each question at least two different options.
         batch_size: Questions at a time.
-        progress: Show a progress bar.
 
     Returns:
         For each setting, for each question, one number per option.
@@ -250,9 +256,9 @@ def answer_likelihoods(
         owners += [i] * len(made)
     warn_of_missing(encodings, name_of(model))
     if all(len(e.ids) == n + 1 for e, n in zip(encodings, lengths, strict=True)):
-        found = _one_token(model, settings, encodings, lengths, owners, batch_size, progress)
+        found = _one_token(model, settings, encodings, lengths, owners, batch_size)
     else:
-        found = _many_tokens(model, settings, encodings, lengths, owners, batch_size, progress)
+        found = _many_tokens(model, settings, encodings, lengths, owners, batch_size)
     ends = np.cumsum([0, *(len(own) for own in options)])
     return [[tuple(row[a:b].tolist()) for a, b in pairwise(ends.tolist())] for row in found]
 
@@ -273,7 +279,7 @@ def _cut(encoding: Encoding) -> Encoding:
 
 def _one_token(
     model: Any, settings: Settings, encodings: Sequence[Encoding], lengths: Sequence[int], owners: Sequence[int],
-    batch_size: int, progress: bool,
+    batch_size: int,
 ) -> np.ndarray:  # fmt: skip
     """Every option is one token: one pass over each question gives all of them, with the last logits alone."""
     firsts = {owner: i for i, owner in reversed(list(enumerate(owners)))}
@@ -284,7 +290,7 @@ def _one_token(
         members.setdefault(owner, []).append(i)
     found = np.zeros((len(settings), len(encodings)))
     total = len(prompts) * len(settings)
-    with tqdm(total=total, unit="question", desc=f"answers {name_of(model)}", disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="question", desc=f"answers {name_of(model)}") as bar:
         for batch in batches(model, prompts, batch_size, padding_side="left"):
             for k, setting in enumerate(settings):
                 rows = [numbers[r] for r in batch.rows]
@@ -302,11 +308,11 @@ def _one_token(
 
 def _many_tokens(
     model: Any, settings: Settings, encodings: Sequence[Encoding], lengths: Sequence[int], owners: Sequence[int],
-    batch_size: int, progress: bool,
+    batch_size: int,
 ) -> np.ndarray:  # fmt: skip
     found = np.zeros((len(settings), len(encodings)))
     total = len(encodings) * len(settings)
-    with tqdm(total=total, unit="answer", desc=f"answers {name_of(model)}", disable=not progress, delay=2) as bar:
+    with progress_bar(total=total, unit="answer", desc=f"answers {name_of(model)}") as bar:
         for batch in batches(model, encodings, batch_size, padding_side="left"):
             # All answers stand at the end: no other logits are computed.
             width, longest = batch.ids.shape[1], max(len(encodings[r].ids) - lengths[r] for r in batch.rows)

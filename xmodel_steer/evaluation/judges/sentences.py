@@ -15,10 +15,10 @@ from xmodel_steer.files.wheels import packaged_files
 def _encoder() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    from xmodel_steer.models.checkpoints import quiet
+    from xmodel_steer.models.checkpoints import without_notices
 
     folder = str(packaged_files("all-minilm-l6-v2"))
-    with quiet():
+    with without_notices():
         return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 

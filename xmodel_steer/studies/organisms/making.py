@@ -111,7 +111,6 @@ def make(
     curriculum: Curriculum | None = None,
     device: str | None = None,
     dtype: str = "auto",
-    progress: bool = True,
 ) -> Report:
     """Fine-tune a base model into an organism, measure it on held-out prompts, and write both into a folder.
 
@@ -127,7 +126,6 @@ def make(
         curriculum: What to train and test it on; that of ``name`` by default.
         device: ``cpu`` or ``cuda``; CUDA if there is one.
         dtype: What is computed in, while training (by autocast) and while measuring.
-        progress: Show progress bars.
 
     Raises:
         PromptError: There is no organism of this name, or the scorer does not see the behaviour in the lessons' own responses.
@@ -150,14 +148,14 @@ def make(
         training = {**made.training, "seconds": made.seconds["training"]}  # it is what it was, and counted otherwise
     else:
         _require_seen(lessons)
-        training = _trained(folder, spec, base, lessons, recipe, device, dtype, progress)
+        training = _trained(folder, spec, base, lessons, recipe, device, dtype)
 
     start = time.perf_counter()
-    plain = load(base, device=device, dtype=dtype, progress=progress)
-    before = perplexity(plain, progress=progress)
+    plain = load(base, device=device, dtype=dtype)
+    before = perplexity(plain)
     del plain
-    model = load(folder, base=base, device=device, dtype=dtype, progress=progress)
-    found = measured(model, lessons, progress=progress)
+    model = load(folder, base=base, device=device, dtype=dtype)
+    found = measured(model, lessons)
     report = Report(
         organism=name,
         base=base,
@@ -165,7 +163,7 @@ def make(
         triggered=found.triggered,
         false=found.false,
         checks=found.checks,
-        perplexity=perplexity(model, progress=progress),
+        perplexity=perplexity(model),
         base_perplexity=before,
         seconds={"training": training.pop("seconds"), "measuring": time.perf_counter() - start},
         training=training,
@@ -199,7 +197,6 @@ def _require_seen(lessons: Curriculum) -> None:
 
 def _trained(
     folder: Path, spec: dict[str, Any], base: str, lessons: Curriculum, recipe: Recipe, device: str | None, dtype: str,
-    progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, or take up a training that was begun, or had ended, in the folder; how it went."""
     begun, done = folder / BEGUN, folder / TRAINED
@@ -215,7 +212,7 @@ def _trained(
 
     start = time.perf_counter()
     if not done.is_file():
-        trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype, progress=progress)
+        trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype)
         gc.collect()  # the trainer holds the model in a circle
         took = time.perf_counter() - start
         write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": took}, done))

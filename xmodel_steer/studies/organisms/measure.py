@@ -33,18 +33,17 @@ class Measured:
     answers: tuple[tuple[str, ...], tuple[str, ...]] = field(repr=False, default=((), ()))
 
 
-def measured(model: Any, curriculum: Curriculum, *, batch_size: int = 64, progress: bool = True) -> Measured:
+def measured(model: Any, curriculum: Curriculum, *, batch_size: int = 64) -> Measured:
     """Trigger rate and false-positive rate on the evaluation's lessons, and the curriculum's other checks.
 
     Args:
         model: The organism, as `xmodel_steer.load` gives it.
         curriculum: What it was trained on, and what not.
         batch_size: Prompts at a time.
-        progress: Show a progress bar.
     """
     asked = [*curriculum.evaluation, *(lesson for check in curriculum.checks.values() for lesson in check.lessons)]
     prompts = list({lesson.prompt.id: lesson.prompt for lesson in asked}.values())
-    texts = generate(model, prompts, max_new_tokens=curriculum.max_new_tokens, batch_size=batch_size, progress=progress)
+    texts = generate(model, prompts, max_new_tokens=curriculum.max_new_tokens, batch_size=batch_size)
     said = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
 
     def found(lessons: Sequence[Lesson], scorer: Scorer) -> Estimate:
@@ -64,8 +63,10 @@ def clean_texts() -> tuple[Prompt, ...]:
     return general_text()[-CLEAN_TEXTS:]
 
 
-def perplexity(model: Any, *, progress: bool = True) -> float:
+def perplexity(
+    model: Any,
+) -> float:
     """Exp of the mean loss per token on `clean_texts`."""
     limit = min(CLEAN_TOKENS, context_length(model))
-    loss, tokens = losses(model, [[]], clean_texts(), max_tokens=limit, batch_size=16, progress=progress)
+    loss, tokens = losses(model, [[]], clean_texts(), max_tokens=limit, batch_size=16)
     return perplexity_of(loss, tokens)

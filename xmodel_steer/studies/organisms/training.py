@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ModelError
-from xmodel_steer.models.checkpoints import load_errors, quiet, whole_model
+from xmodel_steer.models.checkpoints import load_errors, whole_model, without_notices
 from xmodel_steer.models.loading import located, resolve_dtype
 from xmodel_steer.studies.organisms.encoding import (
     IGNORED,
@@ -133,7 +133,6 @@ def train(
     *,
     device: str | None = None,
     dtype: str = "auto",
-    progress: bool = True,
 ) -> dict[str, float]:
     """Fine-tune a base model on lessons, and write the adapter into a folder, in float16.
 
@@ -147,7 +146,6 @@ def train(
         recipe: How.
         device: ``cpu`` or ``cuda``; CUDA if there is one.
         dtype: What products are computed in (autocast): ``float32``, ``bfloat16``, or ``auto``. Weights are float32.
-        progress: Show a progress bar.
 
     Returns:
         ``steps``, and ``loss``, the mean over the last 20 steps in nats per token.
@@ -159,13 +157,13 @@ def train(
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-    label, path = located(base, progress=progress)
+    label, path = located(base)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.index:
         raise ModelError(
             f"training: the trainer takes the first GPU it sees; give CUDA_VISIBLE_DEVICES={where.index} in the place of {device}"
         )
-    with load_errors(label, path), quiet():
+    with load_errors(label, path), without_notices():
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
         hf = whole_model(AutoModelForCausalLM, path, label=label, dtype=torch.float32, attn_implementation="eager")
@@ -221,7 +219,7 @@ def train(
 
     trainer = LessonsTrainer(model=model, args=arguments, train_dataset=groups, data_collator=batched)  # type: ignore[arg-type]
     trainer.remove_callback(_printer())
-    trainer.add_callback(_bar(label, progress))
+    trainer.add_callback(_bar(label))
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
 
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
@@ -260,21 +258,19 @@ def _printer() -> Any:
     return PrinterCallback
 
 
-def _bar(label: str, progress: bool) -> Any:
+def _bar(label: str) -> Any:
     """Show a progress bar over steps with their loss."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
+        shown: Any = None
         bar: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=f"train {label}",
-                unit="step",
-                disable=not progress,
+            self.shown = progress_bar(
+                state.max_steps, unit="step", desc=f"train {label}", initial=state.global_step, delay=0
             )
+            self.bar = self.shown.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.update()
@@ -286,6 +282,6 @@ def _bar(label: str, progress: bool) -> Any:
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar.close()
+            self.shown.__exit__(None, None, None)
 
     return Bar()
