@@ -12,8 +12,8 @@ from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import bootstrap_mean
-from xmodel_steer.recipe.arms import joined_arm
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, joined_arm
+from xmodel_steer.recipe.results import Result
 
 SMALL = Space("small", Site(1), 4, "aaaa", "fold_ln")
 LARGE = Space("large", Site(2, "resid_mid"), 3, "bbbb")
@@ -44,12 +44,13 @@ def mapping() -> AffineMap:
     return Ridge().fit(moments().pair(SMALL.site, LARGE.site))
 
 
-def result() -> TransferResult:
+def result() -> Result:
     rng = np.random.default_rng(0)
     rows: list[tuple[str, float, float | None]] = [("unsteered", 0.0, None)]
     steered = ("native", "mapped", "random", "shuffled")
     rows += [(a, s, budget) for budget in (None, 0.1) for a in steered for s in (-1.0, 1.0)]
     base = rng.random(6)
+    ids = tuple(f"prompt{i}" for i in range(6))
     arms = []
     for i, (name, strength, budget) in enumerate(rows):
         scores = base + strength * (1.0 if name in ("native", "mapped") else 0.01)
@@ -57,15 +58,17 @@ def result() -> TransferResult:
         arms.append(
             joined_arm(
                 name, [strength] * len(seeds), seeds, base, kl=[0.1 * abs(strength)], perplexity=[10.0 + i],
-                agreement=[0.9], budget=budget, side={"knowledge": bootstrap_mean(base)} if budget else {},
-                texts=tuple(f"text {j} ∆\u2028" for j in range(6)), raw=("4/5",) * 6 if budget else (),
+                agreement=[0.9], budget=budget, measures={"knowledge": bootstrap_mean(base)} if budget else {},
+                texts=tuple(f"text {j} ∆\u2028" for j in range(6)), raw=("4/5",) * 6 if budget else (), ids=ids,
+                at=EQUAL_KL if budget else EQUAL_STRENGTH, recipe="joy" if strength else "",
             )
         )  # fmt: skip
-    ids = [f"prompt{i}" for i in range(6)]
-    return TransferResult(
+    similarity = {"mapped": {"cosine": 0.9, "norm_ratio": 1.0}, "shuffled": {"cosine": 0.0}}
+    choice = {"source_layer": 1, "target_layer": 2, "strength": 1.0, "operator": "Add(strength=1.0)", "map": MAP_RECORD}
+    return Result(
         "joy", "score", SMALL.to_dict() | {"hook": "h", "dtype": "float32"}, LARGE.to_dict() | {"hook": "h", "dtype": "float32"},
-        MAP_RECORD, tuple(arms), 1.0, {}, {"mapped": {"cosine": 0.9, "norm_ratio": 1.0}, "shuffled": {"cosine": 0.0}},
-        {"native": vector(LARGE), "source": vector()}, mapping(), {"a": 1}, {"evaluation": ids}, {"torch": "x"}, {"split": 0},
+        tuple(arms), {"joy": choice | similarity["mapped"] | {"similarity": similarity}}, (), {"a": 1}, {"evaluation": list(ids)},
+        {"split": 0}, {"torch": "x"}, vectors={"native": vector(LARGE), "source": vector()}, maps={"joy": mapping()},
     )  # fmt: skip
 
 

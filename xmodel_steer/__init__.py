@@ -15,7 +15,6 @@ from xmodel_steer.core import errors as errors
 from xmodel_steer.core.bars import quiet as quiet
 from xmodel_steer.core.contrast import ContrastSet as ContrastSet
 from xmodel_steer.core.directions import difference_of_means as difference_of_means
-from xmodel_steer.core.directions import logistic_probe as logistic_probe
 from xmodel_steer.core.prompts import Prompt as Prompt
 from xmodel_steer.core.spaces import Site as Site
 from xmodel_steer.core.spaces import Space as Space
@@ -25,7 +24,6 @@ from xmodel_steer.evaluation import behaviours as behaviours
 from xmodel_steer.evaluation import judges as judges
 from xmodel_steer.evaluation import scorers as scorers
 from xmodel_steer.evaluation.damage import side_effects as side_effects
-from xmodel_steer.evaluation.patching import patching_grid as patching_grid
 from xmodel_steer.evaluation.replacing import replacement_check as replacement_check
 from xmodel_steer.files.readers import read_contrast as read_contrast
 from xmodel_steer.files.readers import read_prompts as read_prompts
@@ -46,6 +44,8 @@ from xmodel_steer.models.registry import register as register
 from xmodel_steer.models.sites import space_of as space_of
 from xmodel_steer.notebook.explorer import explore as explore
 from xmodel_steer.recipe.carrying import transfer as transfer
-from xmodel_steer.recipe.results import TransferResult as TransferResult
+from xmodel_steer.recipe.results import Result as Result
 from xmodel_steer.recipe.saving import read as read
 from xmodel_steer.recipe.saving import save as save
+from xmodel_steer.recipe.settings import Budget as Budget
+from xmodel_steer.recipe.settings import Method as Method

@@ -18,45 +18,51 @@ from xmodel_steer.evaluation.calibration import LEAST
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.figures.report import summary
 from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, bootstrap_mean, undefined
-from xmodel_steer.recipe.arms import Arm, joined_arm
-from xmodel_steer.recipe.carrying import _map_record, default_sites
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, Arm, joined_arm
+from xmodel_steer.recipe.carrying import map_record
+from xmodel_steer.recipe.preparing import default_sites
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.settings import GeneralText
 
 
 def vowels(text: str) -> float:
     return sum(c in "aeiou" for c in text) / max(len(text), 1)
 
 
-SETTINGS: dict[str, Any] = dict(
-    label="toy", strengths=(-1.0, 1.0, 2.0), max_new_tokens=4, neutral_tokens=8, random_seeds=3, source_sites=[xs.Site(1), xs.Site(2)], target_sites=[xs.Site(1), xs.Site(2)],
-)  # fmt: skip
+BUDGET = xs.Budget(strengths=(-1.0, 1.0, 2.0), neutral_tokens=8, random_seeds=3)
+SETTINGS: dict[str, Any] = dict(label="toy", source_sites=[1, 2], target_sites=[1, 2], budget=BUDGET)
 
 
-def run(source: Any, target: Any, **changes: Any) -> TransferResult:
-    given = SETTINGS | {"prompts": sentences(9, 3, 4), "scorer": vowels} | changes
-    return xs.transfer(source, target, contrast(), sentences(60, 4), **given)
+def asked(prompts: Any = (), scorer: Any = vowels) -> xs.behaviours.GeneratedText:
+    return xs.behaviours.GeneratedText(prompts or sentences(9, 3, 4), scorer, max_new_tokens=4)
+
+
+def run(source: Any, target: Any, texts: Any = (), **changes: Any) -> Result:
+    return xs.transfer(
+        source, target, contrast(), texts or sentences(60, 4), **SETTINGS | {"behaviour": asked()} | changes
+    )
 
 
 @pytest.fixture(scope="module")
-def result(toy_named: Callable[[str], toys.Toy]) -> TransferResult:
+def result(toy_named: Callable[[str], toys.Toy]) -> Result:
     return run(toy_named("llama").model, toy_named("gemma").model)
 
 
-def test_every_arm_at_every_strength(result: TransferResult) -> None:
+def test_every_arm_at_every_strength(result: Result) -> None:
     steered = ("native", "mapped", "random", "shuffled")
     expected = {("unsteered", 0.0)} | {(a, s) for a in steered for s in (-1.0, 1.0, 2.0)}
-    assert {(a.arm, a.strength) for a in result.arms if a.budget is None} == expected
+    assert {(a.arm, a.strength) for a in result.arms if a.at == EQUAL_STRENGTH} == expected
     assert len(result.arms) == len(expected) + len(steered) * len(result.signs)
     for arm in result.arms:
         assert arm.effect.n == len(arm.scores) == len(arm.texts) == 6  # nine prompts, a third validates
         assert arm.effect.low <= arm.effect.value <= arm.effect.high
         assert arm.effect.value == pytest.approx(np.mean(arm.scores))
-        assert len(arm.seeds) == (3 if arm.arm == "random" else 0)
-        if not arm.seeds:
+        assert arm.seeds == (3 if arm.arm == "random" else 1)
+        if arm.seeds == 1:
             assert arm.scores == pytest.approx([vowels(t) for t in arm.texts])
 
 
-def test_the_unsteered_arm_is_the_model_itself(result: TransferResult, toy_named: Callable[[str], toys.Toy]) -> None:
+def test_the_unsteered_arm_is_the_model_itself(result: Result, toy_named: Callable[[str], toys.Toy]) -> None:
     base = result.arm("unsteered", 0)
     assert base.kl == 0
     assert base.change.value == base.change.low == base.change.high == 0
@@ -66,14 +72,14 @@ def test_the_unsteered_arm_is_the_model_itself(result: TransferResult, toy_named
     assert [texts[order.index(i)] for i in result.splits["evaluation"]] == list(base.texts)
 
 
-def test_arms_have_the_same_standardised_norm(result: TransferResult) -> None:
+def test_arms_have_the_same_standardised_norm(result: Result) -> None:
     norm = result.vectors["native"].norm(standardised=True)
     for name in ("mapped", "shuffled"):
         assert result.vectors[name].norm(standardised=True) == pytest.approx(norm, rel=1e-4)
         assert result.vectors[name].space == result.vectors["native"].space
 
 
-def test_kl_grows_with_strength_and_is_there_for_every_steered_arm(result: TransferResult) -> None:
+def test_kl_grows_with_strength_and_is_there_for_every_steered_arm(result: Result) -> None:
     for name in ("native", "mapped", "random", "shuffled"):
         assert 0 < result.arm(name, 1.0).kl < result.arm(name, 2.0).kl
 
@@ -81,12 +87,19 @@ def test_kl_grows_with_strength_and_is_there_for_every_steered_arm(result: Trans
 def test_a_model_mapped_to_itself_transfers_exactly(toy_named: Callable[[str], toys.Toy]) -> None:
     model = toy_named("llama").model
     one = [xs.Site(1)]
-    made = run(model, model, source_sites=one, target_sites=one, fitter=xs.Ridge((1e-9,)), map_tokens=32)
-    assert made.map["coverage"] == 1
-    assert made.map["r2"] > 0.999
-    assert made.similarity["mapped"]["cosine"] > 0.999
-    assert made.similarity["mapped"]["norm_ratio"] == pytest.approx(1, abs=0.01)
-    assert abs(made.similarity["shuffled"]["cosine"]) < 0.9
+    made = run(
+        model,
+        model,
+        source_sites=one,
+        target_sites=one,
+        method=xs.Method(fitter=xs.Ridge((1e-9,))),
+        budget=replace(BUDGET, map_tokens=32),
+    )
+    assert made.choice()["map"]["coverage"] == 1
+    assert made.choice()["map"]["r2"] > 0.999
+    assert made.choice()["similarity"]["mapped"]["cosine"] > 0.999
+    assert made.choice()["similarity"]["mapped"]["norm_ratio"] == pytest.approx(1, abs=0.01)
+    assert abs(made.choice()["similarity"]["shuffled"]["cosine"]) < 0.9
     for sign in made.signs:
         assert made.at_equal_kl("mapped", sign).strength == pytest.approx(
             made.at_equal_kl("native", sign).strength, rel=0.1
@@ -97,7 +110,7 @@ def test_a_model_mapped_to_itself_transfers_exactly(toy_named: Callable[[str], t
 
 
 @pytest.fixture(scope="module")
-def again(toy_named: Callable[[str], toys.Toy]) -> tuple[TransferResult, int]:
+def again(toy_named: Callable[[str], toys.Toy]) -> tuple[Result, int]:
     """The same call again, and how often it asked the scorer."""
     calls: list[str] = []
 
@@ -105,16 +118,16 @@ def again(toy_named: Callable[[str], toys.Toy]) -> tuple[TransferResult, int]:
         calls.append(text)
         return vowels(text)
 
-    return run(toy_named("llama").model, toy_named("gemma").model, scorer=count), len(calls)
+    return run(toy_named("llama").model, toy_named("gemma").model, behaviour=asked(scorer=count)), len(calls)
 
 
-def test_the_same_call_gives_the_same_result(result: TransferResult, again: tuple[TransferResult, int]) -> None:
+def test_the_same_call_gives_the_same_result(result: Result, again: tuple[Result, int]) -> None:
     assert [a.scores for a in again[0].arms] == [a.scores for a in result.arms]
     assert torch.equal(again[0].vectors["mapped"].direction, result.vectors["mapped"].direction)
 
 
 def test_evaluation_prompts_choose_nothing(
-    result: TransferResult, again: tuple[TransferResult, int], toy_named: Callable[[str], toys.Toy]
+    result: Result, again: tuple[Result, int], toy_named: Callable[[str], toys.Toy]
 ) -> None:
     """The scorer may turn round for evaluation prompts: the choices stay."""
     calls = 0
@@ -126,7 +139,7 @@ def test_evaluation_prompts_choose_nothing(
         calls += 1
         return vowels(text) if calls <= choosing else 1.0 - vowels(text)
 
-    poisoned = run(toy_named("llama").model, toy_named("gemma").model, scorer=poisoning)
+    poisoned = run(toy_named("llama").model, toy_named("gemma").model, behaviour=asked(scorer=poisoning))
     assert calls == again[1]
     assert poisoned.source["layer"] == result.source["layer"]
     assert poisoned.target["layer"] == result.target["layer"]
@@ -134,7 +147,7 @@ def test_evaluation_prompts_choose_nothing(
     assert [1 - a.effect.value for a in poisoned.arms] == pytest.approx([a.effect.value for a in result.arms])
 
 
-def test_the_sets_do_not_overlap(result: TransferResult) -> None:
+def test_the_sets_do_not_overlap(result: Result) -> None:
     names = ("contrast", "map_text", "validation", "evaluation", "neutral_validation", "neutral_evaluation")
     ids = [i for name in names for i in result.splits[name]]
     assert len(ids) == len(set(ids))
@@ -155,28 +168,26 @@ def test_without_prompts_the_preference_for_held_out_pairs_is_measured(toy_named
         assert score == pytest.approx(means[0] - means[1], abs=1e-4)
 
 
-def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_gives_one_clear_error(
+    toy_named: Callable[[str], toys.Toy], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small, large = toy_named("llama").model, toy_named("gemma").model
     with pytest.raises(xs.errors.PromptError, match="same text is in the contrast and the (validation|evaluation) set"):
-        run(small, large, prompts=[p.text for p in contrast().positive])
-    with pytest.raises(xs.errors.PromptError, match="go together"):
-        xs.transfer(small, large, contrast(), sentences(60, 4), prompts=["x"], **SETTINGS)
+        run(small, large, behaviour=asked([p.text for p in contrast().positive]))
     with pytest.raises(xs.errors.PromptError, match="at least 3 prompts"):
-        run(small, large, prompts=["sky", "port"])
-    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is shown beside random"):
-        run(small, large, random_seeds=0)
-    with pytest.raises(ValueError, match="not 0"):
-        run(small, large, strengths=(0.0, 1.0))
+        run(small, large, behaviour=asked(["sky", "port"]))
+    with pytest.raises(xs.errors.PromptError, match="at least 3 neutral texts, got 2"):
+        GeneralText.of(sentences(9, 4), sentences(2, 9))
+    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is shown"):
+        xs.Budget(random_seeds=0)
+    for strengths in ((0.0, 1.0), (-1.0,)):
+        with pytest.raises(ValueError, match="a positive one and not 0"):
+            xs.Budget(strengths)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(xs.errors.ArtifactError, match="exists and is not a run folder"):
+        run(small, large, folder=tmp_path)
     with pytest.raises(ValueError, match="finite number"):
-        xs.transfer(
-            small,
-            large,
-            contrast(),
-            sentences(60, 4),
-            prompts=sentences(9, 3, 4),
-            scorer=lambda _: float("nan"),
-            **SETTINGS,
-        )
+        run(small, large, behaviour=asked(scorer=lambda _: float("nan")))
     with pytest.raises(xs.errors.SiteError, match="layers 0 to 3"):
         run(small, large, source_sites=[xs.Site(9)])
     moments = xs.collect_moments(
@@ -190,28 +201,26 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
     sites = dict(source_sites=[xs.Site(1)], target_sites=[xs.Site(1)])
     bare = xs.collect_moments(small, large, sentences(20, 5), **sites, max_tokens=32, shuffled=False)
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["xmodel_steer.recipe.carrying"], "capture", None)  # refused before any model runs
+        patched.setattr(sys.modules["xmodel_steer.recipe.preparing"], "capture", None)  # refused before any model runs
         with pytest.raises(
             xs.errors.PromptError, match=r"without the shuffled control; collect them with shuffled=True"
         ):
-            run(small, large, **sites, moments=bare, neutral_texts=sentences(6, 9))
+            run(small, large, GeneralText.of((), sentences(6, 9), bare), **sites)
         with pytest.raises(ValueError, match=r"the pair resid_post\[2\] to resid_post\[1\] was not collected"):
             run(
                 small,
                 large,
+                GeneralText.of((), sentences(6, 9), moments),
                 source_sites=[xs.Site(1), xs.Site(2)],
                 target_sites=[xs.Site(1)],
-                moments=moments,
-                neutral_texts=sentences(6, 9),
             )
     with pytest.raises(xs.errors.SpaceMismatchError):  # swapped source and target
         run(
             large,
             small,
+            GeneralText.of((), sentences(6, 9), moments),
             source_sites=[xs.Site(1)],
             target_sites=[xs.Site(1)],
-            moments=moments,
-            neutral_texts=sentences(6, 9),
         )
 
 
@@ -222,13 +231,13 @@ def test_default_sites_lie_inside_any_model(toy_named: Callable[[str], toys.Toy]
         assert all(0 <= site.layer < 3 for site in sites)
 
 
-def test_arms_at_equal_kl_do_the_same_damage_to_text_that_chose_the_strength(result: TransferResult) -> None:
+def test_arms_at_equal_kl_do_the_same_damage_to_text_that_chose_the_strength(result: Result) -> None:
     for sign in result.signs:
         native = result.at_equal_kl("native", sign)
         assert native.strength == (1 if sign == "+" else -1) * result.headline
         assert native.scores == result.arm("native", native.strength).scores
         assert {result.at_equal_kl(name, sign).budget for name in ("mapped", "random", "shuffled")} == {native.budget}
-    for dose in result.selection["equal_kl"]:
+    for dose in result.choice()["equal_kl"]:
         assert dose["reached"]
         assert dose["kl"] == pytest.approx(dose["budget"], rel=0.11)
 
@@ -238,16 +247,16 @@ def test_side_behaviours_stand_beside_every_arm_at_equal_kl(toy_named: Callable[
     beside = xs.behaviours.GeneratedText(tuple(map(xs.Prompt.of, sentences(3, 8, 4))), vowels, max_new_tokens=4)
     made = run(toy_named("llama").model, toy_named("gemma").model, side={"off target": beside})
     for arm in made.arms:
-        measured = arm.budget is not None or arm.arm == "unsteered"
-        assert set(arm.side) == ({"off target"} if measured else set())
+        measured = arm.at == EQUAL_KL or arm.arm == "unsteered"
+        assert set(arm.measures) == ({"off target"} if measured else set())
     texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4)
-    assert made.arm("unsteered", 0).side["off target"].value == pytest.approx(np.mean([vowels(t) for t in texts]))
+    assert made.arm("unsteered", 0).measures["off target"].value == pytest.approx(np.mean([vowels(t) for t in texts]))
     sign = made.signs[0]
     with xs.steering(
         toy_named("gemma").model, made.vectors["mapped"], operator=xs.Add(made.at_equal_kl("mapped", sign).strength)
     ):
         texts = xs.generate(toy_named("gemma").model, beside.prompts, max_new_tokens=4)
-    assert made.at_equal_kl("mapped", sign).side["off target"].value == pytest.approx(
+    assert made.at_equal_kl("mapped", sign).measures["off target"].value == pytest.approx(
         np.mean([vowels(t) for t in texts])
     )
 
@@ -278,24 +287,36 @@ def test_arms_are_at_equal_kl_also_where_neutral_text_has_no_such_positions(
     toy_named: Callable[[str], toys.Toy], positions: Any
 ) -> None:
     """At none of its predicted tokens every strength does the same: the KL is that of rounding."""
-    made = run(toy_named("llama").model, toy_named("gemma").model, positions=positions, side={}, strengths=(-2.0, 2.0))
-    for dose in made.selection["equal_kl"]:
+    made = run(
+        toy_named("llama").model,
+        toy_named("gemma").model,
+        method=xs.Method(positions=positions),
+        side={},
+        budget=replace(BUDGET, strengths=(-2.0, 2.0)),
+    )
+    for dose in made.choice()["equal_kl"]:
         assert dose["budget"] > 1e-3 and dose["reached"]
-    assert len({round(abs(dose["strength"]), 3) for dose in made.selection["equal_kl"]}) > 2
+    assert len({round(abs(dose["strength"]), 3) for dose in made.choice()["equal_kl"]}) > 2
     assert made.at_equal_kl("native", "+").kl > 1e-3
 
 
 def test_chat_prompts_are_kept_for_people_to_read(toy_named: Callable[[str], toys.Toy]) -> None:
     chats = [[{"role": "user", "content": text}] for text in sentences(9, 3, 4)]
-    made = run(toy_named("gemma").model, toy_named("llama").model, prompts=chats, side={}, fixed=False)
-    shown = made.splits["evaluation_texts"]
+    made = run(
+        toy_named("gemma").model,
+        toy_named("llama").model,
+        behaviour=asked(chats),
+        side={},
+        budget=replace(BUDGET, fixed=False),
+    )
+    shown = made.prompts
     assert len(shown) == 6 and all(text.startswith("user: ") for text in shown)
 
 
-def test_a_mask_of_rows_is_refused(toy_named: Callable[[str], toys.Toy]) -> None:
+def test_a_mask_of_rows_is_refused() -> None:
     for mask in (torch.ones(9, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"a mask must be \(tokens,\) here and steer one of them"):
-            run(toy_named("llama").model, toy_named("gemma").model, positions=mask)
+            xs.Method(positions=mask)
 
 
 class Plain:
@@ -308,14 +329,14 @@ class Plain:
 
 def test_any_fitter_of_moments_will_do(toy_named: Callable[[str], toys.Toy]) -> None:
     small, large = toy_named("llama").model, toy_named("gemma").model
-    made = run(small, large, fitter=Plain(), side={}, fixed=False)
-    assert made.map["train_tokens"] > 0 and any("mapped vector" in line for line in summary(made))
+    made = run(small, large, method=xs.Method(fitter=Plain()), side={}, budget=replace(BUDGET, fixed=False))
+    assert made.choice()["map"]["train_tokens"] > 0 and any("mapped vector" in line for line in summary(made))
     for fitter in (xs.Autoencoder(), xs.maps.SGDAffine(), xs.maps.RelativeAnchors()):
         for given in (fitter, xs.maps.ShuffledPairs(fitter)):
             with pytest.raises(
                 xs.errors.PromptError, match=f"{type(fitter).__name__} is fitted on rows, transfer collects moments"
             ):
-                run(small, large, fitter=given)
+                xs.Method(fitter=given)
 
 
 def nowhere(positive: Any, negative: Any, *, label: str) -> xs.SteeringVector:
@@ -334,11 +355,14 @@ def test_a_native_vector_that_is_nothing_is_a_finished_run_with_an_undefined_ver
         return torch.zeros_like(kl), loss, agree
 
     monkeypatch.setattr(Reference, "compare", same)  # to the last bit, so that there is no KL to calibrate to
-    made = run(toy_named("llama").model, toy_named("gemma").model, direction=nowhere, side={})
+    made = run(toy_named("llama").model, toy_named("gemma").model, method=xs.Method(direction=nowhere), side={})
     assert made.verdict().text.startswith("toy: undefined, the native vector does nothing at KL 0.00")
-    assert made.verdict().transfers is None and np.isnan(made.similarity["mapped"]["norm_ratio"])
-    assert {record["budget"] for record in made.selection["equal_kl"]} == {LEAST}
-    with pytest.warns(UndefinedWarning, match="similarity.mapped.norm_ratio, similarity.shuffled.norm_ratio$"):
+    assert made.verdict().transfers is None and np.isnan(made.choice()["similarity"]["mapped"]["norm_ratio"])
+    assert {record["budget"] for record in made.choice()["equal_kl"]} == {LEAST}
+    with pytest.warns(
+        UndefinedWarning,
+        match="chosen.toy.norm_ratio, chosen.toy.similarity.mapped.norm_ratio, chosen.toy.similarity.shuffled.norm",
+    ):
         xs.save(made, tmp_path / "run")
     assert xs.read(tmp_path / "run").verdict() == made.verdict()
     assert any("norm – of native" in line for line in summary(made))
@@ -351,10 +375,10 @@ def test_a_map_of_what_does_not_vary_has_facts_that_are_undefined(toy_named: Cal
     mapping = xs.Ridge().fit(moments.pair(site, other))
     score = mapping.score_test
     assert score is not None
-    own, r2 = _map_record(mapping, moments), score.r2.numpy()
+    own, r2 = map_record(mapping, moments), score.r2.numpy()
     assert [own["r2_low"], own["r2_median"], own["r2_high"]] == pytest.approx(np.quantile(r2, [0.05, 0.5, 0.95]))
     gone = replace(mapping, score_test=replace(score, r2=torch.full_like(score.r2, torch.nan)))
-    assert all(np.isnan(_map_record(gone, moments)[key]) for key in ("r2", "r2_median", "r2_low", "r2_high"))
+    assert all(np.isnan(map_record(gone, moments)[key]) for key in ("r2", "r2_median", "r2_low", "r2_high"))
 
 
 class Broken(xs.behaviours.Preference):
@@ -379,12 +403,12 @@ def test_a_behaviour_without_a_number_never_loses_the_run_nor_chooses(
 ) -> None:
     monkeypatch.setattr(Broken, "everywhere", everywhere)
     made = xs.transfer(
-        toy_named("llama").model, toy_named("gemma").model, contrast(), sentences(60, 4), held_out=Broken, side={},
+        toy_named("llama").model, toy_named("gemma").model, contrast(), sentences(60, 4), behaviour=Broken, side={},
         **SETTINGS,
     )  # fmt: skip
     assert made.verdict().transfers is None and ": undefined" in made.verdict().text
-    for records in (made.selection[name] for name in ("source", "target", "strength")):
-        gains = [record["gain"] for record in records]
+    for varied in ("source layer", "target layer", "strength"):
+        gains = [record["score"] for record in made.validation if record["varied"] == varied]
         assert np.isnan(gains).all() == everywhere and np.isnan(gains).any()
     if not everywhere:  # the first candidate of each choice is the one without a number
         assert (made.source["layer"], made.target["layer"], made.headline) == (2, 2, 1.0)
@@ -396,7 +420,7 @@ def test_a_behaviour_without_a_number_never_loses_the_run_nor_chooses(
 # --- the verdict, on made-up numbers ----------------------------------------------------------
 
 
-def made_up(result: TransferResult, effects: dict[str, float], *, noise: float = 0.01, n: int = 40) -> TransferResult:
+def made_up(result: Result, effects: dict[str, float], *, noise: float = 0.01, n: int = 40) -> Result:
     """A result in which an arm scores 0.5 + effect in one direction and 0.5 - effect in the other, at equal KL."""
     rng = np.random.default_rng(0)
     base = 0.5 + noise * rng.standard_normal(n)
@@ -412,16 +436,25 @@ def made_up(result: TransferResult, effects: dict[str, float], *, noise: float =
             ]
             arms.append(
                 joined_arm(
-                    name, [strength] * count, own, base, kl=[0.3], perplexity=[10.0], agreement=[0.9], budget=budget
+                    name,
+                    [strength] * count,
+                    own,
+                    base,
+                    kl=[0.3],
+                    perplexity=[10.0],
+                    agreement=[0.9],
+                    budget=budget,
+                    at=EQUAL_KL if budget else EQUAL_STRENGTH,
+                    recipe="toy" if strength else "",
                 )
             )
-    return replace(result, arms=tuple(arms), headline=1.0)
+    return replace(result, arms=tuple(arms))
 
 
 CLEAR = {"native": 0.2, "mapped": 0.15, "random": 0.01, "shuffled": 0.02}
 
 
-def test_the_verdict_says_what_survived(result: TransferResult) -> None:
+def test_the_verdict_says_what_survived(result: Result) -> None:
     verdict = made_up(result, CLEAR).verdict()
     assert verdict.efficiency.value == pytest.approx(0.75, abs=0.02)
     assert verdict.efficiency.low < verdict.efficiency.value < verdict.efficiency.high
@@ -437,7 +470,7 @@ def test_the_verdict_says_what_survived(result: TransferResult) -> None:
 
 
 @pytest.mark.parametrize("control", ["random", "shuffled"])
-def test_verdict_says_no_when_a_control_does_the_same(result: TransferResult, control: str) -> None:
+def test_verdict_says_no_when_a_control_does_the_same(result: Result, control: str) -> None:
     verdict = made_up(result, CLEAR | {control: 0.15}).verdict()
     assert verdict.transfers is False
     assert "no evidence of transfer" in verdict.text
@@ -445,13 +478,13 @@ def test_verdict_says_no_when_a_control_does_the_same(result: TransferResult, co
     assert max(other.values()) < 0.05  # the other control was beaten
 
 
-def test_verdict_says_no_when_the_effect_has_the_wrong_sign(result: TransferResult) -> None:
+def test_verdict_says_no_when_the_effect_has_the_wrong_sign(result: Result) -> None:
     verdict = made_up(result, CLEAR | {"mapped": -0.2}).verdict()
     assert verdict.transfers is False
     assert verdict.efficiency.high < 0
 
 
-def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferResult) -> None:
+def test_the_efficiency_is_undefined_when_native_does_nothing(result: Result) -> None:
     verdict = made_up(result, CLEAR | {"native": 0.0}).verdict()
     assert verdict.efficiency.undefined == NO_NATIVE
     assert verdict.transfers is None
@@ -459,7 +492,7 @@ def test_the_efficiency_is_undefined_when_native_does_nothing(result: TransferRe
 
 
 @pytest.mark.parametrize("lost", [np.nan, np.inf])
-def test_an_undefined_comparison_is_said_and_is_no_transfer(result: TransferResult, lost: float) -> None:
+def test_an_undefined_comparison_is_said_and_is_no_transfer(result: Result, lost: float) -> None:
     made = made_up(result, CLEAR)
     arms = tuple(
         replace(a, scores=(lost, *a.scores[1:])) if (a.arm, a.strength, a.budget) == ("shuffled", 1.0, 0.3) else a
@@ -473,7 +506,7 @@ def test_an_undefined_comparison_is_said_and_is_no_transfer(result: TransferResu
     assert f"corrected for 4 comparisons; shuffled + undefined ({NOT_FINITE}); perplexity" in verdict.text
 
 
-def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: TransferResult, monkeypatch: Any) -> None:
+def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: Result, monkeypatch: Any) -> None:
     given = undefined("too few", 40, 0.75)
     monkeypatch.setattr("xmodel_steer.recipe.verdicts.transfer_efficiency", lambda *_: given)
     verdict = made_up(result, CLEAR).verdict()
@@ -481,7 +514,7 @@ def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: Transfer
     assert verdict.text.startswith("toy: undefined: 0.75 (interval undefined: too few) of native at KL 0.30 and 0.30")
 
 
-def test_only_directions_in_which_native_does_something_are_judged(result: TransferResult) -> None:
+def test_only_directions_in_which_native_does_something_are_judged(result: Result) -> None:
     """What the unsteered texts lack cannot be taken from them, by any arm."""
     made = made_up(result, CLEAR)
     base = np.array(made.arm("unsteered", 0).scores)
@@ -495,7 +528,7 @@ def test_only_directions_in_which_native_does_something_are_judged(result: Trans
             effect=made.arm("unsteered", 0).effect,
             change=still,
             scores=tuple(base.tolist()),
-            table=tuple((float(x),) * len(arm.seeds) for x in base) if arm.table else (),
+            table=tuple((float(x),) * arm.seeds for x in base) if arm.table else (),
         )
 
     verdict = replace(made, arms=tuple(map(floored, made.arms))).verdict()
@@ -507,14 +540,14 @@ def test_only_directions_in_which_native_does_something_are_judged(result: Trans
     assert both.transfers is False  # native goes down, mapped does not
 
 
-def test_an_arm_that_misses_the_kl_is_named(result: TransferResult) -> None:
+def test_an_arm_that_misses_the_kl_is_named(result: Result) -> None:
     made = made_up(result, CLEAR)
     assert "cannot be brought" not in made.verdict().text
     arms = tuple(replace(a, reached=not (a.arm == "shuffled" and a.budget and a.strength < 0)) for a in made.arms)
     assert made.verdict().text + "; shuffled - cannot be brought to that KL" == replace(made, arms=arms).verdict().text
 
 
-def test_one_direction_is_judged_alone(result: TransferResult) -> None:
+def test_one_direction_is_judged_alone(result: Result) -> None:
     made = made_up(result, CLEAR)
     one = replace(made, arms=tuple(a for a in made.arms if a.strength >= 0))
     assert one.signs == ("+",)
@@ -524,14 +557,14 @@ def test_one_direction_is_judged_alone(result: TransferResult) -> None:
     assert verdict.efficiency.value == pytest.approx(0.75, abs=0.05)
 
 
-def test_an_arm_that_was_not_run_is_named(result: TransferResult) -> None:
+def test_an_arm_that_was_not_run_is_named(result: Result) -> None:
     with pytest.raises(KeyError, match="mapped at strength 7 was not run; strengths:"):
         result.arm("mapped", 7)
     with pytest.raises(KeyError, match="unsteered was not run at equal KL in direction -"):
         result.at_equal_kl("unsteered", "-")
 
 
-def test_another_scorer_reads_the_same_texts(result: TransferResult) -> None:
+def test_another_scorer_reads_the_same_texts(result: Result) -> None:
     again = result.rescored(vowels, label="again")
     assert [a.strength for a in again.arms] == [a.strength for a in result.arms]
     for mine, old in zip(again.arms, result.arms, strict=True):
@@ -544,14 +577,14 @@ def test_another_scorer_reads_the_same_texts(result: TransferResult) -> None:
     assert all(a.scores == tuple(row[0] for row in b.table) and not a.table for a, b in seeds)
 
 
-def test_a_scorer_that_tells_no_texts_apart_finds_nothing(result: TransferResult) -> None:
+def test_a_scorer_that_tells_no_texts_apart_finds_nothing(result: Result) -> None:
     verdict = result.rescored(lambda _: 0.5, label="nothing").verdict()
     assert verdict.efficiency.undefined == NO_NATIVE
     assert verdict.text.startswith("nothing: undefined")
 
 
-def test_rescoring_needs_texts_and_no_prompts(result: TransferResult) -> None:
-    kept = [a if a.budget or a.arm == "unsteered" else replace(a, texts=()) for a in result.arms]
+def test_rescoring_needs_texts_and_no_prompts(result: Result) -> None:
+    kept = [a if a.at == EQUAL_KL or a.arm == "unsteered" else replace(a, texts=()) for a in result.arms]
     fair = replace(result, arms=tuple(kept)).rescored(vowels, label="again")
     assert fair.signs == result.signs
     assert len(fair.arms) == 1 + 4 * len(result.signs)

@@ -24,15 +24,15 @@ from sample_results import MAP_RECORD, SMALL, mapping, moments, result, same, ve
 
 from xmodel_steer.core.errors import ArtifactError, UndefinedWarning
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.figures.report import summary, table, write_report
+from xmodel_steer.figures.report import summary, tables, write_report
 from xmodel_steer.files.records import dump_json, read_record, read_tensors, write_tensors
 from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, undefined
-from xmodel_steer.recipe.arms import joined_arm
-from xmodel_steer.recipe.saving import read, save
-from xmodel_steer.studies import Study, read_study, write_study
-from xmodel_steer.studies.pages import tables
-from xmodel_steer.studies.study import AGREEMENT, EFFICIENCY, EQUAL_STRENGTH, StudyArm
+from xmodel_steer.recipe.arms import AGREEMENT, EFFICIENCY, Arm, joined_arm
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.saving import KINDS, UNFINISHED, may_hold_run, read, save, save_or_spare
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("make", [vector, mapping, moments])
@@ -52,46 +52,82 @@ def test_a_result_comes_back_whole(tmp_path: Path) -> None:
     value = result()
     back = read(save(value, tmp_path / "run"))
     assert same(back.arms, value.arms)
-    assert same(dict(back.vectors), {k: value.vectors[k] for k in sorted(value.vectors)})
-    assert same(back.mapping, value.mapping)
-    assert back.verdict() == value.verdict()
-    assert back.splits == value.splits
+    assert same(dict(back.vectors), dict(value.vectors))
+    assert same(dict(back.maps), dict(value.maps))
+    assert back.verdicts == value.verdicts
+    plain = [f for f in value.__dataclass_fields__ if f not in ("arms", "vectors", "maps")]
+    assert all(getattr(back, f) == getattr(value, f) for f in plain)
 
 
-def test_a_result_without_map_and_vectors_comes_back_without_them(tmp_path: Path) -> None:
-    bare = replace(result(), vectors={}, mapping=None)
+def test_a_result_without_maps_and_vectors_comes_back_without_them(tmp_path: Path) -> None:
+    bare = replace(result(), vectors={}, maps={})
     run = save(bare, tmp_path / "run")
     assert {p.name for p in run.iterdir()} == {"result.json", "generations.jsonl"}
     back = read(run)
-    assert back.mapping is None
-    assert back.vectors == {}
+    assert back.maps == back.vectors == {}
     assert back.verdict() == bare.verdict()
 
 
-def test_runs_of_before_the_record_of_files_are_read(tmp_path: Path) -> None:
-    run = save(result(), tmp_path / "run")
-    record = json.loads((run / "result.json").read_text())
-    for key in ("vectors", "has_map"):
-        del record[key]
-    (run / "result.json").write_text(json.dumps(record))
-    back = read(run)
-    assert set(back.vectors) == {"native", "source"}
-    assert same(back.mapping, result().mapping)
+def test_names_that_no_file_system_takes_come_back(tmp_path: Path) -> None:
+    names = ("a/b: mapped", "a b: mapped", "∆", "…", "x" * 300, "..", "mapped", "Mapped~1")
+    value = replace(result(), vectors={name: vector(seed=i) for i, name in enumerate(names)})
+    back = read(save(value, tmp_path / "run"))
+    assert list(back.vectors) == list(names) and same(dict(back.vectors), dict(value.vectors))
+
+
+def test_a_run_of_an_earlier_version_is_read() -> None:
+    """It was written before `Result` took the place of two kinds."""
+    back, now = read(ROOT / "tests" / "data" / "run_of_0.1.0"), result()
+    for old, new in zip(back.arms, now.arms, strict=True):
+        assert (old.recipe, old.at, old.seeds, old.texts, old.raw) == (
+            new.recipe,
+            new.at,
+            new.seeds,
+            new.texts,
+            new.raw,
+        )
+        assert old.effect == new.effect and old.change == new.change and old.measures == new.measures
+        assert (old.scores, old.table) == (new.scores, new.table)
+    assert back.verdict() == now.verdict()
+    assert (back.name, back.unit, back.headline) == (now.name, now.unit, now.headline)
+    assert same(dict(back.maps), dict(now.maps)) and set(back.vectors) == {"native", "source"}
+    assert back.choice()["similarity"] == now.choice()["similarity"] and back.choice()["map"] == MAP_RECORD
+    assert [(r["varied"], r["layer"], r["score"]) for r in back.validation] == [
+        ("target layer", 1, 0.2),
+        ("target layer", 2, 0.3),
+    ]
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "studies").glob("*")), ids=lambda folder: folder.name)
+def test_the_studies_of_earlier_versions_are_read_drawn_and_told(folder: Path, tmp_path: Path) -> None:
+    record, back = json.loads((folder / "result.json").read_text()), read(folder)
+    assert isinstance(back, Result) and back.name == record["name"]
+    assert len(back.arms) == len(record["arms"]) > 5
+    for arm, row in zip(back.arms, record["arms"], strict=True):
+        assert (arm.arm, arm.recipe, arm.at, arm.kl) == (row["arm"], row["recipe"], row["at"], row["kl"])
+        assert arm.seeds == row["seeds"] and len(arm.measures) == len(row.get("beside", row.get("measures")))
+        assert arm.effect.n == row["n"] and (arm.effect.undefined or arm.effect.value == row["effect"])
+    assert back.conclusions and back.verdicts == {}  # single scores were not kept
+    again = read(save(back, tmp_path / "run"))
+    assert repr(again.arms) == repr(back.arms) and again.conclusions == back.conclusions
+    page = write_report(back, tmp_path / "report.html").read_text()
+    assert all(html.escape(line) in page for line in back.conclusions)
+    assert tables(back) and len(back.to_frame()) == len(back.arms)
 
 
 def test_result_json_has_the_schema_that_readers_of_it_rely_on(tmp_path: Path) -> None:
     record = json.loads((save(result(), tmp_path / "run") / "result.json").read_text())
-    assert record["schema"] == 1
-    assert {"source", "target", "map", "arms", "versions", "seeds"} <= record.keys()
+    assert (record["schema"], record["kind"]) == (1, "Result")
+    assert {"source", "target", "chosen", "arms", "versions", "seeds", "verdicts", "conclusions"} <= record.keys()
     assert len(record["arms"]) == 17
     for arm in record["arms"]:
-        assert {"arm", "strength", "effect", "low", "high", "n", "kl", "perplexity"} <= arm.keys()
+        assert {"arm", "recipe", "strength", "effect", "low", "high", "n", "kl", "perplexity", "measures"} <= arm.keys()
 
 
 def test_saving_again_replaces_a_run_but_nothing_else(tmp_path: Path) -> None:
     save(result(), tmp_path / "run")
-    save(replace(result(), label="second"), tmp_path / "run")
-    assert read(tmp_path / "run").label == "second"
+    save(replace(result(), name="second"), tmp_path / "run")
+    assert read(tmp_path / "run").name == "second"
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
@@ -101,19 +137,34 @@ def test_saving_again_replaces_a_run_but_nothing_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "run"]
 
 
+def test_a_run_goes_where_a_run_was_or_nothing_is(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    assert may_hold_run(place)
+    (place / UNFINISHED).mkdir(parents=True)
+    assert may_hold_run(place)
+    for kind in KINDS:
+        (place / "result.json").write_text(json.dumps({"schema": 1, "kind": kind}))
+        assert may_hold_run(place)
+    for text in (json.dumps({"schema": 1, "kind": "Poem"}), "{"):
+        (place / "result.json").write_text(text)
+        assert not may_hold_run(place)
+
+
+def test_a_result_whose_place_is_lost_is_saved_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="the run was written to"):
+        spare = save_or_spare(result(), tmp_path / "file")
+    assert read(spare).name == "joy" and (tmp_path / "file").read_text() == "in the way"
+
+
 def test_what_is_no_older_one_of_its_kind_stays(tmp_path: Path) -> None:
     run = save(result(), tmp_path / "run")
     (run / "notes.txt").write_text("mine")
     (run / "plots").mkdir()
     (run / "plots" / "a.png").write_text("mine too")
-    save(replace(result(), label="second"), run)
-    assert read(run).label == "second"
+    save(replace(result(), name="second"), run)
+    assert read(run).name == "second"
     assert (run / "notes.txt").read_text() == "mine" and (run / "plots" / "a.png").read_text() == "mine too"
-    study = tmp_path / "study"
-    study.mkdir()
-    (study / "result.json").write_text(json.dumps({"schema": 1, "kind": "study"}))
-    with pytest.raises(ArtifactError, match="study: exists and is not a run folder"):
-        save(result(), study)
     file = save(vector(), tmp_path / "a.safetensors")
     with pytest.raises(ArtifactError, match=r"a.safetensors: exists and holds SteeringVector, no AffineMap; choose"):
         save(mapping(), file)
@@ -186,21 +237,20 @@ def strict(text: str) -> Any:
 
 def test_a_result_with_nan_is_written_and_says_where(tmp_path: Path) -> None:
     made = result()
-    gone = replace(made, map=MAP_RECORD | {"r2": math.nan}, similarity={"mapped": {"cosine": math.inf, "norm_ratio": 1.0}, "shuffled": {"cosine": -math.inf}})  # fmt: skip
+    choice = dict(made.choice()) | {"map": MAP_RECORD | {"r2": math.nan}, "cosine": math.inf}
+    gone = replace(made, chosen={"joy": choice})
     with pytest.warns(
-        UndefinedWarning,
-        match=r"result.json: NaN or infinite, and written as null: map.r2, similarity.mapped.cosine, simi",
+        UndefinedWarning, match=r"result.json: NaN or infinite, and written as null: chosen.joy.map.r2, "
     ):
         run = save(gone, tmp_path / "run")
     record = strict((run / "result.json").read_text())
-    assert record["map"]["r2"] is None and record["map"]["cosine"] == 0.69
+    assert record["chosen"]["joy"]["map"]["r2"] is None and record["chosen"]["joy"]["map"]["cosine"] == 0.69
     assert record["undefined"] == [
-        {"at": ["map", "r2"], "was": "NaN"},
-        {"at": ["similarity", "mapped", "cosine"], "was": "Infinity"},
-        {"at": ["similarity", "shuffled", "cosine"], "was": "-Infinity"},
+        {"at": ["chosen", "joy", "map", "r2"], "was": "NaN"},
+        {"at": ["chosen", "joy", "cosine"], "was": "Infinity"},
     ]
     back = read(run)
-    assert math.isnan(back.map["r2"]) and back.similarity == gone.similarity
+    assert math.isnan(back.choice()["map"]["r2"]) and back.choice()["cosine"] == math.inf
     said = " ".join(summary(back))
     assert "R² per dimension – (5–95 %: 0.20–0.70)" in said and "cosine to native – (standardised)" in said
     assert same(back.arms, made.arms)
@@ -264,11 +314,11 @@ def test_whatever_the_scores_are_the_run_is_written_read_and_told(
         arms.append(
             joined_arm(
                 arm.arm, [arm.strength] * len(seeds), seeds, start, kl=[cost], perplexity=[cost], agreement=[min(cost, 1.0)],
-                budget=arm.budget, side={"knowledge": bootstrap_mean(seeds[0])} if arm.budget or not arm.strength else {},
-                texts=("a",) * n,
+                budget=arm.budget, measures={"knowledge": bootstrap_mean(seeds[0])} if arm.budget or not arm.strength else {},
+                texts=("a",) * n, at=arm.at, recipe=arm.recipe and "[/b] x",
             )
         )  # fmt: skip
-    made = replace(result(), arms=tuple(arms), splits={"evaluation": [f"p{i}" for i in range(n)]}, label="[/b] x")
+    made = replace(result(), arms=tuple(arms), name="[/b] x", chosen={"[/b] x": result().choice()})
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedWarning)
         run = save(made, Path(folder) / "run")
@@ -280,7 +330,7 @@ def test_whatever_the_scores_are_the_run_is_written_read_and_told(
     assert repr(back.verdict()) == repr(verdict)
     assert tuple(map(repr, back.arms)) == tuple(map(repr, made.arms))
     assert len(rows) == n * len(arms)
-    assert html.escape(verdict.text) in page and table(back).row_count == len(arms)
+    assert html.escape(verdict.text) in page and sum(t.row_count for t in tables(back)) == len(arms)
     assert len(back.to_frame()) == len(arms)
     for words in (verdict.text, *summary(back)):
         assert not re.search(r"\b(nan|inf)\b", words), words
@@ -302,7 +352,8 @@ def test_whatever_the_scores_are_the_run_is_written_read_and_told(
             place = place[step]
         assert place is None
     for name, found in {"efficiency": verdict.efficiency, **verdict.controls}.items():
-        kept = record["verdict"]["efficiency"] if name == "efficiency" else record["verdict"]["controls"][name]
+        told = record["verdicts"]["[/b] x"]
+        kept = told["efficiency"] if name == "efficiency" else told["controls"][name]
         assert kept.get("undefined", "") == found.undefined
 
 
@@ -333,11 +384,11 @@ def test_a_full_disk_or_ctrl_c_leaves_the_older_file_and_no_scratch(
     [
         (lambda run: (run / "result.json").unlink(), "not a run folder"),
         (lambda run: (run / "generations.jsonl").unlink(), "incomplete"),
-        (lambda run: (run / "map.safetensors").unlink(), "no such file"),
+        (lambda run: (run / "maps" / "joy.safetensors").unlink(), "no such file"),
         (lambda run: (run / "vectors" / "native.safetensors").unlink(), "no such file"),
         (lambda run: (run / "result.json").write_text("{"), "damaged or foreign"),
         (lambda run: (run / "result.json").write_text('{"schema": 9}'), "newer version"),
-        (lambda run: (run / "result.json").write_text('{"schema": 1, "kind": "Poem"}'), "not a TransferResult"),
+        (lambda run: (run / "result.json").write_text('{"schema": 1, "kind": "Poem"}'), "not a Result"),
         (
             lambda run: (run / "generations.jsonl").write_text(
                 "\n".join((run / "generations.jsonl").read_text().split("\n")[:-2])
@@ -429,15 +480,14 @@ def test_whatever_a_study_measured_is_written_read_and_shown(
 ) -> None:
     found, cost = iter(estimates), iter(costs)
     arms = [
-        StudyArm(
+        Arm(
             arm,
-            "a [/b] recipe",
-            "Add(1.0)",
-            EQUAL_STRENGTH,
             next(found),
-            {kind: next(found)},
             next(cost),
             next(cost),
+            recipe="a [/b] recipe",
+            operator="Add(1.0)",
+            measures={kind: next(found)},
             texts=("a",),
         )
         for arm in ("unsteered", "mapped", "random", "shuffled")
@@ -447,22 +497,23 @@ def test_whatever_a_study_measured_is_written_read_and_shown(
         {"trigger": "known", "prompts": k, "effect": next(found).record(), AGREEMENT: next(found).record()}
         for k in (0, 25)
     )
-    made = Study(
-        "name", "question", "unit", "verdict", {"model": "a"}, {"model": "b"}, tuple(arms), {"a [/b] recipe": {"p": math.nan}},
-        tuple(varied), {"text": points}, ("a",), {}, {}, {}, {}, "here", {"part": 1.0},
+    made = Result(
+        "name", "unit", {"model": "a"}, {"model": "b"}, tuple(arms), {"a [/b] recipe": {"p": math.nan}}, tuple(varied), {}, {}, {},
+        {}, question="question", stored=("verdict",), curves={"text": points}, prompts=("a",), hardware="here", seconds={"part": 1.0},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedWarning)
-        page = write_study(made, folder).read_text()
-        record = strict((Path(folder) / "result.json").read_text())
-        back = read_study(folder)
+        run = save(made, Path(folder) / "run")
+        page = write_report(made, run / "report.html").read_text()
+        record = strict((run / "result.json").read_text())
+        back = read(run)
     assert repr(back) == repr(made)
     assert repr([back.validation, back.curves]) == repr([made.validation, made.curves])
     assert len(made.to_frame()) == 4
     assert record["chosen"]["a [/b] recipe"]["p"] is None
     for arm, kept in zip(arms, record["arms"], strict=True):
         assert kept.get("undefined", "") == arm.effect.undefined
-        assert kept["beside"][kind].get("undefined", "") == arm.beside[kind].undefined
+        assert kept["measures"][kind].get("undefined", "") == arm.measures[kind].undefined
         assert f"<td>{html.escape(f'{arm.effect:.3f}')}</td>" in page
     out = io.StringIO()
     for shown in tables(back):

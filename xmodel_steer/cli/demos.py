@@ -7,7 +7,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, Out
-from xmodel_steer.cli.output import finish, require_study_place, require_writable, saved, show_study, with_command
+from xmodel_steer.cli.output import finish, require_writable
 
 DEMOS = ("backdoor", "concepts")
 
@@ -44,10 +44,8 @@ def demo(
         raise typer.BadParameter(said, param_hint="--concept")
     own = concept or "sentiment"
     folder = out or Path("runs") / ("demo-backdoor" if name == "backdoor" else f"demo-{own}")
+    require_writable(folder)
     if name == "concepts":
-        require_writable(folder)
         finish(concept_demo(own, device=device, dtype=dtype), folder)
-        return
-    require_study_place(folder)
-    found = with_command(backdoor_demo(device=device, dtype=dtype))
-    show_study(found, saved(found.save, folder), folder)
+    else:
+        finish(backdoor_demo(device=device, dtype=dtype), folder)

@@ -8,7 +8,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, scorer_of
-from xmodel_steer.cli.output import UNFINISHED, require_study_place, saved, show_study, with_command
+from xmodel_steer.cli.output import finish, require_writable
 from xmodel_steer.core.errors import ModelError
 
 organism = typer.Typer(no_args_is_help=True, help="Models with a planted behaviour, to find and to repair.")
@@ -131,10 +131,11 @@ def study(
 ) -> None:
     """Run one of the paper's experiments, with every control.
 
-    Organisms that are not there yet are made first and kept in the user's cache. Run again after it was cut off, a study takes up
-    what it has written and measured.
+    Organisms that are not there yet are made first and kept in the user's cache. Run again after it was cut off, a study continues
+    with what it has written and measured.
     """
     from xmodel_steer.files.resume import resumable
+    from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
     from xmodel_steer.studies import PRESETS
     from xmodel_steer.studies.commands import STUDIES, Call
 
@@ -154,7 +155,7 @@ def study(
     kind = organism or next(iter(kinds), "")
     title = f"{name}-{kind}" if len(kinds) > 1 else name
     folder = out or Path("runs") / title
-    require_study_place(folder)
+    require_writable(folder)
     pair = PRESETS[preset]
     ends = (source or pair.source, target or pair.target)
     call = Call(
@@ -168,8 +169,8 @@ def study(
     )
     unfinished = folder / UNFINISHED
     if unfinished.is_dir():
-        print(f"{unfinished}: what an earlier run has done is taken up", file=sys.stderr)
+        print(f"{unfinished}: what an earlier run has done is used", file=sys.stderr)
     with resumable(unfinished):
-        found = with_command(entry.run(call))
-        kept = saved(found.save, folder)
-    show_study(found, kept, folder)
+        result = entry.run(call)
+        save_or_spare(result, folder)  # before what was kept for a resumption goes
+    finish(result, folder)

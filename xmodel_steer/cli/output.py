@@ -2,13 +2,12 @@
 
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from xmodel_steer.core.errors import ArtifactError, PromptError, XModelSteerError
+from xmodel_steer.core.errors import PromptError, XModelSteerError
 
 
 def in_a_line(error: Exception) -> str:
@@ -19,87 +18,54 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:400]} (run xmodel-steer --debug ... for the traceback)"
 
 
-UNFINISHED = "unfinished"  # in the folder of a study that was cut off
-
-
-def with_command(found: Any) -> Any:
-    """Return the study with the command that repeats it."""
+def with_command(result: Any) -> Any:
+    """Return a result with the command that repeats it."""
     import shlex
     from dataclasses import replace
 
-    return replace(found, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
+    return replace(result, command=shlex.join(["xmodel-steer", *sys.argv[1:]]))
 
 
-def show_study(found: Any, kept: Path, folder: Path) -> None:
-    """Draw and print a study whose record is written."""
-    from xmodel_steer.studies.pages import write_page
+def finish(result: Any, folder: Path) -> None:
+    """Write a run, then its report, and then print it. What fails after the writing loses nothing; it is exit code 1."""
+    from xmodel_steer.figures.report import write_report
+    from xmodel_steer.recipe.saving import save_or_spare
 
-    shown(kept, folder, "", lambda: write_page(found, kept), lambda: print_study(found))
-
-
-def saved(save: Callable[[Path], object], folder: Path) -> Path:
-    """Write what a run has found; where its place cannot be written any more, into a temporary folder.
-
-    Returns:
-        The folder that it was written to.
-    """
-    try:
-        save(folder)
-    except ArtifactError as error:
-        spare = Path(tempfile.mkdtemp(prefix="xmodel-steer-")) / folder.name
-        try:
-            save(spare)
-        except ArtifactError:
-            raise error from None
-        print(f"warning: {in_a_line(error)}; the run was written to {spare}", file=sys.stderr)
-        return spare
-    return folder
-
-
-def shown(kept: Path, folder: Path, files: str, draw: Callable[[], object], show: Callable[[], object]) -> None:
-    """Draw the report of a run that is on the disk, and print it. What fails here loses nothing; it is exit code 1.
-
-    Args:
-        kept: The folder of the run.
-        folder: The folder that it was to be in.
-        files: What is written beside ``result.json`` and the report.
-        draw: Writes the report.
-        show: Prints the run.
-    """
+    kept = save_or_spare(with_command(result), folder)
     failed = kept != folder
     drawn = ""
-    try:
-        draw()
-        drawn = ", report.html"
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        failed = True
-        print(f"warning: the report could not be drawn: {in_a_line(error)}", file=sys.stderr)
-    try:
-        show()
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        failed = True
-        print(f"warning: the table could not be printed: {in_a_line(error)}", file=sys.stderr)
-    print(f"\nwritten: {kept}/result.json{drawn}{files}")
+    for work, what in (
+        (lambda: write_report(result, kept / "report.html"), "the report could not be drawn"),
+        (lambda: print_result(result), "the table could not be printed"),
+    ):
+        try:
+            work()
+        except Exception as error:
+            if "--debug" in sys.argv:
+                raise
+            failed = True
+            print(f"warning: {what}: {in_a_line(error)}", file=sys.stderr)
+    drawn = ", report.html" if (kept / "report.html").is_file() else ""
+    print(f"\nwritten: {kept}/result.json{drawn}, generations.jsonl, vectors/, maps/")
     if failed:
         print(f"the run is whole in {kept}; xmodel-steer show {kept} prints it", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def print_study(found: Any) -> None:
-    """Every arm, a few texts and the verdict."""
-    from xmodel_steer.studies.pages import tables
+def print_result(result: Any) -> None:
+    """Print the tables, a summary, a few texts and the conclusions of a result."""
+    from xmodel_steer.figures.report import summary, tables
+    from xmodel_steer.figures.texts import examples
 
     console = console_of()
-    for table in tables(found):
+    for table in tables(result):
         console.print(table)
-    for line in found.examples():
+    for line in summary(result):
+        console.print(line, style="dim")
+    for line in examples(result):
         console.print(line)
-    for part in found.verdict.split("; "):
-        console.print(part, style="bold")
+    for line in result.conclusions:
+        console.print(line, style="bold")
 
 
 def console_of() -> Any:
@@ -110,37 +76,6 @@ def console_of() -> Any:
     console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
     console.width = max(console.width, 110)
     return console
-
-
-def require_study_place(folder: Path) -> None:
-    """Refuse a place that the study could not be written to, before the work is done."""
-    from xmodel_steer.studies import is_study
-
-    foreign = folder.is_dir() and any(file.name != UNFINISHED for file in folder.iterdir()) and not is_study(folder)
-    if foreign or (folder.exists() and not folder.is_dir()):
-        raise PromptError(f"{folder}: exists and holds no study; choose another --out")
-    make_parent(folder)
-
-
-def finish(result: Any, folder: Path) -> None:
-    """Write a run, then its report, and then print it."""
-    from xmodel_steer.figures.report import write_report
-    from xmodel_steer.recipe.saving import save
-
-    kept = saved(lambda place: save(result, place), folder)
-    files = ", generations.jsonl, vectors/, map.safetensors"
-    shown(kept, folder, files, lambda: write_report(result, kept / "report.html"), lambda: print_result(result))
-
-
-def print_result(result: Any) -> None:
-    """Print the table, a summary and the verdict of a result."""
-    from xmodel_steer.figures.report import summary, table
-
-    console = console_of()
-    console.print(table(result))
-    for line in summary(result):
-        console.print(line, style="dim")
-    console.print(result.verdict().text, style="bold")
 
 
 def require_writable(folder: Path) -> None:

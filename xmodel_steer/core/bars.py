@@ -4,6 +4,7 @@ The only state is a context variable. No other module of the library imports tqd
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,6 +34,19 @@ def quiet(silent: bool = True) -> Iterator[None]:
         yield
     finally:
         _silent.reset(token)
+
+
+def silent() -> bool:
+    """Tell whether bars are silenced here."""
+    return _silent.get()
+
+
+def tell(line: str) -> None:
+    """Print a line to standard error, above the bars, unless they are silenced."""
+    if line and not _silent.get():
+        from tqdm.auto import tqdm
+
+        tqdm.write(line, file=sys.stderr)
 
 
 def with_progress(verb: Callable[P, R]) -> Callable[P, R]:

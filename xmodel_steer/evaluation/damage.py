@@ -118,10 +118,12 @@ def neutral_positions(positions: Positions) -> Positions:
     return positions[max(0, int(positions.nonzero()[0]) - 1) :]
 
 
-def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Intervention]]:
+def on_neutral(settings: Settings) -> list[list[Step]]:
     """Give settings the positions of `neutral_positions`, their gates too."""
 
-    def moved(step: Intervention) -> Intervention:
+    def moved(step: Step) -> Step:
+        if not isinstance(step, Intervention):
+            return step
         gate = step.gate
         if gate is not None and gate.positions is not None:
             gate = replace(gate, positions=neutral_positions(gate.positions))

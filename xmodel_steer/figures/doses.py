@@ -3,11 +3,11 @@
 from typing import Any
 
 from xmodel_steer.figures.style import COLOURS, DASHES, interval, laid_out
-from xmodel_steer.recipe.arms import ARMS, Arm
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, Arm
+from xmodel_steer.recipe.results import Result
 
 
-def dose_response(result: TransferResult) -> Any:
+def dose_response(result: Result) -> Any:
     """Effect, KL and perplexity against strength, a line per arm with its 95 % interval.
 
     Args:
@@ -19,7 +19,7 @@ def dose_response(result: TransferResult) -> Any:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    base = result.arm("unsteered", 0)
+    base = result.arm("unsteered")
     figure = make_subplots(
         rows=1,
         cols=3,
@@ -32,7 +32,7 @@ def dose_response(result: TransferResult) -> Any:
         (3, lambda arm: arm.perplexity, "perplexity"),
     )
     for name in ARMS[1:]:
-        fixed = (arm for arm in result.arms if arm.arm == name and arm.budget is None)
+        fixed = (arm for arm in result.arms if arm.arm == name and arm.at == EQUAL_STRENGTH)
         line = sorted(fixed, key=lambda arm: arm.strength)
         points = _with_base(line, base)
         strengths = [0.0 if arm is base else arm.strength for arm in points]
@@ -69,7 +69,7 @@ def dose_response(result: TransferResult) -> Any:
     )
     figure.update_layout(
         **laid_out(
-            f"{result.label}: {result.source['model']} → {result.target['model']}"
+            f"{result.name}: {result.between}"
             f"<br><sup>score: {result.unit}; n = {base.effect.n}, bars are 95 % bootstrap intervals</sup>"
         )
     )
@@ -81,7 +81,7 @@ def _with_base(line: list[Arm], base: Arm) -> list[Arm]:
     return [a for a in line if a.strength < 0] + [base] + [a for a in line if a.strength > 0]
 
 
-def frontier(result: TransferResult) -> Any:
+def frontier(result: Result) -> Any:
     """Effect against the damage that it costs: a path per arm, from strong negative to strong positive steering.
 
     An arm whose path lies further out does more for the same KL. Large markers are the arms at equal KL.
@@ -94,12 +94,12 @@ def frontier(result: TransferResult) -> Any:
     """
     import plotly.graph_objects as go
 
-    base = result.arm("unsteered", 0)
+    base = result.arm("unsteered")
     figure = go.Figure()
     for name in ARMS[1:]:
-        fixed = sorted((a for a in result.arms if a.arm == name and a.budget is None), key=lambda a: a.strength)
+        fixed = sorted((a for a in result.arms if a.arm == name and a.at == EQUAL_STRENGTH), key=lambda a: a.strength)
         path = _with_base(fixed, base)
-        fair = [a for a in result.arms if a.arm == name and a.budget is not None]
+        fair = [a for a in result.arms if a.arm == name and a.at == EQUAL_KL]
         look = {"color": COLOURS[name], "dash": DASHES[name], "width": 2.5}
         hover = f"{name}<br>strength %{{customdata:.2f}}<br>KL %{{x:.3f}}<br>effect %{{y:.3f}}<extra></extra>"
         figure.add_trace(
@@ -119,7 +119,7 @@ def frontier(result: TransferResult) -> Any:
     figure.add_hline(y=base.effect.value, line={"color": COLOURS["unsteered"], "width": 1, "dash": "dash"})
     figure.update_layout(
         **laid_out(
-            f"{result.label}: effect against damage"
+            f"{result.name}: effect against damage"
             f"<br><sup>score: {result.unit}; n = {base.effect.n}; diamonds: strengths calibrated to the native vector's KL, "
             "with 95 % bootstrap intervals</sup>"
         )

@@ -6,75 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.spaces import Space
 from xmodel_steer.evaluation.patching import PatchingGrid
 from xmodel_steer.figures.style import COLOURS, laid_out
 from xmodel_steer.maps.curves import DataCurve
 from xmodel_steer.maps.layers import LayerGrid
-from xmodel_steer.maps.statistics import number
-from xmodel_steer.recipe.results import TransferResult
-
-
-def effect_by_layer(result: TransferResult) -> Any:
-    """Plot the validation effect by layer: half the difference between the two signs.
-
-    Each model has a panel of its own. Above each bar stands the perplexity of neutral text over the unsteered one; the layer that
-    was taken is bold.
-
-    Args:
-        result: What `transfer` returned.
-
-    Returns:
-        A ``plotly.graph_objects.Figure``.
-
-    Raises:
-        ValueError: No layers were compared, because one of each model was given.
-    """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    groups = [("target", "native", "native vector"), ("source", "mapped", "mapped vector")]
-    found = [(end, arm, title) for end, arm, title in groups if end in result.selection]
-    if not found:
-        raise ValueError("plots.effect_by_layer: the transfer was given one layer of each model, nothing was compared")
-    figure = make_subplots(rows=1, cols=len(found), shared_yaxes=True, horizontal_spacing=0.06)
-    for column, (end, arm, title) in enumerate(found, 1):
-        records = result.selection[end]
-        model = getattr(result, end)
-        taken = str(Site(model["layer"], model["stream"]))
-        sites = [record["candidate"] for record in records]
-        damage = [f"× {number(record['perplexity_ratio'], '.2f')}" for record in records]
-        figure.add_trace(
-            go.Bar(
-                x=sites,
-                y=[record["gain"] for record in records],
-                name=title,
-                marker={"color": COLOURS[arm], "pattern": {"shape": "" if arm == "native" else "/"}},
-                text=[f"<b>{d}</b>" if site == taken else d for site, d in zip(sites, damage, strict=True)],
-                textposition="outside",
-                cliponaxis=False,
-                customdata=damage,
-                hovertemplate="%{x}<br>gain %{y:.3f}<br>perplexity %{customdata}<extra></extra>",
-            ),
-            row=1,
-            col=column,
-        )
-        figure.update_xaxes(
-            title_text=f"{end} site",
-            type="category",
-            tickvals=sites,
-            ticktext=[f"<b>{site}</b>" if site == taken else site for site in sites],
-            row=1,
-            col=column,
-        )
-    figure.update_layout(
-        **laid_out(
-            f"{result.label}: effect by layer, at strength 1<br><sup>validation prompts: they chose the layers (bold) and are not "
-            "reported on; above the bars: perplexity over the unsteered one</sup>"
-        )
-    )
-    figure.update_yaxes(title_text="gain: half of score at +1 minus score at -1", row=1, col=1)
-    return figure
 
 
 def patching(grid: PatchingGrid) -> Any:

@@ -1,52 +1,124 @@
-"""A result for people: a table for the terminal, and one HTML file that needs no network."""
+"""A result for people: tables for the terminal, and one HTML file that needs no network."""
 
 import html
 import json
-import re
+import math
 from base64 import b64encode
-from collections.abc import Sequence
-from difflib import SequenceMatcher
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.figures.doses import dose_response, frontier
-from xmodel_steer.figures.layers import effect_by_layer
-from xmodel_steer.figures.style import COLOURS
+from xmodel_steer.figures.choices import curve, effect_by_layer, layers_varied
+from xmodel_steer.figures.doses import frontier
+from xmodel_steer.figures.overviews import colours_of, overview
+from xmodel_steer.figures.texts import texts_html
 from xmodel_steer.files.records import write_atomically
 from xmodel_steer.maps.statistics import number
-from xmodel_steer.recipe.arms import ARMS, Arm
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.arms import EQUAL_KL, STRICTER, Arm
+from xmodel_steer.recipe.results import Result
 
 
-def table(result: TransferResult) -> Any:
-    """Every arm at every strength, as a ``rich`` table."""
+def tables(result: Result) -> list[Any]:
+    """Return a ``rich`` table for each recipe: every arm with its effect, its costs and its intervals."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    # A label such as [/b] is no markup.
-    title = Text(f"{result.label}: {result.source['model']} → {result.target['model']}")
-    made = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, justify in _COLUMNS:
-        made.add_column(name, justify=justify, no_wrap=True)
-    for row in _rows(result):
-        style = "bold" if row[0] == "mapped" else "dim" if row[0] in ("random", "shuffled") else ""
-        made.add_row(*map(escape, row), style=style)
-    return made
+    shown = []
+    for recipe in result.recipes:
+        arms = [arm for arm in result.arms if arm.recipe in (recipe, "")]
+        between = "" if "models" in result.spec else f": {result.between}"
+        # A name such as [/b] is no markup.
+        title = Text(f"{recipe or result.name}{between}, n = {arms[-1].effect.n}")
+        table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        cells = [cells_of(arm, short=True) for arm in arms]
+        names = [name for name in dict.fromkeys(n for row in cells for n in row) if any(row.get(name) for row in cells)]
+        for name in names:
+            table.add_column(
+                escape(name),
+                justify="left" if name == "arm" else "right",
+                no_wrap=name in ("arm", "strength", "effect", "change"),
+                min_width=max(map(len, name.split())),
+            )
+        for arm, row in zip(arms, cells, strict=True):
+            style = "bold" if arm.arm == "mapped" else "dim" if arm.arm in ("random", "shuffled") else ""
+            table.add_row(*(escape(row.get(name, "")) for name in names), style=style)
+        shown.append(table)
+    return shown
 
 
-def summary(result: TransferResult) -> list[str]:
-    """List what the table leaves out: the map, the choices, the verdict.
+def cells_of(arm: Arm, *, short: bool = False) -> dict[str, str]:
+    """Return one arm as text, by column.
+
+    Args:
+        arm: The arm.
+        short: For a terminal: measures without their intervals, and without those that repeat a looser one.
+    """
+    spec = ".2f" if short else ".3f"
+    measures = {
+        name: number(measure.value, spec) if short else f"{measure:{spec}}"
+        for name, measure in arm.measures.items()
+        if not (short and name.endswith(STRICTER))
+    }
+    return {
+        "arm": arm.title,
+        "strength": _strength(arm),
+        "effect": f"{arm.effect:{spec}}",
+        "change": number(arm.change.value, "+" + spec),
+        **measures,
+        "KL": number(arm.kl, ".3f"),
+        "ppl": number(arm.perplexity, ".1f"),
+        "same": number(arm.agreement, ".0%") if not math.isnan(arm.agreement) else "",
+    }
+
+
+def _strength(arm: Arm) -> str:
+    if math.isnan(arm.strength):
+        return "=KL" if arm.at == EQUAL_KL else ""
+    if not arm.strength:
+        return "0"
+    return f"{arm.strength:+.2f} =KL" if arm.at == EQUAL_KL else f"{arm.strength:+g}"
+
+
+def summary(result: Result) -> list[str]:
+    """List what the tables leave out: the models, the map and the choices of each recipe.
 
     One fact a line.
     """
-    source, target, fitted = result.source, result.target, result.map
-    lines = [
-        f"{result.source['model']} {source['hook']} (width {source['width']}, {source['dtype']}) → "
-        f"{target['model']} {target['hook']} (width {target['width']}, {target['dtype']})"
+    ends = [
+        f"{end['model']} {end['hook']} (width {end['width']}, {end['dtype']})" if "hook" in end else end["model"]
+        for end in (result.source, result.target)
     ]
+    lines = [" → ".join(ends)]
+    for recipe, choice in result.chosen.items():
+        head = f"{recipe}: " if len(result.chosen) > 1 else ""
+        lines += [head + line for line in _choice(choice)]
+    if any(arm.at == EQUAL_KL for arm in result.arms):
+        lines.append(
+            "rows marked =KL are at the strengths that disturb neutral text as much as the native vector does at the chosen strength"
+        )
+    lines.append(
+        "every number in the tables is from evaluation prompts; ppl: perplexity of neutral text; "
+        "same: share of its tokens where the likeliest next one is the unsteered model's"
+    )
+    reasons: dict[str, list[str]] = {}
+    for arm in result.arms:
+        if arm.undefined:
+            reasons.setdefault(arm.undefined, []).append(f"{arm.arm} {_strength(arm)}".strip())
+    return lines + [f"undefined ({reason}): {', '.join(arms)}" for reason, arms in reasons.items()]
+
+
+def _choice(choice: Mapping[str, Any]) -> list[str]:
+    """List what validation chose for a recipe, how its map fits, and how near the mapped vector is."""
+    lines = []
+    if "source_layer" in choice:
+        operator = f", {choice['operator']}" if "operator" in choice else ""
+        lines.append(
+            f"layer {choice['source_layer']} → {choice['target_layer']}{operator}, chosen on validation prompts"
+        )
+    fitted = choice.get("map", {})
     if "r2" in fitted:
         loss = fitted.get("loss")
         losses = f", loss {number(loss['test'], '.2f')} (train {number(loss['train'], '.2f')})" if loss else ""
@@ -57,95 +129,46 @@ def summary(result: TransferResult) -> list[str]:
             f"(5–95 %: {number(fitted['r2_low'], '.2f')}–{number(fitted['r2_high'], '.2f')}), "
             f"cosine {number(fitted['cosine'], '.2f')}, norm ratio {number(fitted['norm_ratio'], '.2f')}{losses}"
         )
-    mapped = result.similarity["mapped"]
-    lines.append(
-        f"mapped vector: cosine to native {number(mapped['cosine'], '.2f')} (standardised), norm {number(mapped['norm_ratio'], '.2f')} of native "
-        f"before rescaling; shuffled map: cosine {number(result.similarity['shuffled']['cosine'], '.2f')}"
-    )
-    lines.append(
-        f"headline strength {result.headline:g}, chosen with the layers on validation prompts; every number below is from evaluation prompts; "
-        "rows marked =KL are at the strengths that disturb neutral text as much as the native vector does at the headline strength; "
-        "ppl: perplexity of neutral text; same: tokens of it where the likeliest next one is the unsteered model's"
-    )
-    for name, base in result.arm("unsteered", 0).side.items():
-        own = [(arm, sign, result.at_equal_kl(arm, sign).side[name]) for arm in ARMS[1:] for sign in result.signs]
+    elif choice.get("map_r2") is not None:
+        lines.append(f"map: R² per dimension {number(choice['map_r2'], '.2f')} on test documents")
+    if "cosine" in choice:
+        shuffled = choice.get("similarity", {}).get("shuffled", {})
+        control = f"; shuffled map: cosine {number(shuffled['cosine'], '.2f')}" if shuffled else ""
         lines.append(
-            f"{name} (unsteered {base:.2f}, n = {base.n}) at equal KL: "
-            + ", ".join(f"{arm} {sign} {number(found.value, '.2f')}" for arm, sign, found in own)
+            f"mapped vector: cosine to native {number(choice['cosine'], '.2f')} (standardised), norm "
+            f"{number(choice['norm_ratio'], '.2f')} of native before rescaling{control}"
         )
-    reasons: dict[str, list[str]] = {}
-    for arm in result.arms:
-        if why := arm.effect.undefined or arm.change.undefined:
-            reasons.setdefault(why, []).append(f"{arm.arm} {arm.strength:+.2f}")
-    return lines + [f"undefined ({why}): {', '.join(arms)}" for why, arms in reasons.items()]
+    return lines
 
 
-_COLUMNS: tuple[tuple[str, Any], ...] = (
-    ("arm", "left"),
-    ("strength", "right"),
-    ("effect", "right"),
-    ("95 % interval", "right"),
-    ("change", "right"),
-    ("n", "right"),
-    ("KL", "right"),
-    ("ppl", "right"),
-    ("same", "right"),
-)
-
-
-def _rows(result: TransferResult) -> list[tuple[str, ...]]:
-    return [
-        (
-            arm.arm if not arm.seeds else f"{arm.arm} × {len(arm.seeds)}",
-            (f"{arm.strength:+g}" if arm.budget is None else f"{arm.strength:+.2f} =KL") if arm.strength else "0",
-            number(arm.effect.value, "+.2f"),
-            f"[{arm.effect.low:+.2f}, {arm.effect.high:+.2f}]" if not arm.effect.undefined else "undefined",
-            number(arm.change.value, "+.2f"),
-            str(arm.effect.n),
-            number(arm.kl, ".3f"),
-            number(arm.perplexity, ".1f"),
-            number(arm.agreement, ".0%"),
-        )
-        for arm in result.arms
-    ]
-
-
-def write_report(result: TransferResult, path: str | Path) -> Path:
-    """Write ``report.html``: verdict, figure, table, texts side by side, and how it was made.
+def write_report(result: Result, path: str | Path) -> Path:
+    """Write ``report.html``: conclusions, figures, table, texts side by side, and how it was made.
 
     Args:
-        result: What `transfer` returned.
+        result: What `transfer`, a demo or a study returned, or what `read` did.
         path: The file; it needs no network to open.
 
     Raises:
         ArtifactError: It cannot be written.
     """
     path = Path(path)
-    verdict = result.verdict()
-    drawn = [dose_response(result), frontier(result)]
-    if "source" in result.selection or "target" in result.selection:
-        drawn.append(effect_by_layer(result))
-    facts = "".join(f"<li>{html.escape(line)}</li>" for line in summary(result))
+    figures = [overview(result)]
+    figures += [frontier(result)] if result.signs else []
+    figures += [effect_by_layer(result)] if layers_varied(result) else []
+    figures += [curve(result, name) for name in result.curves]
+    names = ("chosen", "spec", "seeds", "versions", "hardware", "seconds", "command")
     page = _PAGE.format(
-        title=html.escape(f"{result.label}: {result.source['model']} → {result.target['model']}"),
-        verdict=html.escape(verdict.text),
-        facts=facts,
-        figures=figures_html(drawn),
-        table=_html_table(result),
-        texts=_html_texts(result),
+        title=html.escape(f"{result.name}: {result.between}"),
+        question=f"<p>{html.escape(result.question)}</p>" if result.question else "",
+        verdict="".join(f"<p>{html.escape(line)}</p>" for line in result.conclusions),
+        facts="".join(f"<li>{html.escape(line)}</li>" for line in summary(result)),
+        figures=figures_html(figures),
+        table=_table(result),
+        texts=texts_html(result),
         unit=html.escape(result.unit),
+        note=html.escape(result.note),
         record=html.escape(
-            json.dumps(
-                {
-                    "selection": result.selection,
-                    "similarity": result.similarity,
-                    "spec": result.spec,
-                    "seeds": result.seeds,
-                    "versions": result.versions,
-                },
-                indent=1,
-                ensure_ascii=False,
-            )
+            json.dumps({n: getattr(result, n) for n in names}, indent=1, ensure_ascii=False, default=repr)
         ),
     )
     write_atomically(path, page.encode(errors="replace"))
@@ -153,7 +176,7 @@ def write_report(result: TransferResult, path: str | Path) -> Path:
 
 
 def figures_html(figures: Sequence[Any]) -> str:
-    """Figures for one page, which needs no network: it brings plotly's basic script, packed, a tenth of the whole one.
+    """Draw figures on one page, which needs no network: it brings plotly's basic script, packed, a tenth of the whole one.
 
     Args:
         figures: Plotly figures of scatters, bars or pies; the basic script draws no others.
@@ -175,91 +198,58 @@ _DRAW = """
     for (const [i, figure] of [FIGURES].entries())
       await Plotly.newPlot(`figure-${i}`, figure.data, figure.layout, { displaylogo: false, responsive: true });
   } catch (error) {
-    document.getElementById("figure-0").textContent = `The figures could not be drawn here (${error}); all numbers stand in the tables.`;
+    document.getElementById("figure-0").textContent = `The figures could not be drawn here (${error}); all numbers are in the tables.`;
   }
 })();
 """
 
 
-def _html_table(result: TransferResult) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in _COLUMNS)
+def _table(result: Result) -> str:
+    """Every arm in one table; a column that is empty is left out."""
+    colours = colours_of(result)
+    rows = []
+    for arm in result.arms:
+        cells = {"recipe": arm.recipe, **cells_of(arm)}
+        # Where a strength says it all, the operator repeats it.
+        cells["operator"] = arm.operator if math.isnan(arm.strength) else ""
+        rows.append(cells | {"n": str(arm.effect.n)})
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if any(row.get(name) for row in rows)]
+    if len(result.recipes) == 1:
+        names.remove("recipe") if "recipe" in names else None
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = ""
-    for arm, row in zip(result.arms, _rows(result), strict=True):
-        first = f'<td><span style="color:{COLOURS[arm.arm]}">■</span> {html.escape(row[0])}</td>'
-        body += "<tr>" + first + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-    return f"<table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _html_texts(result: TransferResult, most: int = 8) -> str:
-    """Show the first evaluation prompts' texts, one row per arm, for each sign."""
-    prompts = result.splits.get("evaluation_texts", [])
-    base = result.arm("unsteered", 0)
-    shown: list[tuple[str, Arm]] = [("unsteered", base)]
-    shown += [
-        (f"{name} {arm.strength:+.2f}" + (f", mean of {len(arm.seeds)}" if len(arm.seeds) > 1 else ""), arm)
-        for name in ("mapped", "native", "random", "shuffled")
-        for arm in (result.at_equal_kl(name, sign) for sign in result.signs)
-    ]
-    if not base.texts:
-        return "<p>This behaviour is measured without generating text.</p>"
-    made = ""
-    for i in range(min(most, len(base.texts))):
-        prompt = html.escape(prompts[i]) if i < len(prompts) else html.escape(result.splits["evaluation"][i])
-        rows = "".join(
-            f'<tr><td style="color:{COLOURS[arm.arm]}">{html.escape(title)}</td><td>{_score(arm, i)}</td>'
-            f"<td>{marked(arm.texts[i], base.texts[i])}</td></tr>"
-            for title, arm in shown
-        )
-        made += f"<h3>{prompt} …</h3><table class='texts'>{rows}</table>"
-    return made
-
-
-def marked(text: str, base: str) -> str:
-    """Mark the words of a text that another text lacks at their place.
-
-    Example:
-        >>> marked("a good day", "a bad day")
-        'a <mark>good</mark> day'
-    """
-    words, others = (re.findall(r"\s+|\S+", t) for t in (text, base))
-    made = ""
-    for kind, _, _, start, end in SequenceMatcher(None, others, words, autojunk=False).get_opcodes():
-        piece = html.escape("".join(words[start:end]))
-        made += piece if kind == "equal" or not piece.strip() else f"<mark>{piece}</mark>"
-    return made
-
-
-def _score(arm: Arm, i: int) -> str:
-    """Format the score of a text.
-
-    Of several seeds only the first one's text is shown, with the mean of all.
-    """
-    return number(arm.scores[i], "+.2f") + (f" (mean of {len(arm.seeds)})" if arm.seeds else "")
+    for arm, row in zip(result.arms, rows, strict=True):
+        mark = f'<span style="color:{colours[arm.arm]}">■</span> '
+        cells = (f"{mark if name == 'arm' else ''}{html.escape(row.get(name, ''))}" for name in names)
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-.verdict {{ font-size: 1.15rem; border-left: 5px solid #D55E00; padding: .6rem 1rem; background: #faf6f2; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+.verdict {{ font-size: 1.05rem; border-left: 5px solid #D55E00; padding: .2rem 1rem; background: #faf6f2; }}
+.wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: .6rem 0 1.2rem; }}
-td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
-.numbers td:not(:first-child), .numbers th:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums; }}
+td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; text-align: left; }}
+.numbers {{ font-size: .85rem; font-variant-numeric: tabular-nums; }}
+h3 {{ white-space: pre-wrap; font-size: .95rem; }}
 mark {{ background: #fbe3c5; color: inherit; padding: 0 .1em; border-radius: .2em; }}
 .texts td:first-child {{ white-space: nowrap; font-weight: 600; }}
 pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
 </style></head><body>
 <h1>{title}</h1>
-<p class="verdict">{verdict}</p>
+{question}
+<div class="verdict">{verdict}</div>
 <ul>{facts}</ul>
 {figures}
-<p>Effect: mean {unit}. Intervals: 95 %, bootstrap over prompts. KL and perplexity: on neutral text that fitted nothing.
-Strength 1 is the norm of the target's own difference of means, in standardised coordinates, for every arm.</p>
+<p>Effect: {unit}; on prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts for the others.
+KL in nats per token; KL and perplexity on neutral text that fitted nothing. Strength 1 is the norm of the target's own vector, in
+standardised coordinates, for every arm. {note}</p>
 <h2>Every arm</h2>
 {table}
-<h2>Texts</h2>
-<p>At equal KL. Marked: the words that the unsteered text does not have there.</p>
 {texts}
 <h2>How it was made</h2>
 <pre>{record}</pre>

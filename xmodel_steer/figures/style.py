@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.recipe.arms import Arm
 
 # Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
@@ -16,13 +17,17 @@ COLOURS = {
 DASHES = {"native": "solid", "mapped": "solid", "random": "dash", "shuffled": "dot"}
 
 
+def bars(values: Sequence[Estimate]) -> dict[str, Any]:
+    """Draw intervals as error bars."""
+    return {"array": [v.high - v.value for v in values], "arrayminus": [v.value - v.low for v in values]}
+
+
 def interval(arms: Sequence[Arm]) -> dict[str, Any]:
     """Error bars of the effects."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [arm.effect.high - arm.effect.value for arm in arms],
-        "arrayminus": [arm.effect.value - arm.effect.low for arm in arms],
+        **bars([arm.effect for arm in arms]),
         "thickness": 1.5,
         "width": 4,
     }

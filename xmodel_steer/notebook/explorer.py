@@ -23,7 +23,7 @@ from xmodel_steer.models.facts import context_length, tokenizer_of
 from xmodel_steer.notebook.html import bars_html, code_html, text_html
 from xmodel_steer.notebook.options import Option, options_of
 from xmodel_steer.notebook.writing import Choice, View, watch
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.results import Result
 
 
 class Explorer:
@@ -190,7 +190,7 @@ def explore(
 
     Args:
         model: The model to steer.
-        vectors: A `TransferResult`, to choose between its mapped, native, shuffled and a random vector (or, for its
+        vectors: A `Result`, to choose between its mapped, native, shuffled and a random vector (or, for its
             source model, its source vector); or a vector, several, or a mapping of names to vectors. A name may
             stand for several vectors, one per layer. Model and result may also come in the other order.
         prompt: What stands in the prompt box at first.
@@ -213,10 +213,10 @@ def explore(
         >>> xs.explore(large, result)                               # doctest: +SKIP
         >>> xs.explore(large, {"joy": joy, "calm": [calm_8, calm_10]}, prompt="The letter")  # doctest: +SKIP
     """
-    if isinstance(model, (TransferResult, SteeringVector)):
+    if isinstance(model, (Result, SteeringVector)):
         model, vectors = vectors, model
     _ipywidgets()
-    a_result = isinstance(vectors, TransferResult)
+    a_result = isinstance(vectors, Result)
     default = "result" if a_result else "vector" if isinstance(vectors, SteeringVector) else "vectors"
     options = options_of(model, vectors, _notebook_name(vectors, default))
     options = [replace(option, code=_notebook_name(option.vector, option.code)) for option in options]

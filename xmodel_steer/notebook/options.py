@@ -1,5 +1,6 @@
 """Vectors that the explorer offers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import require_space_of
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.results import Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option,
         ValueError: There are no vectors.
     """
     what = f"explore {name_of(model)}"
-    if isinstance(vectors, TransferResult):
+    if isinstance(vectors, Result):
         return _options_of_result(model, vectors, name, what)
     if isinstance(vectors, SteeringVector):
         given = [(vectors.label or "vector", vectors, name)]
@@ -60,7 +61,7 @@ def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option,
         given = [(getattr(v, "label", "") or "vector", v, f"{name}[{k}]") for k, v in enumerate(vectors)]
     else:
         raise TypeError(
-            "explore: needs a TransferResult, a SteeringVector, several of them or a mapping of names to them, "
+            "explore: needs a Result, a SteeringVector, several of them or a mapping of names to them, "
             f"got {type(vectors).__name__}; write xs.explore(model, vectors)"
         )
     if not given:
@@ -86,26 +87,26 @@ def _named(name: str, value: Any, code: str) -> list[tuple[str, Any, str]]:
     return [(name, value, code)]
 
 
-def _options_of_result(model: Any, result: TransferResult, name: str, what: str) -> tuple[Option, ...]:
+def _options_of_result(model: Any, result: Result, name: str, what: str) -> tuple[Option, ...]:
+    kinds = ("mapped", "native", "shuffled", "source")
+    keys = [key for kind in kinds for key in result.vectors if key == kind or key.endswith(f": {kind}")]
     found = []
-    for key in ("mapped", "native", "shuffled", "source"):
-        vector = result.vectors.get(key)
-        if vector is None:
-            continue
+    for key in keys:
+        vector = result.vectors[key]
         try:
             require_space_of(model, vector.space, what)
         except SpaceMismatchError:
             continue
-        found.append(Option(key, vector, f'{name}.vectors["{key}"]'))
+        found.append(Option(key, vector, f'{name}.vectors[{json.dumps(key)}]'))
+    native = next((key for key in keys if key == "native" or key.endswith(": native")), None)
     if not found:
-        one = next(iter(result.vectors.values()), None)
+        one = result.vectors[native] if native else next(iter(result.vectors.values()), None)
         if one is None:
             raise ValueError("explore: the result has no vectors; it may have been saved by hand without them")
-        require_space_of(model, result.vectors.get("native", one).space, what)
-    native = result.vectors.get("native")
-    if native is not None and native.scale is not None and any(option.name == "native" for option in found):
-        seed = result.seeds.get("random", (0,))[0]  # the first of the transfer's own
-        code = f'random_like({name}.vectors["native"], seed={seed})'
+        require_space_of(model, one.space, what)
+    if native is not None and result.vectors[native].scale is not None and any(o.name == native for o in found):
+        seed = result.seeds.get("random", (0,))[0]  # the transfer's first
+        code = f'random_like({name}.vectors[{json.dumps(native)}], seed={seed})'
         imports = ("from xmodel_steer.core.directions import random_like",)
-        found.append(Option("random", random_like(native, seed=seed), code, imports))
+        found.append(Option("random", random_like(result.vectors[native], seed=seed), code, imports))
     return tuple(found)

@@ -1,95 +1,152 @@
-"""One vector's measurement: an arm, at one strength or at one KL."""
+"""Measurements of one vector: an arm, at one strength or at one KL."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from xmodel_steer.maps.statistics import Estimate, bootstrap_mean
+from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, rate, undefined, wilson
 
 ARMS = ("unsteered", "native", "mapped", "random", "shuffled")
 CONTROLS = ("random", "shuffled")
 LEVEL = 0.05  # of the corrected tests
+EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
+EFFICIENCY = "efficiency"  # the name of a measure: an arm's effect over the native one's
+AGREEMENT = "agreement with the clean answer"
+STRICTER = ("unchanged", "word for word")  # ends of names of measures that repeat a looser one
+NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One arm at one strength, or at one KL.
+    """One arm of one recipe, measured on evaluation prompts at one strength or at one KL.
 
     Args:
-        arm: ``unsteered``, ``native`` (the target's own difference of means: the ceiling),
-            ``mapped``, ``random`` (all seeds together) or ``shuffled`` (a map fitted on shuffled
-            pairs).
-        strength: In units of the native vector's norm in standardised coordinates; at equal KL the
-            calibrated one, of several seeds the mean.
-        effect: Mean score, with a bootstrap interval over prompts.
-        change: Mean of the paired difference from the unsteered model, with its interval.
+        arm: ``unsteered``, ``native`` (the target's own vector: the ceiling), ``mapped``, ``random`` (all seeds together),
+            ``shuffled`` (a map fitted on shuffled pairs), or another name that a study explains.
+        effect: Mean score, with a 95 % interval over prompts.
         kl: KL from the unsteered model on neutral text, nats per token.
         perplexity: Perplexity of neutral text.
-        agreement: Share of the tokens of neutral text where the likeliest next token is the unsteered model's.
+        change: Mean of the paired difference from the unsteered model, with its interval.
+        recipe: How the vector is found and what is done with it; empty for an unsteered arm that all recipes share.
+        operator: The operator, as text.
+        at: ``equal strength``, or ``equal KL`` with the native vector.
+        strength: In units of the native vector's norm in standardised coordinates, the mean over seeds; NaN where the operator
+            has none, or the arm joins two directions.
         budget: The KL that the strength was calibrated to, on other neutral text; None at a fixed strength.
-        reached: Whether its strengths reach that KL; if not, no strength that was tried does.
-        side: Other behaviours measured beside this one, by name.
-        scores: Score of each prompt (the mean over seeds, for ``random``).
-        seeds: For ``random``: the mean score of each seed.
-        table: For ``random``: the score of each prompt under each seed.
-        texts: The generated texts (of the first seed, for ``random``).
-        raw: What a judge said of each of these texts.
+        reached: True where the strength reaches that KL; else no strength that was tried does.
+        agreement: Share of neutral tokens where the likeliest next token is the unsteered model's.
+        measures: Other measurements of the same setting, listed by what they measure.
+        seeds: Number of vectors that the numbers are means of.
+        ids: Id of each prompt, or pair of prompts.
+        groups: Kind of each prompt, where some are fillings of one template.
+        scores: Score of each prompt, the mean over seeds.
+        table: Score of each prompt under each seed, where there are several.
+        texts: Generated texts, of the first seed.
+        raw: A judge's words about each of these texts.
     """
 
     arm: str
-    strength: float
     effect: Estimate
-    change: Estimate
     kl: float
     perplexity: float
-    agreement: float = 1.0
+    change: Estimate = field(default_factory=lambda: undefined(NOT_RECORDED, 0))
+    recipe: str = ""
+    operator: str = ""
+    at: str = EQUAL_STRENGTH
+    strength: float = math.nan
     budget: float | None = None
     reached: bool = True
-    side: Mapping[str, Estimate] = field(default_factory=dict)
+    agreement: float = math.nan
+    measures: Mapping[str, Estimate] = field(default_factory=dict)
+    seeds: int = 1
+    ids: tuple[str, ...] = field(repr=False, default=())
+    groups: tuple[str, ...] = field(repr=False, default=())
     scores: tuple[float, ...] = field(repr=False, default=())
-    seeds: tuple[float, ...] = ()
     table: tuple[tuple[float, ...], ...] = field(repr=False, default=())
     texts: tuple[str, ...] = field(repr=False, default=())
     raw: tuple[str, ...] = field(repr=False, default=())
 
     def __repr__(self) -> str:
-        at = f"strength {self.strength:.3g}" if self.budget is None else f"KL {self.budget:.3g}"
-        return f"Arm({self.arm!r} at {at}: effect {self.effect:.3f}, n = {self.effect.n}, KL {self.kl:.3g})"
+        at = self.at if math.isnan(self.strength) else f"strength {self.strength:.3g}"
+        at = at if self.budget is None else f"KL {self.budget:.3g}"
+        of = f" of {self.recipe!r}" if self.recipe else ""
+        return f"Arm({self.arm!r}{of} at {at}: effect {self.effect:.3f}, n = {self.effect.n}, KL {self.kl:.3g})"
+
+    @property
+    def sign(self) -> str:
+        """Direction of steering, ``"+"`` or ``"-"``; ``"+"`` where the strength has no sign."""
+        return "-" if self.strength < 0 else "+"
+
+    @property
+    def title(self) -> str:
+        """Name of the arm, with its number of seeds where there are several."""
+        return self.arm + (f" × {self.seeds}" if self.seeds > 1 else "")
+
+    @property
+    def undefined(self) -> str:
+        """Reason why a number of it is undefined, or nothing."""
+        change = self.change.undefined
+        return self.effect.undefined or (change if change != NOT_RECORDED else "")
 
     def per_seed(self) -> np.ndarray:
         """Scores ``(prompts, seeds)``; one column where there are no seeds."""
         return np.array(self.table if self.table else [[s] for s in self.scores], dtype=float)
 
-
-def arm_record(arm: Arm) -> dict[str, Any]:
-    """Return an arm as plain JSON values, without texts and single scores."""
-    return {
-        "arm": arm.arm,
-        "strength": arm.strength,
-        "budget": arm.budget,
-        "reached": arm.reached,
-        "effect": arm.effect.value,
-        "low": arm.effect.low,
-        "high": arm.effect.high,
-        "n": arm.effect.n,
-        "change": arm.change.value,
-        "change_low": arm.change.low,
-        "change_high": arm.change.high,
-        "kl": arm.kl,
-        "perplexity": arm.perplexity,
-        "agreement": arm.agreement,
-        **({"undefined": why} if (why := arm.effect.undefined or arm.change.undefined) else {}),
-        **({"side": {name: estimate.record() for name, estimate in arm.side.items()}} if arm.side else {}),
-        **({"seeds": list(arm.seeds)} if arm.seeds else {}),
-    }
+    def row(self) -> dict[str, Any]:
+        """Return the arm as plain JSON values, without texts and single scores; its measures as records."""
+        kept = self.change.undefined != NOT_RECORDED
+        change = (self.change.value, self.change.low, self.change.high) if kept else (None, None, None)
+        return {
+            "arm": self.arm,
+            "recipe": self.recipe,
+            "operator": self.operator,
+            "at": self.at,
+            "strength": None if math.isnan(self.strength) else self.strength,
+            "budget": self.budget,
+            "reached": self.reached,
+            "effect": self.effect.value,
+            "low": self.effect.low,
+            "high": self.effect.high,
+            "n": self.effect.n,
+            **dict(zip(("change", "change_low", "change_high"), change, strict=True)),
+            "kl": self.kl,
+            "perplexity": self.perplexity,
+            "agreement": None if math.isnan(self.agreement) else self.agreement,
+            "seeds": self.seeds,
+            **({"undefined": self.undefined} if self.undefined else {}),
+            "measures": {name: measure.record() for name, measure in self.measures.items()},
+        }
 
 
 def difference(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Subtract scores; infinite, and then undefined, where too large for a float."""
     with np.errstate(over="ignore", invalid="ignore"):
         return scores - base
+
+
+def estimate(scores: "np.ndarray | Sequence[np.ndarray]", groups: Sequence[str] | None = None) -> Estimate:
+    """Average over prompts, and over seeds where there are several, with a 95 % interval.
+
+    Wilson's interval where every score is 0 or 1: a bootstrap of 200 ones has no width. Else a bootstrap over prompts and
+    seeds. For zeros and ones under several seeds it is never narrower than Wilson's for one seed.
+
+    Args:
+        scores: ``(prompts,)`` or ``(prompts, seeds)``.
+        groups: Label of each prompt where some are of one kind: the intervals are then those of so many kinds.
+    """
+    table = np.asarray(scores, dtype=float)
+    table = table.reshape(len(table), -1)
+    share = bootstrap_mean(table, groups=groups)
+    if share.undefined or not np.isin(table, (0, 1)).all():
+        return share
+    rows = table.mean(1)
+    if np.isin(rows, (0, 1)).all():
+        return rate(rows, groups=groups)
+    low, high = wilson(share.value, len(set(groups)) if groups else len(rows))
+    return replace(share, low=min(share.low, low), high=max(share.high, high))
 
 
 def joined_arm(
@@ -100,14 +157,11 @@ def joined_arm(
     *,
     kl: Sequence[float],
     perplexity: Sequence[float],
-    agreement: Sequence[float],
-    budget: float | None = None,
-    reached: bool = True,
-    side: Mapping[str, Estimate] | None = None,
-    texts: tuple[str, ...] = (),
-    raw: tuple[str, ...] = (),
+    agreement: Sequence[float] = (math.nan,),
+    measures: Mapping[str, Estimate] | None = None,
+    **fields: Any,
 ) -> Arm:
-    """One arm of the measurements of all its seeds.
+    """Join the measurements of all seeds into one arm.
 
     Args:
         name: The arm.
@@ -117,30 +171,24 @@ def joined_arm(
         kl: KL of each seed.
         perplexity: Perplexity of each seed; the geometric mean is kept.
         agreement: Agreement of each seed.
-        budget: The KL that the strengths were calibrated to.
-        reached: Whether they reach it.
-        side: Side behaviours, already joined.
-        texts: The texts of the first seed.
-        raw: A judge's answers about them.
+        measures: Other measurements, already joined.
+        fields: The other fields of `Arm`.
     """
     table = np.stack(list(scores), 1)
-    several = table.shape[1] > 1
+    groups = fields.get("groups") or None
     with np.errstate(all="ignore"):  # what overflows is infinite, and told by that
-        means, geometric = (table.mean(1), table.mean(0)), np.exp(np.mean(np.log(perplexity)))
+        means, geometric = table.mean(1), np.exp(np.mean(np.log(perplexity)))
     return Arm(
         arm=name,
-        strength=float(np.mean(strengths)),
-        effect=bootstrap_mean(table),
-        change=bootstrap_mean(difference(table, base[:, None])),
+        effect=estimate(table, groups),
         kl=float(np.mean(kl)),
         perplexity=float(geometric),
+        change=bootstrap_mean(difference(table, base[:, None]), groups=groups),
+        strength=float(np.mean(strengths)),
         agreement=float(np.mean(agreement)),
-        budget=budget,
-        reached=reached,
-        side=dict(side or {}),
-        scores=tuple(means[0].tolist()),
-        seeds=tuple(means[1].tolist()) if several else (),
-        table=tuple(map(tuple, table.tolist())) if several else (),
-        texts=texts,
-        raw=raw,
+        measures=dict(measures or {}),
+        seeds=table.shape[1],
+        scores=tuple(means.tolist()),
+        table=tuple(map(tuple, table.tolist())) if table.shape[1] > 1 else (),
+        **fields,
     )

@@ -1,10 +1,12 @@
-"""What a transfer found, as records, and what can be said of it in words.
+"""The one record of a run: a transfer, a demo or a study.
 
-Everything here is read from scores that were measured on evaluation prompts; nothing calls a model.
+All is read from scores that were measured on evaluation prompts; nothing here calls a model.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,116 +15,216 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.statistics import bootstrap_mean
-from xmodel_steer.recipe.arms import Arm, arm_record, difference
+from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, Arm, difference, estimate
 from xmodel_steer.recipe.verdicts import Verdict, verdict_of
 
 
 @dataclass(frozen=True, eq=False)
-class TransferResult:
-    """Everything that a transfer found, and how it was made.
+class Result:
+    """Everything that a run measured, and how it was made.
 
     Args:
-        label: Name of the behaviour.
+        name: Name of the behaviour, or of the study.
         unit: What the effect is measured in.
-        source: The source model and site.
-        target: The target model and site.
-        map: How the map was fitted and how well it does on test documents.
-        arms: Every arm at every strength, and every arm at equal KL.
-        headline: The strength chosen on validation.
-        selection: What validation measured to choose layers and strength, and the calibrated strengths.
-        similarity: Cosine to the native vector and norm ratio before rescaling, both in
-            standardised coordinates, for the mapped and the shuffled vector.
-        vectors: The vectors, by name.
-        mapping: The map.
-        spec: All arguments.
+        source: The source model, with its site where all arms share one.
+        target: The target model, with its site where all arms share one.
+        arms: Every arm of every recipe.
+        chosen: What validation chose for each recipe (layers, operator or strength), how its map was fitted and how near the
+            mapped vector is to the native one.
+        validation: Everything that validation tried.
+        spec: All settings.
         splits: Ids of the prompts and documents of each set.
-        versions: Versions of the programs.
         seeds: All seeds.
+        versions: Versions of the programs.
+        question: What a study asks, in a sentence.
+        note: How to read the numbers, in words.
+        stored: The conclusions that a study draws in its own words.
+        curves: Other settings that were varied, by name: one record per point.
+        prompts: Text of the first evaluation prompts.
+        vectors: Vectors by name: ``source``, ``native``, ``mapped``, ``shuffled``; where there are several recipes,
+            ``RECIPE: mapped`` and so on.
+        maps: The maps, by recipe.
+        hardware: What it ran on.
+        seconds: Wall time of its parts.
+        command: The command that repeats it.
     """
 
-    label: str
+    name: str
     unit: str
     source: Mapping[str, Any]
     target: Mapping[str, Any]
-    map: Mapping[str, Any]
     arms: tuple[Arm, ...]
-    headline: float
-    selection: Mapping[str, Any]
-    similarity: Mapping[str, Any]
-    vectors: Mapping[str, SteeringVector] = field(repr=False)
-    mapping: Map | None = field(repr=False)
+    chosen: Mapping[str, Mapping[str, Any]]
+    validation: tuple[Mapping[str, Any], ...] = field(repr=False)
     spec: Mapping[str, Any] = field(repr=False)
     splits: Mapping[str, Any] = field(repr=False)
-    versions: Mapping[str, str] = field(repr=False)
     seeds: Mapping[str, Any] = field(repr=False)
+    versions: Mapping[str, str] = field(repr=False)
+    question: str = ""
+    note: str = ""
+    stored: tuple[str, ...] = ()
+    curves: Mapping[str, tuple[Mapping[str, Any], ...]] = field(repr=False, default_factory=dict)
+    prompts: tuple[str, ...] = field(repr=False, default=())
+    vectors: Mapping[str, SteeringVector] = field(repr=False, default_factory=dict)
+    maps: Mapping[str, Map] = field(repr=False, default_factory=dict)
+    hardware: str = ""
+    seconds: Mapping[str, float] = field(repr=False, default_factory=dict)
+    command: str = ""
 
     def __repr__(self) -> str:
-        ends = f"{self.source['model']} → {self.target['model']}"
-        count = len(self.arms[0].scores) if self.arms else 0
-        return f"TransferResult({self.label!r}, {ends}, {len(self.arms)} arms, n = {count})"
+        count = max((arm.effect.n for arm in self.arms), default=0)
+        return f"Result({self.name!r}, {self.between}, {len(self.arms)} arms, n = {count})"
 
-    def arm(self, name: str, strength: float) -> Arm:
-        """Return an arm at a fixed strength; ``unsteered`` is found at any.
+    @property
+    def between(self) -> str:
+        """The two models, in words."""
+        return f"{self.source['model']} → {self.target['model']}"
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """Recipes with steered arms, in their order."""
+        return tuple(dict.fromkeys(arm.recipe for arm in self.arms if arm.arm != "unsteered"))
+
+    def choice(self, recipe: str | None = None) -> Mapping[str, Any]:
+        """Return what validation chose for a recipe.
+
+        Args:
+            recipe: The recipe; may be left out where there is one.
+
+        Raises:
+            KeyError: There is none of this name, or there are several.
+        """
+        return _only(self.chosen, recipe)
+
+    @property
+    def headline(self) -> float:
+        """The strength that validation chose for the first recipe; 1 where its operator has none."""
+        return float(next(iter(self.chosen.values()), {}).get("strength", 1.0))
+
+    def arm(self, name: str, strength: float | None = None, *, recipe: str | None = None, at: str | None = None) -> Arm:
+        """Return the first arm of a name.
+
+        Args:
+            name: The arm; ``unsteered`` has every strength.
+            strength: Its strength; any, if left out.
+            recipe: Its recipe; any, if left out. An unsteered arm that all recipes share belongs to each.
+            at: ``equal strength`` or ``equal KL``; if left out, equal strength first.
 
         Raises:
             KeyError: It was not run.
         """
-        for arm in self.arms:
-            if arm.arm == name and (name == "unsteered" or (arm.budget is None and arm.strength == strength)):
-                return arm
-        raise KeyError(f"{name} at strength {strength:g} was not run; strengths: {list(self.strengths)}")
+        fits = [
+            arm
+            for arm in self.arms
+            if arm.arm == name
+            and (recipe is None or arm.recipe == recipe or (name == "unsteered" and not arm.recipe))
+            and (name == "unsteered" or strength is None or (arm.strength == strength and arm.at == EQUAL_STRENGTH))
+            and (name == "unsteered" or at is None or arm.at == at)
+        ]
+        if not fits:
+            wanted = [f"at strength {strength:g}"] if strength is not None else []
+            wanted += [f"under {recipe!r}"] if recipe is not None else []
+            wanted += [f"at {at}"] if at else []
+            raise KeyError(f"{' '.join([name, *wanted])} was not run; strengths: {list(self.strengths)}")
+        return min(fits, key=lambda arm: arm.at != EQUAL_STRENGTH)
 
-    def at_equal_kl(self, name: str, sign: str) -> Arm:
+    def at_equal_kl(self, name: str, sign: str, recipe: str | None = None) -> Arm:
         """Return an arm at the native vector's KL.
 
         Args:
             name: The arm.
             sign: ``"+"`` or ``"-"``: the direction of steering.
+            recipe: Its recipe; any, if left out.
 
         Raises:
             KeyError: It was not run.
         """
         for arm in self.arms:
-            if arm.arm == name and arm.budget is not None and (arm.strength > 0) == (sign == "+"):
+            fits = (arm.arm, arm.at, arm.sign) == (name, EQUAL_KL, sign) and recipe in (None, arm.recipe)
+            if fits and not math.isnan(arm.strength):
                 return arm
         raise KeyError(f"{name} was not run at equal KL in direction {sign}")
 
     @property
     def strengths(self) -> tuple[float, ...]:
         """The fixed strengths that were run, ascending, without 0."""
-        return tuple(sorted({a.strength for a in self.arms if a.arm != "unsteered" and a.budget is None}))
+        fixed = {a.strength for a in self.arms if a.arm != "unsteered" and a.at == EQUAL_STRENGTH}
+        return tuple(sorted(strength for strength in fixed if not math.isnan(strength)))
 
     @property
     def signs(self) -> tuple[str, ...]:
         """The directions that were compared at equal KL."""
-        run = [a.strength for a in self.arms if a.arm == "native" and a.budget is not None]
-        return tuple(s for s, way in (("+", 1), ("-", -1)) if any(way * strength > 0 for strength in run))
+        run = {a.sign for a in self.arms if a.arm == "native" and a.at == EQUAL_KL and not math.isnan(a.strength)}
+        return tuple(sign for sign in "+-" if sign in run)
 
-    def gain(self, name: str) -> np.ndarray:
-        """How far an arm moves the score in the direction of steering, at the native vector's KL.
+    def compared(self, recipe: str, names: Sequence[str] = ARMS[1:]) -> dict[str, dict[str, Arm]]:
+        """Return the arms that a recipe's verdict compares, by direction and name.
+
+        At equal KL where the native vector was run there in the recipe, else at equal strength.
+
+        Args:
+            recipe: The recipe.
+            names: Which arms.
+
+        Raises:
+            KeyError: An arm was not run.
+        """
+        own = replace(self, arms=tuple(arm for arm in self.arms if arm.recipe == recipe))
+        if own.signs:
+            return {sign: {name: own.at_equal_kl(name, sign) for name in names} for sign in own.signs}
+        return {"+": {name: own.arm(name, at=EQUAL_STRENGTH) for name in names}}
+
+    def gain(self, name: str, recipe: str | None = None) -> np.ndarray:
+        """Compute how far an arm moves the score in the direction of steering, where arms are compared.
 
         Args:
             name: The arm.
+            recipe: The recipe; may be left out where there is one.
 
         Returns:
-            For each prompt and seed ``(prompts, seeds)``, over both directions: half of what lies between them. Where one
-            direction was run, its change from the unsteered model.
+            For each prompt and seed ``(prompts, seeds)``, over both directions: half of their difference. Where one direction
+            was run, its change from the unsteered model.
 
         Raises:
-            KeyError: It was not run at equal KL.
+            KeyError: It was not run, or its scores were not kept.
         """
-        base = np.array(self.arm("unsteered", 0).scores)[:, None]
+        recipe = recipe if recipe is not None else _single(self.recipes)
+        base = np.array(self.arm("unsteered", recipe=recipe).scores)[:, None]
+        arms = {sign: arms[name] for sign, arms in self.compared(recipe, (name,)).items()}
+        if not len(base) or not all(arm.scores for arm in arms.values()):
+            raise KeyError(f"{name} under {recipe!r}: its scores were not kept")
         with np.errstate(over="ignore", invalid="ignore"):  # infinite, and then undefined
-            changes = [
-                (1.0 if sign == "+" else -1.0) * (self.at_equal_kl(name, sign).per_seed() - base) for sign in self.signs
-            ]
+            changes = [(1.0 if sign == "+" else -1.0) * (arm.per_seed() - base) for sign, arm in arms.items()]
             return np.mean(changes, axis=0)
 
-    def verdict(self) -> Verdict:
-        """Judge what survived, at the native vector's KL."""
-        return verdict_of(self)
+    @cached_property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """The verdict on each recipe that has every arm with its scores."""
+        found = {}
+        for recipe in self.recipes:
+            try:
+                found[recipe] = verdict_of(self, recipe)
+            except KeyError:  # an arm is missing, or has no scores
+                continue
+        return found
 
-    def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "TransferResult":
+    def verdict(self, recipe: str | None = None) -> Verdict:
+        """Judge what survived, from paired tests against every control.
+
+        Args:
+            recipe: The recipe; may be left out where there is one.
+
+        Raises:
+            KeyError: The recipe lacks an arm or its scores, or there are several recipes.
+        """
+        return _only(self.verdicts, recipe)
+
+    @property
+    def conclusions(self) -> tuple[str, ...]:
+        """What came out, in words: a study's own, or each verdict's."""
+        return self.stored or tuple(verdict.text for verdict in self.verdicts.values())
+
+    def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "Result":
         """Score the same texts by another scorer: no model is called.
 
         Layers and strengths stay those that the first scorer chose on validation. Only texts of the random arm's first
@@ -138,22 +240,78 @@ class TransferResult:
         """
         if isinstance(scorer, TextScorer):
             raise ValueError("rescored: this scorer reads the prompts too, which a result does not keep; run transfer")
-        base = self.arm("unsteered", 0)
-        if not base.texts:
-            raise ValueError(f"rescored: {self.label} was measured without texts, or they were not kept; run transfer")
-        start = score_texts(scorer, base.texts)
-        arms = []
-        for arm in self.arms:
-            if arm.texts:
-                scores = score_texts(scorer, arm.texts)
-                effect, change = bootstrap_mean(scores), bootstrap_mean(difference(scores, start))
-                own = tuple(scores.tolist())
-                arms.append(replace(arm, effect=effect, change=change, scores=own, seeds=(), table=(), raw=()))
-        spec = {**self.spec, "scorer": repr(scorer)[:200], "rescored_from": self.spec.get("scorer")}
-        return replace(self, label=label, unit=unit, arms=tuple(arms), spec=spec)
+        arms = [arm for arm in self.arms if arm.texts and len(arm.texts) == arm.effect.n]
+        if not any(arm.arm == "unsteered" for arm in arms):
+            raise ValueError(f"rescored: {self.name} was measured without texts, or they were not kept; run it again")
+        old = list(dict.fromkeys(arm.recipe for arm in arms if arm.recipe))
+        called = {recipe: label if len(old) == 1 else f"{recipe}, {label}" for recipe in old} | {"": ""}
+        texts = replace(self, arms=tuple(arms))
+        rescored = []
+        for arm in arms:
+            start = score_texts(scorer, texts.arm("unsteered", recipe=arm.recipe or None).texts)
+            scores, groups = score_texts(scorer, arm.texts), arm.groups or None
+            rescored.append(
+                replace(
+                    arm,
+                    recipe=called[arm.recipe],
+                    effect=estimate(scores, groups),
+                    change=bootstrap_mean(difference(scores, start), groups=groups),
+                    scores=tuple(scores.tolist()),
+                    seeds=1,
+                    table=(),
+                    raw=(),
+                )
+            )
+        return replace(
+            self,
+            name=label,
+            unit=unit,
+            arms=tuple(rescored),
+            chosen={called.get(recipe, recipe): choice for recipe, choice in self.chosen.items()},
+            maps={called.get(recipe, recipe): mapping for recipe, mapping in self.maps.items()},
+            stored=(),
+            spec={**self.spec, "scorer": repr(scorer)[:200], "rescored_from": self.spec.get("scorer")},
+        )
 
-    def to_frame(self) -> Any:
-        """One row per arm and strength, as a pandas frame."""
+    def to_frame(self, *, texts: bool = False) -> Any:
+        """Return a pandas frame with one row per arm and strength.
+
+        Args:
+            texts: One row per arm and prompt instead, with the prompt's id, score, text and a judge's words.
+        """
         import pandas as pd
 
-        return pd.DataFrame([arm_record(arm) for arm in self.arms])
+        if not texts:
+            rows = [arm.row() for arm in self.arms]
+            values = ({name: found["value"] for name, found in row.pop("measures").items()} for row in rows)
+            return pd.DataFrame([row | measures for row, measures in zip(rows, values, strict=True)])
+        return pd.DataFrame([row for arm in self.arms for row in prompt_rows(arm)])
+
+
+def prompt_rows(arm: Arm) -> list[dict[str, Any]]:
+    """Return one record per prompt of an arm: id, score, text and what else was kept."""
+    count = max(len(arm.scores), len(arm.texts))
+    columns: dict[str, Sequence[Any]] = {
+        "unit": arm.ids,
+        "group": arm.groups,
+        "score": arm.scores,
+        "seeds": arm.table,
+        "text": arm.texts,
+        "judge": arm.raw,
+    }
+    strength = None if math.isnan(arm.strength) else arm.strength
+    kept = {"arm": arm.arm, "recipe": arm.recipe, "at": arm.at, "strength": strength, "budget": arm.budget}
+    return [kept | {name: column[i] for name, column in columns.items() if i < len(column)} for i in range(count)]
+
+
+def _single(names: Sequence[str]) -> str:
+    if len(names) != 1:
+        raise KeyError(f"give a recipe: {', '.join(map(repr, names)) or 'there is none'}")
+    return names[0]
+
+
+def _only(records: Mapping[str, Any], name: str | None) -> Any:
+    name = _single(tuple(records)) if name is None else name
+    if name not in records:
+        raise KeyError(f"no recipe {name!r}; there are: {', '.join(map(repr, records)) or 'none'}")
+    return records[name]

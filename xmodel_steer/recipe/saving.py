@@ -1,16 +1,16 @@
 """Save and read: artefacts as files, results as folders."""
 
 import json
-import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.core.errors import ArtifactError, XModelSteerError
+from xmodel_steer.core.errors import ArtifactError, CacheWarning, XModelSteerError
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.files.artefacts import read_artefact, save_artefact
 from xmodel_steer.files.records import (
@@ -26,13 +26,16 @@ from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.curves import DataCurve
 from xmodel_steer.maps.layers import LayerGrid
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.maps.statistics import Estimate
-from xmodel_steer.recipe.arms import Arm, arm_record
-from xmodel_steer.recipe.results import TransferResult
-from xmodel_steer.recipe.verdicts import Verdict
+from xmodel_steer.recipe.records import arm_of, older, result_of
+from xmodel_steer.recipe.results import Result, prompt_rows
+
+RESULT, TEXTS, REPORT = "result.json", "generations.jsonl", "report.html"
+UNFINISHED = "unfinished"  # in the folder of a run that was cut off
+KINDS = ("Result", "TransferResult", "study")  # the last two were written by earlier versions
+_RUN = {RESULT, TEXTS, REPORT, "vectors", "maps", "map.safetensors"}
 
 
-def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | TransferResult, path: str | Path) -> Path:
+def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Result, path: str | Path) -> Path:
     """Write a vector, a map, moments, a grid or a curve to a ``.safetensors`` file, or a result to a folder.
 
     Args:
@@ -48,14 +51,35 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Transfe
             is written with the numbers that it has: NaN is null, and the record says where.
     """
     path = Path(path)
-    return _save_result(value, path) if isinstance(value, TransferResult) else save_artefact(value, path)
+    return _save_result(value, path) if isinstance(value, Result) else save_artefact(value, path)
+
+
+def save_or_spare(result: Result, folder: Path) -> Path:
+    """Save a result; where its folder cannot be written any more, save it in a temporary one and warn.
+
+    Returns:
+        The folder that it was written to.
+
+    Raises:
+        ArtifactError: It could be written to neither.
+    """
+    try:
+        return save(result, folder)
+    except ArtifactError as error:
+        spare = Path(tempfile.mkdtemp(prefix="xmodel-steer-")) / folder.name
+        try:
+            save(result, spare)
+        except ArtifactError:
+            raise error from None
+        warnings.warn(f"{error}; the run was written to {spare}", CacheWarning, stacklevel=2)
+        return spare
 
 
 def read(path: str | Path) -> Any:
     """Read what `save` wrote.
 
     Args:
-        path: A ``.safetensors`` file, or a result's folder.
+        path: A ``.safetensors`` file, or the folder of a run, a demo or a study.
 
     Raises:
         ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
@@ -65,67 +89,43 @@ def read(path: str | Path) -> Any:
 
 
 def may_hold_run(folder: Path) -> bool:
-    """Whether a run may be written there: nothing is in the way but an empty folder or an older run."""
+    """Tell whether a run may be written there: nothing is in the way but an empty folder or an older run."""
     if not folder.exists():
         return True
     if not folder.is_dir():
         return False
-    file = folder / "result.json"
+    file = folder / RESULT
     if not file.is_file():
-        return not any(folder.iterdir())
+        return all(other.name == UNFINISHED for other in folder.iterdir())
     try:
-        return read_record(file).get("kind") == "TransferResult"
+        return read_record(file).get("kind") in KINDS
     except ArtifactError:
         return False
 
 
-def _save_result(result: TransferResult, folder: Path) -> Path:
+def _save_result(result: Result, folder: Path) -> Path:
     if not may_hold_run(folder):
         raise ArtifactError(f"{folder}: exists and is not a run folder; choose another place, nothing was written")
+    files = {"vectors": _files(result.vectors), "maps": _files(result.maps)}
     record = {
         "schema": SCHEMA,
-        "kind": "TransferResult",
-        "label": result.label,
-        "unit": result.unit,
-        "verdict": _verdict_record(result.verdict()),
-        "headline": result.headline,
-        "source": dict(result.source),
-        "target": dict(result.target),
-        "map": dict(result.map),
-        "similarity": result.similarity,
-        "arms": [arm_record(arm) for arm in result.arms],
-        "selection": result.selection,
-        "spec": result.spec,
-        "splits": result.splits,
-        "seeds": result.seeds,
-        "versions": result.versions,
-        "vectors": sorted(result.vectors),
-        "has_map": result.mapping is not None,
+        "kind": "Result",
+        **{name: value for name, value in vars(result).items() if name in result.__dataclass_fields__},
+        "conclusions": list(result.conclusions),
+        "verdicts": {recipe: verdict.record() for recipe, verdict in result.verdicts.items()},
+        "arms": [arm.row() | ({} if arm.scores else {"scored": False}) for arm in result.arms],
+        **files,
     }
-    rows = [
-        {
-            "arm": arm.arm,
-            "strength": arm.strength,
-            "budget": arm.budget,
-            "unit": unit,
-            "score": score,
-            **({"seeds": arm.table[i]} if arm.table else {}),
-            **({"text": arm.texts[i]} if arm.texts else {}),
-            **({"judge": arm.raw[i]} if arm.raw else {}),
-        }
-        for arm in result.arms
-        for i, (unit, score) in enumerate(zip(result.splits["evaluation"], arm.scores, strict=True))
-    ]
+    rows = [{"number": i} | row for i, arm in enumerate(result.arms) for row in prompt_rows(arm)]
     scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write_atomically(scratch / "result.json", dump_json(record, folder, indent=1))
-        write_atomically(scratch / "generations.jsonl", "".join(dump_json(row, folder) + "\n" for row in rows))
-        for name, vector in result.vectors.items():
-            save(vector, scratch / "vectors" / f"{name}.safetensors")
-        if result.mapping is not None:
-            save(result.mapping, scratch / "map.safetensors")
+        write_atomically(scratch / RESULT, dump_json(record, folder, indent=1))
+        write_atomically(scratch / TEXTS, "".join(dump_json(row, folder) + "\n" for row in rows))
+        for kind, named in files.items():
+            for name, file in named.items():
+                save_artefact(getattr(result, kind)[name], scratch / kind / file)
         os.chmod(scratch, 0o755)
         _swap(scratch, folder)
     except OSError as error:
@@ -135,11 +135,18 @@ def _save_result(result: TransferResult, folder: Path) -> Path:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-    tell_undefined(folder / "result.json")
+    tell_undefined(folder / RESULT)
     return folder
 
 
-_RUN = {"result.json", "generations.jsonl", "vectors", "map.safetensors", "report.html"}
+def _files(named: Mapping[str, Any]) -> dict[str, str]:
+    """Give each name a file that every file system takes."""
+    files: dict[str, str] = {}
+    for name in named:
+        plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:80] or "unnamed"
+        same = sum(file.startswith(f"{plain}.") or file.startswith(f"{plain}~") for file in files.values())
+        files[name] = f"{plain}~{same}.safetensors" if same else f"{plain}.safetensors"
+    return files
 
 
 def _swap(scratch: Path, folder: Path) -> None:
@@ -147,97 +154,47 @@ def _swap(scratch: Path, folder: Path) -> None:
     if not folder.exists():
         scratch.rename(folder)
         return
-    older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    folder.rename(older / folder.name)
+    older_run = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    folder.rename(older_run / folder.name)
     try:
         scratch.rename(folder)
     except OSError:
-        (older / folder.name).rename(folder)
-        older.rmdir()
+        (older_run / folder.name).rename(folder)
+        older_run.rmdir()
         raise
-    for own in (older / folder.name).iterdir():
-        if own.name not in _RUN:
-            own.rename(folder / own.name)
-    shutil.rmtree(older, ignore_errors=True)
+    for file in (older_run / folder.name).iterdir():
+        if file.name not in _RUN:
+            file.rename(folder / file.name)
+    shutil.rmtree(older_run, ignore_errors=True)
 
 
-def _read_result(folder: Path) -> TransferResult:
-    file = folder / "result.json"
+def _read_result(folder: Path) -> Result:
+    file = folder / RESULT
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder")
     record = read_record(file)
-    if record.get("kind") != "TransferResult":
-        raise ArtifactError(f"{file}: is a {record.get('kind')!r}, not a TransferResult")
+    kind = record.pop("kind", None)
+    if kind not in KINDS:
+        raise ArtifactError(f"{file}: is a {kind!r}, not a Result")
     try:
-        rows = [
-            restored(json.loads(line))
-            for line in (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n")
-            if line
-        ]
-        arms = tuple(_arm_from(arm, rows) for arm in record["arms"])
-        there = sorted(f.stem for f in (folder / "vectors").glob("*.safetensors"))
-        vectors = {name: read(folder / "vectors" / f"{name}.safetensors") for name in record.get("vectors", there)}
-        mapping = read(folder / "map.safetensors") if record.get("has_map", True) else None
-        names = (
-            "label",
-            "unit",
-            "source",
-            "target",
-            "map",
-            "headline",
-            "selection",
-            "similarity",
-            "spec",
-            "splits",
-            "versions",
-            "seeds",
+        texts = folder / TEXTS
+        lines = texts.read_text(encoding="utf-8").split("\n") if texts.is_file() or kind != "study" else []
+        rows = [restored(json.loads(line)) for line in lines if line]
+        if kind != "Result":
+            record = older(kind, record, rows, [f.stem for f in sorted((folder / "vectors").glob("*.safetensors"))])
+        arms = tuple(
+            arm_of(arm, [row for row in rows if row.get("number") == i]) for i, arm in enumerate(record.pop("arms"))
         )
-        return TransferResult(arms=arms, vectors=vectors, mapping=mapping, **{name: record[name] for name in names})
+        read_all = {
+            what: {name: read_artefact(folder / place) for name, place in _places(record.pop(what), what).items()}
+            for what in ("vectors", "maps")
+        }
+        return result_of(record, arms, **read_all)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{folder}: is damaged or incomplete ({type(error).__name__}: {error})") from error
 
 
-def _arm_from(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Arm:
-    key = ("arm", "strength", "budget")
-    own = [row for row in rows if all(row[name] == record[name] for name in key)]
-    if len(own) != record["n"]:
-        raise ValueError(f"{record['arm']} at {record['strength']} has {len(own)} of {record['n']} scores")
-    return Arm(
-        arm=record["arm"],
-        strength=record["strength"],
-        effect=_estimate_from(record, "effect", "low", "high"),
-        change=_estimate_from(record, "change", "change_low", "change_high"),
-        kl=record["kl"],
-        perplexity=record["perplexity"],
-        agreement=record["agreement"],
-        budget=record["budget"],
-        reached=record["reached"],
-        side={name: Estimate.of(estimate) for name, estimate in record.get("side", {}).items()},
-        scores=tuple(row["score"] for row in own),
-        seeds=tuple(record.get("seeds", ())),
-        table=tuple(tuple(row["seeds"]) for row in own if "seeds" in row),
-        texts=tuple(row["text"] for row in own if "text" in row),
-        raw=tuple(row["judge"] for row in own if "judge" in row),
-    )
-
-
-def _verdict_record(verdict: Verdict) -> dict[str, Any]:
-    return asdict(verdict) | {
-        "efficiency": verdict.efficiency.record(),
-        "controls": {name: found.record() for name, found in verdict.controls.items()},
-        "comparisons": [
-            vars(c)
-            | {"difference": c.difference.record()}
-            | ({"undefined": why} if (why := c.difference.undefined) else {})
-            for c in verdict.comparisons
-        ],
-    }
-
-
-def _estimate_from(record: dict[str, Any], *names: str) -> Estimate:
-    own = dict(zip(("value", "low", "high"), (record[name] for name in names), strict=True))
-    found = Estimate.of(own | {"n": record["n"]})
-    # An arm's reason is that of both its estimates.
-    return replace(found, undefined=record.get("undefined", "")) if math.isnan(found.low) else found
+def _places(files: Mapping[str, str], kind: str) -> dict[str, str]:
+    return {name: file if "/" in file else f"{kind}/{file}" for name, file in files.items()}

@@ -17,6 +17,7 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.operators import Add, Operator
+from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import ShuffledPairs, pinned
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
@@ -41,7 +42,7 @@ class Carried:
         biased: The source's with the map's bias added, as if it were a point: the classic mistake.
         cosine: Of the mapped and the native vector, in standardised coordinates.
         norm_ratio: Of the mapped vector's norm, before scaling, and the native one's.
-        r2: Of the map, on test documents, mean over target dimensions.
+        mapping: The map.
         gate: The gates of these vectors, where the recipe has them.
     """
 
@@ -52,7 +53,7 @@ class Carried:
     biased: SteeringVector
     cosine: float
     norm_ratio: float
-    r2: float | None
+    mapping: Map
     gate: "Carried | None" = None
 
     @classmethod
@@ -82,7 +83,6 @@ class Carried:
         control = ShuffledPairs(pinned(fitter, mapping)).fit(pair)
         scale = moments.scale(site)
         moved = mapping.transport(vector).with_scale(scale)
-        score = mapping.score_test
         return cls(
             source=vector,
             native=native,
@@ -91,7 +91,7 @@ class Carried:
             biased=at_norm_of(native, replace(moved, direction=mapping.transform(vector.direction))),
             cosine=native.cosine(moved),
             norm_ratio=quotient(moved.norm(standardised=True), native.norm(standardised=True)),
-            r2=score.mean_r2 if score else None,
+            mapping=mapping,
             gate=None if gate is None else cls.of(*gate, moments, fitter),
         )
 
@@ -149,8 +149,14 @@ class Choice:
         fixed = self.recipe.positions == "all" or isinstance(self.recipe.positions, Tensor)
         return isinstance(self.operator, Add) and self.recipe.gate is None and fixed
 
+    def vectors(self) -> dict[str, SteeringVector]:
+        """Return the vectors by arm, with the source's and the mapped gate's."""
+        own = self.carried
+        named = {"source": own.source, "native": own.native, "mapped": own.mapped, "shuffled": own.shuffled}
+        return named | dict(self.others) | ({} if own.mapped_gate is None else {"gate": own.mapped_gate})
+
     def record(self) -> dict[str, Any]:
-        """As a study records it."""
+        """Return what a study records."""
         own = self.carried
         return {
             "operator": repr(self.operator),
@@ -158,7 +164,7 @@ class Choice:
             "target_layer": own.native.space.site.layer,
             "cosine": own.cosine,
             "norm_ratio": own.norm_ratio,
-            "map_r2": own.r2,
+            "map_r2": own.mapping.score_test.mean_r2 if own.mapping.score_test else None,
         }
 
 

@@ -119,7 +119,7 @@ def choose(
     def does_something(aim: str, own: Outcome) -> bool:
         if aim not in still:
             (still[aim],) = validation.measure([[]], aim=aim, extent="effect")
-        gain, error = scored(own.effect - still[aim].effect)
+        gain, error = scored(own.scores - still[aim].scores)
         return gain > 2 * error  # one prompt of any number is more than one
 
     def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
@@ -133,7 +133,7 @@ def choose(
         if len(near) == 1:
             return near
         controls = dict(zip(near, tried(varied, recipe, [options[i] for i in near], controls=True), strict=True))
-        effects = {i: scored(own.effect) for i, own in controls.items()}
+        effects = {i: scored(own.scores) for i, own in controls.items()}
         least = min(effect for effect, _ in effects.values())
         gains = {
             i: found[i].score - controls[i].score for i, (effect, error) in effects.items() if effect - error <= least
@@ -205,30 +205,30 @@ def strength_of(operator: Operator) -> float:
 
 def with_endpoints(
     pair: Pair,
-    choices: Sequence[Choice],
+    chosen: Chosen,
     lessons: Sequence[Lesson],
     text: Sequence[Prompt],
     fitter: Autoencoder,
     *,
     only: Sequence[str],
     lap: Callable[[str], None],
-) -> tuple[Choice, ...]:
+) -> Chosen:
     """Add to some choices an arm by a nonlinear map's endpoints.
 
     What is sent through the map is every prompt of the two sides, and the difference is taken of the means of their images.
 
     Args:
         pair: The models.
-        choices: What validation chose.
+        chosen: What validation chose.
         lessons: Where the vectors were found.
         text: What maps read, general text included.
         fitter: Fits the map on rows.
         only: Names of the recipes that get the arm.
         lap: Told when it is done.
     """
-    asked = [choice for choice in choices if choice.recipe.name in only]
+    asked = [choice for choice in chosen.choices if choice.recipe.name in only]
     if not asked:
-        return tuple(choices)
+        return chosen
     made = {}
     with pair.stored(text, [(c.carried.source.space.site, c.carried.native.space.site) for c in asked]) as store:
         for choice in asked:
@@ -239,4 +239,5 @@ def with_endpoints(
             moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
             made[choice.recipe.name] = {ENDPOINTS: at_norm_of(native, moved.with_scale(native.scale))}
     lap("fitting nonlinear maps")
-    return tuple(replace(choice, others=made.get(choice.recipe.name, {})) for choice in choices)
+    choices = tuple(replace(choice, others=made.get(choice.recipe.name, {})) for choice in chosen.choices)
+    return replace(chosen, choices=choices)

@@ -1,50 +1,47 @@
-"""The paper's autoencoder beside maps with a closed form: what each does when a model must live on it."""
+"""Maps compared on the same rows: a trained autoencoder, affine maps and controls, each put to work."""
 
-import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from xmodel_steer.core.directions import random_like, require_random
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.inputs import require_disjoint
-from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.damage import side_effects
-from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import ShuffledPairs
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.isometry import Procrustes
+from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.ridge import ReducedRank, Ridge
 from xmodel_steer.maps.statistics import number, quotient
 from xmodel_steer.maps.training import Autoencoder, SGDAffine
 from xmodel_steer.models.facts import device_of, hardware_of
-from xmodel_steer.recipe.carrying import default_sites, versions
-from xmodel_steer.studies.carried import LONGER, Pair
+from xmodel_steer.recipe.arms import EFFICIENCY, Arm, joined_arm
+from xmodel_steer.recipe.preparing import Prepared, prepare
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.selecting import select
+from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
+from xmodel_steer.studies.carried import LONGER, MAP_TOKENS, Pair
+from xmodel_steer.studies.concept_table import SETTINGS
 from xmodel_steer.studies.concepts import Concept, concept
 from xmodel_steer.studies.map_tasks import (
     CAPABILITY,
     REPLACED,
     STEERING,
     UNIT,
-    Task,
-    both_directions,
     fit_of,
     moved_of,
     replaced_arms,
     steered_arms,
-    vectors_of,
 )
-from xmodel_steer.studies.study import EFFICIENCY, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
+from xmodel_steer.studies.settings import Clock, Settings, end_of
 
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
 NOTE = (
@@ -80,20 +77,15 @@ def map_comparison(
     compared: Mapping[str, Fitter] | None = None,
     source_sites: Sequence[Site] | None = None,
     target_sites: Sequence[Site] | None = None,
-    general: Sequence[Prompt] | None = None,
-    neutral: Sequence[Prompt] | None = None,
     prompts: int = 108,
     replaced: int = 60,
     capability: MultipleChoice | None = None,
-    random_seeds: int = 3,
     max_new_tokens: int = 20,
-    neutral_tokens: int = 24,
-    seed: int = 0,
-) -> Study:
+    settings: Settings = SETTINGS,
+) -> Result:
     """Fit several maps on the same rows of one pair of sites, and put each to work.
 
-    The pair of sites is chosen by how well the native vector, and then the one that `Ridge` maps, steer a third of the
-    prompts. The rest is reported on.
+    The pair of sites is chosen as by `transfer`, with `Ridge`, on a third of the prompts. The rest is reported on.
 
     Args:
         source: The source model.
@@ -102,75 +94,35 @@ def map_comparison(
         compared: Fitters by name; those of `fitters` by default. The first two sites' rows are written to a temporary store.
         source_sites: Candidates; those of `transfer` by default.
         target_sites: Candidates; those of `transfer` by default.
-        general: General text for the maps; packaged text by default.
-        neutral: Text for KL, perplexity and the replacement check: a third calibrates. Packaged text by default.
         prompts: How many of the behaviour's prompts: a third chooses the sites.
         replaced: How many of them the replacement check continues, of those that chose nothing.
         capability: Questions; the packaged ones by default.
-        random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
-        neutral_tokens: Tokens read of each neutral text.
-        seed: Seed of all splits.
+        settings: Text, sizes and seeds.
 
     Raises:
         PromptError: The behaviour has no scorer, there are too few prompts or neutral texts, or sets share a text.
-        ValueError: There is no random vector.
     """
-    require_random("map_comparison", random_seeds)
-    clock, every = Clock(), compared or fitters(seed)
-    own = behaviour or concept("sentiment")
-    if own.scorer is None or len(own.prompts) < 6:
-        raise PromptError(f"map_comparison: {own.name} needs a scorer and at least 6 prompts")
-    passages = general_text()
-    general = tuple(passages[:-30][:500] if general is None else general)
-    neutral = tuple(passages[-30:] if neutral is None else neutral)
-    calibration, held = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
-    order = np.random.default_rng(seed).permutation(min(prompts, len(own.prompts)))
-    chooses, reports = (
-        tuple(own.prompts[i] for i in part) for part in (order[: len(order) // 3], order[len(order) // 3 :])
-    )
-    sets = {
-        "contrast": own.contrast.positive + own.contrast.negative,
-        "general": general,
-        "neutral": neutral,
-        "validation": chooses,
-        "evaluation": reports,
-    }
-    require_disjoint("map_comparison", {name: [p.content_key() for p in prompts] for name, prompts in sets.items()})
-    ours, theirs = (
-        tuple(given or default_sites(model, end))
-        for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
-    )
-
-    task, pair = Task(target, own, max_new_tokens), Pair(source, target, general, seed)
-    moments = pair.of(general, list(itertools.product(ours, theirs)))
+    clock, every, seed = Clock(), compared or fitters(settings.seed), settings.seed
+    shown = behaviour or concept("sentiment")
+    if shown.scorer is None or len(shown.prompts) < 6:
+        raise PromptError(f"map_comparison: {shown.name} needs a scorer and at least 6 prompts")
+    general, neutral = settings.texts()
+    prepared = prepare(
+        source, target, shown.contrast, GeneralText(general, neutral), label=STEERING, source_sites=source_sites,
+        behaviour=shown.behaviour(shown.prompts[:prompts], max_new_tokens=max_new_tokens), target_sites=target_sites,
+        method=Method(shown.tokens), seed=seed, cached=True,
+        budget=Budget((-1.0, 1.0), False, settings.random_seeds, MAP_TOKENS, settings.neutral_tokens),
+    )  # fmt: skip
     clock.lap("collecting moments")
-    records: list[dict[str, Any]] = []
-
-    def best(varied: str, candidates: Mapping[Site, SteeringVector]) -> Site:
-        found, _ = task.gains(chooses, [both_directions(vector) for vector in candidates.values()])
-        scores = [float(gain.mean()) for gain in found]
-        for site, score in zip(candidates, scores, strict=True):
-            records.append({"recipe": STEERING, "varied": varied, "layer": site.layer, "score": score})
-        return list(candidates)[int(np.argmax(scores))]
-
-    natives = {s: v.with_scale(moments.scale(s)) for s, v in vectors_of(task.sides(target, theirs), own.name).items()}
-    there = best("target layer", natives)
-    native = natives[there]
-    norm = native.norm(standardised=True)
-    rows_of = task.sides(source, ours)
-    found = vectors_of(rows_of, own.name)
-    here = best(
-        "source layer",
-        {
-            s: Ridge().fit(moments.pair(s, there)).transport(v).with_scale(moments.scale(there)).with_norm(norm)
-            for s, v in found.items()
-        },
-    )
+    selected = select(prepared)
+    native, found = selected.native, selected.source
+    here, there = found.space.site, native.space.site
     clock.lap("choosing layers")
 
     maps: dict[str, Map] = {}
     seconds: dict[str, float] = {}
+    pair = Pair(source, target, general, seed)
     with pair.stored(general, [(here, there)]) as store:
         rows = store.pair(here, there)
         for name, fitter in every.items():
@@ -183,83 +135,93 @@ def map_comparison(
         reference = rows.moments(seed=seed)
     clock.lap("fitting")
 
-    ends = (rows_of[0][here], rows_of[1][here])
-    moved = {name: moved_of(mapping, found[here], ends, native) for name, mapping in maps.items()}
+    sides = (
+        capture(source, side, [here], tokens=shown.tokens, batch_size=32)[here]
+        for side in (shown.contrast.positive, shown.contrast.negative)
+    )
+    ends = (next(sides), next(sides))
+    norm = native.norm(standardised=True)
+    moved = {name: moved_of(mapping, found, ends, native) for name, mapping in maps.items()}
     carried = {name: vector.with_norm(norm) for name, vector in moved.items()}
-    chosen = {
-        name: {
-            "source_layer": here.layer,
-            "target_layer": there.layer,
-            "settings": repr(every[name])[:300],
-            "seconds": round(seconds[name], 2),
-            "cosine": native.cosine(moved[name]),
-            "norm_ratio": quotient(moved[name].norm(standardised=True), norm),
-            **fit_of(mapping),
-        }
-        for name, mapping in maps.items()
-    }
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
-    groups["random"] = [random_like(native, seed=seed + k) for k in range(random_seeds)]
-    arms = steered_arms(task, groups, native, reports, calibration, held, neutral_tokens)
+    groups["random"] = [random_like(native, seed=seed + k) for k in range(settings.random_seeds)]
+    arms = steered_arms(prepared, groups)
     clock.lap("steering")
+    arms += _replaced(prepared, maps, reference, replaced, max_new_tokens, capability or MultipleChoice.packaged())
+    clock.lap("replacing")
+
+    return Result(
+        name="map-comparison",
+        question=QUESTION,
+        unit=UNIT,
+        note=NOTE,
+        stored=_verdict(arms, list(every)),
+        source=end_of(source),
+        target=end_of(target),
+        arms=tuple(arms),
+        chosen={
+            name: {
+                "source_layer": here.layer,
+                "target_layer": there.layer,
+                "settings": repr(every[name])[:300],
+                "seconds": round(seconds[name], 2),
+                "cosine": native.cosine(moved[name]),
+                "norm_ratio": quotient(moved[name].norm(standardised=True), norm),
+                **fit_of(mapping),
+            }
+            for name, mapping in maps.items()
+        },
+        validation=selected.records,
+        spec=settings.record()
+        | {"behaviour": shown.name, "unit": shown.unit, "map_documents": len(general), "map_tokens": pair.map_tokens}
+        | {"max_new_tokens": max_new_tokens},
+        splits=prepared.splits,
+        seeds=settings.seeds(),
+        versions=versions(),
+        hardware=hardware_of(target),
+        seconds=clock.seconds,
+        vectors={"source": found, "native": native, **carried},
+        maps=maps,
+    )
+
+
+def _replaced(
+    prepared: Prepared, maps: Mapping[str, Map], reference: SplitMoments, prompts: int, max_new_tokens: int,
+    questions: MultipleChoice,
+) -> list[Arm]:  # fmt: skip
+    """Let the target live on mapped activations: its texts, its damage on neutral text, its right answers."""
+    source, target, seed = prepared.source, prepared.target, prepared.seed
     steps: dict[str, list[Step]] = {"unsteered": []}
     steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
     mean, scale = reference.train.target_mean, reference.train.target_scale
     steps["mean ablation"] = [mean_of(reference.target, mean)]
     steps["noise"] = [noise_like(reference.target, mean, scale, seed=seed)]
-    effects = side_effects(target, list(steps.values()), held, max_tokens=neutral_tokens, batch_size=16)
-    damage = dict(zip(steps, effects, strict=True))
-    arms += replaced_arms(source, target, maps, reports[:replaced], reference, max_new_tokens, damage, seed)
-    clock.lap("replacing")
-    questions = capability or MultipleChoice.packaged()
-    for (name, cost), right in zip(damage.items(), questions.measure(target, list(steps.values())), strict=True):
-        arms.append(
-            StudyArm(name, CAPABILITY, "", EQUAL_STRENGTH, estimate([right.scores]), {}, cost.mean_kl, cost.perplexity)
-        )
-    clock.lap("asking under replacement")
-
-    return Study(
-        name="map-comparison",
-        question=QUESTION,
-        unit=UNIT,
-        note=NOTE,
-        verdict=_verdict(arms, list(every)),
-        source=end_of(source),
-        target=end_of(target),
-        arms=tuple(arms),
-        chosen=chosen,
-        validation=tuple(records),
-        curves={},
-        prompts=(),
-        spec={
-            "behaviour": own.name,
-            "unit": own.unit,
-            "map_documents": len(general),
-            "map_tokens": pair.map_tokens,
-            "max_new_tokens": max_new_tokens,
-            "neutral_tokens": neutral_tokens,
-            "random_seeds": random_seeds,
-        },
-        splits={name: [p.id for p in prompts] for name, prompts in sets.items()},
-        seeds={"split": seed, "random": [seed + k for k in range(random_seeds)]},
-        versions=versions(),
-        hardware=hardware_of(target),
-        seconds=clock.seconds,
-    )
+    tokens = prepared.budget.neutral_tokens
+    costs = side_effects(target, list(steps.values()), prepared.text.reported, max_tokens=tokens, batch_size=16)
+    damage = dict(zip(steps, costs, strict=True))
+    asked = prepared.evaluation.prompts[:prompts]
+    arms = replaced_arms(source, target, maps, asked, reference, max_new_tokens, damage, seed)
+    answers = questions.measure(target, list(steps.values()))
+    base = answers[0].scores
+    return arms + [
+        joined_arm(name, [math.nan], [right.scores], base, kl=[cost.mean_kl], perplexity=[cost.perplexity],
+                   agreement=[cost.agreement], recipe=CAPABILITY)
+        for (name, cost), right in zip(damage.items(), answers, strict=True)
+    ]  # fmt: skip
 
 
-def _verdict(arms: Sequence[StudyArm], names: Sequence[str]) -> str:
+def _verdict(arms: Sequence[Arm], names: Sequence[str]) -> tuple[str, ...]:
     """Each map in a line."""
     table = {(arm.arm, arm.recipe): arm for arm in arms}
 
     def said(name: str) -> str:
         steered, living, asked = (table[name, recipe] for recipe in (STEERING, REPLACED, CAPABILITY))
-        share = steered.beside[EFFICIENCY]
+        share = steered.measures[EFFICIENCY]
         much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"{share:.2f} of native"
         kl, closer, right, unsteered = (
             number(found.value, ".2f")
             for found in (
-                living.beside["KL from its own text"],
+                living.measures["KL from its own text"],
                 living.effect,
                 asked.effect,
                 table["unsteered", CAPABILITY].effect,
@@ -270,4 +232,4 @@ def _verdict(arms: Sequence[StudyArm], names: Sequence[str]) -> str:
             f"right answers {right} (unsteered {unsteered})"
         )
 
-    return "; ".join(said(name) for name in names)
+    return tuple(said(name) for name in names)

@@ -8,23 +8,22 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.activations.cached import cached_moments
-from xmodel_steer.core.directions import Direction, difference_of_means, logistic_probe, require_random
+from xmodel_steer.core.directions import Direction, difference_of_means, logistic_probe
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
-from xmodel_steer.files.wheels import general_text
-from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean, transfer_efficiency
 from xmodel_steer.models.facts import context_length, hardware_of
-from xmodel_steer.recipe.arms import ARMS
-from xmodel_steer.recipe.carrying import default_sites, transfer, versions
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.arms import ARMS, EFFICIENCY, EQUAL_KL, Arm
+from xmodel_steer.recipe.carrying import transfer
+from xmodel_steer.recipe.preparing import default_sites
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
+from xmodel_steer.studies.carried import MAP_TOKENS
 from xmodel_steer.studies.concepts import CONCEPTS, concept, openings
-from xmodel_steer.studies.study import EFFICIENCY, EQUAL_KL, EQUAL_STRENGTH, Clock, Study, StudyArm, end_of
+from xmodel_steer.studies.settings import Clock, Settings, end_of
 
 QUESTION = "How much of a concept's effect in the target does a vector that was found in the source have?"
 FEATURE_QUESTION = (
@@ -37,6 +36,7 @@ NOTE = (
     "the native one's; undefined where the native vector does nothing. KL and perplexity: mean of both directions."
 )
 SHOWN = 3  # texts of each direction
+SETTINGS = Settings(documents=(500, 30), neutral_tokens=24, batch_size=192)
 
 
 def concept_transfer(
@@ -46,17 +46,11 @@ def concept_transfer(
     *,
     source_sites: Sequence[Site] | None = None,
     target_sites: Sequence[Site] | None = None,
-    general: Sequence[Prompt] | None = None,
-    neutral: Sequence[Prompt] | None = None,
     prompts: Sequence[Prompt] | None = None,
-    directions: Mapping[str, Direction] = {"": difference_of_means},
-    fitter: Fitter = Ridge(),
-    random_seeds: int = 3,
     max_new_tokens: int = 20,
-    neutral_tokens: int = 24,
-    batch_size: int = 192,
-    seed: int = 0,
-) -> Study:
+    directions: Mapping[str, Direction] = {"": difference_of_means},
+    settings: Settings = SETTINGS,
+) -> Result:
     """Carry one concept after another from the source into the target, each by `transfer`.
 
     All share the map's general text, the neutral text and, but for those of two answers, the prompts.
@@ -67,192 +61,183 @@ def concept_transfer(
         names: Which concepts, of `CONCEPTS`.
         source_sites: Candidates; those of `transfer` by default.
         target_sites: Candidates; those of `transfer` by default.
-        general: General text for the map; packaged text by default.
-        neutral: Text for KL and perplexity; packaged text by default.
         prompts: What is continued: a third validates. Packaged beginnings of sentences by default.
-        directions: How a concept's vector is found, by name: every concept is carried once for each.
-        fitter: Fits the map.
-        random_seeds: Number of random vectors.
         max_new_tokens: Length of the continuations.
-        neutral_tokens: Tokens read of each neutral text.
-        batch_size: Texts generated at a time.
-        seed: Seed of all splits.
+        directions: How a concept's vector is found, by name: every concept is carried once for each.
+        settings: Text, sizes and seeds.
 
     Raises:
         PromptError: No concepts are given, there is none of a name, or sets share a text.
         DownloadError: A concept's pairs cannot be fetched.
-        ValueError: There is no random vector.
     """
-    require_random("concept_transfer", random_seeds)
-    chosen = [concept(name) for name in names]
-    if not chosen:
+    concepts = [concept(name) for name in names]
+    if not concepts:
         raise PromptError(f"concept_transfer: give at least one of {', '.join(CONCEPTS)}")
-    clock = Clock()
-    passages = general_text()
-    general = passages[:-30][:500] if general is None else general
-    neutral = passages[-30:] if neutral is None else neutral
+    clock, (general, neutral) = Clock(), settings.texts()
     prompts = openings(108) if prompts is None else prompts
     ours, theirs = (
-        tuple(given or default_sites(model, end))
-        for given, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
+        tuple(sites or default_sites(model, end))
+        for sites, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
-    limit = min(192, context_length(source), context_length(target))
+    limit = min(MAP_TOKENS, context_length(source), context_length(target))
 
     def moments_of(text: Sequence[Prompt]) -> Moments:
-        return cached_moments(source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=seed)
+        return cached_moments(
+            source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=settings.seed
+        )
 
-    for own in chosen:  # all else is seen to by `transfer`, which is given moments and no text
-        sets = {"map text": own.map_text(general, seed=seed) if own.text else general, "neutral text": neutral}
-        sets |= {"contrast": own.contrast.positive + own.contrast.negative, "prompts": prompts if own.scorer else ()}
+    for shown in concepts:  # all else is seen to by `transfer`, which is given moments and no text
+        text = shown.map_text(general, seed=settings.seed) if shown.text else general
+        sets = {"map text": text, "neutral text": neutral}
+        sets |= {"contrast": shown.contrast.positive + shown.contrast.negative}
+        sets |= {"prompts": tuple(prompts) if shown.scorer else ()}
         require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
     shared = moments_of(general)
     clock.lap("collecting moments")
 
-    results: dict[str, TransferResult] = {}
-    mixed: dict[str, dict[str, list[str]]] = {}  # what stands among the general text, by concept
-    for own, (how, direction) in itertools.product(chosen, directions.items()):
-        label = f"{own.name}, {how}" if how else own.name
+    results: dict[str, Result] = {}
+    mixed: dict[str, dict[str, list[str]]] = {}  # text of a concept among the general text
+    for shown, (how, direction) in itertools.product(concepts, directions.items()):
+        label = f"{shown.name}, {how}" if how else shown.name
+        moments = moments_of(shown.map_text(general, seed=settings.seed)) if shown.text else shared
         results[label] = transfer(
             source,
             target,
-            own.contrast,
-            (),
-            prompts=prompts if own.scorer else None,
-            scorer=own.scorer,
-            held_out=AnswerLogOdds.from_contrast,
+            shown.contrast,
+            GeneralText((), neutral, moments),
+            behaviour=shown.behaviour(prompts, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
             label=label,
-            unit=own.unit,
             source_sites=ours,
             target_sites=theirs,
-            strengths=(-1.0, 1.0),
-            fixed=False,
-            tokens=own.tokens,
-            direction=direction,
-            fitter=fitter,
-            moments=moments_of(own.map_text(general, seed=seed)) if own.text else shared,
-            neutral_texts=neutral,
-            side={},  # every arm costs the same KL; capability beside it would take half the time again
-            neutral_tokens=neutral_tokens,
-            random_seeds=random_seeds,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
+            method=Method(shown.tokens, direction, settings.fitter),
+            budget=Budget(
+                (-1.0, 1.0), fixed=False, random_seeds=settings.random_seeds, neutral_tokens=settings.neutral_tokens
+            ),
+            side={},  # every arm costs the same KL; measuring capability too would take half the time again
+            seed=settings.seed,
         )
-        mixed[label] = {"map_text": [prompt.id for prompt in own.text]} if own.text else {}
+        mixed[label] = {"map_text": [prompt.id for prompt in shown.text]} if shown.text else {}
         clock.lap(label)
 
     first = next(iter(results.values()))
     # Its prompts are those of all that have texts.
-    shown = next((result for result in results.values() if result.arm("unsteered", 0).texts), first)
-    return Study(
+    texts = next((result for result in results.values() if result.arm("unsteered").texts), first)
+    names_of_vectors = ("source", "native", "mapped", "shuffled")
+    return Result(
         name="concepts",
         question=QUESTION,
         unit=UNIT,
         note=NOTE,
-        verdict=verdict(results),
+        stored=conclusions(results),
         source=end_of(source),
         target=end_of(target),
-        arms=(_unsteered(shown), *(arm for result in results.values() for arm in _arms(result))),
+        arms=(_unsteered(texts), *(arm for result in results.values() for arm in both_directions(result))),
         chosen={name: _chosen(result) for name, result in results.items()},
-        validation=(),
-        curves={},
-        prompts=_prompts(shown),
-        spec={key: first.spec[key] for key in ("strengths", "fitter", "random_seeds", "max_new_tokens", "neutral_tokens")}
-        | {"source_sites": list(map(str, ours)), "target_sites": list(map(str, theirs))}
-        | {"map_documents": len(general), "map_tokens": limit, "batch_size": batch_size},
+        validation=tuple(record for result in results.values() for record in result.validation),
+        prompts=_prompts(texts),
+        spec=settings.record()
+        | {"strengths": [-1.0, 1.0], "max_new_tokens": max_new_tokens, "source_sites": list(map(str, ours))}
+        | {"target_sites": list(map(str, theirs)), "map_documents": len(general), "map_tokens": limit},
         splits={"general": [prompt.id for prompt in general]}
-        | {name: {key: own for key, own in result.splits.items() if key != "evaluation_texts"} | mixed[name] for name, result in results.items()},
+        | {name: {**result.splits, **mixed[name]} for name, result in results.items()},
         seeds=dict(first.seeds),
         versions=versions(),
         hardware=hardware_of(target),
         seconds=clock.seconds,
-    )  # fmt: skip
+        vectors={
+            f"{name}: {kind}": result.vectors[kind] for name, result in results.items() for kind in names_of_vectors
+        },
+        maps={name: mapping for result in results.values() for name, mapping in result.maps.items()},
+    )
 
 
-def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **settings: Any) -> Study:
-    """Carry a single feature, the direction of a linear probe, and beside it the difference of means of the same pairs.
+def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **more: Any) -> Result:
+    """Carry a single feature, the direction of a linear probe, and the difference of means of the same pairs.
 
     Args:
         source: The source model.
         target: The target model.
         names: Which concepts, of `CONCEPTS`.
-        settings: As for `concept_transfer`.
+        more: The other arguments of `concept_transfer`.
 
     Raises:
         PromptError: No concepts are given, or there is none of a name.
     """
     directions = {"logistic probe": logistic_probe, "difference of means": difference_of_means}
-    found = concept_transfer(source, target, names, directions=directions, **settings)
-    return replace(found, name="feature-transfer", question=FEATURE_QUESTION)
+    study = concept_transfer(source, target, names, directions=directions, **more)
+    return replace(study, name="feature-transfer", question=FEATURE_QUESTION)
 
 
-def _prompts(result: TransferResult) -> tuple[str, ...]:
+def _prompts(result: Result) -> tuple[str, ...]:
     """List what the arms' texts continue, with the direction of steering."""
-    if not result.arm("unsteered", 0).texts:
+    if not result.arm("unsteered").texts:
         return ()
-    return tuple(f"{sign} {text}" for sign in result.signs for text in result.splits["evaluation_texts"][:SHOWN])
+    return tuple(f"{sign} {text}" for sign in result.signs for text in result.prompts[:SHOWN])
 
 
-def _unsteered(result: TransferResult) -> StudyArm:
+def _unsteered(result: Result) -> Arm:
     """Return the arm that all others are changes of."""
-    base = result.arm("unsteered", 0)
+    base = result.arm("unsteered")
     still = bootstrap_mean(np.zeros(base.effect.n))
     texts = base.texts[:SHOWN] * len(result.signs)
-    return StudyArm("unsteered", "", "", EQUAL_STRENGTH, still, {}, 0.0, base.perplexity, texts=texts)
+    return Arm("unsteered", still, 0.0, base.perplexity, change=still, texts=texts)
 
 
-def _arms(result: TransferResult) -> list[StudyArm]:
-    """Every arm at equal KL, both directions as one."""
-    base = result.arm("unsteered", 0)
+def both_directions(result: Result, names: Sequence[str] = ARMS[1:]) -> list[Arm]:
+    """Join the two directions of each arm at equal KL: the effect is half of their difference.
+
+    Args:
+        result: What `transfer` measured.
+        names: Which arms.
+    """
+    base = result.arm("unsteered")
     native = result.gain("native")[:, 0]
-    made = []
-    for name in ARMS[1:]:
-        ways = {sign: result.at_equal_kl(name, sign) for sign in result.signs}
+    joined = []
+    for name in names:
+        signed = {sign: result.at_equal_kl(name, sign) for sign in result.signs}
         gain = result.gain(name)
-        beside = {f"score, {sign}": arm.effect for sign, arm in ways.items()} | {"score, unsteered": base.effect}
-        beside |= {f"{what}, {sign}": found for sign, arm in ways.items() for what, found in arm.side.items()} | {
-            f"{what}, unsteered": found for what, found in base.side.items()
-        }
-        strengths = " and ".join(f"{arm.strength:.2f}" for arm in ways.values())
-        made.append(
-            StudyArm(
+        scores = {f"score, {sign}": arm.effect for sign, arm in signed.items()} | {"score, unsteered": base.effect}
+        strengths = " and ".join(f"{arm.strength:.2f}" for arm in signed.values())
+        arms = list(signed.values())
+        joined.append(
+            Arm(
                 arm=name,
-                recipe=result.label,
+                recipe=result.name,
                 operator=f"Add({strengths})",
                 at=EQUAL_KL,
                 effect=bootstrap_mean(gain),
-                beside={EFFICIENCY: transfer_efficiency(gain, native)} | beside,
-                kl=float(np.mean([arm.kl for arm in ways.values()])),
-                perplexity=float(np.exp(np.mean([np.log(arm.perplexity) for arm in ways.values()]))),
-                reached=all(arm.reached for arm in ways.values()),
+                change=bootstrap_mean(gain),
+                measures={EFFICIENCY: transfer_efficiency(gain, native)} | scores,
+                kl=float(np.mean([arm.kl for arm in arms])),
+                perplexity=float(np.exp(np.mean([np.log(arm.perplexity) for arm in arms]))),
+                agreement=float(np.mean([arm.agreement for arm in arms])),
+                reached=all(arm.reached for arm in arms),
                 seeds=gain.shape[1],
-                texts=tuple(text for arm in ways.values() for text in arm.texts[:SHOWN]),
+                ids=arms[0].ids,
+                scores=tuple(gain.mean(1).tolist()),
+                table=tuple(map(tuple, gain.tolist())) if gain.shape[1] > 1 else (),
+                texts=tuple(text for arm in arms for text in arm.texts[:SHOWN]),
             )
         )
-    return made
+    return joined
 
 
-def _chosen(result: TransferResult) -> dict[str, Any]:
-    found = result.verdict()
+def _chosen(result: Result) -> dict[str, Any]:
+    verdict = result.verdict()
     return {
-        "unit": result.unit,
-        "source_layer": result.source["layer"],
-        "target_layer": result.target["layer"],
-        "cosine": result.similarity["mapped"]["cosine"],
-        "norm_ratio": result.similarity["mapped"]["norm_ratio"],
-        "map_r2": result.map.get("r2"),
-        "transfers": found.transfers,
-        "p": float(np.max([c.corrected for c in found.comparisons])),
-        "unsteered_perplexity": result.arm("unsteered", 0).perplexity,
-        "selection": result.selection,
+        **result.choice(),
+        "transfers": verdict.transfers,
+        "p": float(np.max([c.corrected for c in verdict.comparisons])),
+        "unsteered_perplexity": result.arm("unsteered").perplexity,
     }
 
 
-def verdict(results: dict[str, TransferResult]) -> str:
-    """How many concepts transfer, and each one's line."""
-    found = [result.verdict() for result in results.values()]
-    defined = [v for v in found if v.efficiency.undefined != NO_NATIVE]
-    share = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
-    median = f", median efficiency {np.median(share):.2f}" if share else ""
-    head = f"{sum(v.transfers is True for v in found)} of {len(found)} concepts transfer; {len(defined)} have a native effect{median}"
-    return "; ".join([head, *(v.text.replace("; ", ", ") for v in found)])
+def conclusions(results: Mapping[str, Result]) -> tuple[str, ...]:
+    """Say how many concepts transfer, and each one's line."""
+    verdicts = [result.verdict() for result in results.values()]
+    defined = [v for v in verdicts if v.efficiency.undefined != NO_NATIVE]
+    shares = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
+    median = f", median efficiency {np.median(shares):.2f}" if shares else ""
+    count = sum(v.transfers is True for v in verdicts)
+    head = f"{count} of {len(verdicts)} concepts transfer; {len(defined)} have a native effect{median}"
+    return (head, *(v.text for v in verdicts))

