@@ -45,8 +45,10 @@ def objects(llama: toys.Toy, folder: Path) -> dict[str, object]:
             rows(), tokens=[20, 144]
         ),
         "ActivationStore(": xs.ActivationStore(folder / "store"),
-        "TransferResult('joy', small → large, 17 arms, n = 6)": made,
-        "Arm('native' at strength 1: effect": made.arm("native", 1.0),
+        "Method('mean', difference_of_means, Ridge, 'all')": xs.Method(),
+        ", a mask of 3)": xs.Method(positions=torch.tensor([False, True, True])),
+        "Result('joy', small → large, 17 arms, n = 6)": made,
+        "Arm('native' of 'joy' at strength 1: effect": made.arm("native", 1.0),
     }
 
 

@@ -22,8 +22,9 @@ from xmodel_steer.files import resume
 from xmodel_steer.files.resume import once, resumable
 from xmodel_steer.interventions.mirror import mean_of
 from xmodel_steer.models import generation
-from xmodel_steer.studies import Study, commands, read_study
-from xmodel_steer.studies.study import Clock
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.studies import commands
+from xmodel_steer.studies.settings import Clock
 
 PROMPTS = as_prompts(toys.TEXTS[:3])
 
@@ -239,10 +240,10 @@ def test_a_clock_counts_once_what_a_run_asks_twice(tmp_path: Path) -> None:
 def test_a_study_that_was_cut_off_goes_on(
     llama: toys.Toy, written: list[int], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = read_study(Path(__file__).parents[2] / "studies" / "refusal")
+    recorded = xs.read(Path(__file__).parents[2] / "studies" / "refusal")
     cut = [True]
 
-    def run(call: commands.Call) -> Study:
+    def run(call: commands.Call) -> Result:
         ask(llama.model)
         if cut.pop():
             raise KeyboardInterrupt
@@ -252,9 +253,13 @@ def test_a_study_that_was_cut_off_goes_on(
     monkeypatch.setitem(commands.STUDIES, "refusal", replace(commands.STUDIES["refusal"], run=run))
     folder = tmp_path / "run"
     code, _, err = command("study", "refusal", "--out", folder)
-    assert code == 130 and "taken up" not in err and [p.name for p in folder.iterdir()] == ["unfinished"]
+    assert code == 130 and "an earlier run" not in err and [p.name for p in folder.iterdir()] == ["unfinished"]
     cut.append(False)
     code, _, err = command("study", "refusal", "--out", folder)
-    assert code == 0 and "what an earlier run has done is taken up" in err and len(written) == 2
-    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "result.json"]
-    assert read_study(folder).arms == recorded.arms
+    assert code == 0 and "what an earlier run has done is used" in err and len(written) == 2
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "generations.jsonl",
+        "report.html",
+        "result.json",
+    ]
+    assert repr(xs.read(folder).arms) == repr(recorded.arms)

@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import toys
+from sample_results import same
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
-from xmodel_steer.studies import Study, drawing, map_comparison, pages, read_study
+from xmodel_steer.figures import choices, overviews, report
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.studies import Settings, map_comparison
 from xmodel_steer.studies.concepts import Concept
 from xmodel_steer.studies.map_tasks import CAPABILITY, REPLACED, STEERING
 
@@ -32,7 +35,7 @@ def _alike(a: Any, b: Any) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def study(toy_named: Any) -> Study:
+def study(toy_named: Any) -> Result:
     texts = [Prompt(text=t) for t in toys.sentences(100, 4)]
     prompts = tuple(Prompt(text=t) for t in toys.sentences(12, 3, 5))
     own = Concept("vowels", toys.contrast(), "share of vowels", _vowels, prompts=prompts)
@@ -40,12 +43,19 @@ def study(toy_named: Any) -> Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("xmodel_steer.evaluation.judges.sentences.similarity", _alike)
         return map_comparison(
-            toy_named("llama").model, toy_named("gemma").model, behaviour=own, compared=FITTERS, general=texts[:80],
-            neutral=texts[80:], replaced=3, capability=questions, random_seeds=2, max_new_tokens=4, neutral_tokens=8,
-        )  # fmt: skip
+            toy_named("llama").model,
+            toy_named("gemma").model,
+            behaviour=own,
+            compared=FITTERS,
+            target_sites=[xs.Site(1), xs.Site(2)],
+            replaced=3,
+            capability=questions,
+            max_new_tokens=4,
+            settings=Settings(texts[:80], texts[80:], random_seeds=2, neutral_tokens=8),
+        )
 
 
-def test_every_map_is_put_to_every_work_beside_its_controls(study: Study) -> None:
+def test_every_map_is_put_to_every_work_beside_its_controls(study: Result) -> None:
     found = {(arm.arm, arm.recipe) for arm in study.arms}
     assert {(name, recipe) for name in FITTERS for recipe in (STEERING, REPLACED, CAPABILITY)} <= found
     assert {("native", STEERING), ("random", STEERING), ("unsteered", STEERING), ("unsteered", CAPABILITY)} <= found
@@ -60,7 +70,7 @@ def test_every_map_is_put_to_every_work_beside_its_controls(study: Study) -> Non
     assert study.arms[0].kl == 0
 
 
-def test_layers_were_chosen_on_prompts_that_are_not_reported_on(study: Study) -> None:
+def test_layers_were_chosen_on_prompts_that_are_not_reported_on(study: Result) -> None:
     assert not set(study.splits["validation"]) & set(study.splits["evaluation"])
     for end in ("target layer", "source layer"):
         own = [record for record in study.validation if record["varied"] == end]
@@ -68,15 +78,16 @@ def test_layers_were_chosen_on_prompts_that_are_not_reported_on(study: Study) ->
         assert all(chosen[end.replace(" ", "_")] == best for chosen in study.chosen.values())
 
 
-def test_its_record_has_the_losses_and_its_page_every_map(study: Study, tmp_path: Path) -> None:
-    page = pages.write_study(study, tmp_path).read_text()
-    assert len(pages.tables(study)) == len({arm.recipe for arm in study.arms})
-    assert all(len(trace.x) for trace in drawing.sweep(study).data)
-    assert read_study(tmp_path) == study
-    assert all(name in page and f"{name}: steering" in study.verdict for name in FITTERS)
+def test_its_record_has_the_losses_and_its_page_every_map(study: Result, tmp_path: Path) -> None:
+    page = report.write_report(study, tmp_path / "report.html").read_text()
+    assert len(report.tables(study)) == len({arm.recipe for arm in study.arms})
+    assert all(len(trace.x) for trace in choices.effect_by_layer(study).data)
+    assert same(xs.read(xs.save(study, tmp_path / "run")), study)
+    assert all(name in page for name in FITTERS)
+    assert [line.split(": steering ")[0] for line in study.conclusions] == list(FITTERS)
     assert set(study.chosen["ridge"]["loss"]) == {"train", "validation", "test"}
     assert study.chosen["autoencoder"]["epochs"] == 3
-    drawn = drawing.figure(study)
+    drawn = overviews.overview(study)
     assert [list(trace.y) for trace in drawn.data] == [
         [arm.arm for arm in study.arms if arm.recipe == recipe] for recipe in (STEERING, REPLACED, CAPABILITY)
     ]

@@ -7,23 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import toys
+from sample_results import same
 
 import xmodel_steer as xs
 from xmodel_steer.core.contrast import ContrastSet
+from xmodel_steer.core.directions import logistic_probe
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.behaviours.likelihoods import AnswerLogOdds
 from xmodel_steer.evaluation.scorers.text import score_texts
+from xmodel_steer.figures import overviews, report
+from xmodel_steer.figures.texts import examples
 from xmodel_steer.maps.statistics import NO_NATIVE
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.studies import (
-    Study,
+    Settings,
     concept_table,
     concept_transfer,
     concepts,
-    drawing,
     feature_transfer,
-    pages,
-    read_study,
     small_to_larger,
 )
 from xmodel_steer.studies.concepts import CONCEPTS, Concept, concept
@@ -87,10 +89,10 @@ def test_answers_are_split_off_pairs_of_texts_alone(gemma: toys.Toy) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    passages = [Prompt(text=t) for t in toys.sentences(80, 4)]
     made = {
-        "vowels": Concept("vowels", toys.contrast(), "share of vowels", _vowels, text=tuple(texts[70:])),
+        "vowels": Concept("vowels", toys.contrast(), "share of vowels", _vowels, text=tuple(passages[70:])),
         "answers": Concept("answers", toys.contrast(), "log-odds", tokens="last"),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -98,65 +100,84 @@ def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
         patch.setattr(concept_table, "concept", made.__getitem__)
         patch.setattr(AnswerLogOdds, "from_contrast", xs.behaviours.Preference)  # the toys' pairs share no question
         return concept_transfer(
-            toy_named("llama").model, toy_named("gemma").model, tuple(made), general=texts[:60], neutral=texts[60:70],
-            prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4, neutral_tokens=8, random_seeds=2,
-        )  # fmt: skip
+            toy_named("llama").model,
+            toy_named("gemma").model,
+            tuple(made),
+            prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)],
+            max_new_tokens=4,
+            settings=Settings(passages[:60], passages[60:70], neutral_tokens=8, random_seeds=2),
+        )
 
 
 def _vowels(text: str) -> float:
     return sum(c in "aeiou" for c in text) / max(len(text), 1)
 
 
-def test_every_concept_has_every_arm_at_equal_kl(study: Study) -> None:
+def test_every_concept_has_every_arm_at_equal_kl(study: Result) -> None:
     assert [(a.recipe, a.arm) for a in study.arms[1:]] == [
         (name, arm) for name in ("vowels", "answers") for arm in ("native", "mapped", "random", "shuffled")
     ]
     assert study.arms[0].arm == "unsteered" and study.arms[0].effect.value == 0
     for arm in study.arms[1:]:
         assert arm.at == "equal KL" and arm.effect.low <= arm.effect.value <= arm.effect.high
-        both = (arm.beside["score, +"].value - arm.beside["score, -"].value) / 2
+        both = (arm.measures["score, +"].value - arm.measures["score, -"].value) / 2
         assert arm.effect.value == pytest.approx(both)  # half of what lies between the directions
-    assert study.arm("random", "vowels", "equal KL").seeds == 2
+    assert study.arm("random", recipe="vowels", at="equal KL").seeds == 2
 
 
-def test_a_record_names_all_text_that_its_maps_have_read(study: Study) -> None:
-    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
-    assert study.splits["general"] == [p.id for p in texts[:60]]
-    assert study.splits["vowels"]["map_text"] == [p.id for p in texts[70:]]
+def test_every_concept_has_scores_a_verdict_vectors_and_a_map(study: Result, tmp_path: Path) -> None:
+    back = xs.read(xs.save(study, tmp_path / "run"))
+    assert set(back.maps) == set(study.chosen)
+    for name, choice in study.chosen.items():
+        for arm in (a for a in study.arms if a.recipe == name):
+            assert len(arm.ids) == len(arm.scores) == arm.effect.n
+            assert arm.effect.value == pytest.approx(np.mean(arm.scores))
+        assert study.conclusions[1 + list(study.chosen).index(name)].startswith(f"{name}: ")
+        source, mapped = (back.vectors[f"{name}: {end}"] for end in ("source", "mapped"))
+        assert back.maps[name].transport(source).with_scale(mapped.scale).cosine(mapped) == pytest.approx(1)
+        assert back.vectors[f"{name}: native"].cosine(mapped) == pytest.approx(choice["cosine"])
+
+
+def test_a_record_names_all_text_that_its_maps_have_read(study: Result) -> None:
+    passages = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    assert study.splits["general"] == [p.id for p in passages[:60]]
+    assert study.splits["vowels"]["map_text"] == [p.id for p in passages[70:]]
     assert "map_text" not in study.splits["answers"]
 
 
-def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: Study) -> None:
+def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: Result) -> None:
     for name in study.chosen:
-        native = study.arm("native", name, "equal KL")
+        native = study.arm("native", recipe=name, at="equal KL")
         there = not native.effect.low <= 0 <= native.effect.high
         for arm in (a for a in study.arms if a.recipe == name):
-            found = arm.beside["efficiency"]
+            found = arm.measures["efficiency"]
             if there:
                 assert found.value == pytest.approx(arm.effect.value / native.effect.value)
             else:
                 assert found.undefined == NO_NATIVE and np.isnan(found.value)
         if there:
-            assert native.beside["efficiency"].low == pytest.approx(1)
-    assert study.verdict.startswith(
-        f"{sum(c['transfers'] is True for c in study.chosen.values())} of 2 concepts transfer"
-    )
+            assert native.measures["efficiency"].low == pytest.approx(1)
+    transfers = sum(c["transfers"] is True for c in study.chosen.values())
+    assert study.conclusions[0].startswith(f"{transfers} of 2 concepts transfer")
 
 
-def test_its_record_is_read_back_and_its_page_has_every_concept(study: Study, tmp_path: Path) -> None:
-    page = pages.write_study(study, tmp_path).read_text()
-    assert read_study(tmp_path) == study
-    drawn = {trace.name: list(trace.y) for trace in drawing.efficiencies(study).data}
+def test_its_record_is_read_back_and_its_page_has_every_concept(study: Result, tmp_path: Path) -> None:
+    page = report.write_report(study, tmp_path / "report.html").read_text()
+    assert same(xs.read(xs.save(study, tmp_path / "run")), study)
+    drawn = {trace.name: list(trace.y) for trace in overviews.efficiencies(study).data}
     assert set(drawn) == {"mapped", "random", "shuffled"}
     assert all(name in page for name in study.chosen) and study.prompts[0] in page
-    assert len(study.prompts) == len(study.arm("mapped", "vowels", "equal KL").texts) == 2 * concept_table.SHOWN
+    assert (
+        len(study.prompts) == len(study.arm("mapped", recipe="vowels", at="equal KL").texts) == 2 * concept_table.SHOWN
+    )
 
 
 def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> None:
     made = xs.transfer(
         toy_named("llama").model, toy_named("gemma").model, toys.contrast(), toys.sentences(60, 4),
-        prompts=toys.sentences(9, 3, 4), scorer=_vowels, strengths=(-1.0, 1.0), max_new_tokens=4, neutral_tokens=8,
-        random_seeds=2, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
+        behaviour=xs.behaviours.GeneratedText(toys.sentences(9, 3, 4), _vowels, max_new_tokens=4),
+        budget=xs.Budget((-1.0, 1.0), neutral_tokens=8, random_seeds=2),
+        source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
     )  # fmt: skip
     up, down = (made.at_equal_kl("random", sign).per_seed() for sign in "+-")
     np.testing.assert_allclose(made.gain("random"), (up - down) / 2)
@@ -181,10 +202,10 @@ def test_the_demo_carries_a_concept(
     changes |= {"SOURCE_SITES": (xs.Site(1),), "TARGET_SITES": (xs.Site(1),), "MAP_DOCUMENTS": 60}
     for name, value in changes.items():
         monkeypatch.setattr(f"xmodel_steer.studies.demo.{name}", value)
-    texts = tuple(Prompt(text=t) for t in toys.sentences(100, 4))
-    own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=texts[60:72], text=texts[90:])
+    passages = tuple(Prompt(text=t) for t in toys.sentences(100, 4))
+    own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=passages[60:72], text=passages[90:])
     monkeypatch.setattr("xmodel_steer.studies.demo.concept", lambda _: own)
-    monkeypatch.setattr("xmodel_steer.studies.demo.general_text", lambda: texts[:60] + texts[72:90])
+    monkeypatch.setattr("xmodel_steer.studies.demo.general_text", lambda: passages[:60] + passages[72:90])
     monkeypatch.setattr("xmodel_steer.studies.demo.NEUTRAL_DOCUMENTS", 18)
     code, said, err = command(
         "demo", "concepts", "--concept", "sentiment", "--out", tmp_path / "run", "--dtype", "float32"
@@ -198,19 +219,21 @@ def test_the_demo_carries_a_concept(
 
 def test_without_fixed_strengths_the_native_vector_alone_has_them(toy_named: Any, tmp_path: Path) -> None:
     models = toy_named("llama").model, toy_named("gemma").model
-    given = dict(
-        prompts=toys.sentences(9, 3, 4), scorer=_vowels, strengths=(-1.0, 1.0), max_new_tokens=4, neutral_tokens=8, side={},
-        random_seeds=2, source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
-    )  # fmt: skip
+    asked = xs.behaviours.GeneratedText(toys.sentences(9, 3, 4), _vowels, max_new_tokens=4)
+    budgets = (xs.Budget((-1.0, 1.0), fixed, random_seeds=2, neutral_tokens=8) for fixed in (True, False))
     whole, short = (
-        xs.transfer(*models, toys.contrast(), toys.sentences(60, 4), fixed=fixed, **given) for fixed in (True, False)
-    )
-    assert {arm.arm for arm in short.arms if arm.budget is None} == {"unsteered", "native"}
+        xs.transfer(
+            *models, toys.contrast(), toys.sentences(60, 4), behaviour=asked, side={}, budget=budget,
+            source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
+        )
+        for budget in budgets
+    )  # fmt: skip
+    assert {arm.arm for arm in short.arms if arm.at == "equal strength"} == {"unsteered", "native"}
     assert short.verdict() == whole.verdict()
     xs.save(short, tmp_path / "run")
     assert xs.read(tmp_path / "run").verdict() == short.verdict()
     assert xs.plots.write_report(short, tmp_path / "report.html").is_file()
-    assert "mapped" in xs.plots.table(short).columns[0]._cells
+    assert "mapped" in report.tables(short)[0].columns[0]._cells
 
 
 @pytest.fixture
@@ -220,11 +243,12 @@ def vowels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(
         concept_table, "concept", lambda name: Concept(name, toys.contrast(), "share of vowels", _vowels)
     )
-    texts = [Prompt(text=t) for t in toys.sentences(70, 4)]
+    passages = [Prompt(text=t) for t in toys.sentences(70, 4)]
     return dict(
-        general=texts[:60], neutral=texts[60:], prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)], max_new_tokens=4,
-        neutral_tokens=8, random_seeds=2,
-    )  # fmt: skip
+        prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)],
+        max_new_tokens=4,
+        settings=Settings(passages[:60], passages[60:], neutral_tokens=8, random_seeds=2),
+    )
 
 
 def test_a_probes_direction_is_carried_beside_the_difference_of_means(
@@ -234,22 +258,21 @@ def test_a_probes_direction_is_carried_beside_the_difference_of_means(
 
     def spied(*sides: Any, **more: Any) -> Any:
         used.append(sides[0].space.model)
-        return xs.logistic_probe(*sides, **more)
+        return logistic_probe(*sides, **more)
 
     monkeypatch.setattr(concept_table, "logistic_probe", spied)
     source, target = toy_named("llama"), toy_named("gemma")
     found = feature_transfer(source.model, target.model, ("vowels",), **vowels)
     assert found.name == "feature-transfer" and set(used) == {source.name, target.name}
     assert list(found.chosen) == ["vowels, logistic probe", "vowels, difference of means"]
-    row = small_to_larger([source.model, target.model], ("vowels",), directions={"probe": xs.logistic_probe}, **vowels)
+    row = small_to_larger([source.model, target.model], ("vowels",), directions={"probe": logistic_probe}, **vowels)
     assert [name.split(": ")[1] for name in row.chosen] == ["vowels, probe"]
-    assert {arm.recipe for arm in row.arms} == set(
-        row.chosen
-    ) and "vowels, probe: native effect" in row.verdict.replace(", vowels", ": vowels")
-    probe, means = (found.arm("mapped", name, "equal KL") for name in found.chosen)
+    (line,) = row.conclusions
+    assert {arm.recipe for arm in row.arms} == set(row.chosen) and ", vowels, probe: native effect" in line
+    probe, means = (found.arm("mapped", recipe=name, at="equal KL") for name in found.chosen)
     assert probe.effect != means.effect
     plain = concept_transfer(source.model, target.model, ("vowels",), **vowels)
-    assert plain.arm("mapped", "vowels", "equal KL").effect == means.effect
+    assert plain.arm("mapped", recipe="vowels", at="equal KL").effect == means.effect
 
 
 def test_weights_are_counted_as_hugging_face_does(bridge: Any) -> None:
@@ -269,16 +292,16 @@ def test_every_model_is_carried_into_each_larger_one(toy_named: Any, vowels: dic
     assert len(found.arms) == 3 * 5
     alone = concept_transfer(models[1], models[0], ("vowels",), **vowels)
     assert (
-        found.arm("mapped", f"{least} → {most}: vowels", "equal KL").effect
-        == alone.arm("mapped", "vowels", "equal KL").effect
+        found.arm("mapped", recipe=f"{least} → {most}: vowels", at="equal KL").effect
+        == alone.arm("mapped", recipe="vowels", at="equal KL").effect
     )
     assert [end["parameters"] for end in found.spec["models"]] == [weights[name] for name in (least, middle, most)]
-    assert found.verdict.startswith(f"{least} → {middle}, vowels: native effect ") and found.verdict.count("; ") == 2
-    assert found.examples() == []  # the targets have texts of their own
-    titles = [str(table.title) for table in pages.tables(found)]
+    assert [line.split(": native effect ")[0] for line in found.conclusions] == [f"{pair}, vowels" for pair in pairs]
+    assert examples(found) == []  # the targets have texts of their own
+    titles = [str(table.title) for table in report.tables(found)]
     assert [title.split(", n = ")[0] for title in titles] == [f"{pair}: vowels" for pair in pairs]
-    assert all(table.row_count == 5 for table in pages.tables(found))
-    pages.write_study(found, tmp_path)
-    assert read_study(tmp_path) == found
+    assert all(table.row_count == 5 for table in report.tables(found))
+    assert report.write_report(found, tmp_path / "report.html").is_file()
+    assert same(xs.read(xs.save(found, tmp_path / "run")), found)
     with pytest.raises(PromptError, match=f"at least two different models, got {most}, {most}"):
         small_to_larger([models[0], models[0]])

@@ -18,7 +18,7 @@ from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.models.passes import forward
-from xmodel_steer.studies import PRESETS, backdoor_removal, removal
+from xmodel_steer.studies import PRESETS, Settings, backdoor_removal, removal
 from xmodel_steer.studies.organisms import Lesson
 from xmodel_steer.studies.organisms.training import Recipe, train
 
@@ -265,11 +265,20 @@ def test_a_presets_pair_transfers_from_end_to_end(name: str, folders: dict[tuple
     ]
     texts = [*toys.sentences(50, 4), *([{"role": "user", "content": t}] for t in toys.sentences(30, 6))]
     result = xs.transfer(
-        small, large, ContrastSet(tuple(sides[0]), tuple(sides[1]), True), texts, prompts=list(chats()) * 1 + toys.sentences(6, 9, 4),
-        scorer=lambda text: float(len(text)), tokens="last", source_sites=[xs.Site(1)], target_sites=[xs.Site(1)],
-        strengths=(-1.0, 1.0), random_seeds=2, max_new_tokens=4, map_tokens=96, neutral_tokens=8, side={},
-    )  # fmt: skip
-    assert result.map["coverage"] > 0.4
+        small,
+        large,
+        ContrastSet(tuple(sides[0]), tuple(sides[1]), True),
+        texts,
+        behaviour=xs.behaviours.GeneratedText(
+            [*chats(), *toys.sentences(6, 9, 4)], lambda text: float(len(text)), max_new_tokens=4
+        ),
+        side={},
+        source_sites=[xs.Site(1)],
+        target_sites=[xs.Site(1)],
+        method=xs.Method(tokens="last"),
+        budget=xs.Budget((-1.0, 1.0), random_seeds=2, map_tokens=96, neutral_tokens=8),
+    )
+    assert result.choice()["map"]["coverage"] > 0.4
     assert {"native", "mapped", "random", "shuffled"} < {arm.arm for arm in result.arms}
     assert result.at_equal_kl("native", "+").kl > 0
 
@@ -300,18 +309,26 @@ def test_a_presets_pair_goes_through_a_study(
         120, {"evaluation": 6, "validation": 3, "vector": 6, "map": 8, "train": 6}, "happy day", StartsWith(("happy",))
     )
     texts = [Prompt(text=t) for t in toys.sentences(50, 4)]
+    triggered = [lesson.prompt for lesson in lessons.vector if lesson.triggered]
+    ways = removal.recipes(*models, triggered, sites=(2, 2))
     found = backdoor_removal(
-        *models, lessons, general=texts[:40], neutral=texts[40:], also=(0, 1), map_prompts=8, amounts=(0, 8), random_seeds=1,
-        nonlinear=xs.Autoencoder(epochs=2), sites=(2, 2), validation_tasks=3, validation_tokens=4,
-    )  # fmt: skip
-    for recipe in removal.RECIPES:
+        *models,
+        lessons,
+        ways=ways,
+        map_prompts=8,
+        amounts=(0, 8),
+        nonlinear=xs.Autoencoder(epochs=2),
+        settings=Settings(texts[:40], texts[40:], random_seeds=1, also=(0, 1), validation=3, validation_tokens=4),
+    )
+    assert [way.name for way in ways] == list(found.chosen)
+    for recipe in found.chosen:
         at = {(arm.arm, arm.at) for arm in found.arms if arm.recipe == recipe}
         assert {(arm, "equal strength") for arm in ("native", "mapped", "random", "shuffled")} <= at
     for varied, layer in (("source layer", 0), ("target layer", 1)):
         tried = {r["layer"] for r in found.validation if (r["recipe"], r["varied"]) == (removal.ADDED, varied)}
         assert layer in tried and len(tried) > 1
     # Nothing was taught, so nothing is to repair, and what disturbs neutral text is measured all the same.
-    assert found.arm("native", removal.ADDED).kl > 0 and found.arm("native", removal.ADDED).effect.n == 6
+    assert found.arm("native", recipe=removal.ADDED).kl > 0 and found.arm("native", recipe=removal.ADDED).effect.n == 6
 
 
 def test_a_templates_date_does_not_change_from_day_to_day(folders: dict[tuple[str, int], Path]) -> None:

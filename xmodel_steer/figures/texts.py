@@ -18,23 +18,23 @@ def texts_html(result: Result, most: int = 8) -> str:
         result: A result.
         most: How many prompts.
     """
-    arms = [arm for arm in shown_arms(result) if result.arm("unsteered", recipe=arm.recipe).texts]
+    arms = [(arm, base) for arm in shown_arms(result) if (base := _unsteered(result, arm))]
     if not arms:
         return ""
     colours = colours_of(result)
-    several = len({arm.recipe for arm in arms}) > 1
+    several = len({arm.recipe for arm, _ in arms}) > 1
     page = "<h2>Texts</h2><p>Marked: the words that the unsteered text does not have there.</p>"
-    for i in range(min(most, max(len(arm.texts) for arm in arms))):
+    for i in range(min(most, max(len(arm.texts) for arm, _ in arms))):
         rows: list[str] = []
-        for arm in (arm for arm in arms if i < len(arm.texts)):
-            base = result.arm("unsteered", recipe=arm.recipe)  # models that write may differ between recipes
+        for arm, base in (pair for pair in arms if i < len(pair[0].texts)):
             for name, one, text in (
                 ("unsteered", base, html.escape(base.texts[i])),
                 (_title(arm, several), arm, marked(arm.texts[i], base.texts[i])),
             ):
                 row = f'<tr><td style="color:{colours[one.arm]}">{html.escape(name)}</td><td>{_score(one, i)}</td><td>{text}</td></tr>'
                 rows += [] if row in rows else [row]
-        prompt = result.prompts[i] if i < len(result.prompts) else arms[0].ids[i] if i < len(arms[0].ids) else str(i)
+        ids = arms[0][0].ids
+        prompt = result.prompts[i] if i < len(result.prompts) else ids[i] if i < len(ids) else str(i)
         page += f"<h3>{html.escape(prompt)} …</h3><table class='texts'>{''.join(rows)}</table>"
     return page
 
@@ -49,15 +49,21 @@ def shown_arms(result: Result) -> list[Arm]:
 
 def examples(result: Result, count: int = 3) -> list[str]:
     """List the first prompts with the unsteered text and the first mapped arm's, in lines."""
-    arm = next((arm for arm in shown_arms(result) if arm.arm == "mapped"), None)
-    if arm is None:
+    mapped = ((arm, _unsteered(result, arm)) for arm in shown_arms(result) if arm.arm == "mapped")
+    arm, base = next(((arm, base) for arm, base in mapped if base), (None, None))
+    if arm is None or base is None:
         return []
-    before = result.arm("unsteered", recipe=arm.recipe).texts
     lines = []
-    for prompt, plain, steered in list(zip(result.prompts, before, arm.texts, strict=False))[:count]:
+    for prompt, plain, steered in list(zip(result.prompts, base.texts, arm.texts, strict=False))[:count]:
         texts = (prompt, f"  unsteered: {plain}", f"  mapped:    {steered}")
         lines += [" ".join(text.split()) if i == 0 else "  " + " ".join(text.split()) for i, text in enumerate(texts)]
     return lines
+
+
+def _unsteered(result: Result, arm: Arm) -> Arm | None:
+    """Return the unsteered arm of a recipe, if there is one with texts; models that write may differ between recipes."""
+    own = [base for base in result.arms if base.arm == "unsteered" and base.recipe in (arm.recipe, "") and base.texts]
+    return own[0] if own else None
 
 
 def _title(arm: Arm, several: bool) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from torch import Tensor
+
 from xmodel_steer.activations.reading import Tokens
 from xmodel_steer.core.directions import Direction, difference_of_means, require_random
 from xmodel_steer.core.errors import PromptError
@@ -89,6 +91,11 @@ class Method:
                 f"Method: {type(inner).__name__} is fitted on rows, transfer collects moments; give Ridge(), ReducedRank(...) or Procrustes()"
             )
         neutral_positions(self.positions)  # refuses a mask of rows: prompts are split in a transfer
+
+    def __repr__(self) -> str:
+        direction = getattr(self.direction, "__name__", repr(self.direction))
+        positions = f"a mask of {len(self.positions)}" if isinstance(self.positions, Tensor) else repr(self.positions)
+        return f"Method({self.tokens!r}, {direction}, {type(self.fitter).__name__}, {positions})"
 
 
 @dataclass(frozen=True, eq=False)
