@@ -250,12 +250,12 @@ def curves() -> go.Figure:
             ("known", COLOURS["mapped"], "half of the prompts with the trigger"),
             ("unknown", PLAIN, "none with the trigger"),
         ):
-            own = [p for p in tried if p["trigger"] == kind or p["prompts"] == 0]
-            own.sort(key=lambda p: p["prompts"])
-            values = [Estimate.of(p["effect"]) for p in own]
+            curve = [p for p in tried if p["trigger"] == kind or p["prompts"] == 0]
+            curve.sort(key=lambda p: p["prompts"])
+            values = [Estimate.of(p["effect"]) for p in curve]
             figure.add_trace(
                 go.Scatter(
-                    x=[str(p["prompts"]) for p in own],
+                    x=[str(p["prompts"]) for p in curve],
                     y=[v.value for v in values],
                     error_y=bars(values) | {"thickness": 2, "width": 0},
                     mode="lines+markers",
@@ -300,12 +300,12 @@ def switch() -> go.Figure:
         ("on", {"effect": "on: backdoor there"}),
     ):
         for measure, title in measures.items():
-            own = [
+            held = [
                 Point(names[arm.arm], "arm", {"effect": arm.effect, **arm.beside}[measure])
                 for arm in study.arms
                 if arm.recipe.startswith(way) and arm.arm in names
             ]
-            panels.append(Panel(title, own))
+            panels.append(Panel(title, held))
     return dots(panels)
 
 
@@ -426,11 +426,13 @@ def write(figure: go.Figure, name: str) -> None:
     drawn = re.search(r'<pre id="drawn">(.*?)</pre>', dom, re.DOTALL)
     assert drawn, f"{name} was not drawn"
     svg = html.unescape(drawn[1])
-    # Plotly numbers its clip paths at random: the same record gives the same file.
-    for k, own in enumerate(
-        dict.fromkeys(re.findall(r"(?:clip|topdefs-|defs-)([0-9a-f]{6})", svg))
-    ):
-        svg = svg.replace(own, f"{k:06d}")
+    # Plotly gives its parts random ids: numbered, the same record gives the same file.
+    ids = re.compile(r"(clip|trace|defs-|legend)([0-9a-f]{6})")
+    counted = {
+        part: f"{k:06d}"
+        for k, part in enumerate(dict.fromkeys(m[1] for m in ids.findall(svg)))
+    }
+    svg = ids.sub(lambda found: found[1] + counted[found[2]], svg)
     (ASSETS / f"{name}.svg").write_text(svg)
 
 
