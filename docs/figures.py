@@ -425,7 +425,7 @@ def write(figure: go.Figure, name: str) -> None:
         ).stdout
     drawn = re.search(r'<pre id="drawn">(.*?)</pre>', dom, re.DOTALL)
     assert drawn, f"{name} was not drawn"
-    svg = html.unescape(drawn[1])
+    svg = html.unescape(drawn[1]).replace(' style=""', "")
     # Plotly gives its parts random ids: numbered, the same record gives the same file.
     ids = re.compile(r"(clip|trace|defs-|legend)([0-9a-f]{6})")
     counted = {
