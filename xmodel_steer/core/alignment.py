@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import AlignmentError, AlignmentWarning
 
 
@@ -66,6 +67,7 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
         >>> pairs.source, pairs.target, pairs.eligible
         ((1, 2), (0, 2), 3)
     """
+    require_type("align", TokenEnds, source, target)
     at_source = {end: i for i, end in enumerate(source.ends) if end != -1}
     at_target = {end: i for i, end in enumerate(target.ends) if end != -1}
     common = sorted(at_source.keys() & at_target.keys(), key=at_source.__getitem__)

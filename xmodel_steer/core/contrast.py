@@ -1,13 +1,16 @@
 """Pairs of prompts with and without a behaviour."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts, chat_or_text, label_of, prompt_of_row, rows_of
 from xmodel_steer.core.prompts import Prompt, Prompts, described
+from xmodel_steer.core.tables import html_table
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,13 @@ class ContrastSet:
     paired: bool = False
 
     def __post_init__(self) -> None:
-        for value in (*self.positive, *self.negative):
-            if not isinstance(value, Prompt):
-                raise PromptError(f"ContrastSet: needs Prompts, got {described(value)}; use ContrastSet.from_prompts")
+        for side in (self.positive, self.negative):
+            for value in side if isinstance(side, tuple | list) else [side]:
+                if not isinstance(value, Prompt) or value is side:
+                    raise PromptError(
+                        f"ContrastSet: needs tuples of Prompts, got {described(value)}; use ContrastSet.from_prompts"
+                    )
+        require_type("ContrastSet.paired", bool, self.paired)
         if not self.positive or not self.negative:
             raise PromptError(
                 f"ContrastSet: needs prompts on both sides, got {len(self.positive)} positive and "
@@ -58,6 +65,14 @@ class ContrastSet:
     def __repr__(self) -> str:
         paired = ", paired" if self.paired else ""
         return f"ContrastSet({len(self.positive):,} positive, {len(self.negative):,} negative{paired})"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "positive": f"{len(self.positive):,}, such as {self.positive[0].content[:80]!r}",
+            "negative": f"{len(self.negative):,}, such as {self.negative[0].content[:80]!r}",
+            "paired": "yes" if self.paired else "no",
+        }
+        return html_table("ContrastSet", rows)
 
     @classmethod
     def from_prompts(cls, positive: Prompts, negative: Prompts, *, paired: bool = False) -> "ContrastSet":
@@ -110,6 +125,8 @@ class ContrastSet:
             PromptError: A part would have an empty side.
             ValueError: The fractions are not positive or sum to more than 1.
         """
+        require_type("split: fractions", Iterable, fractions, takes="a list of numbers")
+        require_type("split: fractions", Real, *fractions, takes="a list of numbers")
         if any(f <= 0 for f in fractions) or sum(fractions) > 1 + 1e-9:
             raise ValueError(f"split: fractions must be positive and sum to at most 1, got {tuple(fractions)}")
         if self.paired:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import Activations, SteeringVector, inverse_of
@@ -34,6 +36,7 @@ def difference_of_means(
         PromptError: A side has no rows.
         NonFiniteError: A side has NaN or infinity.
     """
+    require_type("difference_of_means", Activations, positive, negative)
     require_same_space(positive.space, negative.space, "difference of means")
     for name, side in (("positive", positive), ("negative", negative)):
         if not len(side):
@@ -76,6 +79,8 @@ def logistic_probe(
     """
     from sklearn.linear_model import LogisticRegression
 
+    require_type("logistic_probe", Activations, positive, negative)
+    require_type("logistic_probe: c", Real, c, takes="a number")
     means = difference_of_means(positive, negative, label=label, scale=scale)
     rows = torch.cat([positive.values, negative.values]).double()
     spread = rows.std(0, correction=0)
@@ -98,6 +103,7 @@ def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
         vector: The vector to match; it needs a scale.
         seed: Seed of the draw.
     """
+    require_type("random_like", SteeringVector, vector)
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(vector.space.width, generator=generator, dtype=torch.float64)
     norm = vector.norm(standardised=True)

@@ -8,6 +8,7 @@ from datetime import datetime
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.templates import locate
 
@@ -29,6 +30,9 @@ class Message:
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        require_type("Message", str, self.role, self.content)
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ class Prompt:
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
             raise PromptError("Prompt: give either text or messages, not both and not neither")
-        if not isinstance(self.text, str | None) or not all(isinstance(m, Message) for m in self.messages):
+        chat = isinstance(self.messages, tuple | list) and all(isinstance(m, Message) for m in self.messages)
+        if not isinstance(self.text, str | None) or not chat:
             came = self.text if self.text is not None else self.messages
             raise PromptError(
                 f"Prompt: text must be a string and messages Messages, got {described(came)}; use Prompt.of"
             )
+        require_type("Prompt.id", str, self.id)
         object.__setattr__(self, "messages", tuple(self.messages))
         if self.text is not None and not self.text.strip():
             raise PromptError("Prompt: the text is empty; drop the row or fill it in")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import SpaceMismatchError
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -19,6 +20,7 @@ class Site:
         stream: One of ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``.
 
     Raises:
+        TypeError: The layer is not a whole number.
         ValueError: The layer is negative or the stream is not one of these.
 
     Example:
@@ -30,6 +32,7 @@ class Site:
     stream: str = "resid_post"
 
     def __post_init__(self) -> None:
+        require_type("Site.layer", Integral, self.layer, takes="a block's index such as 10")
         if self.layer < 0:
             raise ValueError(
                 f"Site: layer counts blocks from 0, got {self.layer}; name the last block by its own index"
@@ -98,6 +101,10 @@ class Space:
     width: int
     fingerprint: str
     processing: str = "none"
+
+    def __post_init__(self) -> None:
+        require_type("Space.site", Site, self.site)
+        require_type("Space.width", Integral, self.width, takes="a number of dimensions")
 
     def __str__(self) -> str:
         processed = "" if self.processing == "none" else f", {self.processing}"

@@ -1,13 +1,16 @@
 """Activations, and the directions made of them."""
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import NonFiniteError
 from xmodel_steer.core.spaces import Space, require_same_space
+from xmodel_steer.core.tables import html_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +29,8 @@ class Activations:
     rows: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        require_type("Activations.values", Tensor, self.values)
+        require_type("Activations.space", Space, self.space)
         if self.values.ndim != 2 or self.values.shape[1] != self.space.width:
             raise ValueError(
                 f"Activations: values must be (rows, {self.space.width}) for {self.space}, got {tuple(self.values.shape)}"
@@ -35,6 +40,11 @@ class Activations:
 
     def __repr__(self) -> str:
         return f"Activations({len(self):,} rows of {self.space.model} {self.space.site}, width {self.space.width})"
+
+    def _repr_html_(self) -> str:
+        prompts = len({prompt for prompt, _ in self.rows})
+        rows = {"space": str(self.space), "rows": f"{len(self):,}", "prompts": f"{prompts:,}" if prompts else ""}
+        return html_table("Activations", {**rows, "dtype": str(self.values.dtype).removeprefix("torch.")})
 
     def __len__(self) -> int:
         return len(self.values)
@@ -73,10 +83,13 @@ class SteeringVector:
     origin: str = ""
 
     def __post_init__(self) -> None:
+        require_type("SteeringVector.space", Space, self.space)
+        require_type("SteeringVector.label", str, self.label)
         for name in ("direction", "positive_mean", "negative_mean", "scale"):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
+            require_type(f"SteeringVector.{name}", Tensor, tensor)
             if tensor.shape != (self.space.width,):
                 raise ValueError(
                     f"SteeringVector: {name} must have shape ({self.space.width},) for {self.space}, "
@@ -91,11 +104,21 @@ class SteeringVector:
         counts = f", n = {self.counts[0]} + {self.counts[1]}" if any(self.counts) else ""
         return f"SteeringVector({self.label!r}, {self.space.model} {self.space.site}, norm {self.norm():.4g}{counts})"
 
+    def _repr_html_(self) -> str:
+        norms = f"{self.norm():.4g}"
+        if self.scale is not None:
+            norms += f" (standardised: {self.norm(standardised=True):.4g})"
+        counts = f"{self.counts[0]:,} positive, {self.counts[1]:,} negative" if any(self.counts) else ""
+        rows = {"label": self.label, "space": str(self.space), "n": counts, "norm": norms, "origin": self.origin}
+        return html_table("SteeringVector", rows)
+
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        require_type("vector + vector", SteeringVector, other)
         require_same_space(self.space, other.space, "adding steering vectors")
         return self._derived(self.direction + other.direction, f"{self.label} + {other.label}")
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        require_type("vector - vector", SteeringVector, other)
         require_same_space(self.space, other.space, "subtracting steering vectors")
         return self._derived(self.direction - other.direction, f"{self.label} - {other.label}")
 
@@ -110,11 +133,13 @@ class SteeringVector:
         )
 
     def __mul__(self, factor: float) -> "SteeringVector":
+        require_type("number * vector", (Real, Tensor), factor, takes="a number")
         return self._derived(self.direction * factor, f"{factor:g} * {self.label}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "SteeringVector":
+        require_type("vector / number", (Real, Tensor), divisor, takes="a number")
         return self * (1.0 / divisor)
 
     def _derived(self, direction: Tensor, label: str) -> "SteeringVector":
@@ -131,6 +156,7 @@ class SteeringVector:
         Raises:
             ValueError: The vector is zero.
         """
+        require_type("with_norm", (Real, Tensor), norm, takes="a number")
         own = self.norm(standardised=standardised)
         if own == 0:
             raise ValueError(f"SteeringVector {self.label!r}: a zero vector has no direction to scale")
@@ -144,9 +170,41 @@ class SteeringVector:
         Args:
             centre: The point half way between the means.
         """
+        require_type("about", Tensor, centre)
         middle, half = centre.to(torch.float64), self.direction.to(torch.float64) / 2
         dtype = self.direction.dtype
         return replace(self, positive_mean=(middle + half).to(dtype), negative_mean=(middle - half).to(dtype))
+
+    @property
+    def centre(self) -> Float[Tensor, " d"]:
+        """Midpoint of the two class means, in float64.
+
+        Raises:
+            ValueError: The vector has no class means.
+        """
+        if self.positive_mean is None or self.negative_mean is None:
+            raise ValueError(
+                f"SteeringVector {self.label!r}: has no class means and so no centre; sums and multiples of vectors "
+                "have none, vectors from difference_of_means do"
+            )
+        return (self.positive_mean.to(torch.float64) + self.negative_mean.to(torch.float64)) / 2
+
+    def at_norm_of(self, other: "SteeringVector") -> "SteeringVector":
+        """Scale the vector to another vector's standardised norm.
+
+        Class means keep their centre; their distance becomes the length of the scaled vector.
+
+        Args:
+            other: A vector of the same space, with its scale.
+
+        Raises:
+            SpaceMismatchError: The vectors live in different spaces.
+            ValueError: A vector has no scale, or this one is zero.
+        """
+        require_type("at_norm_of", SteeringVector, other)
+        require_same_space(self.space, other.space, "at_norm_of")
+        scaled = self.with_norm(other.norm(standardised=True))
+        return scaled if self.positive_mean is None or self.negative_mean is None else scaled.about(self.centre)
 
     def standardised(self) -> Float[Tensor, " d"]:
         """Return the direction in standardised coordinates, v / scale, in float64.
@@ -173,6 +231,7 @@ class SteeringVector:
 
         Both vectors are divided by this vector's scale.
         """
+        require_type("cosine", SteeringVector, other)
         require_same_space(self.space, other.space, "cosine of steering vectors")
         if standardised:
             mine = self.standardised()

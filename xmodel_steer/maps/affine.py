@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Space, require_same_space
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.core.vectors import Activations, SteeringVector, inverse_of
 from xmodel_steer.maps.pairs import PairMoments
 
@@ -66,6 +67,16 @@ class Map(ABC):
         score = self.score_test
         held_out = f", held-out R² {score.mean_r2:.2f}, n = {score.count:,}" if score else ""
         return f"{type(self).__name__}({ends}{fitter}{held_out})"
+
+    def _repr_html_(self) -> str:
+        rows = {"source": str(self.source), "target": str(self.target), "fitter": str(self.info.get("fitter", ""))}
+        if "penalty" in self.info:
+            rows["penalty"] = f"{self.info['penalty']:g}"
+        if score := self.score_test:
+            rows["held-out R²"] = f"{score.mean_r2:.3f}"
+            rows["held-out cosine"] = f"{score.cosine:.3f}"
+            rows["held-out rows"] = f"{score.count:,}"
+        return html_table(type(self).__name__, rows)
 
     @abstractmethod
     def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:

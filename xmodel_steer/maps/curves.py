@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from xmodel_steer.core.errors import FewRowsWarning, PromptError
 from xmodel_steer.core.spaces import Space
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.rows import PairedRows
@@ -37,6 +38,11 @@ class DataCurve:
     def __repr__(self) -> str:
         ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
         return f"DataCurve({ends}, {len(self.tokens)} sizes up to {max(self.tokens):,} tokens, recommended {self.recommended:,})"
+
+    def _repr_html_(self) -> str:
+        rows = {"source": str(self.source), "target": str(self.target)}
+        rows |= {f"R² of {name} at {self.tokens[-1]:,} tokens": f"{r2[-1]:.3f}" for name, r2 in self.r2.items()}
+        return html_table("DataCurve", rows | {"advice": self.advice})
 
     @property
     def advice(self) -> str:

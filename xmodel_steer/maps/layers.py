@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import MapScore, score_of
 from xmodel_steer.maps.fitting import PENALTIES
@@ -59,6 +60,16 @@ class LayerGrid:
     def __repr__(self) -> str:
         ends = f"{self.source[0].model} → {self.target[0].model}"
         return f"LayerGrid({ends}, {len(self.source)} × {len(self.target)} sites, {len(self.penalties)} penalties)"
+
+    def _repr_html_(self) -> str:
+        chosen = self.chosen("r2")
+        i, j = np.unravel_index(int(np.nan_to_num(self.chosen("r2", "validation"), nan=-np.inf).argmax()), chosen.shape)
+        rows = {
+            "source": f"{self.source[0].model}, {len(self.source)} sites",
+            "target": f"{self.target[0].model}, {len(self.target)} sites",
+            "best pair on validation": f"{self.source[i].site} → {self.target[j].site}, test R² {chosen[i, j]:.3f}",
+        }
+        return html_table("LayerGrid", rows)
 
     @property
     def best(self) -> np.ndarray:

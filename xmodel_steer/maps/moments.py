@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.maps.pairs import PARTS, PRODUCTS, PairMoments, SplitMoments, deviations
 
 
@@ -86,6 +87,15 @@ class Moments:
         ends = " → ".join(next((s.model for s in end.values()), "nothing") for end in (self.source, self.target))
         text = f"{self.tokens:,} pairs of tokens of {self.documents:,} documents"
         return f"Moments({ends}, {len(self.pairs)} pairs of sites, {text}, coverage {self.coverage:.0%})"
+
+    def _repr_html_(self) -> str:
+        def sites(spaces: Mapping[Site, Space]) -> str:
+            first = next((str(space) for space in spaces.values()), "nothing")
+            return first if len(spaces) < 2 else f"{first} and {len(spaces) - 1} more"
+
+        rows = {"source": sites(self.source), "target": sites(self.target), "pairs of sites": f"{len(self.pairs):,}"}
+        rows |= {"pairs of tokens": f"{self.tokens:,}", "documents": f"{self.documents:,}"}
+        return html_table("Moments", rows | {"coverage": f"{self.coverage:.0%}"})
 
     @property
     def coverage(self) -> float:
