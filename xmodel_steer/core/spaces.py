@@ -133,6 +133,11 @@ class Space:
         )
 
 
+def arrow(source: Space, target: Space) -> str:
+    """Name the models and sites of both ends of a map."""
+    return f"{source.model} {source.site} → {target.model} {target.site}"
+
+
 def require_same_space(required: Space, given: Space, what: str) -> None:
     """Refuse a tensor of another space.
 

@@ -82,7 +82,7 @@ def require_rows(moments: SplitMoments, *, validation: bool) -> None:
             f"{rows} for {moments.source.width} source dimensions: the penalty, not the text, decides the map; "
             f"give more text (about {wanted} tokens)",
             FewRowsWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if validation and moments.validation.count < 2:
         raise PromptError(
