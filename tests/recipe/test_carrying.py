@@ -163,7 +163,7 @@ def test_bad_input_gives_one_clear_error(toy_named: Callable[[str], toys.Toy], m
         xs.transfer(small, large, contrast(), sentences(60, 4), prompts=["x"], **SETTINGS)
     with pytest.raises(xs.errors.PromptError, match="at least 3 prompts"):
         run(small, large, prompts=["sky", "port"])
-    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is shown beside random"):
+    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is compared with random"):
         run(small, large, random_seeds=0)
     with pytest.raises(ValueError, match="not 0"):
         run(small, large, strengths=(0.0, 1.0))

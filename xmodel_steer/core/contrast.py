@@ -18,14 +18,13 @@ class ContrastSet:
     """Prompts with a behaviour (positive) and without it (negative).
 
     Args:
-        positive: Prompts that show the behaviour.
-        negative: Prompts that do not.
-        paired: Whether ``positive[i]`` and ``negative[i]`` belong together, so that a split
-            keeps them on one side.
+        positive: Prompts with the behaviour.
+        negative: Prompts without it.
+        paired: Whether ``positive[i]`` and ``negative[i]`` form a pair, which no split divides.
 
     Raises:
-        PromptError: A side is empty or holds something else than prompts, the sides of a paired set have
-            different lengths, or a prompt stands on both sides.
+        PromptError: A side is empty or holds other values than prompts, the sides of a paired set have
+            different lengths, or a prompt is on both sides.
 
     Example:
         >>> contrast = ContrastSet.from_records([{"positive": "What a joy.", "negative": "What a bore."}])
@@ -58,7 +57,7 @@ class ContrastSet:
         both = {p.content_key() for p in self.positive} & {p.content_key() for p in self.negative}
         if both:
             raise PromptError(
-                f"ContrastSet: {len(both)} prompt(s) stand on both sides, for example "
+                f"ContrastSet: {len(both)} prompt(s) are on both sides, for example "
                 f"{min(both)[:80]!r}; they contrast with nothing, remove them"
             )
 
@@ -76,10 +75,10 @@ class ContrastSet:
 
     @classmethod
     def from_prompts(cls, positive: Prompts, negative: Prompts, *, paired: bool = False) -> "ContrastSet":
-        """Make a set from two lists of prompts, each of which `as_prompts` takes.
+        """Make a set from two lists of prompts in any form that `as_prompts` takes.
 
         Raises:
-            PromptError: A side is no list of prompts, or the set cannot be used.
+            PromptError: A side is no list of prompts, or the sides do not make a contrast set.
         """
         return cls(as_prompts(positive, what="positive"), as_prompts(negative, what="negative"), paired)
 
@@ -87,10 +86,9 @@ class ContrastSet:
     def from_records(cls, records: Any) -> "ContrastSet":
         """Make a set from rows: dictionaries, a pandas frame or a ``datasets.Dataset``.
 
-        Rows have either ``positive`` and ``negative`` (a paired set), or a prompt under
-        ``text``, ``prompt`` or ``messages`` and a ``label`` (1/0, true/false,
-        positive/negative; an unpaired set). A prompt is a string or a list of chat messages;
-        in text formats messages may be written as JSON.
+        Rows of a paired set have ``positive`` and ``negative``. Rows of an unpaired set have a prompt
+        under ``text``, ``prompt`` or ``messages``, and a ``label`` (1/0, true/false, positive/negative).
+        A prompt is a string or a list of chat messages, or messages in JSON.
 
         Raises:
             PromptError: A row has neither form; the message names the row.
@@ -113,7 +111,7 @@ class ContrastSet:
         return cls(tuple(positive), tuple(negative), paired)
 
     def split(self, fractions: Sequence[float] = (0.5, 0.5), *, seed: int = 0) -> "tuple[ContrastSet, ...]":
-        """Disjoint parts, by shuffling with a seed.
+        """Shuffle the prompts with a seed, and split them into disjoint parts.
 
         Pairs stay together, and so do all rows that share a prompt: no prompt is in two parts.
 
@@ -158,7 +156,7 @@ class ContrastSet:
 
 
 def _joined(units: list[tuple[tuple[Prompt, ...], tuple[Prompt, ...]]]) -> list:
-    """Merge units that share a prompt, so that a split cannot put one prompt into two parts."""
+    """Merge units that share a prompt, so that no split puts one prompt into two parts."""
     parent = list(range(len(units)))
 
     def root(i: int) -> int:

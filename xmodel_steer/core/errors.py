@@ -1,8 +1,8 @@
-"""Errors of the library: each says what was required, what came, and what to do."""
+"""Errors and warnings of the library. Messages say what was required, what came, and what to do."""
 
 
 class XModelSteerError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that the library raises on purpose."""
 
 
 class SpaceMismatchError(XModelSteerError, ValueError):
@@ -10,7 +10,7 @@ class SpaceMismatchError(XModelSteerError, ValueError):
 
 
 class PromptError(XModelSteerError, ValueError):
-    """A prompt, a contrast set or a corpus cannot be used as given."""
+    """A prompt, a contrast set or a corpus cannot be used."""
 
 
 class PromptWarning(UserWarning):
@@ -22,7 +22,7 @@ class AlignmentError(XModelSteerError, ValueError):
 
 
 class AlignmentWarning(UserWarning):
-    """The tokens of two models pair, but fewer of them than expected."""
+    """The tokens of two models pair, but fewer than expected."""
 
 
 class FewRowsWarning(UserWarning):
@@ -30,11 +30,11 @@ class FewRowsWarning(UserWarning):
 
 
 class CacheWarning(UserWarning):
-    """A cache is not used: the user's folder cannot keep what was computed, or a model decodes wrong with one."""
+    """A cache is not used: the folder is not writable, or a model decodes wrongly with a cache."""
 
 
 class ModelWarning(UserWarning):
-    """A model does not behave as others do, and is used with more care."""
+    """A model behaves unlike others, and is used with more care."""
 
 
 class CheckpointWarning(UserWarning):
@@ -42,11 +42,11 @@ class CheckpointWarning(UserWarning):
 
 
 class UndefinedWarning(UserWarning):
-    """A number of a record is NaN or infinite: it was written as null, with its place and what it was."""
+    """A number in a record is NaN or infinite: it was written as null, with its place and value."""
 
 
 class ModelError(XModelSteerError, RuntimeError):
-    """A model cannot be loaded, or does not have what the library needs."""
+    """A model cannot be loaded, or lacks something that the library needs."""
 
 
 class SiteError(ModelError):
@@ -62,8 +62,8 @@ class DownloadError(XModelSteerError, OSError):
 
 
 class ArtifactError(XModelSteerError, ValueError):
-    """A file is not one of ours, is damaged, or was written by a newer version."""
+    """A file is foreign, damaged, or from a newer version."""
 
 
 class JudgeError(XModelSteerError, RuntimeError):
-    """A judge of texts cannot be reached, or does not answer as asked."""
+    """A judge of texts cannot be reached, or its answer has the wrong form."""

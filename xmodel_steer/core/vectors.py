@@ -1,4 +1,4 @@
-"""Activations, and the directions made of them."""
+"""Activations and steering vectors."""
 
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -15,13 +15,13 @@ from xmodel_steer.core.tables import html_table
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Rows of activations of one space.
+    """Rows of activations in one space.
 
     Args:
         values: One row per token, or per prompt.
-        space: The space that the rows live in.
-        rows: For each row its prompt's id, and the position in characters of the prompt's
-            content after the last character of the row's token (-1 for a template token).
+        space: The space of the rows.
+        rows: For each row its prompt's id, and the position after the last character of the row's
+            token, in characters of the prompt's content (-1 for a template token).
     """
 
     values: Float[Tensor, "n d"]
@@ -50,7 +50,7 @@ class Activations:
         return len(self.values)
 
     def mean(self) -> Float[Tensor, " d"]:
-        """Mean over rows, summed in float64."""
+        """Compute the mean over rows in float64."""
         return self.values.to(torch.float64).mean(0)
 
 
@@ -58,19 +58,19 @@ class Activations:
 class SteeringVector:
     """A direction in one space.
 
-    ``v + w``, ``v - w``, ``2 * v`` and ``v / 2`` are new vectors without class means; ``-v`` exchanges them.
+    ``v + w``, ``v - w``, ``2 * v`` and ``v / 2`` have no class means; ``-v`` exchanges the class means.
 
     Args:
         direction: The direction, in units of the residual stream.
-        space: The space that it lives in.
+        space: The direction's space.
         label: Name of the behaviour.
-        positive_mean: Mean activation with the behaviour, where it is known.
-        negative_mean: Mean activation without it.
-        counts: How many rows the two means were taken over.
+        positive_mean: Mean activation with the behaviour, where known.
+        negative_mean: Mean activation without it, where known.
+        counts: Numbers of rows of the two means.
         scale: Standard deviation of each dimension of the space over general text. Standardised
-            coordinates divide by it: a few dimensions of some residual streams are so large
-            that raw norms and cosines describe them alone.
-        origin: How the vector came about, in words.
+            coordinates divide by it, because a few huge dimensions of some residual streams would
+            alone decide raw norms and cosines.
+        origin: Origin of the vector, in words.
     """
 
     direction: Float[Tensor, " d"]
@@ -143,11 +143,11 @@ class SteeringVector:
         return self * (1.0 / divisor)
 
     def _derived(self, direction: Tensor, label: str) -> "SteeringVector":
-        # The class means belong to the vector that they were subtracted for, not to this one.
+        # The class means belong to the original vector: their difference is not this direction.
         return replace(self, direction=direction, label=label, positive_mean=None, negative_mean=None)
 
     def with_scale(self, scale: Float[Tensor, " d"]) -> "SteeringVector":
-        """Return the vector with standard deviations of its space over general text."""
+        """Set the standard deviations of the space over general text."""
         return replace(self, scale=scale)
 
     def with_norm(self, norm: float, *, standardised: bool = True) -> "SteeringVector":
@@ -157,18 +157,18 @@ class SteeringVector:
             ValueError: The vector is zero.
         """
         require_type("with_norm", (Real, Tensor), norm, takes="a number")
-        own = self.norm(standardised=standardised)
-        if own == 0:
+        length = self.norm(standardised=standardised)
+        if length == 0:
             raise ValueError(f"SteeringVector {self.label!r}: a zero vector has no direction to scale")
-        return replace(self, direction=self.direction * (norm / own))
+        return replace(self, direction=self.direction * (norm / length))
 
     def about(self, centre: Float[Tensor, " d"]) -> "SteeringVector":
         """Move the class means half the direction to either side of a point.
 
-        What `Clamp` and `Gate` do depends on the class means; a scaled vector gets means that are as far apart by this.
+        `Clamp` and `Gate` use the class means; this makes them fit a scaled vector.
 
         Args:
-            centre: The point half way between the means.
+            centre: New midpoint of the class means.
         """
         require_type("about", Tensor, centre)
         middle, half = centre.to(torch.float64), self.direction.to(torch.float64) / 2
@@ -209,7 +209,15 @@ class SteeringVector:
     def standardised(self) -> Float[Tensor, " d"]:
         """Return the direction in standardised coordinates, v / scale, in float64.
 
-        A dimension that does not vary over general text (scale 0) counts nothing.
+        A dimension that does not vary over general text (scale 0) gives 0.
+
+        Raises:
+            ValueError: The vector has no scale.
+        """
+        return standardise(self.direction, self._require_scale())
+
+    def _require_scale(self) -> Float[Tensor, " d"]:
+        """Return the scale, or refuse a vector without one.
 
         Raises:
             ValueError: The vector has no scale.
@@ -219,38 +227,32 @@ class SteeringVector:
                 f"SteeringVector {self.label!r}: standardised coordinates need the standard deviations of "
                 f"{self.space}; use vector.with_scale(moments.scale(site))"
             )
-        return standardise(self.direction, self.scale)
+        return self.scale
 
     def norm(self, *, standardised: bool = False) -> float:
-        """Euclidean norm, in raw or in standardised coordinates."""
+        """Compute the Euclidean norm, in raw or in standardised coordinates."""
         values = self.standardised() if standardised else self.direction.to(torch.float64)
         return float(values.norm())
 
     def cosine(self, other: "SteeringVector", *, standardised: bool = True) -> float:
-        """Cosine with a vector of the same space, in standardised coordinates by default.
+        """Compute the cosine with a vector of the same space, by default standardised.
 
         Both vectors are divided by this vector's scale.
         """
         require_type("cosine", SteeringVector, other)
         require_same_space(self.space, other.space, "cosine of steering vectors")
+        v, w = self.direction.to(torch.float64), other.direction.to(torch.float64)
         if standardised:
-            mine = self.standardised()
-            assert self.scale is not None
-            theirs = standardise(other.direction, self.scale)
-        else:
-            mine, theirs = self.direction.to(torch.float64), other.direction.to(torch.float64)
-        norms = mine.norm() * theirs.norm()
-        return float(mine @ theirs / norms) if norms > 0 else 0.0
+            v, w = self.standardised(), standardise(w, self._require_scale())
+        norms = v.norm() * w.norm()
+        return float(v @ w / norms) if norms > 0 else 0.0
 
     def covector(self) -> Float[Tensor, " d"]:
-        """Return the w that reads off a row's position along v (w·v = 1).
+        """Return the covector w that reads a row's position along v (w·v = 1).
 
-        w = (v/σ²) / (v·v/σ²).
-
-        Rows are compared in standardised coordinates, so that huge dimensions do not drown
-        the direction.
+        w = (v/σ²) / (v·v/σ²). Standardised coordinates keep huge dimensions from hiding the direction.
         """
-        inverse = inverse_of(self._scale())
+        inverse = inverse_of(self._require_scale())
         dual = self.direction.to(torch.float64) * inverse * inverse
         size = dual @ self.direction.to(torch.float64)
         if size <= 0:
@@ -259,18 +261,13 @@ class SteeringVector:
             )
         return dual / size
 
-    def _scale(self) -> Tensor:
-        self.standardised()  # refuses a vector without scale
-        assert self.scale is not None
-        return self.scale
-
 
 def standardise(direction: Float[Tensor, "*n d"], scale: Float[Tensor, " d"]) -> Float[Tensor, "*n d"]:
-    """Directions in standardised coordinates, v / σ in float64; 0 where σ is 0."""
+    """Divide directions by σ in float64; dimensions with σ = 0 give 0."""
     return direction.to(torch.float64) * inverse_of(scale)
 
 
 def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """1 / σ in float64, and 0 for a dimension that does not vary."""
+    """Compute 1 / σ in float64, and 0 for a dimension that does not vary."""
     scale = scale.to(torch.float64)
     return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)

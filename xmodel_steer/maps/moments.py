@@ -99,7 +99,7 @@ class Moments:
 
     @property
     def coverage(self) -> float:
-        """Share of the tokens that could pair that do."""
+        """Share of the pairable tokens that pair."""
         return self.paired / self.eligible if self.eligible else 0.0
 
     @property

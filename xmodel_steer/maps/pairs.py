@@ -97,7 +97,7 @@ class SplitMoments:
         train: Moments of the documents that fit maps.
         validation: Moments of the documents that choose penalties.
         test: Moments of the documents that give the reported scores.
-        coverage: Share of the tokens that could pair that do.
+        coverage: Share of the pairable tokens that pair.
         control: The same moments with every row paired to a token of another document: nothing to
             learn, and everything else equal. None where they were not collected.
         shuffled: Whether these are such control moments.

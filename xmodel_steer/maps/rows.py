@@ -42,7 +42,7 @@ class PairedRows:
         source: The space of the source rows.
         target: The space of the target rows.
         documents: The documents, in the order of the text.
-        coverage: Share of the tokens that could pair that do.
+        coverage: Share of the pairable tokens that pair.
         window: Number of documents that are summed together, and shuffled among each other.
         shuffled: Whether rows are paired with rows of other documents.
     """
