@@ -4,19 +4,13 @@ from typing import Any
 
 
 def require_type(what: str, kind: type | tuple[type, ...], *values: Any, takes: str = "") -> None:
-    """Refuse values of another type.
-
-    Args:
-        what: The function or the field, for the message.
-        kind: The type, or several.
-        values: The values.
-        takes: Words for the type, for the message; its name by default.
+    """Refuse values of other types with ``{what} takes {takes}, got ...``; the type names itself.
 
     Raises:
-        TypeError: A value is of another type.
+        TypeError: A value has another type.
     """
     for value in values:
         if not isinstance(value, kind):
-            names = takes or " or ".join(t.__name__ for t in (kind if isinstance(kind, tuple) else (kind,)))
+            name = takes or getattr(kind, "__name__", "")
             text = f" {value!r}" if isinstance(value, str | int | float) else ""
-            raise TypeError(f"{what} takes {names}, got {type(value).__name__}{text[:60]}")
+            raise TypeError(f"{what} takes {name}, got {type(value).__name__}{text[:60]}")

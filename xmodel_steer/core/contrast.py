@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Real
 from typing import Any
 
@@ -131,23 +132,17 @@ class ContrastSet:
             units = [((p,), (n,)) for p, n in zip(self.positive, self.negative, strict=True)]
             pools = [_joined(units)]
         else:
-            pools = [
-                _joined([((p,), ()) for p in self.positive]),
-                _joined([((), (n,)) for n in self.negative]),
-            ]
-        sides = [([], []) for _ in fractions]
+            pools = [_joined([((p,), ()) for p in self.positive]), _joined([((), (n,)) for n in self.negative])]
+        parts = [([], []) for _ in fractions]
         for pool in pools:
             random.Random(seed).shuffle(pool)
-            start, share = 0, 0.0
-            for part, fraction in enumerate(fractions):
-                share += fraction
-                stop = round(share * len(pool))
+            stops = [round(share * len(pool)) for share in accumulate(fractions)]
+            for part, start, stop in zip(parts, [0, *stops], stops, strict=False):
                 for positive, negative in pool[start:stop]:
-                    sides[part][0].extend(positive)
-                    sides[part][1].extend(negative)
-                start = stop
+                    part[0].extend(positive)
+                    part[1].extend(negative)
         try:
-            return tuple(ContrastSet(tuple(p), tuple(n), self.paired) for p, n in sides)
+            return tuple(ContrastSet(tuple(p), tuple(n), self.paired) for p, n in parts)
         except PromptError:
             raise PromptError(
                 f"split: {len(self.positive)} positive and {len(self.negative)} negative prompts are "

@@ -108,8 +108,8 @@ def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
     norm = vector.norm(standardised=True)
     assert vector.scale is not None
     direction = (draw * vector.scale.to(torch.float64).cpu()).to(vector.direction)
-    control = replace(vector, direction=direction, label=f"random {seed}", origin=f"random, seed {seed}")
-    return replace(control, positive_mean=None, negative_mean=None, counts=(0, 0)).with_norm(norm)
+    label, origin = f"random {seed}", f"random, seed {seed}"
+    return SteeringVector(direction, vector.space, label, scale=vector.scale, origin=origin).with_norm(norm)
 
 
 def require_random(what: str, random_seeds: int) -> None:

@@ -5,12 +5,7 @@ from html import escape
 
 
 def html_table(title: str, rows: Mapping[str, str]) -> str:
-    """Make an HTML table; leave out rows with an empty value.
-
-    Args:
-        title: The table's caption.
-        rows: Value of each row, by the row's name. HTML in both is escaped.
-    """
+    """Make an HTML table with a caption and named rows; escape HTML, leave out empty rows."""
     cells = (
         f'<tr><th style="text-align: left">{escape(name)}</th><td style="text-align: left">{escape(value)}</td></tr>'
         for name, value in rows.items()

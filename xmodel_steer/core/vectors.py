@@ -113,13 +113,11 @@ class SteeringVector:
         return html_table("SteeringVector", rows)
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
-        require_type("vector + vector", SteeringVector, other)
-        require_same_space(self.space, other.space, "adding steering vectors")
+        self._require_peer(other, "vector + vector")
         return self._derived(self.direction + other.direction, f"{self.label} + {other.label}")
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
-        require_type("vector - vector", SteeringVector, other)
-        require_same_space(self.space, other.space, "subtracting steering vectors")
+        self._require_peer(other, "vector - vector")
         return self._derived(self.direction - other.direction, f"{self.label} - {other.label}")
 
     def __neg__(self) -> "SteeringVector":
@@ -141,6 +139,10 @@ class SteeringVector:
     def __truediv__(self, divisor: float) -> "SteeringVector":
         require_type("vector / number", (Real, Tensor), divisor, takes="a number")
         return self * (1.0 / divisor)
+
+    def _require_peer(self, other: "SteeringVector", what: str) -> None:
+        require_type(what, SteeringVector, other)
+        require_same_space(self.space, other.space, what)
 
     def _derived(self, direction: Tensor, label: str) -> "SteeringVector":
         # The class means belong to the original vector: their difference is not this direction.
@@ -201,8 +203,7 @@ class SteeringVector:
             SpaceMismatchError: The vectors live in different spaces.
             ValueError: A vector has no scale, or this one is zero.
         """
-        require_type("at_norm_of", SteeringVector, other)
-        require_same_space(self.space, other.space, "at_norm_of")
+        self._require_peer(other, "at_norm_of")
         scaled = self.with_norm(other.norm(standardised=True))
         return scaled if self.positive_mean is None or self.negative_mean is None else scaled.about(self.centre)
 
@@ -239,8 +240,7 @@ class SteeringVector:
 
         Both vectors are divided by this vector's scale.
         """
-        require_type("cosine", SteeringVector, other)
-        require_same_space(self.space, other.space, "cosine of steering vectors")
+        self._require_peer(other, "cosine")
         v, w = self.direction.to(torch.float64), other.direction.to(torch.float64)
         if standardised:
             v, w = self.standardised(), standardise(w, self._require_scale())

@@ -41,12 +41,6 @@ class _Running:
         }
         self._ends = dict(products)
 
-    def copy(self) -> "_Running":
-        clone = copy.copy(self)
-        clone.means = {key: value.clone() for key, value in self.means.items()}
-        clone.products = {key: value.clone() for key, value in self.products.items()}
-        return clone
-
     def add(self, count: int, documents: int, means: Mapping[Any, Tensor], products: Mapping[Any, Tensor]) -> None:
         """Add the moments of a batch; its products are centred on its own means."""
         n = self.count + count
@@ -155,7 +149,7 @@ class MomentsAccumulator:
         partners = shuffled_partners(documents, shuffle_generator(self._seed, documents[0]))
         products = self._batch_products(rows, partners.to(self._device))
         if self._handed_out:  # the tensors are part of returned moments, which must not change
-            self._parts = {name: running.copy() for name, running in self._parts.items()}
+            self._parts = copy.deepcopy(self._parts)
             self._handed_out = False
         self._parts[part].add(n, len(set(documents)), means, products)
         self._paired += n

@@ -137,12 +137,7 @@ class Map(ABC):
         return tuple(x.sum(0).cpu() for x in sums)  # type: ignore[return-value]
 
     def _transported(
-        self,
-        vector: SteeringVector,
-        direction: Tensor,
-        positive: Tensor | None,
-        negative: Tensor | None,
-        how: str = "",
+        self, vector: SteeringVector, direction: Tensor, positive: Tensor | None, negative: Tensor | None, how: str = ""
     ) -> SteeringVector:
         """Make the mapped vector from its mapped direction and class means."""
         return replace(

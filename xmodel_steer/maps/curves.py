@@ -61,10 +61,7 @@ class DataCurve:
 
 
 def data_curve(
-    rows: PairedRows,
-    *,
-    tokens: Sequence[int] | None = None,
-    fitters: "dict[str, Fitter] | None" = None,
+    rows: PairedRows, *, tokens: Sequence[int] | None = None, fitters: "dict[str, Fitter] | None" = None
 ) -> DataCurve:
     """Fit on the first n training tokens for several n; score each on all test documents.
 

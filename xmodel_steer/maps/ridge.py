@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -72,9 +71,6 @@ class _Penalised(ABC):
     def _coefficients(self, spectrum: Spectrum, projected: Tensor, penalty: float, train: PairMoments) -> Tensor:
         """Solve for the coefficients of the eigenvectors, from the projected cross scatter."""
 
-    def _record(self) -> dict[str, Any]:
-        return {}
-
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
         """Fit on the train documents, choose λ on the validation ones, score on the test ones.
 
@@ -89,7 +85,7 @@ class _Penalised(ABC):
         train = moments.train
         spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
         projected = spectrum.project(train.cross_scatter)
-        path: list[dict[str, float | None]] = []
+        path: list[dict[str, float | None]] = []  # every penalty with its validation R²
         best: tuple[float, AffineMap, float] | None = None
         for penalty in self.penalties:
             candidate = affine_of(moments, spectrum.weight(self._coefficients(spectrum, projected, penalty, train)))
@@ -98,15 +94,9 @@ class _Penalised(ABC):
             if best is None or (quality is not None and quality > best[0]):
                 best = (quality if quality is not None else 0.0, candidate, penalty)
         assert best is not None
-        return scored(
-            best[1],
-            moments,
-            type(self).__name__,
-            "penalty in standardised source dimensions",
-            penalty=best[2],
-            penalty_path=path,
-            **self._record(),
-        )
+        record = {"penalty": best[2], "penalty_path": path}
+        record |= {name: value for name, value in vars(self).items() if name != "penalties"}
+        return scored(best[1], moments, type(self).__name__, "penalty in standardised source dimensions", **record)
 
 
 @dataclass(frozen=True)
@@ -160,6 +150,3 @@ class ReducedRank(_Penalised):
         # With (S + λ) diagonal in these coordinates, the penalised fit's covariance is PᵀGP.
         leading = torch.linalg.svd(gains.sqrt() * standardised, full_matrices=False).Vh[: self.rank]
         return gains * (standardised @ leading.T @ leading) * scale
-
-    def _record(self) -> dict[str, Any]:
-        return {"rank": self.rank}
