@@ -541,7 +541,7 @@ FOREIGN = {
         lambda: datasets.IterableDatasetDict({k: d.to_iterable_dataset() for k, d in DATASETS.items()}),
         r"IterableDatasetDict with splits train, test; .*data\['train'\]",
     ),
-    "sets by name": (
+    "mapping of sets": (
         lambda: {"a": TEXTS, "b": DATASETS["test"]},
         r"dict with keys a, b; give one of them, data\['a'\]",
     ),

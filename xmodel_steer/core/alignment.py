@@ -48,7 +48,7 @@ class Alignment:
 
 
 def align(source: TokenEnds, target: TokenEnds) -> Alignment:
-    """Pair tokens that end on the same character, and template tokens of the same role.
+    """Pair tokens that end on the same character, and template tokens by role.
 
     Where several tokens of one model end on one character (the bytes of an emoji), only the last
     one has read the whole character, so it pairs.

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def require_type(what: str, kind: type | tuple[type, ...], *values: Any, takes: str = "") -> None:
-    """Refuse values of other types with ``{what} takes {takes}, got ...``; the type names itself.
+    """Refuse values of other types: ``{what} takes {takes}, got ...``.
 
     Raises:
         TypeError: A value has another type.

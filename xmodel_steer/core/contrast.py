@@ -151,7 +151,7 @@ class ContrastSet:
 
 
 def _joined(units: list[tuple[tuple[Prompt, ...], tuple[Prompt, ...]]]) -> list:
-    """Merge units that share a prompt, so that no split puts one prompt into two parts."""
+    """Merge units that share a prompt, which no split may divide."""
     parent = list(range(len(units)))
 
     def root(i: int) -> int:

@@ -122,7 +122,7 @@ def rows_of(records: Any) -> list[dict[str, Any]]:
 
 
 def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
-    """Make a prompt from the first filled column ``text``, ``prompt`` or ``messages`` of a row.
+    """Make a prompt from a row's first filled ``text``, ``prompt`` or ``messages``.
 
     Raises:
         PromptError: No column is filled, or the cell is no prompt.
@@ -165,7 +165,7 @@ def filled(value: Any) -> Any:
 
 
 def chat_or_text(value: Any) -> Any:
-    """Parse chat messages in JSON text, the only form that fits CSV; return other values."""
+    """Parse chat messages in JSON text, as in CSV files; return other values."""
     if isinstance(value, str) and value.lstrip().startswith('[{"'):
         try:
             return json.loads(value)

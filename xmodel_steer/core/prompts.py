@@ -102,7 +102,7 @@ class Prompt:
 
     @classmethod
     def of(cls, value: Any) -> "Prompt":
-        """Make a prompt from a string, a list of ``{"role", "content"}`` messages, or a Prompt.
+        """Make a prompt from text, a list of ``{"role", "content"}``, or a Prompt.
 
         Raises:
             PromptError: The value is none of these.
@@ -223,15 +223,15 @@ else:
 
 def described(value: Any) -> str:
     """Describe a value for an error message, by type and content."""
-    kind = type(value).__name__
+    name = type(value).__name__
     if isinstance(value, Mapping):
-        inside = "splits" if kind.endswith("DatasetDict") else "keys"
-        return f"{kind} with {inside} {', '.join(map(str, list(value)[:8]))}"
+        inside = "splits" if name.endswith("DatasetDict") else "keys"
+        return f"{name} with {inside} {', '.join(map(str, list(value)[:8]))}"
     columns = getattr(value, "column_names", None)
     columns = getattr(value, "columns", None) if columns is None else columns
     if columns is not None:
-        return f"{kind} with columns {', '.join(map(str, list(columns)[:8]))}"
-    return f"{kind} {str(value)[:60]!r}"
+        return f"{name} with columns {', '.join(map(str, list(columns)[:8]))}"
+    return f"{name} {str(value)[:60]!r}"
 
 
 def text_digest(texts: Sequence[Prompt]) -> str:

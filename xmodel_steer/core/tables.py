@@ -5,7 +5,7 @@ from html import escape
 
 
 def html_table(title: str, rows: Mapping[str, str]) -> str:
-    """Make an HTML table with a caption and named rows; escape HTML, leave out empty rows."""
+    """Make an HTML table with escaped texts; leave out empty rows."""
     cells = (
         f'<tr><th style="text-align: left">{escape(name)}</th><td style="text-align: left">{escape(value)}</td></tr>'
         for name, value in rows.items()

@@ -37,7 +37,7 @@ def locate(
     Returns:
         For each message its stretches: start and end in the text, and start in the content.
     """
-    found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
+    stretches: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
     alone: dict[int, str] = {}
     # No character may be replaced by itself.
     taken = {(ord(c) - _PRIVATE - n) % _MANY for n, c in enumerate("".join(contents)) if c >= chr(_PRIVATE)}
@@ -58,7 +58,7 @@ def locate(
 
     for together in (True, False):
         for patterns in _may_look_for(source, "\n".join(contents)):
-            rest = [i for i in range(len(contents)) if i not in found]
+            rest = [i for i in range(len(contents)) if i not in stretches]
             for group in [[i] for i in rest] if not together else [rest] if rest else []:
                 kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
                 runs = follow(kept)
@@ -70,8 +70,8 @@ def locate(
                     again = follow(fewer)
                     if again.keys() >= runs.keys():
                         runs, kept = again, fewer
-                found.update(runs)
-    for i in set(range(len(contents))) - found.keys():
+                stretches.update(runs)
+    for i in set(range(len(contents))) - stretches.keys():
         content = contents[i].strip()
         start, end = 0, len(text)
         if i in alone:
@@ -80,9 +80,9 @@ def locate(
         if text.count(content, start, end) == 1:
             start = text.index(content, start)
             end = start + len(content)
-            if all(end <= first or last <= start for spans in found.values() for first, last, _ in spans):
-                found[i] = [(start, end, contents[i].index(content))]
-    return found
+            if all(end <= first or last <= start for spans in stretches.values() for first, last, _ in spans):
+                stretches[i] = [(start, end, contents[i].index(content))]
+    return stretches
 
 
 def _shared(one: str, other: str) -> int:
@@ -91,7 +91,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _may_look_for(source: str, whole: str) -> list[list[str]]:
-    """List sets of patterns that a template may look for: none, its tags, all, each of its words."""
+    """List candidate patterns of a template: none, its tags, all, each word."""
     quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", source)
     words = {word for pair in quoted for word in re.split(r"\\.|\s+", "".join(pair)) if word and word in whole}
     patterns = sorted(re.escape(word) for word in words)

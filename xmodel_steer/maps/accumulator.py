@@ -211,7 +211,7 @@ class MomentsAccumulator:
 
 
 def shuffle_generator(seed: int, document: int) -> torch.Generator:
-    """Seed a batch's shuffle by its first document, so that shards shuffle like the whole text."""
+    """Seed a batch's shuffle by its first document, equally in every shard."""
     return torch.Generator().manual_seed(seed * 1_000_003 + document)
 
 

@@ -126,7 +126,7 @@ class Map(ABC):
     def error_sums(
         self, source: Float[Tensor, "n ds"], target: Float[Tensor, "n dt"], centre: Float[Tensor, " dt"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sum squared error, ⟨y, y⟩, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ over rows, for each target dimension.
+        """Sum squared error, ⟨y, y⟩, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ over rows, per dimension.
 
         y and ŷ are taken around ``centre``.
         """
@@ -239,7 +239,7 @@ class AffineMap(Map):
         )
 
     def _errors(self, moments: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ of each target dimension, around y's mean."""
+        """Compute squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ per dimension, around y's mean."""
         weight = self.weight.to(torch.float64)
         shift = moments.source_mean @ weight + self.bias.to(torch.float64) - moments.target_mean
         fitted = einsum(weight, moments.source_scatter @ weight, "s t, s t -> t")

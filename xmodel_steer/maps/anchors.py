@@ -36,7 +36,7 @@ class RelativeAnchors:
     seed: int = 0
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Take the anchors from the training documents, score on the test ones.
+        """Take the anchors from train documents, score on test documents.
 
         Args:
             data: Rows of one layer pair; moments do not tell texts apart.

@@ -112,7 +112,7 @@ class AutoencoderMap(Map):
 
 
 def cycle_score(there: AffineMap, back: AffineMap, moments: PairMoments) -> MapScore:
-    """Score the round trip of points through a map and a map in the opposite direction.
+    """Score the round trip of points through two opposite maps.
 
     The score compares ``back(there(x))`` with x. 1 minus its R² is the cycle error of each
     source dimension, as a share of its variance.

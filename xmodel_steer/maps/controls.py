@@ -17,7 +17,7 @@ AnyFitter = TypeVar("AnyFitter", bound=Fitter)
 
 
 def pinned(fitter: AnyFitter, fitted: Map) -> AnyFitter:
-    """Fix the penalty that a map chose, for a control that differs only in pairs."""
+    """Fix a fitter's penalty to a map's choice, for its control."""
     if "penalty" in fitted.info and isinstance(fitter, Ridge | ReducedRank):
         return replace(fitter, penalties=(float(fitted.info["penalty"]),))  # type: ignore[return-value]
     return fitter

@@ -63,7 +63,7 @@ class DataCurve:
 def data_curve(
     rows: PairedRows, *, tokens: Sequence[int] | None = None, fitters: "dict[str, Fitter] | None" = None
 ) -> DataCurve:
-    """Fit on the first n training tokens for several n; score each on all test documents.
+    """Score fits on growing numbers of training tokens, on all test documents.
 
     Args:
         rows: Paired rows of one layer pair.

@@ -58,7 +58,7 @@ class Trained(ABC, Generic[AnyMap]):
         """Make the map from the best weights."""
 
     def fit(self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None) -> AnyMap:
-        """Train on the train documents, stop on the validation ones, score on the test ones.
+        """Train on train documents, stop on validation documents, score on test documents.
 
         Args:
             data: Rows of one layer pair.
@@ -85,7 +85,7 @@ _WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 def _descend(
     fitter: Trained[Any], rows: PairedRows, moments: SplitMoments, checkpoint: str | Path | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train from the start or from a checkpoint; return the best weights and the record."""
+    """Train, from a checkpoint if there is one; return best weights and record."""
     run = _Run(fitter, rows, moments)
     file = Path(checkpoint) if checkpoint is not None else None
     if file is not None and file.is_file():
@@ -145,7 +145,7 @@ class _Run:
         return self.best_epoch >= 0 and len(self.history) - 1 - self.best_epoch >= self._fitter.patience
 
     def epoch(self, documents: tuple[DocumentRows, ...], bar: Any) -> None:
-        """Pass once over the training documents, in an order drawn from the seed and the epoch."""
+        """Pass once over the training documents in this epoch's random order."""
         generator = torch.Generator().manual_seed(self._fitter.seed * 1_000_003 + len(self.history) + 1)
         order = torch.randperm(len(documents), generator=generator).tolist()
         total, count = 0.0, 0

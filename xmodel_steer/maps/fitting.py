@@ -25,7 +25,7 @@ class Fitter(Protocol):
     """A frozen value that fits a map."""
 
     def fit(self, data: Any) -> Map:
-        """Fit on the train documents, choose on the validation ones, score on the test ones."""
+        """Fit on train documents, choose on validation documents, score on test documents."""
         ...
 
 
@@ -48,7 +48,7 @@ def fit_record(name: str, moments: SplitMoments, coordinates: str, **more: Any) 
 
 
 def affine_of(moments: SplitMoments, weight: Tensor, bias: Tensor | None = None) -> AffineMap:
-    """Make a map with these weights; the default bias sends the mean to the mean."""
+    """Make a map from weights; by default, means map to means."""
     train = moments.train
     if bias is None:
         bias = train.target_mean - train.source_mean @ weight
@@ -56,15 +56,15 @@ def affine_of(moments: SplitMoments, weight: Tensor, bias: Tensor | None = None)
 
 
 def scored(mapping: AffineMap, moments: SplitMoments, name: str, coordinates: str, **more: Any) -> AffineMap:
-    """Add to a map its record, its losses in units of the training variance, and its test score."""
+    """Add record, losses (in units of training variance) and test score."""
     parts = {part: getattr(moments, part) for part in PARTS}
-    loss = {part: mapping.standardised_loss(of) for part, of in parts.items() if of.count}
+    loss = {part: mapping.standardised_loss(rows) for part, rows in parts.items() if rows.count}
     tested = mapping.score_moments(moments.test) if moments.test.count else None
     return replace(mapping, score_test=tested, info={**fit_record(name, moments, coordinates, **more), "loss": loss})
 
 
 def require_rows(moments: SplitMoments, *, validation: bool) -> None:
-    """Refuse too few rows for a fit, and warn of too few for a good one.
+    """Refuse too few rows, and warn of fewer rows than dimensions.
 
     Args:
         moments: The moments to fit on.

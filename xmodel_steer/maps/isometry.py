@@ -31,7 +31,7 @@ class Procrustes:
     scale: bool = True
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Fit on the train documents, score on the test ones; nothing is chosen.
+        """Fit on train documents, score on test documents; nothing is chosen.
 
         Args:
             data: Moments or rows of one layer pair.

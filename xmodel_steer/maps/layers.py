@@ -89,7 +89,7 @@ class LayerGrid:
         return np.take_along_axis(values, self.best[..., None], -1)[..., 0]
 
     def to_frame(self) -> Any:
-        """Make a pandas frame with a row per layer pair, at the penalty that validation chose."""
+        """Make a pandas frame with a row per layer pair, at its chosen penalty."""
         import pandas as pd
 
         rows = []
@@ -133,9 +133,11 @@ class LayerGrid:
             return max((self.source[i].site for i in good), key=lambda site: site.layer)
         if rule == "depth":
             rows = [space.site for space in self.source]
-            ours, theirs = blocks or (max(site.layer for site in sites) + 1 for sites in (rows, columns))
-            depth = (target.layer + 1) / theirs
-            return min(rows, key=lambda site: abs((site.layer + 1) / ours - depth))
+            source_blocks, target_blocks = blocks or (
+                max(site.layer for site in sites) + 1 for sites in (rows, columns)
+            )
+            depth = (target.layer + 1) / target_blocks
+            return min(rows, key=lambda site: abs((site.layer + 1) / source_blocks - depth))
         raise ValueError(f"LayerGrid: rule must be 'score' or 'depth', got {rule!r}")
 
 
@@ -166,7 +168,7 @@ def last_strong_layer(layers: Sequence[int], success: Sequence[float], *, share:
 
 
 def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> LayerGrid:
-    """Score the ridge map of every layer pair at every penalty on held-out text, from moments.
+    """Score ridge maps of every layer pair and penalty on held-out text.
 
     One eigendecomposition per source layer serves every target layer and every penalty. Where the
     moments have a sketch, its dimensions replace the target. Ridge fits each target dimension by itself,

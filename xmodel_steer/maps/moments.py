@@ -113,11 +113,11 @@ class Moments:
         return sum(part.documents for part in self.parts.values())
 
     def __add__(self, other: "Moments") -> "Moments":
-        for ours, theirs, end in ((self.source, other.source, "source"), (self.target, other.target, "target")):
-            if dict(ours) != dict(theirs):
+        for here, there, end in ((self.source, other.source, "source"), (self.target, other.target, "target")):
+            if dict(here) != dict(there):
                 raise SpaceMismatchError(
                     f"merging moments: the shards' {end} spaces differ "
-                    f"({_names(ours)} and {_names(theirs)}); collect every shard with the same models and sites"
+                    f"({_names(here)} and {_names(there)}); collect every shard with the same models and sites"
                 )
         if (self.pairs, self.sketch) != (other.pairs, other.sketch) or dict(self.settings) != dict(other.settings):
             raise ValueError(

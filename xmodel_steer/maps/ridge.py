@@ -72,7 +72,7 @@ class _Penalised(ABC):
         """Solve for the coefficients of the eigenvectors, from the projected cross scatter."""
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Fit on the train documents, choose λ on the validation ones, score on the test ones.
+        """Fit on train documents, choose λ on validation documents, score on test documents.
 
         Args:
             data: Moments or rows of one layer pair.

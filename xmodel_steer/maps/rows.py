@@ -146,7 +146,7 @@ class PairedRows:
         return replace(self, source=self.target, target=self.source, documents=tuple(map(exchanged, self.documents)))
 
     def shuffle(self, *, seed: int = 0) -> "PairedRows":
-        """Pair every target row with a source row of another document of its part and window."""
+        """Pair target rows with source rows of other documents in their window."""
         shuffled = {d.number: d for _, documents in self._batches() for d in _shuffled(documents, seed)}
         return replace(self, documents=tuple(shuffled.get(d.number, d) for d in self.documents), shuffled=True)
 
@@ -171,7 +171,7 @@ def _cut(document: DocumentRows, count: int) -> DocumentRows:
 
 
 def _shuffled(documents: list[DocumentRows], seed: int) -> list[DocumentRows]:
-    """Exchange source rows among the documents of one window, as moments do for their control."""
+    """Exchange source rows among a window's documents, as the moments' control does."""
     numbers = _numbers(documents)
     partners = shuffled_partners(numbers, shuffle_generator(seed, numbers[0]))
     starts = torch.tensor([0, *accumulate(d.count for d in documents)])

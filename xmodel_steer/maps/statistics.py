@@ -46,7 +46,7 @@ class Estimate:
         return tuple(None if value != value else value for value in vars(self).values())
 
     def __eq__(self, other: object) -> bool:
-        """Compare the fields; NaN equals NaN, so that a record that was read equals the written one."""
+        """Compare the fields; NaN equals NaN, so that saved estimates equal their source."""
         return isinstance(other, Estimate) and self._numbers() == other._numbers()
 
     def __hash__(self) -> int:
@@ -145,7 +145,7 @@ def bootstrap_mean(
 
 
 def _scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Divide by a power of two, so that sums stay finite; return values and exponent."""
+    """Divide by a power of two, for finite sums; return values and exponent."""
     exponent = int(np.frexp(np.abs(values).max())[1])
     return np.ldexp(values, -exponent), exponent
 
@@ -209,7 +209,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) -> float:
-    """Test whether a mean is above 0, against random signs of the differences; return p.
+    """Compute p of a mean above 0, against random signs of differences.
 
     One-sided paired permutation test (Fisher 1935) of ``scipy.stats.permutation_test``: exact up to 13 units,
     9,999 random flips for more.
@@ -302,21 +302,21 @@ def transfer_efficiency(
         return undefined(NOTHING, n)
     with np.errstate(all="ignore"):  # an overflow gives infinity, which is refused below
         base = np.broadcast_to(np.asarray(unsteered, dtype=float), native.shape)
-        theirs, table = native - base, np.asarray(mapped, dtype=float).reshape(n, -1) - base[:, None]
-        if not np.isfinite(theirs).all() or not np.isfinite(table).all():
+        effect, table = native - base, np.asarray(mapped, dtype=float).reshape(n, -1) - base[:, None]
+        if not np.isfinite(effect).all() or not np.isfinite(table).all():
             return undefined(NOT_FINITE, n)
-        (theirs, below), (table, above) = _scaled(theirs), _scaled(table)
-        bound = bootstrap_mean(theirs, draws=draws, seed=seed)
+        (effect, below), (table, above) = _scaled(effect), _scaled(table)
+        bound = bootstrap_mean(effect, draws=draws, seed=seed)
         if bound.low <= 0 <= bound.high:
             return undefined(NO_NATIVE, n)
         index = resamples(n, draws=draws, seed=seed)
         columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
-        ours = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
-        effects = theirs[index].mean(1)
+        carried = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
+        effects = effect[index].mean(1)
         silent = effects * bound.value <= 0
-        low = np.quantile(np.where(silent, -np.inf, ours / effects), 0.025)
-        high = np.quantile(np.where(silent, np.inf, ours / effects), 0.975)
-        value, low, high = np.ldexp([table.mean() / theirs.mean(), low, high], above - below).tolist()
+        low = np.quantile(np.where(silent, -np.inf, carried / effects), 0.025)
+        high = np.quantile(np.where(silent, np.inf, carried / effects), 0.975)
+        value, low, high = np.ldexp([table.mean() / effect.mean(), low, high], above - below).tolist()
     if not math.isfinite(value):
         return undefined("the ratio is too large for a float", n)
     if not (math.isfinite(low) and math.isfinite(high)):
