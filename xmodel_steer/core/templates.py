@@ -19,23 +19,19 @@ _PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
 def locate(
     contents: Sequence[str], text: str, source: str, render: Callable[[Sequence[str]], str]
 ) -> dict[int, list[tuple[int, int, int]]]:
-    """Find the stretches of each message's content in the rendered text.
+    """Find each message's stretches in the rendered text: start, end, and start in the content.
 
     A plain search would also find a role tag or a default system prompt with the same words. Instead, each character
     of content is replaced by a unique one and the prompt is rendered again: this shows where every character goes,
-    even if others are dropped. White space stays, because templates trim it. If the rest of the text changes, the
-    template looks for something in the content, such as ``</think>``; then as few such strings as possible are kept.
-    A message that cannot be followed with the others is tried alone. The last resort is a search where the text
-    changes with the message.
+    even if others are dropped. White space stays, because templates trim it. If other text changes, the template
+    looks for something in the content, such as ``</think>``; then as few such strings as possible are kept. A message
+    that cannot be followed with others is tried alone, and at last searched for where the text changes with it.
 
     Args:
         contents: The content of each message.
         text: The conversation as the template renders it.
         source: The template's program, where it is known.
         render: Renders the conversation with other contents; may raise `PromptError`.
-
-    Returns:
-        For each message its stretches: start and end in the text, and start in the content.
     """
     stretches: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
     alone: dict[int, str] = {}
