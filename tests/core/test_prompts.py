@@ -158,9 +158,9 @@ REFUSED = {
     "one label": (lambda: ContrastSet.from_records(LABEL_ROWS[2:]), "got 0 positive and 3 negative"),
     "on both sides": (
         lambda: ContrastSet.from_prompts(["a", "b"], ["c", "b", "a"]),
-        r"2 prompt\(s\) stand on both sides, for example 'a'; .* remove them",
+        r"2 prompt\(s\) are on both sides, for example 'a'; .* remove them",
     ),
-    "chat on both sides": (lambda: ContrastSet.from_prompts([CHAT], ["a", CHAT]), r"1 prompt\(s\) stand on both"),
+    "chat on both sides": (lambda: ContrastSet.from_prompts([CHAT], ["a", CHAT]), r"1 prompt\(s\) are on both"),
     "unpaired length": (
         lambda: ContrastSet.from_prompts(["a", "b"], ["c"], paired=True),
         "paired, but 2 positive and 1 negative prompts; pass paired=False or complete the pairs",
@@ -282,7 +282,7 @@ def test_content_is_not_mistaken_for_the_templates_own_words(content: str, keep:
     own = [content.strip(), "art", "user"]
     assert [rendered.text[start:end] for start, end, _ in rendered.spans] == own
     assert [base for _, _, base in rendered.spans] == [0, len(own[0]), len(own[0]) + 3]
-    # Each stands right after its own role tag.
+    # Each follows its own role tag.
     for (start, _, _), role in zip(rendered.spans, ("user", "assistant", "user"), strict=True):
         assert rendered.text[:start].rstrip().endswith(f"<|im_start|>{role}")
 
@@ -541,7 +541,7 @@ FOREIGN = {
         lambda: datasets.IterableDatasetDict({k: d.to_iterable_dataset() for k, d in DATASETS.items()}),
         r"IterableDatasetDict with splits train, test; .*data\['train'\]",
     ),
-    "sets by name": (
+    "mapping of sets": (
         lambda: {"a": TEXTS, "b": DATASETS["test"]},
         r"dict with keys a, b; give one of them, data\['a'\]",
     ),

@@ -244,6 +244,44 @@ def test_with_norm_is_standardised_unless_asked():
     assert vector(1).with_norm(3.0).norm(standardised=True) == pytest.approx(3)
 
 
+# --- class means -----------------------------------------------------------------------------
+
+
+def test_at_norm_of_scales_the_vector_and_keeps_the_centre_of_its_means():
+    v = difference_of_means(rows(3, 0), rows(5, 1), scale=SCALE)
+    other = replace(vector(7), scale=SCALE * 2)
+    scaled = v.at_norm_of(other)
+    assert scaled.norm(standardised=True) == pytest.approx(other.norm(standardised=True))
+    assert scaled.cosine(v) == pytest.approx(1)
+    torch.testing.assert_close(scaled.positive_mean - scaled.negative_mean, scaled.direction)
+    torch.testing.assert_close(scaled.centre, v.centre)
+    torch.testing.assert_close(v.at_norm_of(v).direction, v.direction)
+    torch.testing.assert_close((3.0 * v).at_norm_of(other).direction, scaled.direction)
+    torch.testing.assert_close((-v).at_norm_of(other).positive_mean, scaled.negative_mean)
+
+
+def test_at_norm_of_works_in_float64_and_returns_the_vectors_dtype():
+    sides = [replace(rows(n, n), values=rows(n, n).values.float()) for n in (3, 5)]
+    v, other = difference_of_means(*sides, scale=SCALE), vector(7)
+    centre = (v.positive_mean.double() + v.negative_mean.double()) / 2
+    expected = v.with_norm(other.norm(standardised=True)).about(centre)
+    for name in ("direction", "positive_mean", "negative_mean"):
+        assert torch.equal(getattr(v.at_norm_of(other), name), getattr(expected, name))
+    assert torch.equal(v.centre, centre)
+    assert (v.centre.dtype, expected.positive_mean.dtype) == (torch.float64, torch.float32)
+
+
+def test_a_vector_without_means_is_only_scaled_and_has_no_centre():
+    v, other = vector(1), vector(2)
+    scaled = v.at_norm_of(other)
+    assert torch.equal(scaled.direction, v.with_norm(other.norm(standardised=True)).direction)
+    assert scaled.positive_mean is scaled.negative_mean is None
+    with pytest.raises(ValueError, match="'v1': has no class means and so no centre"):
+        _ = v.centre
+    with pytest.raises(SpaceMismatchError):
+        v.at_norm_of(vector(2, space=OTHER))
+
+
 def test_a_zero_vector_has_no_norm_to_give():
     with pytest.raises(ValueError, match="'0 \\* v1': a zero vector has no direction to scale"):
         (0.0 * vector(1)).with_norm(1.0)

@@ -1,6 +1,6 @@
-"""Nouns: errors, spaces, prompts, contrast sets, vectors and the directions found in activations, alignment.
+"""Nouns: errors, spaces, prompts, contrast sets, vectors, directions and alignment.
 
-No model, file, network or figure, and no randomness but from a seed. `core.bars` alone draws progress bars, for every floor.
+No model, file, network or figure; randomness only from a seed. `core.bars` draws the progress bars of every floor.
 """
 
 from xmodel_steer.core.alignment import Alignment as Alignment

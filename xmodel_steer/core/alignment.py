@@ -1,27 +1,28 @@
-"""Pairs of token positions of two tokenizers, by the character that the tokens end on.
+"""Pairs of token positions of two tokenizers, by the last character of each token.
 
-After token t the residual stream of a causal model summarises the text up to t's last
-character. Two models' positions are comparable when they have read the same text, so positions
-pair when their tokens end on the same character. Pairing by index compares different texts as
-soon as one word is split differently.
+After token t the residual stream of a causal model summarises the text up to t's last character.
+Positions of two models are comparable when both have read the same text, so positions pair when
+their tokens end on the same character. Pairs by index would compare different texts after the
+first word that is split differently.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import AlignmentError, AlignmentWarning
 
 
 @dataclass(frozen=True)
 class TokenEnds:
-    """Where the tokens of one encoded prompt end.
+    """End positions of the tokens of one encoded prompt.
 
     Args:
         ends: For each token, the position after its last character, in characters of the
-            prompt's content; -1 for tokens that are left out (special tokens, padding, text
-            position 0); -2 - r for a chat template's token of role r (2i: the last one before the
-            content of message i; 2i + 1: the first one after it).
+            prompt's content; -1 for excluded tokens (special tokens, padding, text position 0);
+            -2 - r for a chat template's token of role r (2i: the last one before the content of
+            message i; 2i + 1: the first one after it).
     """
 
     ends: tuple[int, ...]
@@ -33,9 +34,9 @@ class Alignment:
 
     Args:
         source: Token positions in the source model, ascending.
-        target: The positions in the target model that they pair with.
-        eligible: How many pairs there could be at most: eligible tokens of the model that has
-            fewer of them, within the text that both models saw.
+        target: The paired positions in the target model.
+        eligible: Largest possible number of pairs: eligible tokens within the text that both models
+            saw, of the model with fewer of them.
     """
 
     source: tuple[int, ...]
@@ -47,10 +48,10 @@ class Alignment:
 
 
 def align(source: TokenEnds, target: TokenEnds) -> Alignment:
-    """Pair the tokens that end on the same character, and template tokens of the same role.
+    """Pair tokens that end on the same character, and template tokens by role.
 
-    Where several tokens of one model end on one character (the bytes of an emoji), the last
-    of them has read all of it, and takes the pair.
+    Where several tokens of one model end on one character (the bytes of an emoji), only the last
+    one has read the whole character, so it pairs.
 
     Args:
         source: Token ends in the source model.
@@ -66,13 +67,14 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
         >>> pairs.source, pairs.target, pairs.eligible
         ((1, 2), (0, 2), 3)
     """
+    require_type("align", TokenEnds, source, target)
     at_source = {end: i for i, end in enumerate(source.ends) if end != -1}
     at_target = {end: i for i, end in enumerate(target.ends) if end != -1}
     common = sorted(at_source.keys() & at_target.keys(), key=at_source.__getitem__)
     contents = [[end for end in side if end >= 0] for side in (at_source, at_target)]
     possible = 0
     if all(contents):
-        # Before and beyond what both have read there is nothing to pair with.
+        # Only text that both models have read can pair.
         first, last = max(map(min, contents)), min(map(max, contents))
         possible = min(sum(first <= end <= last for end in side) for side in contents)
     return Alignment(
@@ -83,22 +85,22 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
 
 
 def coverage(alignments: Sequence[Alignment]) -> float:
-    """Share of the tokens that could pair that do, over several texts."""
+    """Compute the share of pairable tokens that pair, over several texts."""
     eligible = sum(a.eligible for a in alignments)
     return sum(len(a) for a in alignments) / eligible if eligible else 0.0
 
 
 def check_coverage(paired: int, eligible: int, *, warn_below: float = 0.8, refuse_below: float = 0.2) -> float:
-    """Return the coverage; warn when it is low, refuse when it is hopeless.
+    """Return the coverage; warn when it is low, refuse when it is very low.
 
     Args:
         paired: Number of pairs.
-        eligible: Number of pairs that were possible.
+        eligible: Largest possible number of pairs.
         warn_below: Coverage under which an `AlignmentWarning` is given.
         refuse_below: Coverage under which an `AlignmentError` is raised.
 
     Raises:
-        AlignmentError: Fewer than ``refuse_below`` of the tokens pair, or there are none.
+        AlignmentError: Fewer than ``refuse_below`` of the tokens pair, or no token can.
     """
     check = (
         "check that both tokenizers belong to their models and that both return character offsets, "

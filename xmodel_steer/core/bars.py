@@ -1,4 +1,4 @@
-"""Progress bars: one context silences all of them, another joins them into one.
+"""Progress bars, with one context that silences them and one that joins them.
 
 The only state is a context variable. No other module of the library imports tqdm.
 """
@@ -14,7 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
-_whole: ContextVar[Any] = ContextVar("whole", default=None)  # the bar of `stages`, which inner bars report to
+_whole: ContextVar[Any] = ContextVar("whole", default=None)  # the bar of `stages`; inner bars report to it
 _stage: ContextVar[str] = ContextVar("stage", default="")
 
 
@@ -23,7 +23,7 @@ def quiet(silent: bool = True) -> Iterator[None]:
     """Show no progress bar within the block.
 
     Args:
-        silent: False changes nothing, which serves a ``progress`` argument.
+        silent: False changes nothing, for use with a ``progress`` argument.
 
     Example:
         >>> with quiet():
@@ -67,12 +67,12 @@ def progress_bar(
     """Show a progress bar, or report to the bar of the surrounding `stages`.
 
     Args:
-        total: Units of the whole work; None where it is not known.
+        total: Units of work; None where unknown.
         unit: Name of a unit.
         desc: Title.
         initial: Units that were done before.
         delay: Seconds after which the bar appears.
-        leave: Keep it when the work is done.
+        leave: Keep the bar when the work is done.
 
     Yields:
         An object with tqdm's ``update`` and ``set_postfix``.
@@ -91,14 +91,14 @@ def progress_bar(
 def stages(title: str, count: int) -> Iterator[Callable[[str], None]]:
     """Show one bar for work of several stages; bars within report to it.
 
-    Within another `stages`, the outer one is kept.
+    Within another `stages`, stages are reported to the outer bar.
 
     Args:
-        title: Title of the whole.
+        title: Title of the bar.
         count: Number of stages.
 
     Yields:
-        A function that begins the stage of a name, which ends the one before.
+        A function that ends the current stage and begins a stage with a name.
     """
     from tqdm.auto import tqdm
 
@@ -125,17 +125,17 @@ def stages(title: str, count: int) -> Iterator[Callable[[str], None]]:
 
 
 class _Part:
-    """A bar within `stages`: shows its title and share behind the whole one's."""
+    """A bar within `stages`, which shows its title and share behind the outer bar's."""
 
     def __init__(self, whole: Any, total: float | None, desc: str, done: float) -> None:
         self._whole, self._total, self._desc, self._done = whole, total, desc, done
 
     def update(self, n: float = 1) -> None:
-        """Count work that was done."""
+        """Count finished units."""
         self._done += n
         share = f" {self._done / self._total:.0%}" if self._total else ""
         self._whole.set_postfix_str(f"{_stage.get()}: {self._desc}{share}", refresh=False)
         self._whole.update(0)  # redraws when it is time
 
     def set_postfix(self, *_: Any, **__: Any) -> None:
-        """Show nothing: the whole bar has no room for it."""
+        """Ignore the postfix: the outer bar has no room for it."""

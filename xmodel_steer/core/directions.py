@@ -1,16 +1,18 @@
-"""Directions found in activations, and random ones to compare them with."""
+"""Directions from activations, and random directions as their controls."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import Activations, SteeringVector, inverse_of
 
-# From rows with a behaviour and without it, and ``label=``: a direction between them.
+# A function from rows with a behaviour, rows without it, and ``label=``, to a direction between them.
 Direction = Callable[..., SteeringVector]
 
 
@@ -21,7 +23,7 @@ def difference_of_means(
 
     ``v = mean(positive) - mean(negative)`` (Marks & Tegmark 2023, arXiv 2310.06824; the
     paper's "difference in means"). The sides may have different numbers of rows. Means are
-    taken in float64; the result has the activations' dtype, or float32 for narrower ones.
+    computed in float64; the result has the activations' dtype, at least float32.
 
     Args:
         positive: Rows with the behaviour.
@@ -34,6 +36,7 @@ def difference_of_means(
         PromptError: A side has no rows.
         NonFiniteError: A side has NaN or infinity.
     """
+    require_type("difference_of_means", Activations, positive, negative)
     require_same_space(positive.space, negative.space, "difference of means")
     for name, side in (("positive", positive), ("negative", negative)):
         if not len(side):
@@ -57,10 +60,10 @@ def logistic_probe(
 ) -> SteeringVector:
     """Find the direction of a logistic regression that tells the two sides apart.
 
-    The weights ``w`` are those of scikit-learn's ``LogisticRegression`` on rows whose dimensions have mean 0 and standard
-    deviation ``s`` = 1. They are a gradient; the step along them in these coordinates is ``s * w`` in the model's (Kim et al.
-    2018, arXiv 1711.11279, take the normal of such a probe for a concept's direction). Its length is the distance
-    of the two sides' means along it, so that strength 1 goes from the one to the other, as `difference_of_means` does.
+    The weights ``w`` come from scikit-learn's ``LogisticRegression`` on rows with mean 0 and standard deviation 1 in each
+    dimension. They are a gradient; a step along them is ``s * w`` in the model's coordinates, where ``s`` are the rows'
+    standard deviations (Kim et al. 2018, arXiv 1711.11279, use the normal of such a probe as a concept's direction).
+    The direction's length is the distance of the two means along it, so that strength 1 leads from one to the other.
 
     Args:
         positive: Rows with the behaviour.
@@ -76,12 +79,14 @@ def logistic_probe(
     """
     from sklearn.linear_model import LogisticRegression
 
+    require_type("logistic_probe", Activations, positive, negative)
+    require_type("logistic_probe: c", Real, c, takes="a number")
     means = difference_of_means(positive, negative, label=label, scale=scale)
     rows = torch.cat([positive.values, negative.values]).double()
     spread = rows.std(0, correction=0)
     inverse = inverse_of(spread)
-    which = [1] * len(positive) + [0] * len(negative)
-    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) * inverse).cpu().numpy(), which)
+    labels = [1] * len(positive) + [0] * len(negative)
+    probe = LogisticRegression(C=c, max_iter=2000).fit(((rows - rows.mean(0)) * inverse).cpu().numpy(), labels)
     weights = torch.from_numpy(probe.coef_[0]).to(spread)
     along = weights / weights.norm()
     apart = (means.direction.double() * inverse) @ along
@@ -89,32 +94,31 @@ def logistic_probe(
 
 
 def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
-    """Draw a random direction of the same standardised norm: the random control.
+    """Draw a random direction with the same standardised norm: the random control.
 
-    Gaussian in standardised coordinates (g · scale), so that it has the shape of the space and
-    not of its few huge dimensions.
+    Gaussian in standardised coordinates (g · scale), so that no few huge dimensions decide it.
 
     Args:
         vector: The vector to match; it needs a scale.
         seed: Seed of the draw.
     """
+    require_type("random_like", SteeringVector, vector)
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(vector.space.width, generator=generator, dtype=torch.float64)
     norm = vector.norm(standardised=True)
     assert vector.scale is not None
-    scale = vector.scale.to(torch.float64).cpu()
-    direction = (draw * scale).to(vector.direction)
-    made = SteeringVector(direction, vector.space, f"random {seed}", scale=vector.scale, origin=f"random, seed {seed}")
-    return made.with_norm(norm)
+    direction = (draw * vector.scale.to(torch.float64).cpu()).to(vector.direction)
+    label, origin = f"random {seed}", f"random, seed {seed}"
+    return SteeringVector(direction, vector.space, label, scale=vector.scale, origin=origin).with_norm(norm)
 
 
 def require_random(what: str, random_seeds: int) -> None:
-    """Refuse to go without random controls.
+    """Refuse an experiment without random controls.
 
     Raises:
-        ValueError: There are none.
+        ValueError: ``random_seeds`` is below 1.
     """
     if random_seeds < 1:
         raise ValueError(
-            f"{what}: random_seeds must be at least 1, got {random_seeds}; an effect is shown beside random vectors"
+            f"{what}: random_seeds must be at least 1, got {random_seeds}; an effect is compared with random vectors"
         )

@@ -1,4 +1,4 @@
-"""Refuse numbers that are not finite."""
+"""Refusal of NaN and infinity."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from xmodel_steer.core.errors import NonFiniteError
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no infinity: both show in the extremes, which one pass finds."""
+    """Tell whether all values are finite; one pass for the extremes shows it."""
     if not values.is_floating_point() or not values.numel():
         return True
     low, high = values.aminmax()
@@ -15,10 +15,10 @@ def is_finite(values: Tensor) -> bool:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Refuse NaN and infinity, with the usual cause.
+    """Refuse NaN and infinity, and name the usual cause.
 
     Raises:
-        NonFiniteError: ``values`` has NaN or infinity.
+        NonFiniteError: A value is NaN or infinite.
     """
     if not is_finite(values):
         bad = int((~torch.isfinite(values)).any(-1).sum()) if values.ndim > 1 else 1

@@ -1,4 +1,4 @@
-"""Make prompts of whatever was given, or refuse it."""
+"""Conversion of lists, frames and rows to prompts."""
 
 import json
 import os
@@ -11,22 +11,22 @@ from xmodel_steer.core.prompts import Prompt, described
 
 
 def as_prompts(values: Any, *, what: str = "prompts") -> tuple[Prompt, ...]:
-    """Make prompts of strings, message lists, prompts or rows; refuses everything else.
+    """Make prompts from strings, message lists, prompts or rows; refuse everything else.
 
     Args:
         values: A list or another ordered iterable (a pandas series or frame, a ``datasets.Dataset``, a
             generator). An element is a string, a list of chat messages, a Prompt, or a row with a
             column ``text``, ``prompt`` or ``messages``.
-        what: Who asks, for the message.
+        what: Name of the argument, for the message.
 
     Raises:
-        PromptError: The argument is something else, or an element cannot be a prompt.
+        PromptError: The argument has another form, or an element cannot be a prompt.
     """
     return tuple(iter_prompts(values, what=what))
 
 
 def iter_prompts(values: Any, *, what: str = "prompts") -> Iterator[Prompt]:
-    """`as_prompts`, one after the other."""
+    """Iterate over the prompts that `as_prompts` makes."""
     for number, item in enumerate(items_of(values, what), 1):
         try:
             yield prompt_of_row(item) if isinstance(item, Mapping) else Prompt.of(filled(item))
@@ -35,16 +35,16 @@ def iter_prompts(values: Any, *, what: str = "prompts") -> Iterator[Prompt]:
 
 
 def items_of(values: Any, what: str) -> Iterable[Any]:
-    """Refuse what is no list of prompts or rows; the rows of a pandas frame are dictionaries.
+    """Return an iterable of prompts or rows; refuse other values.
 
-    Iterables other than lists are left as they are, to be read once.
+    The rows of a pandas frame become dictionaries. Other iterables are returned unread.
 
     Args:
-        values: Whatever was given.
-        what: Who asks, for the message.
+        values: Any value.
+        what: Name of the argument, for the message.
 
     Raises:
-        PromptError: The value is one prompt, a mapping, a set, a file, or no iterable at all.
+        PromptError: The value is one prompt, a mapping, a set, a file, or not iterable.
     """
     if isinstance(values, str | bytes | bytearray | Prompt):
         raise PromptError(
@@ -56,23 +56,23 @@ def items_of(values: Any, what: str) -> Iterable[Any]:
         )
     if isinstance(values, Mapping):
         first = next(iter(values), None)
-        way = f"give one of them, data[{first!r}]"
+        advice = f"give one of them, data[{first!r}]"
         if {"role", "content"} <= values.keys():
-            way = "a list of prompts, each of which is a string or a list of such messages: [[message]]"
+            advice = "a list of prompts, each of which is a string or a list of such messages: [[message]]"
         elif any(isinstance(value, str) for value in values.values()):
-            way = "for a single row, [row]"
+            advice = "for a single row, [row]"
         elif all(isinstance(value, list | tuple) for value in values.values()):
-            way = "for rows of these columns, pandas.DataFrame(data)"
-        raise PromptError(f"{what}: needs a list, got {described(values)}; {way}")
+            advice = "for rows of these columns, pandas.DataFrame(data)"
+        raise PromptError(f"{what}: needs a list, got {described(values)}; {advice}")
     if isinstance(values, set | frozenset):
         raise PromptError(
             f"{what}: a set has no order, so that results could not be told apart; give a list, sorted(...)"
         )
-    if hasattr(values, "iloc") and hasattr(values, "columns"):  # a pandas frame; iterating would give its columns
+    if hasattr(values, "iloc") and hasattr(values, "columns"):  # a pandas frame, which iterates over its columns
         return values.to_dict("records")
     if hasattr(values, "tolist"):  # a pandas series, an array
         values = values.tolist()
-        values = None if isinstance(values, str) else values  # an array of no dimension
+        values = None if isinstance(values, str) else values  # an array without dimensions
     elif hasattr(values, "columns"):
         raise PromptError(
             f"{what}: needs a list of prompts or rows, got {described(values)}; turn it into a list of dictionaries"
@@ -83,11 +83,11 @@ def items_of(values: Any, what: str) -> Iterable[Any]:
 
 
 def require_disjoint(what: str, sets: Mapping[str, Iterable[str]]) -> None:
-    """Refuse sets that share a text: what chooses or fits must not be reported on.
+    """Refuse sets that share a text: reported text must not choose or fit anything.
 
     Args:
-        what: Who asks, for the message.
-        sets: Contents (`Prompt.content_key`) of each set, by its name.
+        what: The operation, for the message.
+        sets: Contents (`Prompt.content_key`) of each set, under its name.
 
     Raises:
         PromptError: A text is in two sets.
@@ -107,10 +107,10 @@ _OFF = {"0", "0.0", "-1", "-1.0", "false", "negative", "neg", "no"}
 
 
 def rows_of(records: Any) -> list[dict[str, Any]]:
-    """Rows as dictionaries, from a list or another iterable of them, a pandas frame or a ``datasets.Dataset``.
+    """Return rows as dictionaries, from an iterable, a pandas frame or a ``datasets.Dataset``.
 
     Raises:
-        PromptError: The argument is something else, or a row is no dictionary.
+        PromptError: The argument has another form, or a row is no dictionary.
     """
     if isinstance(records, str):
         raise PromptError("rows: got one string; give a list of rows, or read a file with xs.read_contrast")
@@ -122,12 +122,10 @@ def rows_of(records: Any) -> list[dict[str, Any]]:
 
 
 def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
-    """Make a prompt of a row.
-
-    Of its columns ``text``, ``prompt`` and ``messages`` the first that is filled.
+    """Make a prompt from a row's first filled ``text``, ``prompt`` or ``messages``.
 
     Raises:
-        PromptError: There is none, or it is no prompt.
+        PromptError: No column is filled, or the cell is no prompt.
     """
     columns = [column for column in ("text", "prompt", "messages") if column in row]
     for column in columns:
@@ -135,14 +133,14 @@ def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
             return Prompt.of(chat_or_text(row[column]))
     if columns:
         raise PromptError("an empty cell; drop the row or fill it in")
-    way = "rename one"
+    advice = "rename one"
     if {"role", "content"} <= row.keys():
-        way = "it is one chat message: a prompt is a list of messages, [message]"
-    raise PromptError(f"no text, prompt or messages among the columns {sorted(map(str, row))}; {way}")
+        advice = "it is one chat message: a prompt is a list of messages, [message]"
+    raise PromptError(f"no text, prompt or messages among the columns {sorted(map(str, row))}; {advice}")
 
 
 def label_of(row: Mapping[str, Any]) -> bool:
-    """Read the label of a row: with the behaviour, or without it."""
+    """Read the label of a row: True with the behaviour, False without it."""
     label = str(row.get("label", "")).strip().lower()
     if label in _ON:
         return True
@@ -155,7 +153,7 @@ def label_of(row: Mapping[str, Any]) -> bool:
 
 
 def _empty(value: Any) -> bool:
-    """Tell an empty cell: None, or pandas' NaN."""
+    """Tell whether a cell is empty: None, or pandas' NaN."""
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -167,7 +165,7 @@ def filled(value: Any) -> Any:
 
 
 def chat_or_text(value: Any) -> Any:
-    """Chat messages written as JSON text (CSV has nothing else) become messages."""
+    """Parse chat messages in JSON text, as in CSV files; return other values."""
     if isinstance(value, str) and value.lstrip().startswith('[{"'):
         try:
             return json.loads(value)

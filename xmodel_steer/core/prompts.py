@@ -1,4 +1,4 @@
-"""What is said to a model: prompts, sets of contrasting prompts, and their disjoint splits."""
+"""Prompts, and their text for one model's tokenizer."""
 
 import hashlib
 import json
@@ -8,13 +8,14 @@ from datetime import datetime
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.templates import locate
 
-DAY = datetime(2024, 7, 26)  # the day that Llama 3's templates name where they cannot know it
+DAY = datetime(2024, 7, 26)  # the default date of Llama 3's templates
 DATE = DAY.strftime("%d %b %Y")
-# Put before a template, this macro hides transformers' function of the same name, which asks the clock; transformers
-# 5.24 lets no function of ours through. The line's end is trimmed, so that the template still begins a line.
+# Before a template, this macro hides transformers' function of the same name, which asks the clock; transformers 5.24
+# passes no function to a template. The line's end is trimmed, so that the template still begins a line.
 CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f"|replace('%-{c}', '{DAY.strftime('%' + c).lstrip('0') or '0'}')" for c in "dmHIMSjy")
@@ -30,23 +31,25 @@ class Message:
     role: str
     content: str
 
+    def __post_init__(self) -> None:
+        require_type("Message", str, self.role, self.content)
+
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as one model sees it.
+    """A prompt as text for one model.
 
     Args:
         text: The text to tokenise.
-        spans: For each piece of content, in order: where it starts and ends in ``text``, and
-            where it starts in the prompt's own content. Positions are in characters. Text
-            outside the spans comes from the chat template. A message of which the template keeps
-            parts has a span for each of them.
-        add_special_tokens: Whether the tokenizer still has to add its BOS and the like.
+        spans: For each piece of content, in order: its start and end in ``text``, and its start in
+            the prompt's content. Positions are in characters. Text outside the spans comes from
+            the chat template. A message of which the template keeps parts has a span for each part.
+        add_special_tokens: Whether the tokenizer still has to add its BOS and other special tokens.
         marks: For each border between template and content, its place in ``text`` and its role: 2i
             where the content of message i begins (or an opened assistant's turn would), 2i + 1
             where it ends. Roles are the same for every template.
-        missing: Numbers of the messages that are not in ``text`` as they were given: the template
-            leaves out or rewrites something of them other than white space.
+        missing: Numbers of the messages that the template leaves out or rewrites, in part or in
+            whole; changes of white space do not count.
     """
 
     text: str
@@ -66,7 +69,7 @@ class Prompt:
         id: Name of the prompt; a hash of the content by default.
 
     Raises:
-        PromptError: Neither or both of text and messages were given, they are empty, or of another type.
+        PromptError: Neither or both of text and messages were given, or they are empty or no text.
 
     Example:
         >>> Prompt.of("The sky is").text
@@ -82,11 +85,13 @@ class Prompt:
     def __post_init__(self) -> None:
         if (self.text is None) == (not self.messages):
             raise PromptError("Prompt: give either text or messages, not both and not neither")
-        if not isinstance(self.text, str | None) or not all(isinstance(m, Message) for m in self.messages):
-            came = self.text if self.text is not None else self.messages
+        chat = isinstance(self.messages, tuple | list) and all(isinstance(m, Message) for m in self.messages)
+        if not isinstance(self.text, str | None) or not chat:
+            value = self.text if self.text is not None else self.messages
             raise PromptError(
-                f"Prompt: text must be a string and messages Messages, got {described(came)}; use Prompt.of"
+                f"Prompt: text must be a string and messages Messages, got {described(value)}; use Prompt.of"
             )
+        require_type("Prompt.id", str, self.id)
         object.__setattr__(self, "messages", tuple(self.messages))
         if self.text is not None and not self.text.strip():
             raise PromptError("Prompt: the text is empty; drop the row or fill it in")
@@ -97,7 +102,7 @@ class Prompt:
 
     @classmethod
     def of(cls, value: Any) -> "Prompt":
-        """Make a prompt from a string, a list of ``{"role", "content"}`` messages, or a Prompt.
+        """Make a prompt from text, a list of ``{"role", "content"}``, or a Prompt.
 
         Raises:
             PromptError: The value is none of these.
@@ -106,7 +111,7 @@ class Prompt:
             return value
         if isinstance(value, str):
             return cls(text=value)
-        if not isinstance(value, Sequence) and hasattr(value, "tolist"):  # an array out of parquet
+        if not isinstance(value, Sequence) and hasattr(value, "tolist"):  # an array from a parquet file
             value = value.tolist()
         if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping | Message) for m in value):
             try:
@@ -119,19 +124,19 @@ class Prompt:
         raise PromptError(f"Prompt: needs a string or a list of {{'role', 'content'}} messages, got {described(value)}")
 
     def content_key(self) -> str:
-        """Return the content as a string that only equal prompts share."""
+        """Return the content as a string, equal only for equal prompts."""
         if self.text is not None:
             return self.text
-        # No text begins like this, also not one that spells out messages.
+        # No text begins with this character, not even one that spells out messages.
         return "\0" + json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)
 
     @property
     def content(self) -> str:
-        """The content for people to read: the text, or a line for each message."""
+        """Readable content: the text, or a line for each message."""
         return self.text if self.text is not None else "\n".join(f"{m.role}: {m.content}" for m in self.messages)
 
     def render(self, tokenizer: Any) -> Rendered:
-        """Render the prompt as text for one tokenizer, with its own chat template.
+        """Render the prompt as text for one tokenizer, with its chat template.
 
         Chat messages end with the template's opening of the assistant's turn, unless the last
         message is the assistant's.
@@ -140,7 +145,7 @@ class Prompt:
             tokenizer: A Hugging Face tokenizer.
 
         Raises:
-            PromptError: Chat messages, and the tokenizer has no chat template, or the template fails on them.
+            PromptError: The tokenizer has no chat template for the messages, or the template fails.
         """
         if self.text is not None:
             return Rendered(self.text, ((0, len(self.text), 0),), True)
@@ -161,17 +166,17 @@ class Prompt:
         spans: list[tuple[int, int, int]] = []
         parts: list[list[tuple[int, int, str]]] = [[] for _ in contents]
         places = locate(contents, text, _source(tokenizer), lambda others: self._template(tokenizer, others)).items()
-        for start, end, place, number in sorted((*stretch, number) for number, own in places for stretch in own):
+        for start, end, place, number in sorted((*run, number) for number, runs in places for run in runs):
             cut = max(0, spans[-1][1] - start) if spans else 0  # contents with nothing between them
             if start + cut < end:
                 content = contents[number]
                 spans.append((start + cut, end, bases[number] + place + cut - (len(content) - len(content.lstrip()))))
                 parts[number].append((start + cut, end, text[start + cut : end]))
         marks, missing = [], []
-        for number, (content, own) in enumerate(zip(contents, parts, strict=True)):
-            if own:
-                marks += [(own[0][0], 2 * number), (own[-1][1], 2 * number + 1)]
-            if "".join(content.split()) != "".join("".join(part for *_, part in own).split()):
+        for number, (content, pieces) in enumerate(zip(contents, parts, strict=True)):
+            if pieces:
+                marks += [(pieces[0][0], 2 * number), (pieces[-1][1], 2 * number + 1)]
+            if "".join(content.split()) != "".join("".join(piece for *_, piece in pieces).split()):
                 missing.append(number)
         if self._opens:
             marks.append((len(text), 2 * len(self.messages)))
@@ -179,7 +184,7 @@ class Prompt:
 
     @property
     def _opens(self) -> bool:
-        """Whether the assistant is to speak next."""
+        """True where the assistant speaks next."""
         return self.messages[-1].role != "assistant"
 
     def _template(self, tokenizer: Any, contents: Sequence[str]) -> str:
@@ -190,7 +195,7 @@ class Prompt:
             options["chat_template"] = CLOCK + source
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=self._opens, **options)
-        except Exception as error:  # a template is a program of somebody else's
+        except Exception as error:  # a template is a foreign program
             raise PromptError(
                 f"Prompt {self.id} ({self.content[:40]!r}): the chat template of {_name(tokenizer)} fails on it "
                 f"({type(error).__name__}: {str(error)[:200]}); change the messages (many templates want user and assistant by "
@@ -203,7 +208,7 @@ def _name(tokenizer: Any) -> str:
 
 
 def _source(tokenizer: Any) -> str:
-    """Return the chat template's program, where it is known."""
+    """Return the chat template's program, or an empty text."""
     template = getattr(tokenizer, "chat_template", None)
     template = template.get("default") if isinstance(template, Mapping) else template
     return template if isinstance(template, str) else ""
@@ -213,20 +218,20 @@ if TYPE_CHECKING:
     PromptLike = str | Prompt | Sequence[Mapping[str, str] | Message] | Mapping[str, Any]
     Prompts = Iterable[PromptLike]
 else:
-    PromptLike = Prompts = Any  # `as_prompts` refuses others, and says why
+    PromptLike = Prompts = Any  # `as_prompts` refuses other values with its own message
 
 
 def described(value: Any) -> str:
-    """Describe a value for an error message: its type and its distinctive part."""
-    kind = type(value).__name__
+    """Describe a value for an error message, by type and content."""
+    name = type(value).__name__
     if isinstance(value, Mapping):
-        inside = "splits" if kind.endswith("DatasetDict") else "keys"
-        return f"{kind} with {inside} {', '.join(map(str, list(value)[:8]))}"
+        inside = "splits" if name.endswith("DatasetDict") else "keys"
+        return f"{name} with {inside} {', '.join(map(str, list(value)[:8]))}"
     columns = getattr(value, "column_names", None)
     columns = getattr(value, "columns", None) if columns is None else columns
     if columns is not None:
-        return f"{kind} with columns {', '.join(map(str, list(columns)[:8]))}"
-    return f"{kind} {str(value)[:60]!r}"
+        return f"{name} with columns {', '.join(map(str, list(columns)[:8]))}"
+    return f"{name} {str(value)[:60]!r}"
 
 
 def text_digest(texts: Sequence[Prompt]) -> str:

@@ -1,10 +1,11 @@
-"""Where a tensor lives: a site in a model, and the vector space at that site."""
+"""Sites in a model, and the vector spaces at these sites."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import SpaceMismatchError
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -19,6 +20,7 @@ class Site:
         stream: One of ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``.
 
     Raises:
+        TypeError: The layer is not a whole number.
         ValueError: The layer is negative or the stream is not one of these.
 
     Example:
@@ -30,6 +32,7 @@ class Site:
     stream: str = "resid_post"
 
     def __post_init__(self) -> None:
+        require_type("Site.layer", Integral, self.layer, takes="a block's index such as 10")
         if self.layer < 0:
             raise ValueError(
                 f"Site: layer counts blocks from 0, got {self.layer}; name the last block by its own index"
@@ -50,14 +53,14 @@ if TYPE_CHECKING:
     SiteLike = Site | int
     Sites = SiteLike | Sequence[SiteLike]
 else:
-    SiteLike = Sites = Any  # `as_sites` refuses others, and says why
+    SiteLike = Sites = Any  # `as_sites` refuses other values with its own message
 
 
 def as_site(value: SiteLike) -> Site:
-    """Make a site of a layer's number: 10 is ``Site(10)``.
+    """Make a site from a site or a layer's number: 10 is ``Site(10)``.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The value is neither.
     """
     if isinstance(value, Site):
         return value
@@ -67,10 +70,10 @@ def as_site(value: SiteLike) -> Site:
 
 
 def as_sites(values: Sites) -> tuple[Site, ...]:
-    """Make sites of what was given: one site or layer, or several.
+    """Make sites from one site or layer, or from several.
 
     Raises:
-        TypeError: One is neither a site nor a number.
+        TypeError: A value is neither a site nor a number.
     """
     several = isinstance(values, Iterable) and not isinstance(values, str)
     return tuple(map(as_site, values if several else [values]))  # type: ignore[arg-type]
@@ -80,17 +83,16 @@ def as_sites(values: Sites) -> tuple[Site, ...]:
 class Space:
     """The vector space of one site of one model.
 
-    Two spaces are equal when weights, site, width and processing are equal; the model's name
-    is a label for people and takes no part in the comparison.
+    Two spaces are equal when weights, site, width and processing are equal. The model's name is a
+    label and is not compared.
 
     Args:
         model: Name of the model, for messages and results.
         site: The place in the model.
         width: Number of dimensions.
         fingerprint: Short hash of the model's weights.
-        processing: What was done to the weights that changes residual coordinates
-            (``"none"``, ``"fold_ln"``, ``"center_writing_weights"``, ``"compatibility_mode"``,
-            joined by ``+``).
+        processing: Changes of the weights that change residual coordinates (``"none"``,
+            ``"fold_ln"``, ``"center_writing_weights"``, ``"compatibility_mode"``, joined by ``+``).
     """
 
     model: str = field(compare=False)
@@ -99,12 +101,16 @@ class Space:
     fingerprint: str
     processing: str = "none"
 
+    def __post_init__(self) -> None:
+        require_type("Space.site", Site, self.site)
+        require_type("Space.width", Integral, self.width, takes="a number of dimensions")
+
     def __str__(self) -> str:
         processed = "" if self.processing == "none" else f", {self.processing}"
         return f"{self.model} {self.site} (width {self.width}{processed}, weights {self.fingerprint})"
 
     def to_dict(self) -> dict[str, object]:
-        """Return the fields as plain JSON values; `from_dict` reads them back."""
+        """Return the fields as JSON values, which `from_dict` reads."""
         return {
             "model": self.model,
             "layer": self.site.layer,
@@ -116,22 +122,22 @@ class Space:
 
     @classmethod
     def from_dict(cls, record: dict) -> "Space":
-        """Make the space that `to_dict` described."""
-        return cls(
-            model=record["model"],
-            site=Site(record["layer"], record["stream"]),
-            width=record["width"],
-            fingerprint=record["fingerprint"],
-            processing=record["processing"],
-        )
+        """Make a space from the fields that `to_dict` returned."""
+        site = Site(record["layer"], record["stream"])
+        return cls(record["model"], site, record["width"], record["fingerprint"], record["processing"])
+
+
+def arrow(source: Space, target: Space) -> str:
+    """Name the models and sites of both ends of a map."""
+    return f"{source.model} {source.site} → {target.model} {target.site}"
 
 
 def require_same_space(required: Space, given: Space, what: str) -> None:
     """Refuse a tensor of another space.
 
     Args:
-        required: The space that the operation works in.
-        given: The space of the tensor that came.
+        required: The operation's space.
+        given: The tensor's space.
         what: The operation, for the message.
 
     Raises:

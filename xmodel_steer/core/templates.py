@@ -1,4 +1,4 @@
-"""Follow the content of each message through a chat template."""
+"""Search for the content of each message in a rendered chat template."""
 
 import re
 import string
@@ -8,16 +8,10 @@ from itertools import accumulate
 
 from xmodel_steer.core.errors import PromptError
 
-
-def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 _SIGNS = f"[{re.escape(string.punctuation)}]"
 _TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
-# Kinds of characters of a content whose way through a template is followed: replaced by one of its own; kept; kept in a
-# word or tag that the template may look for.
+# Kinds of characters in a content: replaced by a unique character; kept; kept in a word or tag that the template may
+# look for.
 _SHOWN, _LOOSE, _FIXED = 0, 1, 2
 _PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
 
@@ -25,14 +19,13 @@ _PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
 def locate(
     contents: Sequence[str], text: str, source: str, render: Callable[[Sequence[str]], str]
 ) -> dict[int, list[tuple[int, int, int]]]:
-    """For each message the stretches of its content in the rendered text: from, to, and where in the content.
+    """Find each message's stretches in the rendered text: start, end, and start in the content.
 
-    Searching for the contents would also find a role tag or a default system prompt with the same words. So the
-    prompt is rendered again with each character of content replaced by one of its own, which shows where every
-    character goes, also if others are dropped. White space stays, because templates trim it. If the text becomes
-    another one, the template looks for something in the content, such as ``</think>``: what it may look for is
-    then kept, as little as will do. A message that cannot be followed with the others is tried alone, and at last
-    searched for where the text changes with it.
+    A plain search would also find a role tag or a default system prompt with the same words. Instead, each character
+    of content is replaced by a unique one and the prompt is rendered again: this shows where every character goes,
+    even if others are dropped. White space stays, because templates trim it. If other text changes, the template
+    looks for something in the content, such as ``</think>``; then as few such strings as possible are kept. A message
+    that cannot be followed with others is tried alone, and at last searched for where the text changes with it.
 
     Args:
         contents: The content of each message.
@@ -40,40 +33,41 @@ def locate(
         source: The template's program, where it is known.
         render: Renders the conversation with other contents; may raise `PromptError`.
     """
-    found: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
+    stretches: dict[int, list[tuple[int, int, int]]] = {i: [] for i, c in enumerate(contents) if not c.strip()}
     alone: dict[int, str] = {}
     # No character may be replaced by itself.
     taken = {(ord(c) - _PRIVATE - n) % _MANY for n, c in enumerate("".join(contents)) if c >= chr(_PRIVATE)}
     shift = next(n for n in range(_MANY) if n not in taken)
 
     def follow(kept: Mapping[int, Sequence[str]]) -> dict[int, list[tuple[int, int, int]]]:
-        kinds = {i: own for i, patterns in kept.items() if _SHOWN in (own := _kinds(contents[i], patterns))}
+        kinds = {i: each for i, patterns in kept.items() if _SHOWN in (each := _kinds(contents[i], patterns))}
         try:
             shown = render(_replaced(contents, kinds, shift))
-        except PromptError:  # the prompt itself was rendered, so it can be used
+        except PromptError:  # the prompt with its real contents did render
             return {}
         if len(kinds) == 1:
             alone.setdefault(next(iter(kinds)), shown)
         places = _followed(text, shown, contents, shift)
         if places is None:
             return {}
-        return {i: _runs(text, contents[i], _longest(places.get(i, [])), own) for i, own in kinds.items()}
+        return {i: _runs(text, contents[i], _longest(places.get(i, [])), each) for i, each in kinds.items()}
 
     for together in (True, False):
         for patterns in _may_look_for(source, "\n".join(contents)):
-            rest = [i for i in range(len(contents)) if i not in found]
+            rest = [i for i in range(len(contents)) if i not in stretches]
             for group in [[i] for i in rest] if not together else [rest] if rest else []:
                 kept = {i: [pattern for pattern in patterns if re.search(pattern, contents[i])] for i in group}
-                told = follow(kept)
-                for i, pattern in [(number, pattern) for number in told for pattern in kept[number]]:
-                    if not _may_be_there(pattern, text, contents[i], told[i]):
+                runs = follow(kept)
+                # Keep fewer patterns where a kept one may hide a part of the content.
+                for i, pattern in [(number, pattern) for number in runs for pattern in kept[number]]:
+                    if not _may_hide(pattern, text, contents[i], runs[i]):
                         continue
                     fewer = {**kept, i: [other for other in kept[i] if other != pattern]}
                     again = follow(fewer)
-                    if again.keys() >= told.keys():
-                        told, kept = again, fewer
-                found.update(told)
-    for i in set(range(len(contents))) - found.keys():
+                    if again.keys() >= runs.keys():
+                        runs, kept = again, fewer
+                stretches.update(runs)
+    for i in set(range(len(contents))) - stretches.keys():
         content = contents[i].strip()
         start, end = 0, len(text)
         if i in alone:
@@ -82,19 +76,24 @@ def locate(
         if text.count(content, start, end) == 1:
             start = text.index(content, start)
             end = start + len(content)
-            if all(end <= first or last <= start for spans in found.values() for first, last, _ in spans):
-                found[i] = [(start, end, contents[i].index(content))]
-    return found
+            if all(end <= first or last <= start for spans in stretches.values() for first, last, _ in spans):
+                stretches[i] = [(start, end, contents[i].index(content))]
+    return stretches
+
+
+def _shared(one: str, other: str) -> int:
+    """Count the characters of the common beginning."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _may_look_for(source: str, whole: str) -> list[list[str]]:
-    """Patterns of what a template may look for in the contents: nothing, its own tags, everything, one of its words."""
+    """List candidate patterns of a template: none, its tags, all, each word."""
     quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", source)
     words = {word for pair in quoted for word in re.split(r"\\.|\s+", "".join(pair)) if word and word in whole}
-    own = sorted(re.escape(word) for word in words)
-    tags = [word for word in own if re.search(r"\w", word) and re.search(r"[^\w\\]", word)]
-    every = dict.fromkeys([_SIGNS, *own, *sorted(map(re.escape, re.findall(_TAG, whole)))])
-    return [[], *([tags] if tags else []), list(every), *([word] for word in own)]
+    patterns = sorted(re.escape(word) for word in words)
+    tags = [word for word in patterns if re.search(r"\w", word) and re.search(r"[^\w\\]", word)]
+    every = dict.fromkeys([_SIGNS, *patterns, *sorted(map(re.escape, re.findall(_TAG, whole)))])
+    return [[], *([tags] if tags else []), list(every), *([word] for word in patterns)]
 
 
 def _kinds(content: str, kept: Sequence[str]) -> bytearray:
@@ -108,19 +107,19 @@ def _kinds(content: str, kept: Sequence[str]) -> bytearray:
 
 
 def _replaced(contents: Sequence[str], kinds: Mapping[int, bytearray], shift: int) -> list[str]:
-    """Replace shown characters by private-use ones, one after the other."""
-    made = list(contents)
+    """Replace shown characters by private-use ones in ascending order."""
+    replaced = list(contents)
     firsts = list(accumulate(map(len, contents), initial=0))
-    for i, own in kinds.items():
-        made[i] = "".join(
+    for i, each in kinds.items():
+        replaced[i] = "".join(
             c if kind else chr(_PRIVATE + (firsts[i] + place + shift) % _MANY)
-            for place, (c, kind) in enumerate(zip(contents[i], own, strict=True))
+            for place, (c, kind) in enumerate(zip(contents[i], each, strict=True))
         )
-    return made
+    return replaced
 
 
 def _followed(text: str, shown: str, contents: Sequence[str], shift: int) -> dict[int, list[tuple[int, int]]] | None:
-    """For each message, which characters of the text are which of its content; None if the text is another one."""
+    """Match characters of the text with each message's content; None if other text changed."""
     if len(text) != len(shown):
         return None
     *firsts, total = accumulate(map(len, contents), initial=0)
@@ -132,7 +131,7 @@ def _followed(text: str, shown: str, contents: Sequence[str], shift: int) -> dic
         code = ord(other) - _PRIVATE
         if code < 0:
             return None
-        # In a very long conversation they come round again: the next one is meant.
+        # In a very long conversation private-use characters repeat: this is the next one after the last.
         number += (code - shift - number) % _MANY
         number -= _MANY * (number >= total)
         if number < 0:
@@ -143,9 +142,9 @@ def _followed(text: str, shown: str, contents: Sequence[str], shift: int) -> dic
 
 
 def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Find the longest part that has the content in its own order.
+    """Find the longest part that keeps the content's order.
 
-    The last of equals: a template may write it twice.
+    The last one of equal length: a template may write a content twice.
     """
     parts: list[list[tuple[int, int]]] = [[]]
     for at, place in places:
@@ -156,9 +155,9 @@ def _longest(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: bytearray) -> list[tuple[int, int, int]]:
-    """Find the stretches in which text and content agree, trimmed.
+    """Find the trimmed stretches in which text and content agree.
 
-    There are none where the text has other letters, in capitals, say.
+    There are none where the template changes letters, such as to capitals.
     """
     if not piece or any(text[at] != content[place] for at, place in piece):
         return []
@@ -174,23 +173,23 @@ def _runs(text: str, content: str, piece: Sequence[tuple[int, int]], kinds: byte
             runs[-1][1] = at + 1
         else:
             runs.append([at, at + 1, place])
-    made: list[tuple[int, int, int]] = []
+    stretches: list[tuple[int, int, int]] = []
     for start, end, place in runs:
         shift = start - place
-        least = made[-1][1] if made else 0
+        least = stretches[-1][1] if stretches else 0
         # Signs that were kept at the ends belong to the stretch where the text has them.
-        while start > max(least, shift + first) and _goes_on(text, content, kinds, start - 1, shift):
+        while start > max(least, shift + first) and _continues(text, content, kinds, start - 1, shift):
             start -= 1
-        while end < min(len(text), shift + last) and _goes_on(text, content, kinds, end, shift):
+        while end < min(len(text), shift + last) and _continues(text, content, kinds, end, shift):
             end += 1
         stretch = text[start:end]
         start, end = start + len(stretch) - len(stretch.lstrip()), end - len(stretch) + len(stretch.rstrip())
-        made.append((start, end, start - shift))
-    return made
+        stretches.append((start, end, start - shift))
+    return stretches
 
 
-def _may_be_there(pattern: str, text: str, content: str, runs: Sequence[tuple[int, int, int]]) -> bool:
-    """Whether the text may have more of the content than these stretches: what matches the pattern, or a part of it."""
+def _may_hide(pattern: str, text: str, content: str, runs: Sequence[tuple[int, int, int]]) -> bool:
+    """Tell whether a kept pattern may hide content next to these stretches."""
     if not runs:
         return True
     for start, end, place in runs:
@@ -202,5 +201,5 @@ def _may_be_there(pattern: str, text: str, content: str, runs: Sequence[tuple[in
     return bool(re.search(pattern, text[max(0, start - first) : end + len(content) - (last + end - begin)]))
 
 
-def _goes_on(text: str, content: str, kinds: bytearray, at: int, shift: int) -> bool:
+def _continues(text: str, content: str, kinds: bytearray, at: int, shift: int) -> bool:
     return kinds[at - shift] == _LOOSE and text[at] == content[at - shift]

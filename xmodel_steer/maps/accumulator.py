@@ -1,4 +1,4 @@
-"""Moments summed in one pass over rows of activations."""
+"""Accumulation of moments in one pass over rows of activations."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,11 @@ from xmodel_steer.maps.pairs import PARTS
 
 
 def sketch_dimensions(width: int, count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """Choose a target's dimensions at random, by a seed, ascending.
+    """Draw some of a target's dimensions from a seed; return them in ascending order.
 
-    A random projection onto coordinates: in standardised coordinates every dimension counts alike,
-    so the mean of a bounded score over a random choice of them estimates the mean over all, with
-    a standard error that the choice itself shows. It needs no scales before the text is read, so
-    shards that were collected apart still merge.
+    In standardised coordinates every dimension counts alike. The mean of a bounded score over a random
+    choice of dimensions therefore estimates the mean over all, and the choice itself shows the standard
+    error. No scales are needed before the text is read, so separately collected shards still merge.
     """
     if not 0 < count <= width:
         raise ValueError(f"sketch: needs 1 to {width} target dimensions, got {count}")
@@ -31,7 +30,7 @@ def sketch_dimensions(width: int, count: int, *, seed: int = 0) -> tuple[int, ..
 class _Running:
     """Running moments of one part, updated in place (Chan, Golub & LeVeque 1979, pairwise update).
 
-    Means are of columns with a name; products are of two named groups of columns.
+    Each key of the means names a group of columns; each product has two such groups.
     """
 
     def __init__(self, means: Mapping[Any, int], products: Mapping[Any, tuple[Any, Any]], device: Any) -> None:
@@ -41,12 +40,6 @@ class _Running:
             key: torch.zeros(means[a], means[b], dtype=torch.float64, device=device) for key, (a, b) in products.items()
         }
         self._ends = dict(products)
-
-    def copy(self) -> "_Running":
-        made = copy.copy(self)
-        made.means = {key: value.clone() for key, value in self.means.items()}
-        made.products = {key: value.clone() for key, value in self.products.items()}
-        return made
 
     def add(self, count: int, documents: int, means: Mapping[Any, Tensor], products: Mapping[Any, Tensor]) -> None:
         """Add the moments of a batch; its products are centred on its own means."""
@@ -64,21 +57,21 @@ class _Running:
 
 
 class MomentsAccumulator:
-    """Adds batches of paired rows to running moments.
+    """Running moments, to which batches of paired rows are added.
 
-    A batch's products are formed in float32 where its rows are no wider (they are centred in float64
-    before), and summed in float64.
+    Rows are centred in float64. A batch's products are formed in the rows' dtype, at least float32, and
+    summed in float64.
 
     Args:
         source: Space of each source site.
         target: Space of each target site.
-        pairs: Layer pairs whose full cross moments to keep.
-        sketch: Target dimensions whose cross moments with all source sites to keep; see `Moments`.
+        pairs: Layer pairs that get full cross moments.
+        sketch: Target dimensions that get cross moments with all source sites; see `Moments`.
         shuffled: Keep the cross moments of the shuffled control for the full pairs.
         settings: Recorded in the moments.
         seed: Seed of the shuffled pairing.
-        shard: Name of the shard that is collected, if it has one.
-        device: Where the products are formed and kept until `moments` takes them to the CPU.
+        shard: Name of the shard, if it has one.
+        device: Device of the products until `moments` copies them to the CPU.
     """
 
     def __init__(
@@ -126,9 +119,9 @@ class MomentsAccumulator:
         Args:
             part: ``train``, ``validation`` or ``test``.
             source: Rows of each source site.
-            target: The rows of each target site that they pair with.
-            documents: For each row a number that is its document's, in ascending runs.
-            eligible: How many pairs there could have been; the number of rows by default.
+            target: The paired rows of each target site.
+            documents: The document's number for each row, in ascending runs.
+            eligible: Largest possible number of pairs; the number of rows by default.
 
         Raises:
             NonFiniteError: A row has NaN or infinity.
@@ -155,19 +148,19 @@ class MomentsAccumulator:
                 )
         partners = shuffled_partners(documents, shuffle_generator(self._seed, documents[0]))
         products = self._batch_products(rows, partners.to(self._device))
-        if self._handed_out:
-            self._parts = {name: running.copy() for name, running in self._parts.items()}
+        if self._handed_out:  # the tensors are part of returned moments, which must not change
+            self._parts = copy.deepcopy(self._parts)
             self._handed_out = False
         self._parts[part].add(n, len(set(documents)), means, products)
         self._paired += n
         self._eligible += possible
 
     def _batch_products(self, rows: Mapping[Any, Tensor], other: Tensor) -> dict[Any, Tensor]:
-        """Products of centred rows: for each left side one multiplication with all its right sides."""
+        """Multiply centred rows: each left side once, with all its right sides joined."""
         grouped: dict[tuple[Any, str], list[tuple[Any, Any]]] = {}
         for key, (a, b) in self._products.items():
-            grouped.setdefault((a, key[0] if a != b else "own"), []).append((key, b))
-        made: dict[Any, Tensor] = {}
+            grouped.setdefault((a, key[0] if a != b else "within"), []).append((key, b))
+        products: dict[Any, Tensor] = {}
         joined: dict[tuple, Tensor] = {}  # most left sides share their right sides
         for (a, kind), members in grouped.items():
             ends = tuple(b for _, b in members)
@@ -175,12 +168,12 @@ class MomentsAccumulator:
                 joined[ends] = rows[ends[0]] if len(ends) == 1 else torch.cat([rows[b] for b in ends], 1)
             left = rows[a][other] if kind == "shuffled" else rows[a]
             pieces = (left.T @ joined[ends]).split([rows[b].shape[1] for b in ends], 1)
-            made |= {key: piece for (key, _), piece in zip(members, pieces, strict=True)}
-        return made
+            products |= {key: piece for (key, _), piece in zip(members, pieces, strict=True)}
+        return products
 
     def moments(self) -> Moments:
-        """Return the moments of everything that was added."""
-        self._handed_out = self._device.type == "cpu"  # what was given away must not change
+        """Return the moments of all added rows."""
+        self._handed_out = self._device.type == "cpu"  # copies from other devices are independent
 
         def part(running: _Running) -> PartMoments:
             means = {key: value.cpu() for key, value in running.means.items()}
@@ -195,13 +188,13 @@ class MomentsAccumulator:
             return PartMoments(
                 running.count,
                 running.documents,
-                by_site(means, "source"),
-                by_site(means, "target"),
-                by_site(products, "source"),
-                by_site(products, "target"),
-                by_pair("cross"),
-                by_pair("shuffled"),
-                by_pair("sketch"),
+                source_means=by_site(means, "source"),
+                target_means=by_site(means, "target"),
+                source_scatters=by_site(products, "source"),
+                target_scatters=by_site(products, "target"),
+                cross=by_pair("cross"),
+                shuffled=by_pair("shuffled"),
+                sketch=by_pair("sketch"),
             )
 
         return Moments(
@@ -218,15 +211,15 @@ class MomentsAccumulator:
 
 
 def shuffle_generator(seed: int, document: int) -> torch.Generator:
-    """Randomness for a batch that begins with a document, whatever came before: shards shuffle as the whole does."""
+    """Seed a batch's shuffle by its first document, equally in every shard."""
     return torch.Generator().manual_seed(seed * 1_000_003 + document)
 
 
 def shuffled_partners(documents: Sequence[int], generator: torch.Generator) -> Tensor:
-    """For each row, another row to pair it with: a rotation that reaches another document.
+    """Choose another row for each row, by a rotation that reaches another document.
 
-    A rotation by more than the longest document's rows, and less than all rows without them, never pairs a row
-    with its own document; with too few documents for that, a random permutation is the best there is.
+    A rotation by more rows than the longest document has, and by fewer than all other rows, never pairs a
+    row with its own document. Too few documents for that get a random permutation.
 
     Args:
         documents: Document number of each row, in contiguous runs.

@@ -1,13 +1,13 @@
 """Maps from one model's space to another's.
 
-Points and directions map differently: an affine map's ``transform`` is ``xW + b``, its ``transport``
-is ``vW``: a bias added to a direction is a mistake that no shape check finds. A nonlinear map has
-no single answer for a direction: it transports between points, and says which.
+Points and directions map differently. An affine map's ``transform`` is ``xW + b``, its ``transport``
+is ``vW``; a bias added to a direction is a mistake that no shape check finds. A nonlinear map has no
+single answer for a direction: it transports between points, and the result's origin names them.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -16,14 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.spaces import Space, require_same_space
+from xmodel_steer.core.spaces import Space, arrow, require_same_space
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.core.vectors import Activations, SteeringVector, inverse_of
 from xmodel_steer.maps.pairs import PairMoments
 
 
 @dataclass(frozen=True, eq=False)
 class MapScore:
-    """How well mapped points agree with the target's own, on rows the map was not fitted on.
+    """Agreement of mapped points with the target's points, on rows that did not fit the map.
 
     Args:
         r2: R² of each target dimension, 1 - SSE/SST around the mean of the scored rows; NaN
@@ -32,7 +33,7 @@ class MapScore:
             the target's standard deviations): ⟨ŷ, y⟩ / √(⟨ŷ, ŷ⟩⟨y, y⟩), summed over rows.
         norm_ratio: √(⟨ŷ, ŷ⟩ / ⟨y, y⟩) in the same coordinates: under 1 the map shrinks.
         count: Number of rows.
-        documents: Number of documents that they come from; 0 when that is not known.
+        documents: Number of documents that they come from; 0 when unknown.
     """
 
     r2: Float[Tensor, " dt"]
@@ -46,7 +47,7 @@ class MapScore:
 
     @property
     def mean_r2(self) -> float:
-        """Mean R² over target dimensions that vary: each counts alike, however large it is."""
+        """Mean R² over target dimensions that vary; each counts alike, however large it is."""
         return float(self.r2[~self.r2.isnan()].mean())
 
 
@@ -61,11 +62,20 @@ class Map(ABC):
     info: Mapping[str, Any]
 
     def __repr__(self) -> str:
-        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
         fitter = f", {self.info['fitter']}" if "fitter" in self.info else ""
         score = self.score_test
         held_out = f", held-out R² {score.mean_r2:.2f}, n = {score.count:,}" if score else ""
-        return f"{type(self).__name__}({ends}{fitter}{held_out})"
+        return f"{type(self).__name__}({arrow(self.source, self.target)}{fitter}{held_out})"
+
+    def _repr_html_(self) -> str:
+        rows = {"source": str(self.source), "target": str(self.target), "fitter": str(self.info.get("fitter", ""))}
+        if "penalty" in self.info:
+            rows["penalty"] = f"{self.info['penalty']:g}"
+        if score := self.score_test:
+            rows["held-out R²"] = f"{score.mean_r2:.3f}"
+            rows["held-out cosine"] = f"{score.cosine:.3f}"
+            rows["held-out rows"] = f"{score.count:,}"
+        return html_table(type(self).__name__, rows)
 
     @abstractmethod
     def points(self, values: Float[Tensor, "... ds"]) -> Float[Tensor, "... dt"]:
@@ -80,10 +90,10 @@ class Map(ABC):
     @overload
     def transform(self, points: Tensor) -> Tensor: ...
     def transform(self, points: Activations | Tensor) -> Activations | Tensor:
-        """Map points, computed in float64, returned in the input's dtype.
+        """Map points; computed in float64, returned in the input's dtype.
 
         Args:
-            points: Activations of the source space, or a bare tensor ``(..., ds)`` of them.
+            points: Activations of the source space, or a bare tensor ``(..., ds)``.
 
         Raises:
             SpaceMismatchError: The activations live in another space.
@@ -94,10 +104,10 @@ class Map(ABC):
         return self.points(points).to(points.dtype)
 
     def score(self, source: Activations, target: Activations) -> MapScore:
-        """Agreement of mapped source rows with the target rows that they pair with.
+        """Score mapped source rows against the target rows that they pair with.
 
         Args:
-            source: Rows of the source space, not those that the map was fitted on.
+            source: Rows of the source space that did not fit the map.
             target: The paired rows of the target space.
 
         Raises:
@@ -116,15 +126,29 @@ class Map(ABC):
     def error_sums(
         self, source: Float[Tensor, "n ds"], target: Float[Tensor, "n dt"], centre: Float[Tensor, " dt"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sum over rows, per target dimension: squared error, ⟨y, y⟩, ⟨ŷ, y⟩, ⟨ŷ, ŷ⟩.
+        """Sum squared error, ⟨y, y⟩, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ over rows, per dimension.
 
-        All around a centre.
+        y and ŷ are taken around ``centre``.
         """
         truth = target.to(torch.float64)
         mapped, centre = self.points(source).to(truth.device), centre.to(truth.device, torch.float64)
         y, fitted = truth - centre, mapped - centre
         sums = ((mapped - truth) ** 2, y**2, fitted * y, fitted**2)
         return tuple(x.sum(0).cpu() for x in sums)  # type: ignore[return-value]
+
+    def _transported(
+        self, vector: SteeringVector, direction: Tensor, positive: Tensor | None, negative: Tensor | None, how: str = ""
+    ) -> SteeringVector:
+        """Make the mapped vector from its mapped direction and class means."""
+        return replace(
+            vector,
+            direction=direction.cpu().to(vector.direction.dtype),
+            space=self.target,
+            positive_mean=positive,
+            negative_mean=negative,
+            scale=self.target_scale,
+            origin=f"{vector.origin or 'vector'}, transported from {vector.space}{how}",
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -164,9 +188,10 @@ class AffineMap(Map):
         return wide + self.bias.to(values.device, torch.float64)
 
     def transport(self, vector: SteeringVector) -> SteeringVector:
-        """Map a direction: v W, without the bias; its class means, being points, with it.
+        """Map a direction to v W, without the bias.
 
-        A difference of two points has no place for a bias: f(h₊) - f(h₋) = (h₊ - h₋) W.
+        A difference of two points has no bias: f(h₊) - f(h₋) = (h₊ - h₋) W. The class means are
+        points, and are mapped with the bias.
 
         Raises:
             SpaceMismatchError: The vector lives in another space.
@@ -177,43 +202,28 @@ class AffineMap(Map):
         def mean(point: Tensor | None) -> Tensor | None:
             return None if point is None else self.transform(point.cpu())
 
-        return SteeringVector(
-            direction=wide.to(vector.direction.dtype),
-            space=self.target,
-            label=vector.label,
-            positive_mean=mean(vector.positive_mean),
-            negative_mean=mean(vector.negative_mean),
-            counts=vector.counts,
-            scale=self.target_scale,
-            origin=f"{vector.origin or 'vector'}, transported from {vector.space}",
-        )
+        return self._transported(vector, wide, mean(vector.positive_mean), mean(vector.negative_mean))
 
     def score_moments(self, moments: PairMoments) -> MapScore:
-        """Score the map from moments of held-out rows, without the rows.
+        """Score the map from the moments of held-out rows.
 
         With centred scatters S, C, T and r the mean residual:
         SSE = diag(T) - 2 diag(WᵀC) + diag(WᵀSW) + n r².
         """
-        sse, agreed, own = self._errors(moments)
-        return score_of(
-            sse,
-            moments.target_scatter.diagonal(),
-            agreed,
-            own,
-            scale=self.target_scale,
-            count=moments.count,
-            documents=moments.documents,
-        )
+        sse, agreed, fitted = self._errors(moments)
+        sst = moments.target_scatter.diagonal()
+        count, documents = moments.count, moments.documents
+        return score_of(sse, sst, agreed, fitted, scale=self.target_scale, count=count, documents=documents)
 
     def standardised_loss(self, moments: PairMoments) -> float:
-        """Mean squared error over rows and target dimensions, each in units of its training variance."""
+        """Compute the mean squared error over rows and dimensions, in units of training variance."""
         return loss_of(self._errors(moments)[0], self.target_scale, moments.count)
 
     def then(self, other: "AffineMap") -> "AffineMap":
-        """Compose this map with one that starts where it ends.
+        """Compose this map with a map from its target space.
 
         Raises:
-            SpaceMismatchError: The other map starts elsewhere.
+            SpaceMismatchError: The other map's source is not this map's target.
         """
         require_same_space(other.source, self.target, "then")
         weight, bias = self.weight.to(torch.float64), self.bias.to(torch.float64)
@@ -229,7 +239,7 @@ class AffineMap(Map):
         )
 
     def _errors(self, moments: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
-        """Per target dimension: squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ around the mean of y."""
+        """Compute squared error, ⟨ŷ, y⟩ and ⟨ŷ, ŷ⟩ per dimension, around y's mean."""
         weight = self.weight.to(torch.float64)
         shift = moments.source_mean @ weight + self.bias.to(torch.float64) - moments.target_mean
         fitted = einsum(weight, moments.source_scatter @ weight, "s t, s t -> t")
@@ -240,19 +250,19 @@ class AffineMap(Map):
 
 
 def loss_of(sse: Float[Tensor, " dt"], scale: Float[Tensor, " dt"], count: int) -> float:
-    """Mean squared error over rows and target dimensions, each in units of its training variance."""
+    """Compute the mean squared error over rows and dimensions, in units of training variance."""
     precision = inverse_of(scale) ** 2
     return float((sse * precision).sum() / ((precision > 0).sum() * count))
 
 
 def score_of(
-    sse: Tensor, sst: Tensor, dot: Tensor, own: Tensor, *, scale: Tensor, count: int, documents: int
+    sse: Tensor, sst: Tensor, dot: Tensor, fitted: Tensor, *, scale: Tensor, count: int, documents: int
 ) -> MapScore:
     """Compute the score from sums over rows; see `Map.error_sums`."""
     varies = sst > 0
     r2 = torch.where(varies, 1 - sse / torch.where(varies, sst, 1.0), torch.nan)
     precision = inverse_of(scale) ** 2
-    truth, mapped, agreed = ((x * precision).sum() for x in (sst, own, dot))
+    truth, mapped, agreed = ((x * precision).sum() for x in (sst, fitted, dot))
     return MapScore(
         r2=r2,
         cosine=float(agreed / (truth * mapped).sqrt()) if truth * mapped > 0 else 0.0,

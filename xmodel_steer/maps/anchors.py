@@ -11,24 +11,24 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import PromptLike
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import AffineMap
-from xmodel_steer.maps.fitting import affine_of, as_moments, fit_record, require_rows, with_scores
+from xmodel_steer.maps.fitting import affine_of, as_moments, require_rows, scored
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.rows import PairedRows
 
 
 @dataclass(frozen=True)
 class RelativeAnchors:
-    """A point is described by its products with anchor texts, and rebuilt from the other model's anchors.
+    """A map by relative representations: products with anchor texts.
 
     No map is learned: anchors are texts whose mean activations a_s, a_t are known in both models. In
     standardised coordinates, with anchors of unit norm in the rows of A, ``y = x A_sᵀ pinv(A_t)ᵀ``
     (relative representations, Moschella et al. 2023, and their inverse, Maiorca et al. 2024).
 
     Args:
-        texts: The anchor texts, which must be among the training documents; or how many of these to take, at most.
-        tolerance: Singular values of A_t under this share of the largest are dropped: few anchors point in
-            few directions, and what they hardly span would be blown up.
-        seed: Seed of their choice.
+        texts: The anchor texts, which must be training documents; or the largest number of these to draw.
+        tolerance: Singular values of A_t under this share of the largest are dropped. A few anchors span
+            few directions; the pseudo-inverse would blow up those that they hardly span.
+        seed: Seed of the draw.
     """
 
     texts: int | tuple[PromptLike, ...] = 300
@@ -36,13 +36,13 @@ class RelativeAnchors:
     seed: int = 0
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Take the anchors from the training documents, score on the test ones.
+        """Take the anchors from train documents, score on test documents.
 
         Args:
-            data: Rows of one layer pair; moments do not know texts apart.
+            data: Rows of one layer pair; moments do not tell texts apart.
 
         Raises:
-            PromptError: Moments were given, there are too few documents, or an anchor text is none of them.
+            PromptError: Moments were given, there are too few documents, or an anchor text is not among them.
         """
         if not isinstance(data, PairedRows):
             raise PromptError("RelativeAnchors: needs the rows of single texts, not moments; give store.pair(...)")
@@ -61,11 +61,10 @@ class RelativeAnchors:
         source, target = unit(0, train.source_mean, into), unit(1, train.target_mean, back)
         rebuilt = torch.linalg.pinv(target, rtol=self.tolerance)
         weight = into[:, None] * (source.T @ rebuilt.T) * train.target_scale
-        info = fit_record("RelativeAnchors", moments, "standardised", anchors=len(chosen))
-        return with_scores(affine_of(moments, weight), moments, info)
+        return scored(affine_of(moments, weight), moments, "RelativeAnchors", "standardised", anchors=len(chosen))
 
     def _chosen(self, prompts: Sequence[str]) -> list[int]:
-        """Choose the places of the anchors among the training documents."""
+        """Return the indices of the anchors among the training documents."""
         if isinstance(self.texts, int):
             generator = torch.Generator().manual_seed(self.seed)
             return torch.randperm(len(prompts), generator=generator)[: self.texts].tolist()

@@ -33,7 +33,7 @@ class AutoencoderMap(Map):
         target_mean: Mean of each target dimension.
         source_scale: Standard deviation of each source dimension over the training text.
         target_scale: Standard deviation of each target dimension.
-        standardised: Whether it works in standardised coordinates.
+        standardised: Whether the map works in standardised coordinates.
         score_test: Score on test documents.
         info: How it was fitted.
     """
@@ -68,16 +68,16 @@ class AutoencoderMap(Map):
     def transport(
         self, vector: SteeringVector, *, at: "Activations | tuple[Activations, Activations] | None" = None
     ) -> SteeringVector:
-        """Map a direction between points; the result's origin says which.
+        """Map a direction between points; the result's origin names them.
 
-        A nonlinear map sends a direction to different ones at different places, and f(v) itself is
-        the image of a point near the origin plus the bias, not of a direction.
+        The image of a direction depends on the place where a nonlinear map is applied. f(v) is the image
+        of a point near the origin, not of a direction.
 
         Args:
             vector: The direction.
             at: Two sets of rows, with the behaviour and without: ``mean f(h₊) - mean f(h₋)``, the
                 endpoints, whatever the vector is. One set of base points h: ``mean f(h + v) - f(h)``.
-                None: about the middle c of the vector's own class means, ``f(c + v / 2) - f(c - v / 2)``,
+                None: about the midpoint c of the vector's class means, ``f(c + v / 2) - f(c - v / 2)``,
                 which is ``f(mean h₊) - f(mean h₋)`` where v is their difference. The class means
                 themselves are mapped as points.
 
@@ -90,41 +90,31 @@ class AutoencoderMap(Map):
             require_same_space(self.source, points.space, "transport (at)")
         if isinstance(at, tuple):
             means = ends = (self.points(at[0].values).mean(0), self.points(at[1].values).mean(0))
-            how = f"by endpoints, {len(at[0])} and {len(at[1])} rows"
+            how = f" by endpoints, {len(at[0])} and {len(at[1])} rows"
         elif at is not None:
             moved = at.values.to(torch.float64) + vector.direction.to(torch.float64)
             means = ends = (self.points(moved).mean(0), self.points(at.values).mean(0))
-            how = f"about {len(at)} base points"
+            how = f" about {len(at)} base points"
         elif vector.positive_mean is not None and vector.negative_mean is not None:
-            classes = (vector.positive_mean.to(torch.float64), vector.negative_mean.to(torch.float64))
-            means = (self.points(classes[0]), self.points(classes[1]))
+            means = (self.points(vector.positive_mean), self.points(vector.negative_mean))
             # A probe's direction, or a scaled one, is not the difference of the means that it keeps.
-            middle, half = (classes[0] + classes[1]) / 2, vector.direction.to(torch.float64) / 2
-            ends = (self.points(middle + half), self.points(middle - half))
-            how = "about the middle of the class means"
+            half = vector.direction.to(torch.float64) / 2
+            ends = (self.points(vector.centre + half), self.points(vector.centre - half))
+            how = " about the middle of the class means"
         else:
             raise PromptError(
                 "transport: a nonlinear map needs points, and the vector has no class means; "
                 "give at=(positive, negative) activations, or at=activations as base points"
             )
         dtype = vector.direction.dtype
-        positive, negative = (mean.cpu() for mean in means)
-        return SteeringVector(
-            direction=(ends[0] - ends[1]).cpu().to(dtype),
-            space=self.target,
-            label=vector.label,
-            positive_mean=positive.to(dtype),
-            negative_mean=negative.to(dtype),
-            counts=vector.counts,
-            scale=self.target_scale,
-            origin=f"{vector.origin or 'vector'}, transported from {vector.space} {how}",
-        )
+        positive, negative = (mean.cpu().to(dtype) for mean in means)
+        return self._transported(vector, ends[0] - ends[1], positive, negative, how)
 
 
 def cycle_score(there: AffineMap, back: AffineMap, moments: PairMoments) -> MapScore:
-    """How well points come back from a map and another one in the opposite direction.
+    """Score the round trip of points through two opposite maps.
 
-    The score of ``back(there(x))`` against x itself: 1 minus its R² is the cycle error of each
+    The score compares ``back(there(x))`` with x. 1 minus its R² is the cycle error of each
     source dimension, as a share of its variance.
 
     Args:
@@ -138,5 +128,5 @@ def cycle_score(there: AffineMap, back: AffineMap, moments: PairMoments) -> MapS
     loop = there.then(back)
     require_same_space(loop.source, loop.target, "cycle_score")
     scatter, mean = moments.source_scatter, moments.source_mean
-    own = PairMoments(moments.count, moments.documents, mean, mean, scatter, scatter, scatter)
-    return replace(loop, target_scale=loop.source_scale).score_moments(own)
+    same = PairMoments(moments.count, moments.documents, mean, mean, scatter, scatter, scatter)
+    return replace(loop, target_scale=loop.source_scale).score_moments(same)

@@ -1,4 +1,4 @@
-"""Maps that carry nothing, to compare others with."""
+"""Maps that carry nothing, for comparison with fitted maps."""
 
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -8,16 +8,16 @@ import torch
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import AffineMap, Map
-from xmodel_steer.maps.fitting import Fitter, affine_of, as_moments, fit_record, require_rows, with_scores
+from xmodel_steer.maps.fitting import Fitter, affine_of, as_moments, require_rows, scored
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.ridge import ReducedRank, Ridge
 from xmodel_steer.maps.rows import PairedRows
 
-Kind = TypeVar("Kind", bound=Fitter)
+AnyFitter = TypeVar("AnyFitter", bound=Fitter)
 
 
-def pinned(fitter: Kind, fitted: Map) -> Kind:
-    """Fix the penalty that a map chose, for a control that differs in pairs."""
+def pinned(fitter: AnyFitter, fitted: Map) -> AnyFitter:
+    """Fix a fitter's penalty to a map's choice, for its control."""
     if "penalty" in fitted.info and isinstance(fitter, Ridge | ReducedRank):
         return replace(fitter, penalties=(float(fitted.info["penalty"]),))  # type: ignore[return-value]
     return fitter
@@ -25,9 +25,9 @@ def pinned(fitter: Kind, fitted: Map) -> Kind:
 
 @dataclass(frozen=True)
 class Identity:
-    """No map: the same numbers, cut short or filled up with zeros where the widths differ.
+    """The identity, cut short or padded with zeros where the widths differ.
 
-    What transfers under it needed no map, as between a model and its own fine-tune.
+    A vector that works after it needed no map, as between a model and its fine-tune.
     """
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
@@ -38,13 +38,13 @@ class Identity:
         """
         moments = as_moments(data)
         weight = torch.eye(moments.source.width, moments.target.width, dtype=torch.float64)
-        made = affine_of(moments, weight, torch.zeros(moments.target.width, dtype=torch.float64))
-        return with_scores(made, moments, fit_record("Identity", moments, "raw"))
+        bias = torch.zeros(moments.target.width, dtype=torch.float64)
+        return scored(affine_of(moments, weight, bias), moments, "Identity", "raw")
 
 
 @dataclass(frozen=True)
 class RandomMap:
-    """A control: a random map that has the means and the standard deviations of both ends right.
+    """A random map that matches the means and the standard deviations of both ends.
 
     Gaussian weights in standardised coordinates, so that mapped points are as large as the target's.
 
@@ -70,16 +70,15 @@ class RandomMap:
         draw = torch.randn(train.cross_scatter.shape, generator=generator, dtype=torch.float64)
         inverse = inverse_of(train.source_scale)
         weight = inverse[:, None] * draw * train.target_scale / (inverse > 0).sum() ** 0.5
-        info = fit_record("RandomMap", moments, "standardised", seed=self.seed)
-        return with_scores(affine_of(moments, weight), moments, info)
+        return scored(affine_of(moments, weight), moments, "RandomMap", "standardised", seed=self.seed)
 
 
 @dataclass(frozen=True)
 class ShuffledPairs:
-    """A control: another fitter, fitted where every row is paired with a token of another document.
+    """Another fitter, on rows that are each paired with a token of another document.
 
-    Means, variances and the number of rows stay what they were; only the relation is gone. What still
-    "transfers" is no transfer.
+    Means, variances and the number of rows stay; only the relation between source and target is lost.
+    An effect that remains under this control was not transferred.
 
     Args:
         fitter: The fitter.

@@ -1,4 +1,4 @@
-"""How the score of a map grows with the text that it is fitted on."""
+"""Growth of a map's score with the amount of text that fits it."""
 
 import math
 import warnings
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xmodel_steer.core.errors import FewRowsWarning, PromptError
-from xmodel_steer.core.spaces import Space
+from xmodel_steer.core.spaces import Space, arrow
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.ridge import Ridge
 from xmodel_steer.maps.rows import PairedRows
@@ -14,15 +15,16 @@ from xmodel_steer.maps.rows import PairedRows
 
 @dataclass(frozen=True, eq=False)
 class DataCurve:
-    """Held-out quality of maps against the amount of text that they were fitted on.
+    """Held-out quality of maps at several amounts of training text.
 
     Args:
         source: The source's space.
         target: The target's space.
-        tokens: Numbers of training tokens.
+        tokens: Numbers of training tokens, ascending.
         r2: For each fitter's name, the mean R² on the same test documents at each number.
-        recommended: The least number whose R² (of the first fitter) comes within 0.01 of the largest's.
-        growing: What the first fitter's R² has gained since the largest number that is at most half of the last one; None without one.
+        recommended: The least number at which the first fitter's R² comes within 0.01 of its best.
+        growing: Gain of the first fitter's R² from the largest number that is at most half of the last
+            one, to the last one. None where there is no such number.
         test_tokens: Number of test tokens.
     """
 
@@ -35,8 +37,13 @@ class DataCurve:
     test_tokens: int
 
     def __repr__(self) -> str:
-        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
-        return f"DataCurve({ends}, {len(self.tokens)} sizes up to {max(self.tokens):,} tokens, recommended {self.recommended:,})"
+        sizes = f"{len(self.tokens)} sizes up to {max(self.tokens):,} tokens"
+        return f"DataCurve({arrow(self.source, self.target)}, {sizes}, recommended {self.recommended:,})"
+
+    def _repr_html_(self) -> str:
+        rows = {"source": str(self.source), "target": str(self.target)}
+        rows |= {f"R² of {name} at {self.tokens[-1]:,} tokens": f"{r2[-1]:.3f}" for name, r2 in self.r2.items()}
+        return html_table("DataCurve", rows | {"advice": self.advice})
 
     @property
     def advice(self) -> str:
@@ -54,17 +61,14 @@ class DataCurve:
 
 
 def data_curve(
-    rows: PairedRows,
-    *,
-    tokens: Sequence[int] | None = None,
-    fitters: "dict[str, Fitter] | None" = None,
+    rows: PairedRows, *, tokens: Sequence[int] | None = None, fitters: "dict[str, Fitter] | None" = None
 ) -> DataCurve:
-    """How the quality of a map grows with the text: fits on the first n training tokens, scores on all test documents.
+    """Score fits on growing numbers of training tokens, on all test documents.
 
     Args:
         rows: Paired rows of one layer pair.
-        tokens: Numbers of training tokens, ascending; by default doublings up to all of them.
-        fitters: What to fit, by name; ridge by default. The first one decides the recommendation.
+        tokens: Numbers of training tokens; by default doublings up to all of them.
+        fitters: Fitters under their names; ridge by default. The first one decides the recommendation.
 
     Raises:
         PromptError: There are fewer training tokens than asked for, or no test documents.
@@ -82,7 +86,7 @@ def data_curve(
         subset = rows.first(size)
         for name, fitter in chosen.items():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FewRowsWarning)  # how bad that is, is what the curve shows
+                warnings.simplefilter("ignore", FewRowsWarning)  # the curve shows how bad that is
                 fitted = fitter.fit(subset)
             assert fitted.score_test is not None
             scores[name].append(fitted.score_test.mean_r2)

@@ -1,10 +1,11 @@
 """Gradient descent with early stopping and checkpoints."""
 
 import math
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +19,18 @@ from xmodel_steer.files.records import read_tensors, write_tensors
 from xmodel_steer.maps.affine import Map, loss_of, score_of
 from xmodel_steer.maps.fitting import fit_record, require_rows
 from xmodel_steer.maps.pairs import PARTS, SplitMoments
-from xmodel_steer.maps.rows import DocumentRows, PairedRows
+from xmodel_steer.maps.rows import DocumentRows, PairedRows, joined
+
+AnyMap = TypeVar("AnyMap", bound=Map)
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What both fitters share: how they are trained.
+class Trained(ABC, Generic[AnyMap]):
+    """A fitter by gradient descent, with the settings of its training.
 
     The paper's settings (arXiv 2503.04429, section 3 and appendix) are the defaults: mean squared error
-    over real tokens, AdamW at 1e-4, batches of 16 documents, gradients of 4 of them accumulated, 3 epochs.
-    Few texts want more epochs; training stops when validation no longer improves.
+    over real tokens, AdamW at 1e-4, batches of 16 documents, gradients of 4 batches accumulated, 3 epochs.
+    A small text needs more epochs; training stops when validation no longer improves.
     """
 
     hidden: int | None = None
@@ -46,27 +49,44 @@ class Trained:
             if getattr(self, name) < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
 
+    @abstractmethod
+    def _activate(self, hidden: Tensor) -> Tensor:
+        """Apply the activation function between encoder and decoder."""
 
-def require_rows_of(data: SplitMoments | PairedRows, name: str) -> PairedRows:
-    """Refuse moments, on which nothing can be trained."""
-    if not isinstance(data, PairedRows):
-        raise PromptError(f"{name}: is trained on rows, not on moments; harvest a store and give store.pair(...)")
-    return data
+    @abstractmethod
+    def _map_of(self, weights: dict[str, Tensor], moments: SplitMoments) -> AnyMap:
+        """Make the map from the best weights."""
+
+    def fit(self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None) -> AnyMap:
+        """Train on train documents, stop on validation documents, score on test documents.
+
+        Args:
+            data: Rows of one layer pair.
+            checkpoint: A file that gets the state after every epoch. Given again, training continues
+                from there and ends with the same bits.
+
+        Raises:
+            PromptError: Moments were given, or a part has too few rows.
+            ArtifactError: The checkpoint has other data or settings.
+            NonFiniteError: The loss is NaN or infinite.
+        """
+        if not isinstance(data, PairedRows):
+            name = type(self).__name__
+            raise PromptError(f"{name}: is trained on rows, not on moments; harvest a store and give store.pair(...)")
+        moments = data.moments(shuffled=False)
+        require_rows(moments, validation=True)
+        weights, info = _descend(self, data, moments, checkpoint)
+        return _scored(self._map_of(weights, moments), data, moments, info)
 
 
 _WEIGHTS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 
 
-def descend(
-    fitter: Trained,
-    rows: PairedRows,
-    activation: Callable[[Tensor], Tensor],
-    checkpoint: str | Path | None,
-) -> tuple[dict[str, Tensor], SplitMoments, dict[str, Any]]:
-    """Train a fitter on rows, or go on where its checkpoint stopped."""
-    moments = rows.moments(shuffled=False)
-    require_rows(moments, validation=True)
-    run = _Run(fitter, rows, moments, activation)
+def _descend(
+    fitter: Trained[Any], rows: PairedRows, moments: SplitMoments, checkpoint: str | Path | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train, from a checkpoint if there is one; return best weights and record."""
+    run = _Run(fitter, rows, moments)
     file = Path(checkpoint) if checkpoint is not None else None
     if file is not None and file.is_file():
         run.load(file)
@@ -89,16 +109,14 @@ def descend(
         history=run.history,
         settings={name: value for name, value in vars(fitter).items() if name != "device"},
     )
-    return {name: tensor.detach().cpu() for name, tensor in run.best.items()}, moments, info
+    return {name: tensor.detach().cpu() for name, tensor in run.best.items()}, info
 
 
 class _Run:
-    """A training that can be stopped after any epoch and gone on with."""
+    """One training run, which can stop after any epoch and continue later."""
 
-    def __init__(
-        self, fitter: Trained, rows: PairedRows, moments: SplitMoments, activation: Callable[[Tensor], Tensor]
-    ) -> None:
-        self._fitter, self._rows, self._moments, self._activation = fitter, rows, moments, activation
+    def __init__(self, fitter: Trained[Any], rows: PairedRows, moments: SplitMoments) -> None:
+        self._fitter, self._rows, self._moments = fitter, rows, moments
         self._device = torch.device(fitter.device)
         ds, dt = rows.source.width, rows.target.width
         self.hidden = fitter.hidden or round(math.sqrt(ds * dt))
@@ -123,11 +141,11 @@ class _Run:
 
     @property
     def stalled(self) -> bool:
-        """Whether validation has not improved for as many epochs as there is patience."""
+        """True after ``patience`` epochs without a better validation loss."""
         return self.best_epoch >= 0 and len(self.history) - 1 - self.best_epoch >= self._fitter.patience
 
     def epoch(self, documents: tuple[DocumentRows, ...], bar: Any) -> None:
-        """One pass over the training documents, in an order that the seed and the epoch decide."""
+        """Pass once over the training documents in this epoch's random order."""
         generator = torch.Generator().manual_seed(self._fitter.seed * 1_000_003 + len(self.history) + 1)
         order = torch.randperm(len(documents), generator=generator).tolist()
         total, count = 0.0, 0
@@ -155,20 +173,18 @@ class _Run:
             self.best = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
 
     def _batch(self, documents: list[DocumentRows]) -> tuple[Tensor, Tensor]:
-        sides = [
-            torch.cat(side).to(self._device, torch.float32) for side in zip(*(d.load() for d in documents), strict=True)
-        ]
+        x, y = (side.to(self._device, torch.float32) for side in joined(documents))
         if not self._fitter.standardise:
-            return sides[0], sides[1]
+            return x, y
         train = self._moments.train
         return (
-            _standardised(sides[0], train.source_mean, train.source_scale),
-            _standardised(sides[1], train.target_mean, train.target_scale),
+            _standardised(x, train.source_mean, train.source_scale),
+            _standardised(y, train.target_mean, train.target_scale),
         )
 
     def _loss(self, x: Float[Tensor, "n ds"], y: Float[Tensor, "n dt"]) -> Tensor:
         w = self._weights
-        hidden = self._activation(x @ w["encoder"] + w["encoder_bias"])
+        hidden = self._fitter._activate(x @ w["encoder"] + w["encoder_bias"])
         return nn.functional.mse_loss(hidden @ w["decoder"] + w["decoder_bias"], y)
 
     @torch.no_grad()
@@ -181,7 +197,8 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "fitter": {"name": type(self._fitter).__name__, **vars(self._fitter), "epochs": 0},  # more may be run
+            # A checkpoint may continue with more epochs, so their number is no part of its identity.
+            "fitter": {"name": type(self._fitter).__name__, **vars(self._fitter), "epochs": 0},
             "source": self._rows.source.to_dict(),
             "target": self._rows.target.to_dict(),
         }
@@ -193,7 +210,7 @@ class _Run:
         return [float(m.norm()) for m in scatters]
 
     def save(self, file: Path) -> None:
-        """Write the whole state."""
+        """Write the whole state to a file."""
         tensors = {f"weights/{name}": tensor for name, tensor in self._weights.items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self._weights.items():
@@ -207,14 +224,14 @@ class _Run:
         write_tensors(file, "TrainingCheckpoint", tensors, record)
 
     def load(self, file: Path) -> None:
-        """Take up the state of a file.
+        """Restore the state from a file.
 
         Raises:
-            ArtifactError: It is of other data or settings, or was trained for longer.
+            ArtifactError: The file has other data or settings, or more epochs.
         """
         header, tensors = read_tensors(file)
-        own = header["kind"] == "TrainingCheckpoint" and header["identity"] == self._identity()
-        if not own or not np.allclose(header["norms"], self._norms(), rtol=1e-5, atol=0):
+        same = header["kind"] == "TrainingCheckpoint" and header["identity"] == self._identity()
+        if not same or not np.allclose(header["norms"], self._norms(), rtol=1e-5, atol=0):
             raise ArtifactError(
                 f"{file}: is a checkpoint of other rows or settings; delete it, or choose another file for this training"
             )
@@ -243,24 +260,23 @@ def _groups(documents: tuple[DocumentRows, ...], size: int) -> Iterator[list[Doc
         yield list(documents[i : i + size])
 
 
-def scored_map(made: Any, rows: PairedRows, moments: SplitMoments, info: dict[str, Any]) -> Any:
-    """Score a map on test documents, and add its losses, document by document."""
+def _scored(mapping: AnyMap, rows: PairedRows, moments: SplitMoments, info: dict[str, Any]) -> AnyMap:
+    """Add losses and the test score to a map, summed document by document."""
     loss, tested = {}, None
     for name in PARTS:
         part = getattr(moments, name)
         if not part.count:
             continue
-        sums = _sums(made, rows, name, part.target_mean)
-        loss[name] = loss_of(sums[0], made.target_scale, part.count)
+        sums = _sums(mapping, rows, name, part.target_mean)
+        loss[name] = loss_of(sums[0], mapping.target_scale, part.count)
         if name == "test":
-            tested = score_of(*sums, scale=made.target_scale, count=part.count, documents=part.documents)
-    return replace(made, score_test=tested, info={**info, "loss": loss})
+            tested = score_of(*sums, scale=mapping.target_scale, count=part.count, documents=part.documents)
+    return replace(mapping, score_test=tested, info={**info, "loss": loss})  # type: ignore[type-var]
 
 
-def _sums(made: Map, rows: PairedRows, part: str, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sums(mapping: Map, rows: PairedRows, part: str, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total: list[Tensor] = []
     for documents in _groups(rows.part(part), 16):
-        x, y = (torch.cat(side) for side in zip(*(d.load() for d in documents), strict=True))
-        own = made.error_sums(x, y, centre)
-        total = [a + b for a, b in zip(total, own, strict=True)] if total else list(own)
+        batch = mapping.error_sums(*joined(documents), centre)
+        total = [a + b for a, b in zip(total, batch, strict=True)] if total else list(batch)
     return total[0], total[1], total[2], total[3]

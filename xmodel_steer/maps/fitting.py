@@ -1,8 +1,9 @@
-"""Fitters of maps: frozen values with ``fit(data) -> map``, which never change themselves.
+"""The protocol of fitters, and steps that they share.
 
-``data`` is the moments of one layer pair, ``moments.pair(source, target)``, or its `PairedRows`,
-whose moments are then taken. Fits see the train documents, choices are made on the validation
-documents, and the score that a map carries is that of the test documents.
+Fitters are frozen values: ``fit(data)`` returns a map and never changes the fitter. ``data`` is the
+moments of one layer pair, ``moments.pair(source, target)``, or its `PairedRows`, whose moments are
+then taken. Fits see the train documents, choices are made on the validation documents, and a map's
+score comes from the test documents.
 """
 
 import warnings
@@ -21,15 +22,15 @@ PENALTIES = tuple(10.0**k for k in (-5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, 
 
 @runtime_checkable
 class Fitter(Protocol):
-    """Anything that fits a map."""
+    """A frozen value that fits a map."""
 
     def fit(self, data: Any) -> Map:
-        """Fit on the train documents, choose on the validation ones, score on the test ones."""
+        """Fit on train documents, choose on validation documents, score on test documents."""
         ...
 
 
 def as_moments(data: SplitMoments | PairedRows) -> SplitMoments:
-    """Take the moments of data that may be rows."""
+    """Return moments as they are, and the moments of rows."""
     return data.moments(shuffled=False) if isinstance(data, PairedRows) else data
 
 
@@ -47,50 +48,41 @@ def fit_record(name: str, moments: SplitMoments, coordinates: str, **more: Any) 
 
 
 def affine_of(moments: SplitMoments, weight: Tensor, bias: Tensor | None = None) -> AffineMap:
-    """Make a map with these weights that sends the mean to the mean.
-
-    Unless a bias is given.
-    """
+    """Make a map from weights; by default, means map to means."""
     train = moments.train
-    return AffineMap(
-        weight,
-        train.target_mean - train.source_mean @ weight if bias is None else bias,
-        moments.source,
-        moments.target,
-        train.source_scale,
-        train.target_scale,
-    )
+    if bias is None:
+        bias = train.target_mean - train.source_mean @ weight
+    return AffineMap(weight, bias, moments.source, moments.target, train.source_scale, train.target_scale)
 
 
-def with_scores(made: AffineMap, moments: SplitMoments, info: dict[str, Any]) -> AffineMap:
-    """Add losses and the test score to a map.
-
-    Losses are in units of the training variance.
-    """
-    parts = {name: getattr(moments, name) for name in PARTS}
-    loss = {name: made.standardised_loss(part) for name, part in parts.items() if part.count}
-    tested = made.score_moments(moments.test) if moments.test.count else None
-    return replace(made, score_test=tested, info={**info, "loss": loss})
+def scored(mapping: AffineMap, moments: SplitMoments, name: str, coordinates: str, **more: Any) -> AffineMap:
+    """Add record, losses (in units of training variance) and test score."""
+    parts = {part: getattr(moments, part) for part in PARTS}
+    loss = {part: mapping.standardised_loss(rows) for part, rows in parts.items() if rows.count}
+    tested = mapping.score_moments(moments.test) if moments.test.count else None
+    return replace(mapping, score_test=tested, info={**fit_record(name, moments, coordinates, **more), "loss": loss})
 
 
 def require_rows(moments: SplitMoments, *, validation: bool) -> None:
-    """Refuse moments that nothing can be fitted on, and warn of those that a fit cannot be trusted on.
+    """Refuse too few rows, and warn of fewer rows than dimensions.
+
+    Args:
+        moments: The moments to fit on.
+        validation: Refuse moments without validation rows.
 
     Raises:
-        PromptError: A part that is needed has too few rows.
+        PromptError: A needed part has too few rows.
     """
     wanted = 10 * max(moments.source.width, moments.target.width)
+    rows = f"fit: {moments.train.count} training rows"
     if moments.train.count < 2:
-        raise PromptError(
-            f"fit: {moments.train.count} training rows; give more text (a map between these widths wants "
-            f"about {wanted} tokens)"
-        )
+        raise PromptError(f"{rows}; give more text (a map between these widths wants about {wanted} tokens)")
     if moments.train.count <= moments.source.width:
         warnings.warn(
-            f"fit: {moments.train.count} training rows for {moments.source.width} source dimensions: the penalty, not the "
-            f"text, decides the map; give more text (about {wanted} tokens)",
+            f"{rows} for {moments.source.width} source dimensions: the penalty, not the text, decides the map; "
+            f"give more text (about {wanted} tokens)",
             FewRowsWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if validation and moments.validation.count < 2:
         raise PromptError(

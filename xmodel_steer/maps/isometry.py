@@ -6,7 +6,7 @@ import torch
 
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import AffineMap
-from xmodel_steer.maps.fitting import affine_of, as_moments, fit_record, require_rows, with_scores
+from xmodel_steer.maps.fitting import affine_of, as_moments, require_rows, scored
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.rows import PairedRows
 
@@ -20,10 +20,10 @@ class Procrustes:
     value decomposition ``xᵀy = U Σ Vᵀ``, ``Q = U Vᵀ`` and ``s = tr Σ / tr(Qᵀ xᵀx Q)``.
 
     Args:
-        standardise: Work in standardised coordinates of both ends, and undo it on the way out; else
-            the few hugest dimensions decide the rotation.
+        standardise: Rotate in standardised coordinates of both ends. In raw coordinates the few hugest
+            dimensions decide the rotation.
         centre: Subtract the means, and send the mean to the mean.
-        scale: Fit s; else it is 1.
+        scale: Fit s, which is 1 otherwise.
     """
 
     standardise: bool = True
@@ -31,7 +31,7 @@ class Procrustes:
     scale: bool = True
 
     def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Fit on the train documents, score on the test ones; nothing is chosen.
+        """Fit on train documents, score on test documents; nothing is chosen.
 
         Args:
             data: Moments or rows of one layer pair.
@@ -42,9 +42,9 @@ class Procrustes:
         moments = as_moments(data)
         require_rows(moments, validation=False)
         train = moments.train
-        own, cross = train.source_scatter, train.cross_scatter
+        scatter, cross = train.source_scatter, train.cross_scatter
         if not self.centre:
-            own = own + train.count * torch.outer(train.source_mean, train.source_mean)
+            scatter = scatter + train.count * torch.outer(train.source_mean, train.source_mean)
             cross = cross + train.count * torch.outer(train.source_mean, train.target_mean)
         into, out = torch.ones_like(train.source_mean), torch.ones_like(train.target_mean)
         if self.standardise:
@@ -53,10 +53,10 @@ class Procrustes:
         u, values, vh = torch.linalg.svd(into[:, None] * cross * target_in, full_matrices=False)
         related = values > values.max() * 1e-12  # elsewhere (constant dimensions) no rotation is better than another
         rotation = u[:, related] @ vh[related]
-        fitted = torch.einsum("st,st->", rotation, (into[:, None] * own * into) @ rotation)
+        fitted = torch.einsum("st,st->", rotation, (into[:, None] * scatter * into) @ rotation)
         size = float(values.sum() / fitted) if self.scale and fitted > 0 else 1.0
         weight = into[:, None] * rotation * size * out
         bias = None if self.centre else torch.zeros_like(train.target_mean)
         coordinates = "standardised" if self.standardise else "raw"
-        info = fit_record("Procrustes", moments, coordinates, size=size, centred=self.centre)
-        return with_scores(affine_of(moments, weight, bias), moments, info)
+        mapping = affine_of(moments, weight, bias)
+        return scored(mapping, moments, "Procrustes", coordinates, size=size, centred=self.centre)

@@ -1,4 +1,4 @@
-"""Every source layer against every target layer: how well a map between them does, and which pair to take."""
+"""Quality of maps between every source layer and every target layer, and rules to choose a pair."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import MapScore, score_of
 from xmodel_steer.maps.fitting import PENALTIES
@@ -23,24 +24,24 @@ from xmodel_steer.maps.ridge import Spectrum
 class LayerGrid:
     """Held-out quality of the ridge map of every layer pair at every penalty.
 
-    Arrays are ``(source sites, target sites, penalties)``, those of ``validation`` from the
-    documents that choose the penalty, those of ``test`` from documents that choose nothing:
+    Arrays are ``(source sites, target sites, penalties)``. ``validation`` comes from the documents
+    that choose the penalty, ``test`` from documents that choose nothing. Both hold:
 
     * ``r2``: mean R² over target dimensions, each counting alike;
     * ``cosine``: cosine of mapped and true rows in standardised coordinates;
-    * ``fvu``: share of the variance left unexplained, summed over standardised dimensions (raw, it
-      would be that of the few hugest);
+    * ``fvu``: unexplained share of the variance, summed over standardised dimensions (in raw
+      coordinates the few hugest dimensions would decide it);
     * ``norm_ratio``: length of the mapped rows over the true ones, standardised; under 1 a map shrinks.
 
     Args:
         source: The source's spaces, one per row.
         target: The target's spaces, one per column.
         penalties: The penalties.
-        validation: Arrays by name, from validation documents.
-        test: Arrays by name, from test documents.
+        validation: Arrays under their names, from validation documents.
+        test: Arrays under their names, from test documents.
         cka: Linear CKA (Kornblith et al. 2019) of the test rows in standardised coordinates,
-            ``(source sites, target sites)``: no map, how alike the geometries are.
-        sketch: Number of target dimensions that it was made from; 0 for all of them.
+            ``(source sites, target sites)``: likeness of the geometries, without a map.
+        sketch: Number of target dimensions in the sketch; 0 where all dimensions were used.
         r2_error: Standard error of ``r2`` on test documents, at the chosen penalty, from the choice of
             the sketch's dimensions; 0 without a sketch.
         counts: Rows and documents of each part.
@@ -60,13 +61,23 @@ class LayerGrid:
         ends = f"{self.source[0].model} → {self.target[0].model}"
         return f"LayerGrid({ends}, {len(self.source)} × {len(self.target)} sites, {len(self.penalties)} penalties)"
 
+    def _repr_html_(self) -> str:
+        chosen = self.chosen("r2")
+        i, j = np.unravel_index(int(np.nan_to_num(self.chosen("r2", "validation"), nan=-np.inf).argmax()), chosen.shape)
+        rows = {
+            "source": f"{self.source[0].model}, {len(self.source)} sites",
+            "target": f"{self.target[0].model}, {len(self.target)} sites",
+            "best pair on validation": f"{self.source[i].site} → {self.target[j].site}, test R² {chosen[i, j]:.3f}",
+        }
+        return html_table("LayerGrid", rows)
+
     @property
     def best(self) -> np.ndarray:
         """Index of the penalty with the best validation R² of each pair."""
         return self.validation["r2"].argmax(-1)
 
     def chosen(self, metric: str, part: str = "test") -> np.ndarray:
-        """Return a metric at each pair's own penalty, ``(source sites, target sites)``.
+        """Return a metric at each pair's chosen penalty, ``(source sites, target sites)``.
 
         Args:
             metric: ``r2``, ``cosine``, ``fvu``, ``norm_ratio`` or ``cka``.
@@ -78,7 +89,7 @@ class LayerGrid:
         return np.take_along_axis(values, self.best[..., None], -1)[..., 0]
 
     def to_frame(self) -> Any:
-        """One row per layer pair, as a pandas frame, at the penalty that validation chose."""
+        """Make a pandas frame with a row per layer pair, at its chosen penalty."""
         import pandas as pd
 
         rows = []
@@ -99,16 +110,16 @@ class LayerGrid:
     def source_for(
         self, target: SiteLike, *, rule: str = "score", tolerance: float = 0.01, blocks: tuple[int, int] | None = None
     ) -> Site:
-        """Choose the source site to map from, without a label of the target's.
+        """Choose the source site to map from, without labels of target text.
 
         Args:
             target: The target site.
-            rule: ``"score"``: of the source sites whose validation R² comes within ``tolerance`` of
-                the best, the deepest, where most of the text has been worked out. ``"depth"``: the
-                source site at the same relative depth.
-            tolerance: What counts as equally good.
-            blocks: How many blocks the source and the target have, for ``"depth"``; by default as many as the grid's deepest sites say,
-                which is right for a grid with the last block of both.
+            rule: ``"score"``: the deepest source site with a validation R² within ``tolerance`` of the
+                best; deep sites have read most of the text. ``"depth"``: the source site at the same
+                relative depth.
+            tolerance: Difference of R² that counts as equal.
+            blocks: Numbers of blocks of the source and the target, for ``"depth"``; by default the grid's
+                deepest sites are the last blocks.
 
         Raises:
             ValueError: The rule or the site is unknown.
@@ -122,27 +133,27 @@ class LayerGrid:
             return max((self.source[i].site for i in good), key=lambda site: site.layer)
         if rule == "depth":
             rows = [space.site for space in self.source]
-            ours, theirs = blocks or (max(site.layer for site in own) + 1 for own in (rows, columns))
-            depth = (target.layer + 1) / theirs
-            return min(rows, key=lambda site: abs((site.layer + 1) / ours - depth))
+            source_blocks, target_blocks = blocks or (
+                max(site.layer for site in sites) + 1 for sites in (rows, columns)
+            )
+            depth = (target.layer + 1) / target_blocks
+            return min(rows, key=lambda site: abs((site.layer + 1) / source_blocks - depth))
         raise ValueError(f"LayerGrid: rule must be 'score' or 'depth', got {rule!r}")
 
 
 def last_strong_layer(layers: Sequence[int], success: Sequence[float], *, share: float = 0.8) -> int:
     """Find the last layer before steering success drops sharply (arXiv 2503.04429).
 
-    The paper's rule.
-
-    The last layer of the first run of layers whose success is at least ``share`` of the best. It needs the
-    success of steering in the model itself, which for the target means the target's own labels.
+    The last layer of the first run of layers whose success is at least ``share`` of the best. The rule
+    needs steering success in the model itself, which for the target means labelled target text.
 
     Args:
         layers: Layers, ascending.
-        success: Steering success at each.
-        share: Of the best success, what counts as strong.
+        success: Steering success at each layer.
+        share: Share of the best success that counts as strong.
 
     Raises:
-        ValueError: There are no layers, or none of them steers.
+        ValueError: There are no layers, or steering succeeds at none.
 
     Example:
         >>> last_strong_layer([0, 4, 7, 13, 14, 15], [0.98, 1.0, 0.99, 0.8, 0.34, 0.0])
@@ -157,11 +168,11 @@ def last_strong_layer(layers: Sequence[int], success: Sequence[float], *, share:
 
 
 def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> LayerGrid:
-    """Held-out quality of the ridge map of every layer pair at every penalty, from moments alone.
+    """Score ridge maps of every layer pair and penalty on held-out text.
 
     One eigendecomposition per source layer serves every target layer and every penalty. Where the
-    moments have a sketch, it stands for the target: ridge fits each target dimension by itself, so
-    the scores of the sketch's dimensions are exactly those of the full map there.
+    moments have a sketch, its dimensions replace the target. Ridge fits each target dimension by itself,
+    so these dimensions score exactly as they do in the full map.
 
     Args:
         moments: Moments with full cross moments, or a sketch, of every source and target site.
@@ -184,10 +195,10 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
     cka, spread = np.zeros(shape[:2]), np.zeros(shape)
     width = next(iter(moments.target.values())).width
     for i, source in enumerate(sources):
-        own = [pair(source, target) for target in targets]
-        train = own[0].train
+        pairs = [pair(source, target) for target in targets]
+        train = pairs[0].train
         spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
-        blocks = _Blocks.of(own, spectrum)
+        blocks = _Blocks.of(pairs, spectrum)
         for k, penalty in enumerate(penalties):
             coefficients = spectrum.gains(penalty)[:, None] * blocks.train
             for part in ("validation", "test"):
@@ -199,11 +210,11 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
                     if part == "test" and moments.sketch:
                         varying = score.r2[~score.r2.isnan()]
                         finite = max(0.0, 1 - len(moments.sketch) / width)  # drawn without replacement
-                        several = len(varying) > 1  # of one dimension there is no spread
+                        several = len(varying) > 1  # one dimension has no spread
                         spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5 if several else np.nan
         for j, target in enumerate(targets):
             full = moments.parts["test"].target_scatters[target]
-            cka[i, j] = _cka(own[j], full, moments.scale(target), width / own[j].target.width)
+            cka[i, j] = _cka(pairs[j], full, moments.scale(target), width / pairs[j].target.width)
     best = scores["validation"]["r2"].argmax(-1)
     return LayerGrid(
         tuple(moments.source.values()),
@@ -220,7 +231,7 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """One source layer with the target layers side by side, in the coordinates of its eigenvectors."""
+    """A source layer and all target layers, joined, in the coordinates of its eigenvectors."""
 
     train: Float[Tensor, "ds k"]
     spectrum: Spectrum
@@ -242,36 +253,36 @@ class _Blocks:
         return cls(train, spectrum, pairs, scatters, crosses, shifts)
 
     def measure(self, name: str, coefficients: Tensor) -> list[tuple[MapScore, float]]:
-        """For each target layer: the score on a part, and the FVU."""
+        """Compute the score on a part and the FVU, for each target layer."""
         moved = self.shifts[name] @ coefficients
         fitted = (coefficients * (self.scatters[name] @ coefficients)).sum(0)
         agreed = (coefficients * self.crosses[name]).sum(0)
-        made, start = [], 0
+        scores, start = [], 0
         for pair in self.pairs:
-            own = slice(start, start + pair.target.width)
-            start = own.stop
+            columns = slice(start, start + pair.target.width)
+            start = columns.stop
             part, scale = getattr(pair, name), pair.train.target_scale
-            offset = part.count * (moved[own] - (part.target_mean - pair.train.target_mean)) ** 2
-            truth, dot = part.target_scatter.diagonal(), agreed[own]
-            mapped = fitted[own] + offset
+            offset = part.count * (moved[columns] - (part.target_mean - pair.train.target_mean)) ** 2
+            truth, dot = part.target_scatter.diagonal(), agreed[columns]
+            mapped = fitted[columns] + offset
             error = truth - 2 * dot + mapped
             score = score_of(error, truth, dot, mapped, scale=scale, count=part.count, documents=part.documents)
             left, total = (float((x * inverse_of(scale) ** 2).sum()) for x in (error, truth))
-            made.append((score, left / total if total > 0 else float("nan")))
-        return made
+            scores.append((score, left / total if total > 0 else float("nan")))
+        return scores
 
 
 def _cka(pair: SplitMoments, target_scatter: Tensor, target_scale: Tensor, times: float) -> float:
-    """Linear CKA on the test rows, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), standardised by the training deviations.
+    """Compute linear CKA on the test rows, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), standardised.
 
     Args:
-        pair: Moments; their target may be a sketch.
-        target_scatter: The test scatter of all target dimensions.
-        target_scale: Their training deviations.
-        times: What to multiply the squared norm by to make up for the dimensions that the sketch lacks.
+        pair: Moments of the pair; the target may be a sketch.
+        target_scatter: Test scatter of all target dimensions.
+        target_scale: Standard deviations of all target dimensions over the training text.
+        times: Factor of the squared norm for the dimensions that the sketch lacks.
     """
     test, train = pair.test, pair.train
     into, out, every = (inverse_of(x) for x in (train.source_scale, train.target_scale, target_scale))
     cross = (into[:, None] * test.cross_scatter * out).square().sum() * times
-    own = (into[:, None] * test.source_scatter * into).norm() * (every[:, None] * target_scatter * every).norm()
-    return float(cross / own) if own > 0 else 0.0
+    norms = (into[:, None] * test.source_scatter * into).norm() * (every[:, None] * target_scatter * every).norm()
+    return float(cross / norms) if norms > 0 else 0.0

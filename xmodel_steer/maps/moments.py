@@ -1,8 +1,8 @@
-"""Streamed second moments of paired activations: all that a linear map needs to know of a text.
+"""Streamed second moments of paired activations: all that a linear map needs from a text.
 
-Memory does not depend on the text's length. Every document belongs wholly to one part (train,
-validation or test) by a hash of its content, so that neighbouring tokens never stand on both
-sides, and shards may be collected in any order, anywhere, and merged.
+Memory does not depend on the text's length. A hash of its content assigns each document to one part
+(train, validation or test). Neighbouring tokens are therefore never in two parts, and shards may be
+collected in any order, anywhere, and merged.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.maps.pairs import PARTS, PRODUCTS, PairMoments, SplitMoments, deviations
 
 
 def dealt_to(shards: Iterable[str]) -> set[int]:
-    """Of names such as ``0/3`` the numbers of shards that the text was dealt out to."""
+    """Parse shard totals from names such as ``0/3``."""
     return {int(name.split("/")[1]) for name in shards}
 
 
@@ -34,9 +35,9 @@ class PartMoments:
         target_means: Mean at each target site.
         source_scatters: Centred second moments within each source site.
         target_scatters: The same within each target site.
-        cross: Centred cross moments of the layer pairs that were asked for.
-        shuffled: The same of rows paired to other documents.
-        sketch: Cross moments of every layer pair with a few of the target's dimensions.
+        cross: Centred cross moments of the requested layer pairs.
+        shuffled: The same moments of rows paired with other documents.
+        sketch: Cross moments of every layer pair, with a few of the target's dimensions.
     """
 
     count: int
@@ -62,14 +63,14 @@ class Moments:
     Args:
         source: Space of each source site.
         target: Space of each target site.
-        pairs: The layer pairs whose full cross moments are kept.
-        sketch: Dimensions of the target, drawn by seed and equal at every target site, whose cross
+        pairs: Layer pairs with full cross moments.
+        sketch: Dimensions of the target, drawn from a seed and equal at every target site, whose cross
             moments with every source site are kept for `layer_grid`; empty where all pairs are full.
         parts: Moments of the train, validation and test documents.
         paired: Number of token pairs.
-        eligible: How many there could have been.
-        settings: How the text was read (token limit, split seed, ...); shards must agree on it.
-        shards: Names of the shards that are in it, where shards have names; none may be added twice.
+        eligible: Largest possible number of token pairs.
+        settings: Settings of the collection (token limit, split seed, ...), equal in all shards.
+        shards: Names of the shards in the moments, where shards have names; none may be added twice.
     """
 
     source: Mapping[Site, Space]
@@ -87,9 +88,18 @@ class Moments:
         text = f"{self.tokens:,} pairs of tokens of {self.documents:,} documents"
         return f"Moments({ends}, {len(self.pairs)} pairs of sites, {text}, coverage {self.coverage:.0%})"
 
+    def _repr_html_(self) -> str:
+        def sites(spaces: Mapping[Site, Space]) -> str:
+            first = next((str(space) for space in spaces.values()), "nothing")
+            return first if len(spaces) < 2 else f"{first} and {len(spaces) - 1} more"
+
+        rows = {"source": sites(self.source), "target": sites(self.target), "pairs of sites": f"{len(self.pairs):,}"}
+        rows |= {"pairs of tokens": f"{self.tokens:,}", "documents": f"{self.documents:,}"}
+        return html_table("Moments", rows | {"coverage": f"{self.coverage:.0%}"})
+
     @property
     def coverage(self) -> float:
-        """Share of the tokens that could pair that do."""
+        """Share of the pairable tokens that pair."""
         return self.paired / self.eligible if self.eligible else 0.0
 
     @property
@@ -103,11 +113,11 @@ class Moments:
         return sum(part.documents for part in self.parts.values())
 
     def __add__(self, other: "Moments") -> "Moments":
-        for own, theirs, end in ((self.source, other.source, "source"), (self.target, other.target, "target")):
-            if dict(own) != dict(theirs):
+        for here, there, end in ((self.source, other.source, "source"), (self.target, other.target, "target")):
+            if dict(here) != dict(there):
                 raise SpaceMismatchError(
                     f"merging moments: the shards' {end} spaces differ "
-                    f"({_names(own)} and {_names(theirs)}); collect every shard with the same models and sites"
+                    f"({_names(here)} and {_names(there)}); collect every shard with the same models and sites"
                 )
         if (self.pairs, self.sketch) != (other.pairs, other.sketch) or dict(self.settings) != dict(other.settings):
             raise ValueError(
@@ -132,30 +142,30 @@ class Moments:
         )
 
     def only(self, pairs: Sequence[tuple[Site, Site]]) -> "Moments":
-        """Keep some pairs and the sites that they need, without a sketch.
+        """Keep some layer pairs and the sites that they need; drop the sketch.
 
         Args:
-            pairs: Layer pairs that are kept in full.
+            pairs: Layer pairs with full cross moments.
 
         Raises:
             ValueError: A pair was not collected.
         """
         for source, target in pairs:
-            self.pair(source, target)  # refuses one that is not there
+            self.pair(source, target)  # refuses a pair that was not collected
         kept, sources, targets = set(pairs), {s for s, _ in pairs}, {t for _, t in pairs}
 
         def chosen(values: Mapping[Any, Any], keys: set[Any]) -> dict[Any, Any]:
             return {key: value for key, value in values.items() if key in keys}
 
-        def part(own: PartMoments) -> PartMoments:
+        def part(whole: PartMoments) -> PartMoments:
             return replace(
-                own,
-                source_means=chosen(own.source_means, sources),
-                target_means=chosen(own.target_means, targets),
-                source_scatters=chosen(own.source_scatters, sources),
-                target_scatters=chosen(own.target_scatters, targets),
-                cross=chosen(own.cross, kept),
-                shuffled=chosen(own.shuffled, kept),
+                whole,
+                source_means=chosen(whole.source_means, sources),
+                target_means=chosen(whole.target_means, targets),
+                source_scatters=chosen(whole.source_scatters, sources),
+                target_scatters=chosen(whole.target_scatters, targets),
+                cross=chosen(whole.cross, kept),
+                shuffled=chosen(whole.shuffled, kept),
                 sketch={},
             )
 
@@ -164,16 +174,16 @@ class Moments:
             source=chosen(self.source, sources),
             target=chosen(self.target, targets),
             pairs=tuple(pair for pair in self.pairs if pair in kept),
-            parts={name: part(own) for name, own in self.parts.items()},
+            parts={name: part(whole) for name, whole in self.parts.items()},
             sketch=(),
         )
 
     def pair(self, source: SiteLike, target: SiteLike) -> SplitMoments:
-        """Return the moments of one layer pair, with those of the shuffled control.
+        """Return the moments of one layer pair, with its shuffled control.
 
         Args:
-            source: Site in the source model, or a layer by its number.
-            target: The same in the target model.
+            source: Site in the source model, or a layer's number.
+            target: Site in the target model, or a layer's number.
 
         Raises:
             ValueError: The pair was not collected.
@@ -189,17 +199,13 @@ class Moments:
                 )
             )
 
-        def split(kind: str) -> SplitMoments:
-            return self._split(
-                source, target, {name: getattr(p, kind)[source, target] for name, p in self.parts.items()}
-            )
-
+        paired = self._split(source, target, "cross")
         if (source, target) not in self.parts["train"].shuffled:
-            return split("cross")
-        return replace(split("cross"), control=replace(split("shuffled"), shuffled=True))
+            return paired
+        return replace(paired, control=replace(self._split(source, target, "shuffled"), shuffled=True))
 
     def sketched(self, source: SiteLike, target: SiteLike) -> SplitMoments:
-        """Return the moments of one layer pair, of the sketch's target dimensions alone.
+        """Return the moments of one layer pair with the sketch's target dimensions only.
 
         Raises:
             ValueError: There is no sketch of the pair.
@@ -207,17 +213,20 @@ class Moments:
         source, target = as_site(source), as_site(target)
         if (source, target) not in self.parts["train"].sketch:
             raise ValueError(f"moments: the pair {source} to {target} was not sketched; collect with sketch=64")
-        cross = {name: part.sketch[source, target] for name, part in self.parts.items()}
-        return self._split(source, target, cross, torch.tensor(self.sketch))
+        return self._split(source, target, "sketch")
 
-    def _split(
-        self, source: Site, target: Site, cross: Mapping[str, Tensor], columns: Tensor | None = None
-    ) -> SplitMoments:
-        def of(name: str) -> PairMoments:
-            part = self.parts[name]
+    def _split(self, source: Site, target: Site, kind: str) -> SplitMoments:
+        """Gather one pair's moments from each part: ``cross``, ``shuffled`` or ``sketch``."""
+        space = self.target[target]
+        columns = torch.tensor(self.sketch) if kind == "sketch" else None
+        if columns is not None:
+            space = replace(space, width=len(columns))
+
+        def pair(part: PartMoments) -> PairMoments:
             mean, scatter = part.target_means[target], part.target_scatters[target]
             if columns is not None:
                 mean, scatter = mean[columns], scatter[columns][:, columns]
+            cross = getattr(part, kind)[source, target]
             return PairMoments(
                 part.count,
                 part.documents,
@@ -225,23 +234,21 @@ class Moments:
                 mean,
                 part.source_scatters[source],
                 scatter,
-                cross[name],
+                cross,
             )
 
-        space = self.target[target]
-        if columns is not None:
-            space = replace(space, width=len(columns))
-        return SplitMoments(self.source[source], space, *map(of, PARTS), coverage=self.coverage)
+        splits = (pair(self.parts[name]) for name in PARTS)
+        return SplitMoments(self.source[source], space, *splits, coverage=self.coverage)
 
     def scale(self, site: SiteLike, *, end: str = "target") -> Float[Tensor, " d"]:
         """Return the standard deviation of each dimension over the training text.
 
         Args:
             site: The site.
-            end: ``"source"`` or ``"target"``: which of the two models.
+            end: The model of the site, ``"source"`` or ``"target"``.
 
         Raises:
-            ValueError: The end is neither, or the site was not collected.
+            ValueError: The end is another word, or the site was not collected.
         """
         if end not in ("source", "target"):
             raise ValueError(f"moments: end must be 'source' or 'target', got {end!r}")
@@ -261,9 +268,9 @@ def _names(spaces: Mapping[Site, Space]) -> str:
 def recentred(
     part: PartMoments, source_means: Mapping[Site, Tensor], target_means: Mapping[Site, Tensor], sketch: Sequence[int]
 ) -> PartMoments:
-    """Move the products to other means: M + n (mean - other)ᵀ(mean - other).
+    """Recentre the products about other means: M + n (mean - other)ᵀ(mean - other).
 
-    Products of several sets of rows about common means add up (Chan, Golub & LeVeque 1979).
+    Products of several sets of rows about common means can be added (Chan, Golub & LeVeque 1979).
     """
     n, columns = part.count, list(sketch)
     ds = {site: mean - source_means[site] for site, mean in part.source_means.items()}
@@ -288,15 +295,15 @@ def recentred(
 
 
 def _merged(one: PartMoments, two: PartMoments, sketch: Sequence[int]) -> PartMoments:
-    """Moments of both sets of rows together."""
+    """Merge the moments of two sets of rows."""
     if one.count == 0:
         return two
     if two.count == 0:
         return one
     share = two.count / (one.count + two.count)
     source, target = (
-        {site: torch.lerp(mean, theirs[site], share) for site, mean in own.items()}
-        for own, theirs in ((one.source_means, two.source_means), (one.target_means, two.target_means))
+        {site: torch.lerp(mean, second[site], share) for site, mean in first.items()}
+        for first, second in ((one.source_means, two.source_means), (one.target_means, two.target_means))
     )
     a, b = (recentred(part, source, target, sketch) for part in (one, two))
     sums = {kind: {k: v + getattr(b, kind)[k] for k, v in getattr(a, kind).items()} for kind in PRODUCTS}

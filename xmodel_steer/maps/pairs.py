@@ -1,26 +1,26 @@
-"""Moments of two streams, and their parts."""
+"""Moments of one layer pair, and the split of documents into parts."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.core.spaces import Space
+from xmodel_steer.core.spaces import Space, arrow
 
 PARTS = ("train", "validation", "test")
 PRODUCTS = ("source_scatters", "target_scatters", "cross", "shuffled", "sketch")  # of `PartMoments`
 
 
 def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float = 0.1) -> str:
-    """Assign a document to a part, by a hash of its content.
+    """Assign a document to a part by a hash of its content.
 
     Args:
         content: The document's text; equal texts fall into the same part.
         seed: Seed of the split.
         validation: Share of documents that choose the penalty.
-        test: Share of documents that the reported scores come from.
+        test: Share of documents that give the reported scores.
 
     Example:
         >>> part_of("The same text.") == part_of("The same text.")
@@ -32,13 +32,10 @@ def part_of(content: str, *, seed: int = 0, validation: float = 0.1, test: float
 
 
 def deviations(scatter: Float[Tensor, "d d"], mean: Float[Tensor, " d"], count: int) -> Float[Tensor, " d"]:
-    """Return the standard deviation of each dimension.
-
-    Exactly 0 where it is only the rounding of a constant.
-    """
-    made = (scatter.diagonal() / max(count, 1)).clamp(min=0).sqrt()
+    """Return the standard deviation of each dimension, exactly 0 for a rounded constant."""
+    scale = (scatter.diagonal() / max(count, 1)).clamp(min=0).sqrt()
     rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
-    return torch.where(made > rounding, made, 0.0)
+    return torch.where(scale > rounding, scale, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +45,8 @@ class PairMoments:
     Args:
         count: Number of rows, n.
         documents: Number of documents that they come from.
-        source_mean: mean of s.
-        target_mean: mean of t.
+        source_mean: Mean of s.
+        target_mean: Mean of t.
         source_scatter: Σ (s - mean)ᵀ(s - mean).
         target_scatter: Σ (t - mean)ᵀ(t - mean).
         cross_scatter: Σ (s - mean)ᵀ(t - mean).
@@ -68,7 +65,7 @@ class PairMoments:
         return f"PairMoments({self.count:,} pairs of {self.documents:,} documents, {widths})"
 
     def inverse(self) -> "PairMoments":
-        """Pair the same rows the other way round."""
+        """Exchange source and target."""
         return PairMoments(
             self.count,
             self.documents,
@@ -92,17 +89,17 @@ class PairMoments:
 
 @dataclass(frozen=True, eq=False)
 class SplitMoments:
-    """The moments of one layer pair for each part of the text, with both spaces.
+    """Moments of one layer pair for each part of the text, with both spaces.
 
     Args:
-        source: Space that a map of them maps from.
-        target: Space that it maps to.
-        train: Moments of the documents that maps are fitted on.
-        validation: Moments of those that choose penalties.
-        test: Moments of those that scores are reported from.
-        coverage: Share of the tokens that could pair that do.
-        control: The same with every row paired to a token of another document: nothing to learn,
-            but everything else equal. None where it was not collected.
+        source: Space of the source rows.
+        target: Space of the target rows.
+        train: Moments of the documents that fit maps.
+        validation: Moments of the documents that choose penalties.
+        test: Moments of the documents that give the reported scores.
+        coverage: Share of the pairable tokens that pair.
+        control: The same moments with every row paired to a token of another document: nothing to
+            learn, and everything else equal. None where they were not collected.
         shuffled: Whether these are such control moments.
     """
 
@@ -116,19 +113,11 @@ class SplitMoments:
     shuffled: bool = False
 
     def __repr__(self) -> str:
-        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
         rows = ", ".join(f"{name} {getattr(self, name).count:,}" for name in PARTS)
-        return f"SplitMoments({ends}, pairs: {rows}, coverage {self.coverage:.0%})"
+        return f"SplitMoments({arrow(self.source, self.target)}, pairs: {rows}, coverage {self.coverage:.0%})"
 
     def inverse(self) -> "SplitMoments":
-        """Turn the moments round, for maps from the target to the source."""
-        return SplitMoments(
-            self.target,
-            self.source,
-            self.train.inverse(),
-            self.validation.inverse(),
-            self.test.inverse(),
-            self.coverage,
-            None if self.control is None else self.control.inverse(),
-            self.shuffled,
-        )
+        """Exchange source and target, for maps in the opposite direction."""
+        parts = {name: getattr(self, name).inverse() for name in PARTS}
+        control = None if self.control is None else self.control.inverse()
+        return replace(self, source=self.target, target=self.source, control=control, **parts)

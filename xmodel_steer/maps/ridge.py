@@ -1,8 +1,8 @@
 """Ridge regression and its low-rank form, for every penalty from one decomposition."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import AffineMap
-from xmodel_steer.maps.fitting import PENALTIES, affine_of, as_moments, fit_record, require_rows, with_scores
+from xmodel_steer.maps.fitting import PENALTIES, affine_of, as_moments, require_rows, scored
 from xmodel_steer.maps.pairs import PairMoments, SplitMoments
 from xmodel_steer.maps.rows import PairedRows
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The eigendecomposition of a source's correlations: from it every penalty's ridge costs one product.
+    """Eigendecomposition of a source's correlations; each penalty's ridge then costs one product.
 
     Args:
         values: Eigenvalues of the correlation matrix.
@@ -39,68 +39,68 @@ class Spectrum:
         return cls(values.clamp(min=0), vectors, inverse, count)  # rounding makes zeros slightly negative
 
     def project(self, cross: Float[Tensor, "ds k"]) -> Float[Tensor, "ds k"]:
-        """Project a cross scatter on the eigenvectors, per row."""
+        """Project a cross scatter, divided by the number of rows, on the eigenvectors."""
         return self.vectors.T @ (self.inverse[:, None] * cross / self.count)
 
     def gains(self, penalty: float) -> Float[Tensor, " ds"]:
-        """1 / (eigenvalue + λ).
+        """Compute 1 / (eigenvalue + λ), and 0 for directions that the text does not span.
 
-        Directions that the text does not span (constant dimensions, fewer rows than dimensions) get
-        0, also without penalty: the minimum-norm solution.
+        Such directions come from constant dimensions or from fewer rows than dimensions. The 0 holds
+        without a penalty too: it gives the minimum-norm solution.
         """
         spanned = self.values > self.values.max() * 1e-12
         return torch.where(spanned, 1.0 / torch.where(spanned, self.values + penalty, 1.0), 0.0)
 
     def weight(self, coefficients: Float[Tensor, "ds k"]) -> Float[Tensor, "ds k"]:
-        """Weights of the source's own dimensions from coefficients of the eigenvectors."""
+        """Turn coefficients of the eigenvectors into weights of the source's dimensions."""
         return self.inverse[:, None] * (self.vectors @ coefficients)
 
 
-def _check_penalties(name: str, penalties: Sequence[float]) -> None:
-    if not penalties or any(not p >= 0 for p in penalties):
-        raise ValueError(f"{name}: penalties must be numbers of 0 or more, got {tuple(penalties)}")
+class _Penalised(ABC):
+    """A fitter that chooses its penalty on validation documents."""
 
+    penalties: Sequence[float]
 
-def _chosen_penalty(
-    name: str, data: SplitMoments | PairedRows, penalties: Sequence[float], coefficients: Any, **more: Any
-) -> AffineMap:
-    """Choose the penalty with the best mean R² on validation documents.
+    def __post_init__(self) -> None:
+        if not self.penalties or any(not p >= 0 for p in self.penalties):
+            raise ValueError(
+                f"{type(self).__name__}: penalties must be numbers of 0 or more, got {tuple(self.penalties)}"
+            )
 
-    Args:
-        name: The fitter's name.
-        data: What to fit on.
-        penalties: The path.
-        coefficients: Makes coefficients of the eigenvectors from a spectrum, a projected cross
-            scatter, a penalty and the training moments.
-        more: For the map's record.
-    """
-    moments = as_moments(data)
-    require_rows(moments, validation=len(penalties) > 1)
-    train = moments.train
-    spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
-    projected = spectrum.project(train.cross_scatter)
-    path: list[tuple[float, float | None]] = []
-    best: tuple[float, AffineMap, float] | None = None
-    for penalty in penalties:
-        candidate = affine_of(moments, spectrum.weight(coefficients(spectrum, projected, penalty, train)))
-        quality = candidate.score_moments(moments.validation).mean_r2 if moments.validation.count else None
-        path.append((penalty, quality))
-        if best is None or (quality is not None and quality > best[0]):
-            best = (quality if quality is not None else 0.0, candidate, penalty)
-    assert best is not None
-    info = fit_record(
-        name,
-        moments,
-        "penalty in standardised source dimensions",
-        penalty=best[2],
-        penalty_path=[{"penalty": p, "validation_r2": q} for p, q in path],
-        **more,
-    )
-    return with_scores(best[1], moments, info)
+    @abstractmethod
+    def _coefficients(self, spectrum: Spectrum, projected: Tensor, penalty: float, train: PairMoments) -> Tensor:
+        """Solve for the coefficients of the eigenvectors, from the projected cross scatter."""
+
+    def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
+        """Fit on train documents, choose λ on validation documents, score on test documents.
+
+        Args:
+            data: Moments or rows of one layer pair.
+
+        Raises:
+            PromptError: A part that is needed has too few rows.
+        """
+        moments = as_moments(data)
+        require_rows(moments, validation=len(self.penalties) > 1)
+        train = moments.train
+        spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
+        projected = spectrum.project(train.cross_scatter)
+        path: list[dict[str, float | None]] = []  # every penalty with its validation R²
+        best: tuple[float, AffineMap, float] | None = None
+        for penalty in self.penalties:
+            candidate = affine_of(moments, spectrum.weight(self._coefficients(spectrum, projected, penalty, train)))
+            quality = candidate.score_moments(moments.validation).mean_r2 if moments.validation.count else None
+            path.append({"penalty": penalty, "validation_r2": quality})
+            if best is None or (quality is not None and quality > best[0]):
+                best = (quality if quality is not None else 0.0, candidate, penalty)
+        assert best is not None
+        record = {"penalty": best[2], "penalty_path": path}
+        record |= {name: value for name, value in vars(self).items() if name != "penalties"}
+        return scored(best[1], moments, type(self).__name__, "penalty in standardised source dimensions", **record)
 
 
 @dataclass(frozen=True)
-class Ridge:
+class Ridge(_Penalised):
     """Least squares with a penalty scaled by each source dimension's variance.
 
     Minimises ``Σ |y - xW - b|² + n λ Σ_i σ_i² |W_i|²``: ridge regression on standardised
@@ -118,27 +118,12 @@ class Ridge:
 
     penalties: Sequence[float] = PENALTIES
 
-    def __post_init__(self) -> None:
-        _check_penalties("Ridge", self.penalties)
-
-    def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Fit on the train documents, choose λ on the validation ones, score on the test ones.
-
-        Args:
-            data: Moments or rows of one layer pair.
-
-        Raises:
-            PromptError: A part that is needed has too few rows.
-        """
-
-        def coefficients(spectrum: Spectrum, projected: Tensor, penalty: float, train: PairMoments) -> Tensor:
-            return spectrum.gains(penalty)[:, None] * projected
-
-        return _chosen_penalty("Ridge", data, self.penalties, coefficients)
+    def _coefficients(self, spectrum: Spectrum, projected: Tensor, penalty: float, train: PairMoments) -> Tensor:
+        return spectrum.gains(penalty)[:, None] * projected
 
 
 @dataclass(frozen=True)
-class ReducedRank:
+class ReducedRank(_Penalised):
     """Ridge whose fitted values span no more than ``rank`` dimensions.
 
     Reduced-rank regression (Izenman 1975) with a ridge penalty (Mukherjee & Zhu 2011): the ridge
@@ -154,26 +139,14 @@ class ReducedRank:
     penalties: Sequence[float] = PENALTIES
 
     def __post_init__(self) -> None:
-        _check_penalties("ReducedRank", self.penalties)
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"ReducedRank: rank must be at least 1, got {self.rank}")
 
-    def fit(self, data: SplitMoments | PairedRows) -> AffineMap:
-        """Fit on the train documents, choose λ on the validation ones, score on the test ones.
-
-        Args:
-            data: Moments or rows of one layer pair.
-
-        Raises:
-            PromptError: A part that is needed has too few rows.
-        """
-
-        def coefficients(spectrum: Spectrum, projected: Tensor, penalty: float, train: PairMoments) -> Tensor:
-            gains = spectrum.gains(penalty)[:, None]
-            scale = train.target_scale
-            standardised = projected * inverse_of(scale)
-            # With (S + λ) diagonal in these coordinates, the penalised fit's covariance is PᵀGP.
-            leading = torch.linalg.svd(gains.sqrt() * standardised, full_matrices=False).Vh[: self.rank]
-            return gains * (standardised @ leading.T @ leading) * scale
-
-        return _chosen_penalty("ReducedRank", data, self.penalties, coefficients, rank=self.rank)
+    def _coefficients(self, spectrum: Spectrum, projected: Tensor, penalty: float, train: PairMoments) -> Tensor:
+        gains = spectrum.gains(penalty)[:, None]
+        scale = train.target_scale
+        standardised = projected * inverse_of(scale)
+        # With (S + λ) diagonal in these coordinates, the penalised fit's covariance is PᵀGP.
+        leading = torch.linalg.svd(gains.sqrt() * standardised, full_matrices=False).Vh[: self.rank]
+        return gains * (standardised @ leading.T @ leading) * scale

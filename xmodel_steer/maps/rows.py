@@ -1,4 +1,4 @@
-"""Paired activations document by document: what a map needs that moments are not enough for."""
+"""Paired activations document by document, for maps that need more than moments."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.spaces import Space
+from xmodel_steer.core.spaces import Space, arrow
 from xmodel_steer.core.vectors import Activations
 from xmodel_steer.maps.accumulator import MomentsAccumulator, shuffle_generator, shuffled_partners
 from xmodel_steer.maps.pairs import PARTS, SplitMoments
@@ -23,7 +23,7 @@ class DocumentRows:
         number: The document's number in the text, from 0.
         part: ``train``, ``validation`` or ``test``.
         count: Number of rows.
-        load: Gives the source's and the target's rows.
+        load: Returns the source's and the target's rows.
         prompt: The id of its prompt.
     """
 
@@ -42,9 +42,9 @@ class PairedRows:
         source: The space of the source rows.
         target: The space of the target rows.
         documents: The documents, in the order of the text.
-        coverage: Share of the tokens that could pair that do.
-        window: How many documents are taken together for moments, and shuffled among.
-        shuffled: Whether rows are paired with those of other documents.
+        coverage: Share of the pairable tokens that pair.
+        window: Number of documents that are summed together, and shuffled among each other.
+        shuffled: Whether rows are paired with rows of other documents.
     """
 
     source: Space
@@ -55,13 +55,13 @@ class PairedRows:
     shuffled: bool = False
 
     def __repr__(self) -> str:
-        ends = f"{self.source.model} {self.source.site} → {self.target.model} {self.target.site}"
         rows = sum(document.count for document in self.documents)
-        return f"PairedRows({ends}, {rows:,} pairs of {len(self.documents):,} documents, coverage {self.coverage:.0%})"
+        text = f"{rows:,} pairs of {len(self.documents):,} documents"
+        return f"PairedRows({arrow(self.source, self.target)}, {text}, coverage {self.coverage:.0%})"
 
     @classmethod
     def of(cls, source: Activations, target: Activations, parts: Sequence[str]) -> "PairedRows":
-        """Rows that are in memory already.
+        """Pair rows that are in memory.
 
         Args:
             source: Rows of the source, with labels.
@@ -69,7 +69,7 @@ class PairedRows:
             parts: The part of each document, in the order of their first rows.
 
         Raises:
-            PromptError: The rows do not pair, have no labels, or a part has another name than `PARTS`.
+            PromptError: The rows do not pair, have no labels, or a part is not in `PARTS`.
         """
         if len(source) != len(target) or not source.rows:
             raise PromptError(f"PairedRows: needs paired, labelled rows, got {len(source)} and {len(target)}")
@@ -83,43 +83,45 @@ class PairedRows:
         if unknown := sorted(set(parts) - set(PARTS)):
             raise PromptError(f"PairedRows: a part is one of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
 
-        def rows(own: list[int]) -> Callable[[], tuple[Tensor, Tensor]]:
-            return lambda: (source.values[own], target.values[own])
+        def loader(indices: list[int]) -> Callable[[], tuple[Tensor, Tensor]]:
+            return lambda: (source.values[indices], target.values[indices])
 
-        made = (
-            DocumentRows(number, part, len(own), rows(own), document)
-            for number, ((document, own), part) in enumerate(zip(places.items(), parts, strict=True))
+        documents = (
+            DocumentRows(number, part, len(indices), loader(indices), document)
+            for number, ((document, indices), part) in enumerate(zip(places.items(), parts, strict=True))
         )
-        return cls(source.space, target.space, tuple(made))
+        return cls(source.space, target.space, tuple(documents))
 
     def part(self, name: str) -> tuple[DocumentRows, ...]:
         """Return the documents of a part that have rows."""
         return tuple(d for d in self.documents if d.part == name and d.count)
 
     def windows(self) -> Iterator[tuple[DocumentRows, ...]]:
-        """Documents that are taken together."""
-        own: list[DocumentRows] = []
+        """Iterate over windows of consecutive documents."""
+        window: list[DocumentRows] = []
         for document in self.documents:
-            if own and document.number // self.window != own[0].number // self.window:
-                yield tuple(own)
-                own = []
-            own.append(document)
-        if own:
-            yield tuple(own)
+            if window and document.number // self.window != window[0].number // self.window:
+                yield tuple(window)
+                window = []
+            window.append(document)
+        if window:
+            yield tuple(window)
+
+    def _batches(self) -> Iterator[tuple[str, list[DocumentRows]]]:
+        """Iterate over the documents of each window and part that have rows."""
+        for window in self.windows():
+            for name in PARTS:
+                if batch := [d for d in window if d.part == name and d.count]:
+                    yield name, batch
 
     def moments(self, *, seed: int = 0, shuffled: bool = True) -> SplitMoments:
-        """Take the moments of the rows, for fitters that need no more."""
+        """Compute the moments of the rows, for fitters that need no more."""
         s, t = self.source.site, self.target.site
         pairs = [(s, t)]
         accumulator = MomentsAccumulator({s: self.source}, {t: self.target}, pairs, shuffled=shuffled, seed=seed)
-        for window in self.windows():
-            for name in PARTS:
-                own = [d for d in window if d.part == name and d.count]
-                if own:
-                    loaded = [d.load() for d in own]
-                    numbers = [d.number for d in own for _ in range(d.count)]
-                    x, y = (torch.cat(side) for side in zip(*loaded, strict=True))
-                    accumulator.add(name, {s: x}, {t: y}, numbers)
+        for name, documents in self._batches():
+            x, y = joined(documents)
+            accumulator.add(name, {s: x}, {t: y}, _numbers(documents))
         return replace(accumulator.moments().pair(s, t), coverage=self.coverage, shuffled=self.shuffled)
 
     def first(self, tokens: int) -> "PairedRows":
@@ -136,23 +138,28 @@ class PairedRows:
         return replace(self, documents=tuple(kept))
 
     def inverse(self) -> "PairedRows":
-        """Turn the rows round, for maps from the target to the source."""
+        """Exchange source and target, for maps in the opposite direction."""
 
-        def turned(document: DocumentRows) -> DocumentRows:
+        def exchanged(document: DocumentRows) -> DocumentRows:
             return replace(document, load=lambda: document.load()[::-1])
 
-        return replace(self, source=self.target, target=self.source, documents=tuple(map(turned, self.documents)))
+        return replace(self, source=self.target, target=self.source, documents=tuple(map(exchanged, self.documents)))
 
     def shuffle(self, *, seed: int = 0) -> "PairedRows":
-        """Every row paired with a target row of another document of its part, within a window."""
-        made: dict[int, DocumentRows] = {}
-        for window in self.windows():
-            for name in PARTS:
-                own = [d for d in window if d.part == name and d.count]
-                if own:
-                    made |= {d.number: d for d in _shuffled(own, seed)}
-        documents = tuple(made.get(d.number, d) for d in self.documents)
-        return replace(self, documents=documents, shuffled=True)
+        """Pair target rows with source rows of other documents in their window."""
+        shuffled = {d.number: d for _, documents in self._batches() for d in _shuffled(documents, seed)}
+        return replace(self, documents=tuple(shuffled.get(d.number, d) for d in self.documents), shuffled=True)
+
+
+def joined(documents: Sequence[DocumentRows]) -> tuple[Tensor, Tensor]:
+    """Load documents and concatenate their rows: the source's and the target's."""
+    source, target = zip(*(document.load() for document in documents), strict=True)
+    return torch.cat(source), torch.cat(target)
+
+
+def _numbers(documents: Sequence[DocumentRows]) -> list[int]:
+    """Return the document's number for each row."""
+    return [d.number for d in documents for _ in range(d.count)]
 
 
 def _cut(document: DocumentRows, count: int) -> DocumentRows:
@@ -163,21 +170,22 @@ def _cut(document: DocumentRows, count: int) -> DocumentRows:
     return replace(document, count=count, load=load)
 
 
-def _shuffled(own: list[DocumentRows], seed: int) -> list[DocumentRows]:
-    """Documents of one window whose source rows are those of others: what moments shuffle, row by row."""
-    numbers = [d.number for d in own for _ in range(d.count)]
+def _shuffled(documents: list[DocumentRows], seed: int) -> list[DocumentRows]:
+    """Exchange source rows among a window's documents, as the moments' control does."""
+    numbers = _numbers(documents)
     partners = shuffled_partners(numbers, shuffle_generator(seed, numbers[0]))
-    starts = torch.tensor([0, *accumulate(d.count for d in own)])
+    starts = torch.tensor([0, *accumulate(d.count for d in documents)])
 
-    def rows(wanted: Tensor, document: DocumentRows) -> Callable[[], tuple[Tensor, Tensor]]:
+    def loader(wanted: Tensor, document: DocumentRows) -> Callable[[], tuple[Tensor, Tensor]]:
         def load() -> tuple[Tensor, Tensor]:
+            # Wanted rows lie in several documents: each is loaded once, and rows return to the wanted order.
             owner = torch.searchsorted(starts, wanted, right=True) - 1
             places, pieces = [], []
             for k in owner.unique().tolist():
                 places.append((owner == k).nonzero()[:, 0])
-                pieces.append(own[k].load()[0][wanted[places[-1]] - starts[k]])
+                pieces.append(documents[k].load()[0][wanted[places[-1]] - starts[k]])
             return torch.cat(pieces)[torch.cat(places).argsort()], document.load()[1]
 
         return load
 
-    return [replace(d, load=rows(partners[starts[k] : starts[k + 1]], d)) for k, d in enumerate(own)]
+    return [replace(d, load=loader(partners[starts[k] : starts[k + 1]], d)) for k, d in enumerate(documents)]

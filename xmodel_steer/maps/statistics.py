@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: bootstrap intervals, and distances between distributions."""
+"""Estimates with their uncertainty: bootstrap intervals, rates, permutation tests."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A mean with its 95 % interval: by bootstrap, or Wilson's of a share (`rate`).
+    """A mean with its 95 % interval, from a bootstrap or, for a share, from Wilson's formula (`rate`).
 
-    ``f"{estimate:.2f}"`` is the value with its interval, or says that it is undefined, and why.
+    ``f"{estimate:.2f}"`` is the value with its interval, or the reason why it is undefined.
 
     Args:
         value: The mean.
         low: Lower end of the interval.
         high: Upper end.
         n: Number of independent units (prompts) that were resampled.
-        undefined: Why there is no number. Then the interval's ends are NaN, and so is the value where it has none either.
+        undefined: Reason for a missing number. Then the interval's ends are NaN, and the value may be NaN.
     """
 
     value: float
@@ -30,23 +30,23 @@ class Estimate:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Estimate":
-        """Read what `record` returned; null is NaN."""
+        """Read the fields from a `record`; null is NaN."""
         value, low, high = (math.nan if record[key] is None else record[key] for key in ("value", "low", "high"))
         return cls(value, low, high, record["n"], record.get("undefined", ""))
 
     def excludes(self, other: "Estimate") -> bool:
-        """Whether the two intervals have no point in common; never so where one is undefined."""
+        """Tell whether the intervals have no common point; False where one is undefined."""
         return self.low > other.high or self.high < other.low
 
     def record(self) -> dict[str, Any]:
-        """Return the fields for a JSON record, ``undefined`` only where the estimate is."""
+        """Return the fields as a JSON record; leave out an empty ``undefined``."""
         return {key: value for key, value in vars(self).items() if key != "undefined" or value}
 
     def _numbers(self) -> tuple[Any, ...]:
         return tuple(None if value != value else value for value in vars(self).values())
 
     def __eq__(self, other: object) -> bool:
-        """Compare the fields; undefined ones are equal, so that a record is read back as it was written."""
+        """Compare the fields; NaN equals NaN, so that saved estimates equal their source."""
         return isinstance(other, Estimate) and self._numbers() == other._numbers()
 
     def __hash__(self) -> int:
@@ -67,18 +67,18 @@ NO_NATIVE = "the native vector does nothing"
 
 
 def undefined(reason: str, n: int, value: float = math.nan) -> Estimate:
-    """Return an estimate without an interval, and without a value where none is given.
+    """Return an estimate without an interval, and by default without a value.
 
     Args:
-        reason: Why it is undefined, in words.
+        reason: Reason in words.
         n: Number of units.
-        value: The value, where it is defined without its interval.
+        value: The value, where only the interval is undefined.
     """
     return Estimate(value, math.nan, math.nan, n, reason)
 
 
 def number(value: float | None, spec: str) -> str:
-    """Return a number as text; a dash where it is NaN, infinite or null.
+    """Format a number; NaN, infinity and None become a dash.
 
     Args:
         value: The number.
@@ -88,14 +88,14 @@ def number(value: float | None, spec: str) -> str:
 
 
 def quotient(value: float, by: float) -> float:
-    """Return ``value / by``; NaN where there is nothing to divide by."""
+    """Return ``value / by``; NaN where ``by`` is 0."""
     return value / by if by else math.nan
 
 
 def resamples(n: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Row indices of bootstrap samples, ``(draws, n)``, with replacement.
+    """Draw row indices of bootstrap samples with replacement, ``(draws, n)``.
 
-    Statistics computed on the same indices are paired.
+    Statistics on the same indices are paired.
     """
     return np.random.default_rng(seed).integers(0, n, size=(draws, n))
 
@@ -109,13 +109,13 @@ def bootstrap_mean(
 ) -> Estimate:
     """Return the mean with a 95 % percentile bootstrap interval (Efron 1979).
 
-    It is undefined, and says so, where there are no values or one is NaN or infinite.
+    The estimate is undefined where there are no values, or where one is NaN or infinite.
 
     Args:
-        values: One number per prompt, or one row per prompt with a number per seed: then prompts are resampled, and
-            seeds, each whole, because every seed has every prompt (Owen 2007).
-        groups: Label of each prompt, where some are of one kind, such as the fillings of a template: then groups are
-            resampled, whole (Davison and Hinkley 1997, section 3.8).
+        values: One number per prompt, or one row per prompt with a number per seed. Then prompts and seeds
+            are resampled, both whole, because every seed has every prompt (Owen 2007).
+        groups: Label of each prompt, where prompts are related, such as fillings of one template. Then whole
+            groups are resampled (Davison and Hinkley 1997, section 3.8).
         draws: Number of bootstrap samples.
         seed: Seed of the resampling.
 
@@ -145,13 +145,13 @@ def bootstrap_mean(
 
 
 def _scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Values over a power of two, so that sums of the largest floats stay finite; and the power."""
+    """Divide by a power of two, for finite sums; return values and exponent."""
     exponent = int(np.frexp(np.abs(values).max())[1])
     return np.ldexp(values, -exponent), exponent
 
 
 def _members(groups: Sequence[str] | None, n: int) -> np.ndarray:
-    """Return the number of each row's group; without groups each row is one."""
+    """Return the number of each row's group; by default each row is a group."""
     if groups is None:
         return np.arange(n)
     if len(groups) != n:
@@ -161,22 +161,22 @@ def _members(groups: Sequence[str] | None, n: int) -> np.ndarray:
 
 
 def rate(scores: "np.ndarray | Sequence[float]", *, groups: Sequence[str] | None = None) -> Estimate:
-    """Share of ones, with its 95 % Wilson interval: a bootstrap of 0 of 200 has no width.
+    """Compute the share of ones, with its 95 % Wilson interval.
 
-    With groups, the interval is that of the effective number of prompts (Korn and Graubard 1998): as many independent ones as
-    would have the variance that the groups show. Where all are 0, or all 1, nothing can be seen of it, and the number of
-    groups is taken.
+    A bootstrap interval of 0 in 200 would have no width. With groups, the interval uses the effective number
+    of prompts (Korn and Graubard 1998): the number of independent prompts with the variance that the groups
+    show. Scores that are all 0, or all 1, show no variance; then the number of groups is used.
 
     Args:
-        scores: 0 or 1 for each prompt; of none, the share is undefined.
-        groups: Label of each prompt, where some are of one kind, such as the fillings of a template.
+        scores: 0 or 1 for each prompt; without scores the share is undefined.
+        groups: Label of each prompt, where prompts are related, such as fillings of one template.
 
     Raises:
         ValueError: A score is neither 0 nor 1, or there are more or fewer labels than scores.
 
     Example:
-        >>> found = rate([0.0] * 200)
-        >>> found.value, round(found.high, 3)
+        >>> share = rate([0.0] * 200)
+        >>> share.value, round(share.high, 3)
         (0.0, 0.019)
     """
     values = np.asarray(scores, dtype=float)
@@ -200,7 +200,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
     Args:
         share: The share, 0 to 1.
-        n: How many; an effective number need not be whole.
+        n: Sample size; an effective one need not be whole.
     """
     z = 1.959963984540054
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -209,13 +209,13 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) -> float:
-    """P of a mean above 0 if each unit's difference could as well have the other sign.
+    """Compute p of a mean above 0, against random signs of differences.
 
-    One-sided paired permutation test (Fisher 1935), by ``scipy.stats.permutation_test``: exact up to 13 units, else
-    9,999 random flips.
+    One-sided paired permutation test (Fisher 1935) of ``scipy.stats.permutation_test``: exact up to 13 units,
+    9,999 random flips for more.
 
     Args:
-        differences: For each unit the difference of two arms.
+        differences: Difference of two arms for each unit.
         seed: Seed of the flips.
 
     Raises:
@@ -233,9 +233,9 @@ def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) ->
     if not values.any():
         return 1.0
     values, _ = _scaled(values)
-    if len(values) == 1:  # two flips, which SciPy does not take
+    if len(values) == 1:  # SciPy refuses a single unit
         return 0.5 if values[0] > 0 else 1.0
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (values,),
         lambda x, axis: x.mean(axis),
         permutation_type="samples",
@@ -243,13 +243,13 @@ def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) ->
         vectorized=True,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p values for their number (Holm 1979).
 
-    The chance of one false claim among all stays below the level. A p that is NaN stays NaN, and counts as one of the tests.
+    The chance of any false claim stays below the level. A p that is NaN stays NaN, and counts as a test.
 
     Example:
         >>> holm([0.01, 0.04])
@@ -257,9 +257,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     from statsmodels.stats.multitest import multipletests
 
-    given = np.asarray(p_values, dtype=float)
-    corrected: Any = multipletests(np.nan_to_num(given, nan=1.0), method="holm")[1] if given.size else given
-    return np.where(np.isnan(given), np.nan, corrected).tolist()
+    p = np.asarray(p_values, dtype=float)
+    corrected: Any = multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1] if p.size else p
+    return np.where(np.isnan(p), np.nan, corrected).tolist()
 
 
 def transfer_efficiency(
@@ -270,10 +270,10 @@ def transfer_efficiency(
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Return the share of the native vector's effect that a mapped one has: (mapped - unsteered) / (native - unsteered).
+    """Return the mapped vector's effect as a share of the native vector's effect.
 
-    A ratio of means over the same units, with a 95 % bootstrap interval over units (and seeds, where there are
-    several). Compare arms that do equal damage, such as at equal KL (`calibrate`).
+    (mapped - unsteered) / (native - unsteered), a ratio of means over the same units, with a 95 % bootstrap interval
+    over units (and seeds, where there are several). Compare arms of equal damage, such as at equal KL (`calibrate`).
 
     Args:
         mapped: Scores of each unit, or ``(units, seeds)``.
@@ -283,41 +283,40 @@ def transfer_efficiency(
         seed: Seed of the resampling.
 
     Returns:
-        The ratio. It is undefined, and says why, where the native vector does nothing (the interval of its effect holds 0), or a
-        score is NaN or infinite.
+        The ratio. It is undefined where the interval of the native effect contains 0, or a score is NaN or infinite.
 
-        A draw in which the native effect is 0 or has the other sign says nothing about the ratio. It is not dropped, which
-        would narrow the interval: it counts as below the lower end and as above the upper one. Where that leaves an end without a bound,
-        the interval is undefined and the value stays.
+        A draw in which the native effect is 0 or changes sign says nothing about the ratio. Dropping it would narrow
+        the interval; instead it counts as below the lower end and as above the upper end. Where that leaves an
+        end unbounded, the interval is undefined and the value stays.
 
     Example:
-        >>> made = transfer_efficiency([0.8, 0.9, 0.7], [1.0, 1.1, 0.9], [0.0, 0.1, -0.1])
-        >>> round(made.value, 3), made.n
+        >>> share = transfer_efficiency([0.8, 0.9, 0.7], [1.0, 1.1, 0.9], [0.0, 0.1, -0.1])
+        >>> round(share.value, 3), share.n
         (0.8, 3)
         >>> f"{transfer_efficiency([0.1, 0.2], [0.5, -0.5]):.2f}"
         'undefined (the native vector does nothing)'
     """
-    own = np.asarray(native, dtype=float)
-    n = len(own)
+    native = np.asarray(native, dtype=float)
+    n = len(native)
     if not n:
         return undefined(NOTHING, n)
-    with np.errstate(all="ignore"):  # what overflows is infinite, and told by that
-        base = np.broadcast_to(np.asarray(unsteered, dtype=float), own.shape)
-        theirs, table = own - base, np.asarray(mapped, dtype=float).reshape(n, -1) - base[:, None]
-        if not np.isfinite(theirs).all() or not np.isfinite(table).all():
+    with np.errstate(all="ignore"):  # an overflow gives infinity, which is refused below
+        base = np.broadcast_to(np.asarray(unsteered, dtype=float), native.shape)
+        effect, table = native - base, np.asarray(mapped, dtype=float).reshape(n, -1) - base[:, None]
+        if not np.isfinite(effect).all() or not np.isfinite(table).all():
             return undefined(NOT_FINITE, n)
-        (theirs, below), (table, above) = _scaled(theirs), _scaled(table)
-        bound = bootstrap_mean(theirs, draws=draws, seed=seed)
+        (effect, below), (table, above) = _scaled(effect), _scaled(table)
+        bound = bootstrap_mean(effect, draws=draws, seed=seed)
         if bound.low <= 0 <= bound.high:
             return undefined(NO_NATIVE, n)
         index = resamples(n, draws=draws, seed=seed)
         columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
-        ours = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
-        effects = theirs[index].mean(1)
+        carried = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
+        effects = effect[index].mean(1)
         silent = effects * bound.value <= 0
-        low = np.quantile(np.where(silent, -np.inf, ours / effects), 0.025)
-        high = np.quantile(np.where(silent, np.inf, ours / effects), 0.975)
-        value, low, high = np.ldexp([table.mean() / theirs.mean(), low, high], above - below).tolist()
+        low = np.quantile(np.where(silent, -np.inf, carried / effects), 0.025)
+        high = np.quantile(np.where(silent, np.inf, carried / effects), 0.975)
+        value, low, high = np.ldexp([table.mean() / effect.mean(), low, high], above - below).tolist()
     if not math.isfinite(value):
         return undefined("the ratio is too large for a float", n)
     if not (math.isfinite(low) and math.isfinite(high)):

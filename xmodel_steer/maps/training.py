@@ -1,24 +1,23 @@
 """Maps fitted by gradient descent: the paper's autoencoder and its affine baseline."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from xmodel_steer.core.vectors import inverse_of
 from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.autoencoders import AutoencoderMap
-from xmodel_steer.maps.descent import Trained, descend, require_rows_of, scored_map
+from xmodel_steer.maps.descent import Trained
 from xmodel_steer.maps.pairs import SplitMoments
-from xmodel_steer.maps.rows import PairedRows
 
 
 @dataclass(frozen=True)
-class Autoencoder(Trained):
+class Autoencoder(Trained[AutoencoderMap]):
     """The paper's map, Linear → ReLU → Linear, trained on paired rows.
 
     Minimises the mean squared error over rows and target dimensions. In standardised coordinates (the
-    default) every dimension counts alike; without, as in the paper, the few hugest are nearly all of it.
+    default) every dimension counts alike; in raw ones, as in the paper, the few hugest are nearly all of it.
 
     Args:
         hidden: Hidden units; √(d_source · d_target) by default.
@@ -28,28 +27,17 @@ class Autoencoder(Trained):
         batch_documents: Documents per batch.
         accumulation: Batches per step.
         epochs: Passes over the training documents, at most.
-        patience: Epochs without a better validation loss after which it stops; the best one is kept.
+        patience: Epochs without a better validation loss after which training stops; the best epoch is kept.
         seed: Seed of the first weights and of the order of documents.
-        device: Where to train.
+        device: Device to train on.
     """
 
-    def fit(self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None) -> AutoencoderMap:
-        """Train on the train documents, stop on the validation ones, score on the test ones.
+    def _activate(self, hidden: Tensor) -> Tensor:
+        return torch.relu(hidden)
 
-        Args:
-            data: Rows of one layer pair.
-            checkpoint: A file that the state goes to after every epoch. Given again, training goes on
-                from there and ends with the same bits.
-
-        Raises:
-            PromptError: Moments were given, or a part has too few rows.
-            ArtifactError: The checkpoint is of other data or settings.
-            NonFiniteError: The loss is NaN or infinite.
-        """
-        rows = require_rows_of(data, "Autoencoder")
-        weights, moments, info = descend(self, rows, torch.relu, checkpoint)
+    def _map_of(self, weights: dict[str, Tensor], moments: SplitMoments) -> AutoencoderMap:
         train = moments.train
-        made = AutoencoderMap(
+        return AutoencoderMap(
             weights["encoder"],
             weights["encoder_bias"],
             weights["decoder"],
@@ -62,37 +50,25 @@ class Autoencoder(Trained):
             target_scale=train.target_scale,
             standardised=self.standardise,
         )
-        return scored_map(made, rows, moments, info)
 
 
 @dataclass(frozen=True)
-class SGDAffine(Trained):
+class SGDAffine(Trained[AffineMap]):
     """The paper's affine baseline: the autoencoder's training without its ReLU.
 
-    Its best is `ReducedRank`'s, at the rank of its hidden layer; how far it stays from it is its training.
-    Arguments are those of `Autoencoder`.
+    The best map of this form is `ReducedRank`'s at the rank of the hidden layer; the gap to it measures
+    the training. The arguments are the same as those of `Autoencoder`.
     """
 
-    def fit(self, data: SplitMoments | PairedRows, *, checkpoint: str | Path | None = None) -> AffineMap:
-        """Train on the train documents, stop on the validation ones, score on the test ones.
+    def _activate(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-        Args:
-            data: Rows of one layer pair.
-            checkpoint: See `Autoencoder.fit`.
-
-        Raises:
-            PromptError: Moments were given, or a part has too few rows.
-            ArtifactError: The checkpoint is of other data or settings.
-            NonFiniteError: The loss is NaN or infinite.
-        """
-        rows = require_rows_of(data, "SGDAffine")
-        w, moments, info = descend(self, rows, lambda hidden: hidden, checkpoint)
+    def _map_of(self, weights: dict[str, Tensor], moments: SplitMoments) -> AffineMap:
         train = moments.train
-        wide = {name: tensor.to(torch.float64) for name, tensor in w.items()}
+        wide = {name: tensor.to(torch.float64) for name, tensor in weights.items()}
         weight = wide["encoder"] @ wide["decoder"]
         bias = wide["encoder_bias"] @ wide["decoder"] + wide["decoder_bias"]
         if self.standardise:
             weight = inverse_of(train.source_scale)[:, None] * weight * train.target_scale
             bias = bias * train.target_scale + train.target_mean - train.source_mean @ weight
-        made = AffineMap(weight, bias, moments.source, moments.target, train.source_scale, train.target_scale)
-        return scored_map(made, rows, moments, info)
+        return AffineMap(weight, bias, moments.source, moments.target, train.source_scale, train.target_scale)
