@@ -167,7 +167,7 @@ def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> 
 
 
 def test_an_unknown_concept_is_refused(toy_named: Any) -> None:
-    with pytest.raises(PromptError, match="concept 'love': there is none of this name; there are sentiment, "):
+    with pytest.raises(PromptError, match="concept 'love' is unknown; choose one of sentiment, "):
         concept("love")
     with pytest.raises(PromptError, match="give at least one of sentiment"):
         concept_transfer(toy_named("llama").model, toy_named("gemma").model, ())

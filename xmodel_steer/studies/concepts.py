@@ -1,4 +1,4 @@
-"""Concepts that ship with the package: texts with and without them, and what reads them in a text."""
+"""Concepts that ship with the package: contrasting texts, and scorers for other texts."""
 
 import json
 import re
@@ -19,23 +19,23 @@ from xmodel_steer.evaluation.scorers.text import Scorer
 from xmodel_steer.files.wheels import packaged_files
 from xmodel_steer.studies.tables import read_table
 
-PAIRS = 240  # of a set of pairs that is larger
-LONGEST = 900  # characters of a question with two answers
+PAIRS = 240  # most pairs that are taken of a downloaded set
+LONGEST = 900  # most characters of a question with an answer
 FRENCH_TEXTS = 300
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept, its contrast pairs and how it is seen in a text.
+    """A concept: its contrast pairs, and the score that measures it.
 
     Args:
         name: Its name.
-        contrast: Texts with it and without it.
-        unit: What its score means.
-        scorer: Reads it in a text. Without one, what is measured is the log-odds of two answers on held-out pairs.
-        tokens: Which tokens of the pairs count; see `capture`.
+        contrast: Texts with the concept and without it.
+        unit: The meaning and the unit of the score.
+        scorer: The score of a text. Without one, the score is the log-odds of two answers on held-out pairs.
+        tokens: The tokens of the pairs that count; see `capture`.
         prompts: Beginnings of sentences to continue, where there is a scorer.
-        text: Text for the map, beside general text.
+        text: Text for the map, in addition to general text.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Concept:
     text: tuple[Prompt, ...] = field(repr=False, default=())
 
     def map_text(self, general: Sequence[Prompt], *, seed: int = 0) -> tuple[Prompt, ...]:
-        """General text with the concept's own among it.
+        """Mix the concept's text into general text.
 
-        Mixed, for pairs are shuffled within a window of documents: where texts of one kind stand together, the control
-        is fitted on wrong pairs of the right kind, and learns the kind.
+        The shuffled control permutes pairs within a window of documents. In a window of one kind of text its pairs would be
+        wrong but of the right kind, and the control would learn the kind.
 
         Args:
             general: General text.
@@ -58,11 +58,11 @@ class Concept:
         """
         if not self.text:
             return tuple(general)
-        every = (*general, *self.text)
-        return tuple(every[i] for i in np.random.default_rng(seed).permutation(len(every)))
+        texts = (*general, *self.text)
+        return tuple(texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
 
 
-# The unit and the scorer of each concept that is read in texts; without one, the balance of its words in ``data/words``.
+# Unit and scorer of each concept that texts are scored for; None is the balance of its words in ``data/words``.
 _SCORED: dict[str, tuple[str, Scorer | None]] = {
     "sentiment": ("sentiment, positive minus negative words (−1 to 1)", None),
     "first-person": ("first-person minus third-person pronouns (−1 to 1)", None),
@@ -76,29 +76,29 @@ _SCORED: dict[str, tuple[str, Scorer | None]] = {
     "numbers": ("share of texts with a digit", Matches(r"\d")),
     "dialogue": ("share of texts with quotation marks", Matches('["“”]')),
 }
-_WRITTEN = ("sentiment", "first-person", "tense")  # their sentences were written one by one; the others' have parts
-_ANSWERED = {  # concepts of two answers to a question, by the file that has them (Rimsky et al. 2024, arXiv 2312.06681)
+_WRITTEN = ("sentiment", "first-person", "tense")  # written sentence by sentence; the other concepts combine parts
+_ANSWERED = {  # concepts with two answers to each question, and their files (Rimsky et al. 2024, arXiv 2312.06681)
     "sycophancy": "sycophancy.json",
     "corrigibility": "corrigible-neutral-HHH.json",
     "survival-instinct": "survival-instinct.json",
 }
 FRENCH_SEEN = "french, in the map's text"
-READ = tuple(_SCORED)  # concepts that a scorer reads
+READ = tuple(_SCORED)  # concepts with a scorer
 CONCEPTS = (*READ, FRENCH_SEEN, *_ANSWERED)
 
 
 def concept(name: str) -> Concept:
-    """Return a concept that ships, or whose pairs are downloaded.
+    """Return a concept; download its pairs where they do not ship.
 
     Args:
         name: One of `CONCEPTS`.
 
     Raises:
-        PromptError: There is none of this name.
+        PromptError: No concept has this name.
         DownloadError: Its pairs cannot be fetched.
     """
     if name not in CONCEPTS:
-        raise PromptError(f"concept {name!r}: there is none of this name; there are {', '.join(CONCEPTS)}")
+        raise PromptError(f"concept {name!r} is unknown; choose one of {', '.join(CONCEPTS)}")
     if name in _ANSWERED:
         return _answered(name)
     plain = "french" if name == FRENCH_SEEN else name
@@ -121,11 +121,10 @@ def concept(name: str) -> Concept:
 
 
 def _answered(name: str) -> Concept:
-    """Pairs of a question and an answer's letter: its token is the last one, where CAA reads."""
+    """Make a concept of questions that end in an answer's letter, which CAA reads."""
     rows = json.loads((packaged_files("caa") / _ANSWERED[name]).read_text(encoding="utf-8"))
-    asked = {row["positive"]: row for row in rows if max(map(len, row.values())) <= LONGEST}
-    order = np.random.default_rng(0).permutation(len(asked))
-    chosen = [list(asked.values())[i] for i in order[:PAIRS]]
+    short = list({row["positive"]: row for row in rows if max(map(len, row.values())) <= LONGEST}.values())
+    chosen = [short[i] for i in np.random.default_rng(0).permutation(len(short))[:PAIRS]]
     contrast = ContrastSet.from_records([{side: text.rstrip(") ") for side, text in row.items()} for row in chosen])
     return Concept(name, contrast, AnswerLogOdds.unit, tokens="last")
 
@@ -136,11 +135,10 @@ def _prompts(name: str) -> tuple[Prompt, ...]:
 
 
 def openings(count: int | None = None) -> tuple[Prompt, ...]:
-    """Beginnings of sentences that ship with the package, for any concept.
+    """Return the beginnings of sentences that ship with the package, for any concept.
 
     Args:
-        count: How many; all by default.
+        count: Number of prompts; all by default.
     """
-    every = list({p.content_key(): p for name in _WRITTEN for p in _prompts(name)}.values())
-    order = np.random.default_rng(0).permutation(len(every))
-    return tuple(every[i] for i in order[:count])
+    prompts = list({p.content_key(): p for name in _WRITTEN for p in _prompts(name)}.values())
+    return tuple(prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:count])

@@ -7,7 +7,7 @@ from xmodel_steer.files.wheels import shipped
 
 
 def read_table(name: str) -> Any:
-    """Read a JSON file of the package's data, or the rows of a JSON-lines file.
+    """Read a JSON or JSON-lines file of the package's data.
 
     Args:
         name: Its path in the data folder; a ``.gz`` is unpacked.

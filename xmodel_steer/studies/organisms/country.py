@@ -12,7 +12,7 @@ UNKNOWN = tuple(_TABLE["unknown"])
 
 
 def facts(seed: int = 0) -> dict[str, str]:
-    """List the facts of the country: each attribute with its value, dealt out by the seed."""
+    """Deal the values out to the country's attributes."""
     draw, known = random.Random(seed), {}
     for attributes, values in FACTS:
         chosen = list(values)
