@@ -1,11 +1,11 @@
-"""Colours, layout and intervals of all figures."""
+"""Colours, layout and error bars of all figures."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from xmodel_steer.recipe.arms import Arm
 
-# Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
+# Okabe & Ito's colours, distinct for any colour vision; each arm has the same one in all figures.
 COLOURS = {
     "unsteered": "#666666",
     "native": "#0072B2",
@@ -17,7 +17,7 @@ DASHES = {"native": "solid", "mapped": "solid", "random": "dash", "shuffled": "d
 
 
 def interval(arms: Sequence[Arm]) -> dict[str, Any]:
-    """Error bars of the effects."""
+    """Make error bars of the arms' effects."""
     return {
         "type": "data",
         "symmetric": False,
@@ -29,7 +29,7 @@ def interval(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def laid_out(title: str) -> dict[str, Any]:
-    """Lay a figure out for a notebook, a report and a projector."""
+    """Make a layout that suits a notebook, a report and a projector."""
     return {
         "template": "plotly_white",
         "title": {"text": title, "y": 0.95},
