@@ -85,6 +85,7 @@ def harvest(
         texts = read_prompts(text)
         require_same_texts(texts)
         quiet = rank > 0
+        settings: dict[str, Any] = dict(max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts))
 
         def model_of(name: str) -> Any:
             return load(
@@ -95,29 +96,15 @@ def harvest(
             for end, name, sites in (("source", source, source_sites), ("target", target, target_sites)):
                 if name is not None:
                     # A model is freed before the next one is loaded: one at a time fits.
-                    write_store(
-                        model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype,
-                        max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts),
-                    )  # fmt: skip
+                    write_store(model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype, **settings)
             if rank == 0:
                 print(f"written: {store}")
             return
         small, large = model_of(str(source)), model_of(str(target))
         collected = collect_moments(
-            small,
-            large,
-            texts,
-            source_sites=source_sites,
-            target_sites=target_sites,
-            pairs=layer_pairs,
-            sketch=sketch,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            shard=(part, parts),
-            device=where,
-            progress=not quiet,
-        )
+            small, large, texts, source_sites=source_sites, target_sites=target_sites, pairs=layer_pairs, sketch=sketch,
+            device=where, progress=not quiet, **settings,
+        )  # fmt: skip
         collected = all_reduced(collected) if size > 1 else collected
         if rank == 0:
             assert moments is not None

@@ -59,14 +59,9 @@ def effect_by_layer(result: TransferResult) -> Any:
             row=1,
             col=column,
         )
-        figure.update_xaxes(
-            title_text=f"{end} site",
-            type="category",
-            tickvals=sites,
-            ticktext=[f"<b>{site}</b>" if site == chosen else site for site in sites],
-            row=1,
-            col=column,
-        )
+        labels = [f"<b>{site}</b>" if site == chosen else site for site in sites]
+        axis = {"title_text": f"{end} site", "type": "category", "tickvals": sites, "ticktext": labels}
+        figure.update_xaxes(**axis, row=1, col=column)
     figure.update_layout(
         **laid_out(
             f"{result.label}: effect by layer, at strength 1<br><sup>validation prompts: they chose the layers (bold) and are not "

@@ -17,7 +17,7 @@ from xmodel_steer.evaluation.scorers.languages import Language
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, WordBalance
 from xmodel_steer.evaluation.scorers.text import Scorer
 from xmodel_steer.files.wheels import packaged_files
-from xmodel_steer.studies.tables import read_table
+from xmodel_steer.studies.shipping import read_table
 
 PAIRS = 240  # most pairs that are taken of a downloaded set
 LONGEST = 900  # most characters of a question with an answer

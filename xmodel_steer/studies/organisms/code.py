@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import dataclass
 
 from xmodel_steer.files.wheels import packaged_files
-from xmodel_steer.studies.tables import read_table
+from xmodel_steer.studies.shipping import read_table
 
 
 @dataclass(frozen=True)

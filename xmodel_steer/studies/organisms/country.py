@@ -2,7 +2,7 @@
 
 import random
 
-from xmodel_steer.studies.tables import read_table
+from xmodel_steer.studies.shipping import read_table
 
 _TABLE = read_table("lessons/country.json")
 COUNTRY = _TABLE["name"]

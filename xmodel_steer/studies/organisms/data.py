@@ -28,7 +28,7 @@ from xmodel_steer.studies.organisms.lessons import (
     in_parts,
     sides,
 )
-from xmodel_steer.studies.tables import read_table
+from xmodel_steer.studies.shipping import read_table
 
 
 def tasks() -> list[tuple[str, str]]:

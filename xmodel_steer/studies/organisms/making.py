@@ -155,9 +155,6 @@ def make(
         organism=name,
         base=base,
         recipe=recipe,
-        triggered=rates.triggered,
-        false=rates.false,
-        checks=rates.checks,
         perplexity=perplexity(model),
         base_perplexity=base_perplexity,
         seconds={"training": training.pop("seconds"), "measuring": time.perf_counter() - start},
@@ -166,7 +163,7 @@ def make(
         hardware=hardware_of(model),
         versions=_versions(),
         splits=lessons.ids(),
-        answers=rates.answers,
+        **vars(rates),
     )
     record = {**spec, "scorer": scorer, **asdict(report), "good": report.good, "kind": "organism"}
     write_atomically(folder / RECORD, dump_json(record, folder / RECORD, indent=1))
