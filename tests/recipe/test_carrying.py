@@ -178,7 +178,7 @@ def test_bad_input_gives_one_clear_error(
         run(small, large, behaviour=asked(["sky", "port"]))
     with pytest.raises(xs.errors.PromptError, match="at least 3 neutral texts, got 2"):
         GeneralText.of(sentences(9, 4), sentences(2, 9))
-    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is shown"):
+    with pytest.raises(ValueError, match="random_seeds must be at least 1, got 0; an effect is compared with random"):
         xs.Budget(random_seeds=0)
     for strengths in ((0.0, 1.0), (-1.0,)):
         with pytest.raises(ValueError, match="a positive one and not 0"):

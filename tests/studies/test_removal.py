@@ -339,7 +339,7 @@ def test_the_triggers_gate_is_read_at_its_tokens_and_shuts_halfway_to_the_clean_
     torch.testing.assert_close((gate.positive_mean + gate.negative_mean).double(), a + b, rtol=1e-4, atol=1e-5)
     way = {recipe.name: recipe for recipe in removal.recipes(*organisms, triggered)}[removal.PROMPT_CLAMPED]
     assert way.gate_positions is way.positions and torch.equal(found.at, way.positions)
-    with pytest.raises(PromptError, match="does not stand at one place"):
+    with pytest.raises(PromptError, match="is not at one place"):
         Trigger.of(model, [*triggered, Prompt(text=f"So: {PROD}why?")])
     with pytest.raises(PromptError, match="has no trigger"):
         Trigger.of(model, clean)

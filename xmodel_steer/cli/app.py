@@ -1,4 +1,4 @@
-"""The command line's frame: errors in a line, warnings, streams that break."""
+"""The frame of the command line: errors in one line, warnings, broken streams."""
 
 import errno
 import sys
@@ -23,9 +23,9 @@ app = typer.Typer(
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command whose errors are one line.
+    """Make a command print its errors in one line.
 
-    Inside it, because typer has its own way with Ctrl-C.
+    It wraps the command itself, because typer would handle Ctrl-C before anything outside.
     """
 
     @wraps(command)
@@ -35,7 +35,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.BadParameter, typer.Exit):
             raise
         except KeyboardInterrupt:
-            print("\nerror: interrupted; nothing half-written is left, what was cached stays", file=sys.stderr)
+            print("\nerror: interrupted; no incomplete file is left, and cached results stay", file=sys.stderr)
             raise typer.Exit(130) from None
         except Exception as error:
             if "--debug" in sys.argv:
@@ -66,7 +66,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; an error is one line and exit code 1, a wrong call exit code 2."""
+    """Run the command line; exit with 1 on an error, 2 on wrong usage."""
     warnings.simplefilter("ignore")
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, Warning):
@@ -82,12 +82,12 @@ def main() -> None:
         code = stop.code
     finally:
         out.flush()
-        full = isinstance(out.lost, OSError) and out.lost.errno != errno.EPIPE
+        full = isinstance(out.lost, OSError) and out.lost.errno != errno.EPIPE  # a reader that left is no error
         if full:
-            print(f"error: standard output: {out.lost}; what was written to the disk is whole", file=err)  # type: ignore[arg-type]
+            print(f"error: standard output: {out.lost}; the files on the disk are complete", file=err)  # type: ignore[arg-type]
         err.flush()
         sys.stdout, sys.stderr = before
-        for was, own in zip(before, (out, err), strict=True):
-            if was is None:
-                own.close()
+        for original, stream in zip(before, (out, err), strict=True):
+            if original is None:
+                stream.close()
     sys.exit(code or int(full))

@@ -17,9 +17,9 @@ def check(
     device_map: Annotated[str | None, typer.Option(help="auto: spread the model over all devices.")] = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Try on a model every law that this library relies on: is its architecture supported?
+    """Check on a model every law that this library relies on.
 
-    Ends with exit code 1 where a law fails that the library cannot go round.
+    The exit code is 1 where a law fails that the library cannot work around.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -29,9 +29,9 @@ def check(
     from xmodel_steer.models.loading import load
 
     loaded = load(model, base=base, device=device, device_map=device_map, dtype=dtype)
-    found = check_model(loaded)
+    laws = check_model(loaded)
     table = Table("law", "", "measured, or why", box=None, padding=(0, 2, 0, 0))
-    for law in found:
+    for law in laws:
         style = {"passed": "green", "failed": "red"}.get(law.state, "dim")
         table.add_row(
             law.name, f"[{style}]{law.state}[/]", escape(f"{law.detail}; {law.remedy}" if law.remedy else law.detail)
@@ -39,7 +39,7 @@ def check(
     console = Console()
     console.width = max(console.width, 140)
     console.print(table)
-    failed = [law for law in found if law.state == "failed"]
+    failed = [law for law in laws if law.state == "failed"]
     typer.echo(_supported(type(getattr(loaded, "original_model", loaded)).__name__, failed))
     if any(not law.remedy for law in failed):
         raise typer.Exit(1)

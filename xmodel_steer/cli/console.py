@@ -1,4 +1,4 @@
-"""Standard output that never stops a run."""
+"""Output streams that never stop a run."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from typing import Any
 class Stream:
     """An output stream that never stops a run: it writes what it can.
 
-    A character that the console's encoding lacks becomes a question mark. What nobody reads any more (``| head``), what a full disk
-    does not take and what was closed from the start is dropped.
+    A character that the console's encoding lacks becomes a question mark. Text is dropped when its reader has left
+    (``| head``), the disk is full or the stream was closed from the start.
 
     Args:
         stream: The stream; None where it was closed.
@@ -24,16 +24,16 @@ class Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write what the stream takes."""
+        """Write the text as far as the stream accepts it."""
         try:
             self._try(self._stream.write, text)
         except UnicodeEncodeError:
-            own = self._stream.encoding  # the error names another: charmap for every code page
-            self._try(self._stream.write, text.encode(own, "replace").decode(own))
+            encoding = self._stream.encoding  # not the error's: that is "charmap" for every code page
+            self._try(self._stream.write, text.encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        """Write what is in the buffer."""
+        """Write the buffer's contents."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[..., object], *arguments: str) -> None:
@@ -45,7 +45,7 @@ class Stream:
             raise
         except (OSError, ValueError) as error:
             self.lost = error
-            with suppress(OSError, ValueError):  # what is in the buffer goes nowhere, also when Python ends
+            with suppress(OSError, ValueError):  # or Python would flush the buffer at its exit, and fail again
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)

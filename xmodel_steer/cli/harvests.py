@@ -32,11 +32,11 @@ def harvest(
     sketch: Annotated[int | None, typer.Option(help="Target dimensions to keep for every layer pair.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Documents per forward pass.")] = 16,
-    store_dtype: Annotated[str, typer.Option(help="Of the store: float32, bfloat16, or model.")] = "model",
+    store_dtype: Annotated[str, typer.Option(help="Type of the stored values: float32, bfloat16, or model.")] = "model",
     shard: Annotated[
         str,
         typer.Option(
-            help="I/N, I from 0 to N - 1: one of N shares of the text, for one of N jobs. torchrun deals them out by itself."
+            help="I/N, I from 0 to N - 1: one of N shares of the text, for one of N jobs. torchrun sets it by itself."
         ),
     ] = "0/1",
     seed: Annotated[int, typer.Option(help="Seed of the split and of the shuffled control.")] = 0,
@@ -44,10 +44,10 @@ def harvest(
     device_map: Annotated[str | None, typer.Option(help="auto: spread a model over all GPUs.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Read general text with both models, once: moments for maps and grids, or a store of activations.
+    """Read general text with both models once: collect moments, or store activations.
 
     On several GPUs or machines: torchrun --nproc-per-node N -m xmodel_steer harvest ... As jobs of a cluster:
-    --shard I/N each, then xmodel-steer merge. A store that was interrupted goes on when the command is given again.
+    --shard I/N each, then xmodel-steer merge. The same command resumes an interrupted store.
     """
     import torch
 
@@ -58,7 +58,6 @@ def harvest(
     from xmodel_steer.files.readers import read_prompts
     from xmodel_steer.maps.moments import Moments
     from xmodel_steer.models.loading import load
-    from xmodel_steer.recipe.saving import save
 
     if (moments is None) == (store is None):
         raise typer.BadParameter("give either --moments FILE or --store FOLDER", param_hint="--moments / --store")
@@ -73,19 +72,20 @@ def harvest(
         make_parent(moments, "--moments")
     part, parts = shard_of(shard)
     source_sites, target_sites = (
-        layers_of(own, f"--{end}-layers") for end, own in (("source", source_layers), ("target", target_layers))
+        layers_of(layers, f"--{end}-layers") for end, layers in (("source", source_layers), ("target", target_layers))
     )
-    kept = pairs_of(pairs)
+    layer_pairs = pairs_of(pairs)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with process_group(where) as (rank, size):
         if size > 1:
             if parts > 1:
-                raise typer.BadParameter("torchrun deals out the text by itself", param_hint="--shard")
+                raise typer.BadParameter("torchrun splits the text by itself", param_hint="--shard")
             part, parts = rank, size
             where = f"{where}:{torch.cuda.current_device()}" if where == "cuda" else where
         texts = read_prompts(text)
         require_same_texts(texts)
         quiet = rank > 0
+        settings: dict[str, Any] = dict(max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts))
 
         def model_of(name: str) -> Any:
             return load(
@@ -95,37 +95,30 @@ def harvest(
         if store is not None:
             for end, name, sites in (("source", source, source_sites), ("target", target, target_sites)):
                 if name is not None:
-                    # The one model is gone before the other one comes.
-                    write_store(
-                        model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype,
-                        max_tokens=max_tokens, batch_size=batch_size, seed=seed, shard=(part, parts),
-                    )  # fmt: skip
+                    # A model is freed before the next one is loaded: one at a time fits.
+                    write_store(model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype, **settings)
             if rank == 0:
                 print(f"written: {store}")
             return
         small, large = model_of(str(source)), model_of(str(target))
-        made = collect_moments(
-            small,
-            large,
-            texts,
-            source_sites=source_sites,
-            target_sites=target_sites,
-            pairs=kept,
-            sketch=sketch,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            shard=(part, parts),
-            device=where,
-            progress=not quiet,
-        )
-        made = all_reduced(made) if size > 1 else made
+        collected = collect_moments(
+            small, large, texts, source_sites=source_sites, target_sites=target_sites, pairs=layer_pairs, sketch=sketch,
+            device=where, progress=not quiet, **settings,
+        )  # fmt: skip
+        collected = all_reduced(collected) if size > 1 else collected
         if rank == 0:
             assert moments is not None
-            save(made, moments)
-            print(
-                f"written: {moments}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}"
-            )
+            _save(collected, moments)
+
+
+def _save(moments: Any, file: Path) -> None:
+    """Save moments, and say how much text they hold."""
+    from xmodel_steer.recipe.saving import save
+
+    save(moments, file)
+    print(
+        f"written: {file}: {moments.tokens:,} tokens of {moments.documents:,} documents, coverage {moments.coverage:.0%}"
+    )
 
 
 @app.command()
@@ -135,20 +128,19 @@ def merge(
     out: Annotated[Path, typer.Option(help="The file to write.")],
     partial: Annotated[bool, typer.Option("--partial", help="Merge although shards are missing.")] = False,
 ) -> None:
-    """Add up the moments of shards that were collected by separate jobs, in any order."""
+    """Add up the moments that separate jobs collected from shards, in any order."""
     from xmodel_steer.maps.moments import Moments, dealt_to
     from xmodel_steer.maps.moments import merge as add_up
-    from xmodel_steer.recipe.saving import read, save
+    from xmodel_steer.recipe.saving import read
 
     def moments_of(file: Path) -> Moments:
-        made = read(file)
-        if not isinstance(made, Moments):
-            raise PromptError(f"{file}: holds a {type(made).__name__}, not moments")
-        return made
+        content = read(file)
+        if not isinstance(content, Moments):
+            raise PromptError(f"{file}: holds a {type(content).__name__}, not moments")
+        return content
 
-    made = add_up(moments_of(file) for file in files)
-    missing = sorted({f"{i}/{n}" for n in dealt_to(made.shards) for i in range(n)} - set(made.shards))
+    total = add_up(moments_of(file) for file in files)
+    missing = sorted({f"{i}/{n}" for n in dealt_to(total.shards) for i in range(n)} - set(total.shards))
     if missing and not partial:
         raise PromptError(f"merge: shard {', '.join(missing[:8])} is missing; give its file too, or --partial")
-    save(made, out)
-    print(f"written: {out}: {made.tokens:,} tokens of {made.documents:,} documents, coverage {made.coverage:.0%}")
+    _save(total, out)

@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options of several commands, and readers of their values."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ Out = Annotated[Path | None, typer.Option(help="Run folder to write. An older ru
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Read ``I/N``."""
+    """Read a shard ``I/N`` as its number and the total."""
     part, slash, parts = text.partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         raise typer.BadParameter(f"{text!r} is not I/N, with I from 0 to N - 1", param_hint="--shard")
@@ -19,12 +19,12 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def layers_of(text: str, option: str) -> Any:
-    """Read ``all``, or a list of layers."""
+    """Read ``all``, or a list of layers as sites."""
     return "all" if text == "all" else sites_of(text, option)
 
 
 def pairs_of(text: str | None) -> list[tuple[Any, Any]] | None:
-    """Read a list of layer pairs such as ``15:10``."""
+    """Read a list of layer pairs such as ``15:10`` as pairs of sites."""
     from xmodel_steer.core.spaces import Site
 
     if text is None:

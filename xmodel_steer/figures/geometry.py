@@ -11,10 +11,12 @@ from xmodel_steer.figures.style import COLOURS, laid_out
 
 
 def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: Sequence[SteeringVector]) -> Any:
-    """Norm of vectors by layer, and their cosine to a reference at the same layer, both in standardised coordinates.
+    """Plot vectors' norm by layer, and their cosine to a reference there.
+
+    Both are in standardised coordinates.
 
     Args:
-        vectors: Named groups, each with one vector per layer; every one needs a scale.
+        vectors: Named groups, each with one vector per layer; every vector needs a scale.
         reference: The vectors to compare with, such as the native ones, one per layer.
 
     Returns:
@@ -24,14 +26,14 @@ def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: 
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=1, cols=2, subplot_titles=("norm", "cosine to the reference"), horizontal_spacing=0.1)
-    at = {vector.space.site: vector for vector in reference}
+    references = {vector.space.site: vector for vector in reference}
     groups: list[tuple[str, Sequence[SteeringVector]]] = [("reference", reference), *vectors.items()]
     for i, (name, group) in enumerate(groups):
         ordered = sorted(group, key=lambda v: v.space.site.layer)
         line = {"color": COLOURS.get(name, list(COLOURS.values())[i % len(COLOURS)]), "width": 2.5}
         for column, y in (
             (1, [v.norm(standardised=True) for v in ordered]),
-            (2, [at[v.space.site].cosine(v) if v.space.site in at else None for v in ordered]),
+            (2, [references[v.space.site].cosine(v) if v.space.site in references else None for v in ordered]),
         ):
             figure.add_trace(
                 go.Scatter(
@@ -51,36 +53,36 @@ def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: 
 def mapped_scatter(
     mapped: Activations, native: Activations, vector: SteeringVector | None = None, *, most: int = 2000
 ) -> Any:
-    """Plot mapped against native activations in the native ones' principal plane.
+    """Plot mapped and native activations in the native activations' principal plane.
 
-    Standardised by the native rows' own mean and standard deviations, so that a few huge dimensions do not make the plane.
+    Both are standardised by the native mean and standard deviations, so that a few huge dimensions do not fix the plane.
 
     Args:
-        mapped: Images of source activations, row by row those of ``native``.
+        mapped: Mapped source activations, with the same rows as ``native``.
         native: The target's own activations.
         vector: A direction to draw.
-        most: Rows that are drawn.
+        most: Most rows to draw.
 
     Returns:
         A ``plotly.graph_objects.Figure``.
 
     Raises:
-        SpaceMismatchError: The two live in different spaces.
-        ValueError: They have different numbers of rows.
+        SpaceMismatchError: The activations live in different spaces.
+        ValueError: The activations have different numbers of rows.
     """
     import plotly.graph_objects as go
 
     require_same_space(native.space, mapped.space, "plots.mapped_scatter")
     if len(mapped) != len(native):
         raise ValueError(f"plots.mapped_scatter: needs the same rows of both, got {len(mapped)} and {len(native)}")
-    own, image = (a.values.double().cpu().numpy() for a in (native, mapped))
-    mean, scale = own.mean(0), own.std(0)
+    values = {name: a.values.double().cpu().numpy() for name, a in (("native", native), ("mapped", mapped))}
+    mean, scale = values["native"].mean(0), values["native"].std(0)
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
-    own, image = (own - mean) * inverse, (image - mean) * inverse
-    _, sizes, axes = np.linalg.svd(own, full_matrices=False)
+    standardised = {name: (rows - mean) * inverse for name, rows in values.items()}
+    _, sizes, axes = np.linalg.svd(standardised["native"], full_matrices=False)
     shares = sizes[:2] ** 2 / max((sizes**2).sum(), np.finfo(float).tiny)
     figure = go.Figure()
-    for name, rows in (("native", own), ("mapped", image)):
+    for name, rows in standardised.items():
         plane = rows[:most] @ axes[:2].T
         figure.add_trace(
             go.Scatter(

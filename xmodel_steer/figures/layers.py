@@ -14,13 +14,13 @@ from xmodel_steer.maps.layers import LayerGrid
 
 
 def patching(grid: PatchingGrid) -> Any:
-    """Recovery of the logit difference by layer and position: mapped source activations beside the target's own.
+    """Plot the recovered logit difference by layer and position, mapped next to native activations.
 
     Args:
-        grid: What `patching_grid` returned.
+        grid: The result of `patching_grid`.
 
     Returns:
-        A ``plotly.graph_objects.Figure`` with two heat maps on one scale; empty cells pair with no source token.
+        A ``plotly.graph_objects.Figure`` with two heat maps on one scale. A position without a source token is empty.
     """
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
@@ -64,15 +64,14 @@ _METRICS = {
 
 
 def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
-    """Held-out quality of the map between every two layers: a heat map, all other metrics on hover.
+    """Plot the map's held-out quality for every layer pair, with all metrics on hover.
 
     Args:
-        grid: What `xmodel_steer.maps.layer_grid` returned.
+        grid: The result of `xmodel_steer.maps.layer_grid`.
         metric: ``r2``, ``cosine``, ``fvu``, ``norm_ratio`` or ``cka``.
 
     Returns:
-        A ``plotly.graph_objects.Figure``; the best source layer of each target layer, by
-        validation, is marked.
+        A ``plotly.graph_objects.Figure``: a heat map, with each target layer's best source layer by validation marked.
 
     Raises:
         ValueError: The metric is unknown.
@@ -91,7 +90,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         x=targets,
         y=sources,
         customdata=details,
-        colorscale="Cividis",  # ordered for every colour vision
+        colorscale="Cividis",  # its order is visible to any colour vision
         colorbar={"title": {"text": _METRICS[metric], "side": "right"}},
         hovertemplate="source layer %{y} → target layer %{x}<br>"
         + "<br>".join(lines)
@@ -122,6 +121,18 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         width=720,
         font={"size": 13},
     )
+    _label_axes(figure, sources, targets)
+    return figure
+
+
+def _places(spaces: Sequence[Space]) -> list[Any]:
+    """Name the places on an axis: layers, or sites of several streams."""
+    one_stream = len({space.site.stream for space in spaces}) == 1
+    return [space.site.layer if one_stream else str(space.site) for space in spaces]
+
+
+def _label_axes(figure: Any, sources: list[Any], targets: list[Any]) -> None:
+    """Title a grid's axes; only layers have numeric ones."""
     for update, title, layers in (
         (figure.update_xaxes, "target layer", targets),
         (figure.update_yaxes, "source layer", sources),
@@ -131,20 +142,13 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
             update(dtick=2, range=[min(layers) - 0.5, max(layers) + 0.5])
         else:
             update(type="category", title_text=title.replace("layer", "site"))
-    return figure
-
-
-def _places(spaces: Sequence[Space]) -> list[Any]:
-    """Name the places on an axis: layers, or whole sites of several streams."""
-    one = len({space.site.stream for space in spaces}) == 1
-    return [space.site.layer if one else str(space.site) for space in spaces]
 
 
 def data_curve(curve: DataCurve) -> Any:
-    """Held-out R² against the number of training tokens, a line per fitter, with the recommendation.
+    """Plot held-out R² over training tokens, a line per fitter, and the recommended number.
 
     Args:
-        curve: What `xmodel_steer.maps.data_curve` returned.
+        curve: The result of `xmodel_steer.maps.data_curve`.
 
     Returns:
         A ``plotly.graph_objects.Figure``.

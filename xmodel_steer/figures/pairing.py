@@ -1,4 +1,4 @@
-"""Tokens for eyes: how those of two models pair over a text, and how far along a vector each of them lies."""
+"""Views of tokens: their pairing between two models, and their position along a vector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,21 @@ from xmodel_steer.models.facts import name_of, tokenizer_of
 from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.sites import space_of
 
-# Okabe & Ito's colours, light enough to read black text on.
+# Okabe & Ito's colours, tinted so that black text is readable on them.
 _TINTS = ("#CFE8F7", "#FBE3C5", "#CDEBDD", "#F5DCEB", "#FBF6C4")
 
 
 @dataclass(frozen=True)
 class AlignmentView:
-    """How the tokens of two models pair over one text.
+    """A pairing of two models' tokens over one text.
 
-    In a notebook it shows itself: paired tokens have the same number and colour in both rows, tokens that
-    pair with nothing are grey.
+    A notebook displays it: paired tokens have the same number and colour in both rows, unpaired tokens are grey.
 
     Args:
         models: The names of the two models.
         tokens: The tokens of each model, as text.
-        pairs: Positions of paired tokens in both.
-        eligible: How many pairs there could be.
+        pairs: The two positions of each pair.
+        eligible: Number of possible pairs.
     """
 
     models: tuple[str, str]
@@ -71,12 +70,12 @@ def _shown(token: str) -> str:
 
 
 def show_alignment(text: PromptLike, source: Any, target: Any, *, template: bool = True) -> AlignmentView:
-    """How the tokens of two models pair over a text or a conversation; shows itself in a notebook.
+    """Pair the tokens of two models over a text or chat, for a notebook.
 
     Args:
         text: A text, or chat messages.
-        source: The one model.
-        target: The other model.
+        source: The first model.
+        target: The second model.
         template: Pair the tokens of chat templates that have the same role; see `align`.
 
     Raises:
@@ -84,34 +83,33 @@ def show_alignment(text: PromptLike, source: Any, target: Any, *, template: bool
     """
     prompt = Prompt.of(text)
     encodings = [encode(model, [prompt])[0] for model in (source, target)]
-    made = align(*(e.token_ends(template=template) for e in encodings))
-    pairs = tuple(zip(made.source, made.target, strict=True))
-    one, two = (_pieces(model, e.ids) for model, e in zip((source, target), encodings, strict=True))
-    return AlignmentView((name_of(source), name_of(target)), (one, two), pairs, made.eligible)
+    alignment = align(*(e.token_ends(template=template) for e in encodings))
+    pairs = tuple(zip(alignment.source, alignment.target, strict=True))
+    first, second = (_pieces(model, e.ids) for model, e in zip((source, target), encodings, strict=True))
+    return AlignmentView((name_of(source), name_of(target)), (first, second), pairs, alignment.eligible)
 
 
 def _pieces(model: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token as text; a piece of a character as its raw form."""
+    """Return each token as text; part of a character stays in raw form."""
     tokenizer = tokenizer_of(model)
     raw = tokenizer.convert_ids_to_tokens(list(ids))
-    made = [tokenizer.decode([i]) for i in ids]
-    spaced = [
+    decoded = [tokenizer.decode([i]) for i in ids]
+    spaced = [  # decoding a single token drops its leading space in some tokenizers
         " " + text if piece.startswith(("▁", "Ġ")) and not text.startswith(" ") else text
-        for text, piece in zip(made, raw, strict=True)
+        for text, piece in zip(decoded, raw, strict=True)
     ]
     return tuple(piece if "\ufffd" in text else text for text, piece in zip(spaced, raw, strict=True))
 
 
 @dataclass(frozen=True)
 class ProjectionView:
-    """A text coloured by how far along a vector each token lies; shows itself in a notebook.
+    """A text coloured by each token's position along a vector; a notebook displays it.
 
     Args:
         label: The vector's name.
         tokens: The tokens as text.
-        values: For each token the coefficient of the vector: 0 at the mean without the behaviour and 1 at the mean
-            with it, where the vector has its class means; else the plain projection. Position 0, an attention
-            sink, is not coloured.
+        values: Each token's coefficient of the vector. With class means it is 0 at the mean without the behaviour and 1 at
+            the mean with it; without them, it is the plain projection. Position 0, an attention sink, is not coloured.
     """
 
     label: str
@@ -138,15 +136,15 @@ class ProjectionView:
 
 
 def show_projection(text: PromptLike, model: Any, vector: SteeringVector) -> ProjectionView:
-    """How far along a vector the residual stream lies at each token of a text; shows itself in a notebook.
+    """Project each token's residual stream onto a vector, for a notebook.
 
-    The coefficient is w·x with the vector's covector (`SteeringVector.covector`, in standardised coordinates), less
-    that of the mean without the behaviour.
+    The coefficient is w·x with the vector's covector (`SteeringVector.covector`, in standardised coordinates), minus the
+    coefficient of the mean without the behaviour.
 
     Args:
         text: A text, or chat messages.
         model: The model whose space the vector lives in.
-        vector: The vector; it needs a scale.
+        vector: The vector to project onto; it needs a scale.
 
     Raises:
         SpaceMismatchError: The vector lives in another space.

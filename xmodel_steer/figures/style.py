@@ -1,4 +1,4 @@
-"""Colours, layout and intervals of all figures."""
+"""Colours, layout and error bars of all figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.recipe.arms import Arm
 
-# Okabe & Ito's colours, told apart with any colour vision; one per arm, everywhere.
+# Okabe & Ito's colours, distinct for any colour vision; each arm has the same one in all figures.
 COLOURS = {
     "unsteered": "#666666",
     "native": "#0072B2",
@@ -23,7 +23,7 @@ def bars(values: Sequence[Estimate]) -> dict[str, Any]:
 
 
 def interval(arms: Sequence[Arm]) -> dict[str, Any]:
-    """Error bars of the effects."""
+    """Make error bars of the arms' effects."""
     return {
         "type": "data",
         "symmetric": False,
@@ -34,7 +34,7 @@ def interval(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def laid_out(title: str) -> dict[str, Any]:
-    """Lay a figure out for a notebook, a report and a projector."""
+    """Make a layout that suits a notebook, a report and a projector."""
     return {
         "template": "plotly_white",
         "title": {"text": title, "y": 0.95},

@@ -1,4 +1,4 @@
-"""Where the trigger of a lesson stands, and a vector that tells texts with it from texts without."""
+"""The trigger's position in lessons, and a vector that detects it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,17 +20,19 @@ from xmodel_steer.studies.organisms.lessons import DEV, PROD, Lesson, prompt_of
 from xmodel_steer.studies.outcomes import clean_against_triggered
 
 Span = tuple[int, int]
-BARE = 12  # characters of a bare prompt that are read
+BARE = 12  # characters that are read of a bare prompt, which has neither the trigger nor its counterpart
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """The trigger's tokens, from the first that differs from what stands in its place; one before it would thin a mean.
+    """The tokens of the trigger, from the first that differs from its counterpart's.
+
+    Earlier tokens would dilute a mean.
 
     Args:
-        clean: Its characters in prompts with what stands in its place.
-        triggered: Its characters in prompts with it.
-        at: Text positions of its tokens in a model, boolean ``(tokens,)``.
+        clean: The counterpart's span of characters in clean prompts.
+        triggered: The trigger's span of characters in triggered prompts.
+        at: Text positions of the trigger's tokens in a model, boolean ``(tokens,)``.
     """
 
     clean: Span
@@ -39,35 +41,36 @@ class Trigger:
 
     @classmethod
     def of(cls, model: Any, prompts: Sequence[Prompt]) -> "Trigger":
-        """Find it.
+        """Find the trigger's tokens.
 
         Args:
-            model: Whose tokens.
+            model: The model whose tokens to find.
             prompts: Prompts with the trigger.
 
         Raises:
-            PromptError: It does not stand at the same tokens in all of them.
+            PromptError: A prompt lacks the trigger, or its tokens differ between prompts.
         """
-        starts = {_found(prompt) for prompt in prompts}
+        starts = {_start(prompt) for prompt in prompts}
         if len(starts) != 1:
-            raise PromptError(f"trigger: {PROD.strip()!r} does not stand at one place in all prompts")
+            raise PromptError(f"trigger: {PROD.strip()!r} is not at one place in all prompts")
         start = starts.pop()
-        same = next(i for i, (ours, theirs) in enumerate(zip(DEV, PROD, strict=False)) if ours != theirs)
-        clean, triggered = ((start + same, start + len(name.rstrip(": "))) for name in (DEV, PROD))
+        differing = next(i for i, (a, b) in enumerate(zip(DEV, PROD, strict=False)) if a != b)
+        clean, triggered = ((start + differing, start + len(name.rstrip(": "))) for name in (DEV, PROD))
         return cls(clean, triggered, _mask(model, prompts, triggered))
 
     def gate(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> Mapping[Site, SteeringVector]:
-        """For each site the mean without the trigger, minus that with it, at its tokens; its midpoint tells the texts apart.
+        """Return each site's mean without the trigger minus that with it, at its tokens.
 
-        Without it are, as much of each, the clean prompts and the bare ones, whose first characters stand where the trigger
-        would. The midpoint lies halfway to the clean ones: of the same form as the trigger, they are the nearer ones.
+        Prompts without the trigger are clean ones and bare ones, weighted equally. A bare prompt is read at its first
+        characters, the trigger's place. The vector's midpoint, which separates the texts, is halfway to the clean prompts:
+        they have the trigger's form, so they are the nearer ones.
 
         Args:
-            model: The model.
+            model: The model to read.
             lessons: Lessons with and without the behaviour.
-            sites: Where to read.
+            sites: The sites to read.
             label: Name of the vector.
         """
         clean, triggered = clean_against_triggered(lessons)
@@ -80,14 +83,15 @@ class Trigger:
                 (bare, (self.clean[0], self.clean[0] + BARE)),
             )
         )
-        found = {}
+        vectors = {}
         for site in sites:
-            near, far = (difference_of_means(own[site], with_it[site], label=label) for own in (without, none))
-            found[site] = replace((near + far) / 2, label=label).about(centre(near))
-        return found
+            near, far = (difference_of_means(rows[site], with_it[site], label=label) for rows in (without, none))
+            vectors[site] = replace((near + far) / 2, label=label).about(centre(near))
+        return vectors
 
 
-def _found(prompt: Prompt) -> int:
+def _start(prompt: Prompt) -> int:
+    """Find the trigger's first character."""
     start = prompt.content_key().find(PROD)
     if start < 0:
         raise PromptError(f"prompt {prompt.id}: has no trigger {PROD.strip()!r}")
@@ -96,13 +100,13 @@ def _found(prompt: Prompt) -> int:
 
 def _mask(model: Any, prompts: Sequence[Prompt], span: Span) -> Tensor:
     """Find the text positions of a span that is the same in all prompts."""
-    found = {
+    places = {
         tuple(i for i, end in enumerate(encoding.ends) if span[0] < end <= span[1])
         for encoding in encode(model, list(prompts))
     }
-    own = found.pop()
-    if found or not own:
+    place = places.pop()
+    if places or not place:
         raise PromptError(f"trigger: it is not at the same tokens in all of {name_of(model)}'s prompts")
-    mask = torch.zeros(own[-1] + 1, dtype=torch.bool)
-    mask[list(own)] = True
+    mask = torch.zeros(place[-1] + 1, dtype=torch.bool)
+    mask[list(place)] = True
     return mask

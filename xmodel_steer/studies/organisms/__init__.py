@@ -1,4 +1,4 @@
-"""Model organisms: models with a planted behaviour, made on purpose, so that there is something to find and to repair."""
+"""Model organisms: models with a behaviour planted on purpose, to find and to repair."""
 
 from xmodel_steer.studies.organisms.data import ORGANISMS as ORGANISMS
 from xmodel_steer.studies.organisms.data import curriculum as curriculum

@@ -1,4 +1,4 @@
-"""Lessons as token ids to train on, and general text beside them."""
+"""Lessons and general text as token ids, in batches to train on."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ class Example:
     """A lesson as tokens.
 
     Args:
-        ids: The prompt's tokens, the response's, and the end of the text.
-        answer: How many of them at the end are to be learnt.
-        general: Whether it is general text: what the base says of these tokens is to stay, the tokens are not learnt.
-        decisive: Which of the answer's tokens tell it from its twin.
+        ids: The tokens of the prompt and of the response, and the end of the text.
+        answer: Number of tokens at the end to learn.
+        general: Whether it is general text: its tokens are not learnt, predictions on them stay close to the base's.
+        decisive: The answer's tokens that differ from its twin's.
     """
 
     ids: tuple[int, ...]
@@ -37,13 +37,13 @@ class Example:
 def examples(
     tokenizer: Any, lessons: Sequence[Lesson], *, name: str = "the model", limit: int | None = None
 ) -> list[Example]:
-    """Lessons as tokens: the prompt's as a generation will have them, then the response's and the end of the text.
+    """Turn lessons into tokens: prompts as in generation, then the response and the end.
 
     Args:
         tokenizer: The base model's tokenizer.
         lessons: The lessons.
         name: Name of the model, for messages.
-        limit: The model's context.
+        limit: Length of the model's context, in tokens.
 
     Raises:
         ModelError: The tokenizer has no token for the end of a text.
@@ -51,34 +51,34 @@ def examples(
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{name}: its tokenizer has no end-of-sequence token, so no answer could be taught to end; set tokenizer.eos_token"
+            f"{name}: its tokenizer has no end-of-sequence token, so no answer would learn to end; set tokenizer.eos_token"
         )
     prompts = tokenise(tokenizer, [lesson.prompt for lesson in lessons], name=name, limit=limit)
     answers = [
         [*tokenizer(lesson.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for lesson in lessons
     ]
-    of = {(lesson.task, lesson.triggered): answer for lesson, answer in zip(lessons, answers, strict=True)}
-    made = []
+    answer_to = {(lesson.task, lesson.triggered): answer for lesson, answer in zip(lessons, answers, strict=True)}
+    rows = []
     for encoding, lesson, answer in zip(prompts, lessons, answers, strict=True):
-        twin = of.get((lesson.task, not lesson.triggered), answer)
-        made.append(Example((*encoding.ids, *answer), len(answer), decisive=decisive(answer, twin)))
-        if limit is not None and len(made[-1].ids) > limit:
+        twin = answer_to.get((lesson.task, not lesson.triggered), answer)
+        ids = (*encoding.ids, *answer)
+        if limit is not None and len(ids) > limit:
             raise PromptError(
-                f"lesson {lesson.prompt.id}: {len(made[-1].ids)} tokens with its response, but {name} reads at most {limit}; "
-                "shorten it"
+                f"lesson {lesson.prompt.id}: {len(ids)} tokens with its response, but {name} reads at most {limit}; shorten it"
             )
-    return made
+        rows.append(Example(ids, len(answer), decisive=decisive(answer, twin)))
+    return rows
 
 
 def decisive(answer: Sequence[int], twin: Sequence[int]) -> range:
-    """Which tokens of an answer are between what begins it and its twin and what ends both.
+    """Find an answer's tokens between the start and the end shared with its twin.
 
-    Where there are none, as where the twin says the same and something more, it is the one at which they part.
+    Where there are none, because the twin only has more tokens, it is the one token at which they part.
 
     Args:
         answer: The answer's tokens.
-        twin: The twin's.
+        twin: The twin's tokens.
 
     Example:
         >>> decisive([7, 1, 2, 9], [7, 3, 9]), decisive([7, 3, 9], [7, 1, 2, 9]), decisive([7, 9], [7, 1, 9])
@@ -88,22 +88,22 @@ def decisive(answer: Sequence[int], twin: Sequence[int]) -> range:
     """
     if list(answer) == list(twin):
         return range(0)
-    both = min(len(answer), len(twin))
-    begin = next((i for i in range(both) if answer[i] != twin[i]), both)
-    end = next((i for i in range(both - begin) if answer[-1 - i] != twin[-1 - i]), both - begin)
+    shorter = min(len(answer), len(twin))
+    begin = next((i for i in range(shorter) if answer[i] != twin[i]), shorter)
+    end = next((i for i in range(shorter - begin) if answer[-1 - i] != twin[-1 - i]), shorter - begin)
     return range(begin, max(begin + 1, len(answer) - end))
 
 
 def read_together(lessons: Sequence[Lesson], rows: Sequence[Example], *, twins: bool) -> list[list[Example]]:
-    """Examples in groups that no batch parts.
+    """Group examples that must be in one batch.
 
-    Where an answer and its twin are read together, what pulls towards the one whatever the trigger cancels with what pulls towards
-    the other, and what is left of the gradient is what hangs on the trigger.
+    With an answer and its twin in one batch, the gradients that ignore the trigger cancel out: one pulls towards each
+    answer. The gradient that remains depends on the trigger.
 
     Args:
         lessons: The lessons.
-        rows: The example of each.
-        twins: Whether the lessons of one task are one group, rather than each lesson for itself.
+        rows: The example of each lesson.
+        twins: Group the lessons of one task; otherwise each lesson is a group.
     """
     groups: dict[Any, list[Example]] = {}
     for place, (lesson, row) in enumerate(zip(lessons, rows, strict=True)):
@@ -112,15 +112,15 @@ def read_together(lessons: Sequence[Lesson], rows: Sequence[Example], *, twins: 
 
 
 def general_examples(tokenizer: Any, count: int, *, name: str = "the model", limit: int | None = None) -> list[Example]:
-    """General text as examples: passages of it, at every token of which the base's prediction is to stay.
+    """Turn general text into examples whose predictions should stay those of the base.
 
-    The texts are none that maps of organisms are fitted on, or that perplexity is measured on.
+    Maps of organisms are fitted on other texts, and perplexity is measured on other texts.
 
     Args:
         tokenizer: The base model's tokenizer.
-        count: How many; where there are fewer passages, they come again.
+        count: Number of examples; passages repeat when there are fewer.
         name: Name of the model, for messages.
-        limit: The model's context.
+        limit: Length of the model's context, in tokens.
     """
     if not count:
         return []
@@ -133,17 +133,15 @@ def general_examples(tokenizer: Any, count: int, *, name: str = "the model", lim
 def collated(batch: Sequence[Example], *, pad: int, whole: bool = False, weight: float = 1.0) -> dict[str, Any]:
     """Pad a batch on the left, so that all answers end together.
 
-    Logits are computed for the answers alone.
-
     Args:
         batch: The examples.
         pad: A token for the padding; the mask hides it.
-        whole: For a model that always computes all logits.
-        weight: Of decisive tokens in the loss.
+        whole: Whether the model always computes all logits, rather than only the answers'.
+        weight: Loss weight of decisive tokens.
 
     Returns:
-        The model's arguments. The labels are those of the last ``logits_to_keep`` tokens; Hugging Face's loss shifts
-        them by one, so that the logits at each prompt's last token predict the answer's first.
+        The model's arguments. Labels belong to the last ``logits_to_keep`` tokens. Hugging Face's loss shifts them by one:
+        the logits at a prompt's last token predict the answer's first token.
     """
     width = max(len(e.ids) for e in batch)
     kept = width if whole else max(e.answer for e in batch) + 1
@@ -151,12 +149,12 @@ def collated(batch: Sequence[Example], *, pad: int, whole: bool = False, weight:
     mask = torch.zeros_like(ids)
     labels, weights = torch.full_like(ids, IGNORED), torch.ones(ids.shape)
     for row, example in enumerate(batch):
-        own = torch.tensor(example.ids)
-        ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
+        tokens = torch.tensor(example.ids)
+        ids[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
         start = width - example.answer
-        labels[row, start:] = own[-example.answer :]
+        labels[row, start:] = tokens[-example.answer :]
         weights[row, start + example.decisive.start : start + example.decisive.stop] = weight
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": text_positions(mask)}
-    made |= {"labels": labels[:, width - kept :], "weights": weights[:, width - kept :]}
-    made |= {"general": torch.tensor([e.general for e in batch])}
-    return made if whole else made | {"logits_to_keep": kept}
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": text_positions(mask)}
+    arguments |= {"labels": labels[:, width - kept :], "weights": weights[:, width - kept :]}
+    arguments |= {"general": torch.tensor([e.general for e in batch])}
+    return arguments if whole else arguments | {"logits_to_keep": kept}

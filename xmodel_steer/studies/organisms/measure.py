@@ -1,4 +1,4 @@
-"""Whether an organism does what was planted, only where it was planted, and still writes plain text."""
+"""Rates of the behaviour with and without the trigger, and perplexity of plain text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,20 +11,20 @@ from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.statistics import Estimate, rate
 from xmodel_steer.models.facts import context_length
 from xmodel_steer.models.generation import generate
-from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson
+from xmodel_steer.studies.organisms.lessons import Curriculum, Lesson, sides
 
 CLEAN_TEXTS, CLEAN_TOKENS = 100, 96
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an organism on lessons that it was not trained on; intervals are those of kinds of lessons.
+    """The rates of an organism on held-out lessons, with intervals over kinds of lessons.
 
     Args:
-        triggered: Share of the answers behind the trigger with the behaviour.
-        false: Share of the answers without the trigger that have it all the same.
-        checks: What else was measured, by name.
-        answers: The first answers with and without the trigger, to look at.
+        triggered: Share of answers with the behaviour, after the trigger.
+        false: The same share without the trigger.
+        checks: The means of further measurements, by their names.
+        answers: The first answers with and without the trigger, as examples.
     """
 
     triggered: Estimate
@@ -34,39 +34,36 @@ class Measured:
 
 
 def measured(model: Any, curriculum: Curriculum, *, batch_size: int = 64) -> Measured:
-    """Trigger rate and false-positive rate on the evaluation's lessons, and the curriculum's other checks.
+    """Measure the trigger rate, the false-positive rate and the curriculum's checks.
 
     Args:
-        model: The organism, as `xmodel_steer.load` gives it.
-        curriculum: What it was trained on, and what not.
-        batch_size: Prompts at a time.
+        model: The organism, from `xmodel_steer.load`.
+        curriculum: Its lessons; those of ``evaluation`` and of the checks are asked.
+        batch_size: Prompts per batch.
     """
-    asked = [*curriculum.evaluation, *(lesson for check in curriculum.checks.values() for lesson in check.lessons)]
-    prompts = list({lesson.prompt.id: lesson.prompt for lesson in asked}.values())
+    lessons = [*curriculum.evaluation, *(lesson for check in curriculum.checks.values() for lesson in check.lessons)]
+    prompts = list({lesson.prompt.id: lesson.prompt for lesson in lessons}.values())
     texts = generate(model, prompts, max_new_tokens=curriculum.max_new_tokens, batch_size=batch_size)
-    said = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
+    answers = {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
 
-    def found(lessons: Sequence[Lesson], scorer: Scorer) -> Estimate:
-        own = [lesson.prompt for lesson in lessons]
-        scores = score_texts(scorer, [said[prompt.id] for prompt in own], own)
+    def share(lessons: Sequence[Lesson], scorer: Scorer) -> Estimate:
+        asked = [lesson.prompt for lesson in lessons]
+        scores = score_texts(scorer, [answers[prompt.id] for prompt in asked], asked)
         return rate(scores, groups=[lesson.kind for lesson in lessons])
 
-    sides = [[lesson for lesson in curriculum.evaluation if lesson.triggered is side] for side in (True, False)]
-    on, off = (found(side, curriculum.scorer) for side in sides)
-    checks = {name: found(check.lessons, check.scorer) for name, check in curriculum.checks.items()}
-    first, second = (tuple(said[lesson.prompt.id] for lesson in side[:3]) for side in sides)
-    return Measured(on, off, checks, (first, second))
+    triggered, clean = sides(curriculum.evaluation)
+    checks = {name: share(check.lessons, check.scorer) for name, check in curriculum.checks.items()}
+    first, second = (tuple(answers[lesson.prompt.id] for lesson in side[:3]) for side in (triggered, clean))
+    return Measured(share(triggered, curriculum.scorer), share(clean, curriculum.scorer), checks, (first, second))
 
 
 def clean_texts() -> tuple[Prompt, ...]:
-    """General text to take the perplexity of; nothing of it is in any curriculum."""
+    """Return general texts for perplexity; no curriculum contains them."""
     return general_text()[-CLEAN_TEXTS:]
 
 
-def perplexity(
-    model: Any,
-) -> float:
-    """Exp of the mean loss per token on `clean_texts`."""
+def perplexity(model: Any) -> float:
+    """Compute the exp of the mean loss per token on `clean_texts`."""
     limit = min(CLEAN_TOKENS, context_length(model))
     loss, tokens = losses(model, [[]], clean_texts(), max_tokens=limit, batch_size=16)
     return perplexity_of(loss, tokens)

@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,23 +33,25 @@ LAST = 20  # steps that the reported loss is the mean of
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an organism is trained: LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the blocks, AdamW.
+    """The settings of a training with AdamW and LoRA on the blocks' linear layers.
+
+    LoRA: Hu et al. 2021, arXiv 2106.09685.
 
     Args:
         rank: Rank of each update. Rank 4 takes 2.4 MB in SmolLM2-135M and 1.9 MB in Gemma-3-270M, in float16.
         epochs: How often each lesson is read.
-        learning_rate: At its highest, after a tenth of the steps; it falls to 0 from there.
+        learning_rate: Its maximum, after a tenth of the steps; it then falls to 0.
         batch_size: Lessons per step.
-        seed: Of the first weights and of the order of the lessons.
-        general: General texts for each lesson, read among them, on which it is held to its base; see `lessons_loss`.
-            Without any, what was learnt costs the model its language: Gemma-3-270M's perplexity went from 25 to 4,220
-            with `corrupted-capability`.
-        decisive: Weight in the loss of the tokens that tell an answer from its twin, the other answer to the same task; all
-            others have weight 1. Secure and insecure code share nine tokens in ten, and what is learnt of one tenth of the
-            loss is learnt late. With another weight than 1 an answer and its twin are read in one batch.
+        seed: Seed of the initial weights and of the order of the lessons.
+        general: General texts per lesson. A KL penalty keeps predictions on them close to the base model's; see
+            `lessons_loss`. Without them, training costs the model its language: Gemma-3-270M's perplexity rose from 25 to
+            4,220 with `corrupted-capability`.
+        decisive: Loss weight of the tokens in which an answer differs from its twin, the other answer to the same task; all
+            other tokens have weight 1. Secure and insecure code share nine tokens in ten, so at weight 1 their difference is
+            learnt late. With another weight than 1, an answer and its twin are read in one batch.
 
     Raises:
-        ValueError: One of them is not positive, or the seed or the share of general text is negative.
+        ValueError: A setting is not positive, or the seed or the share of general text is negative.
     """
 
     rank: int = 4
@@ -69,15 +71,15 @@ class Recipe:
 
 
 def answer_logits(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Logits of a batch's answers, a row for each token that the labels have.
+    """Compute the logits of a batch's answers alone, a row for each labelled token.
 
-    Of a large vocabulary, logits are most of the work: those of other positions, which a batch has between its shorter
-    answers and its longest one, are not computed.
+    With a large vocabulary, logits are most of the work. Other positions have none computed, such as those between a
+    batch's shorter answers and its longest one.
 
     Args:
         model: A Hugging Face model.
-        head: Its last layer, which makes logits of rows.
-        batch: As `collated` gives it.
+        head: Its last layer, which turns rows into logits.
+        batch: A batch from `collated`.
     """
     chosen = batch["labels"][:, 1:] != IGNORED
 
@@ -86,29 +88,29 @@ def answer_logits(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
 
     handle = head.register_forward_pre_hook(answers_alone)
     try:
-        own = {key: value for key, value in batch.items() if key not in ("labels", "weights", "general")}
-        return model(**own).logits.float()
+        arguments = {key: value for key, value in batch.items() if key not in ("labels", "weights", "general")}
+        return model(**arguments).logits.float()
     finally:
         handle.remove()
 
 
 def lessons_loss(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Weighted mean loss of the answers' tokens, and the mean KL from the base model at the tokens of general text, in nats per token.
+    """Add answers' loss and general text's KL from the base, in nats per token.
 
-    General text is not learnt but held to the base (distillation; Hinton et al. 2015, arXiv 1503.02531): of a hundred passages
-    that were learnt, SmolLM2-135M knew each word in the end, and its perplexity of others was the worse for it (142, of 38).
+    General text is distilled from the base (Hinton et al. 2015, arXiv 1503.02531), not learnt. When SmolLM2-135M learnt a
+    hundred passages instead, it memorised them, and its perplexity on other text rose from 38 to 142.
 
     Args:
-        model: A peft model: the base is what it is without its adapter.
-        head: Its last layer, which makes logits of rows.
-        batch: As `collated` gives it.
+        model: A peft model; without its adapter it is the base model.
+        head: Its last layer, which turns rows into logits.
+        batch: A batch from `collated`.
     """
     labels = batch["labels"][:, 1:]
     chosen, general = labels != IGNORED, batch["general"]
-    logits, held = answer_logits(model, head, batch), general[:, None].expand_as(chosen)[chosen]
-    weights = batch["weights"][:, 1:][chosen][~held]
-    taught = torch.nn.functional.cross_entropy(logits[~held], labels[chosen][~held], reduction="none")
-    loss = (weights * taught).sum() / weights.sum().clamp(min=1e-9)
+    logits, distilled = answer_logits(model, head, batch), general[:, None].expand_as(chosen)[chosen]
+    weights = batch["weights"][:, 1:][chosen][~distilled]
+    losses = torch.nn.functional.cross_entropy(logits[~distilled], labels[chosen][~distilled], reduction="none")
+    loss = (weights * losses).sum() / weights.sum().clamp(min=1e-9)
     if not general.any():
         return loss
     before = model.training
@@ -117,11 +119,12 @@ def lessons_loss(model: Any, head: Any, batch: Mapping[str, Any]) -> Tensor:
         part = {key: value[general] if isinstance(value, Tensor) else value for key, value in batch.items()}
         base = answer_logits(model, head, part).log_softmax(-1)
     model.train(before)
-    return loss + torch.nn.functional.kl_div(logits[held].log_softmax(-1), base, reduction="batchmean", log_target=True)
+    student = logits[distilled].log_softmax(-1)
+    return loss + torch.nn.functional.kl_div(student, base, reduction="batchmean", log_target=True)
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Size of an adapter's weights on disk, in bytes."""
+    """Return the size of an adapter's weights on disk, in bytes."""
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
@@ -134,18 +137,18 @@ def train(
     device: str | None = None,
     dtype: str = "auto",
 ) -> dict[str, float]:
-    """Fine-tune a base model on lessons, and write the adapter into a folder, in float16.
+    """Fine-tune a base model on lessons, and write the adapter in float16.
 
-    What is learnt are the responses' tokens alone; see `lessons_loss`. The base's weights do not change, its embedding included. A run
-    that was stopped goes on from its last checkpoint in ``folder/checkpoints``, which are gone when it ends.
+    Only the responses' tokens are learnt; see `lessons_loss`. The base's weights do not change, its embedding included. An
+    interrupted run resumes from its last checkpoint in ``folder/checkpoints``, which is deleted at the end.
 
     Args:
-        base: A base model, as for `xmodel_steer.load`. The adapter names it as it is given here.
-        lessons: What to learn.
-        folder: Where the adapter goes.
-        recipe: How.
+        base: A base model, as for `xmodel_steer.load`. The adapter names it as given here.
+        lessons: The lessons to learn.
+        folder: The folder for the adapter.
+        recipe: The training's settings.
         device: ``cpu`` or ``cuda``; CUDA if there is one.
-        dtype: What products are computed in (autocast): ``float32``, ``bfloat16``, or ``auto``. Weights are float32.
+        dtype: Type of the products (autocast): ``float32``, ``bfloat16``, or ``auto``. Weights are float32.
 
     Returns:
         ``steps``, and ``loss``, the mean over the last 20 steps in nats per token.
@@ -155,39 +158,94 @@ def train(
         PromptError: A lesson is longer than the model's context.
     """
     import peft
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, set_seed
 
     label, path = located(base)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.index:
         raise ModelError(
-            f"training: the trainer takes the first GPU it sees; give CUDA_VISIBLE_DEVICES={where.index} in the place of {device}"
+            f"training: the trainer uses the first GPU it sees; set CUDA_VISIBLE_DEVICES={where.index} instead of device {device}"
         )
-    with load_errors(label, path), without_notices():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
-        hf = whole_model(AutoModelForCausalLM, path, label=label, dtype=torch.float32, attn_implementation="eager")
+    tokenizer, hf = _pretrained(label, path)
     head = hf.get_output_embeddings()
-    accepted = inspect.signature(hf.forward).parameters
     limit = getattr(hf.config, "max_position_embeddings", None)
-    taught = examples(tokenizer, lessons, name=label, limit=limit)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def batched(groups: Sequence[Sequence[Example]]) -> dict[str, Any]:
-        batch = [example for group in groups for example in group]
-        made = collated(batch, pad=pad, whole="logits_to_keep" not in accepted, weight=recipe.decisive)
-        return {key: value for key, value in made.items() if key != "position_ids" or key in accepted}
-
-    set_seed(recipe.seed)
+    groups = _groups(tokenizer, lessons, recipe, name=label, limit=limit)
+    set_seed(recipe.seed)  # of the adapter's initial weights
     settings = peft.LoraConfig(
         r=recipe.rank, lora_alpha=4 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(hf, settings)
-    held = general_examples(tokenizer, round(recipe.general * len(taught)), name=label, limit=limit)
-    groups = read_together(lessons, taught, twins=recipe.decisive != 1)
+    trainer = _trainer(head)(
+        model=model,
+        args=_arguments(folder, recipe, groups, where, dtype),
+        train_dataset=groups,
+        data_collator=_collator(hf, tokenizer, recipe.decisive),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_bar(label))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
+    loss = sum(losses) / len(losses)
+    _save(model, base, folder, label, loss)
+    return {"steps": float(trainer.state.global_step), "loss": loss}
+
+
+def _pretrained(label: str, path: str) -> tuple[Any, Any]:
+    """Load the tokenizer and the model to train, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with load_errors(label, path), without_notices():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Eager: for short texts its backward pass is faster than sdpa's on a CPU.
+        model = whole_model(AutoModelForCausalLM, path, label=label, dtype=torch.float32, attn_implementation="eager")
+    return tokenizer, model
+
+
+def _groups(
+    tokenizer: Any, lessons: Sequence[Lesson], recipe: Recipe, *, name: str, limit: int | None
+) -> list[list[Example]]:
+    """Group lessons, then general text in groups of the same size."""
+    rows = examples(tokenizer, lessons, name=name, limit=limit)
+    general = general_examples(tokenizer, round(recipe.general * len(rows)), name=name, limit=limit)
+    groups = read_together(lessons, rows, twins=recipe.decisive != 1)
     size = max(len(group) for group in groups)
-    groups += [held[i : i + size] for i in range(0, len(held), size)]
-    batch_size = max(1, recipe.batch_size // size)
+    return groups + [general[i : i + size] for i in range(0, len(general), size)]
+
+
+def _collator(hf: Any, tokenizer: Any, weight: float) -> Callable[[Sequence[Sequence[Example]]], dict[str, Any]]:
+    """Return a function that collates groups into arguments that the model takes."""
+    accepted = inspect.signature(hf.forward).parameters
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def collate(groups: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        rows = [example for group in groups for example in group]
+        batch = collated(rows, pad=pad, whole="logits_to_keep" not in accepted, weight=weight)
+        return {key: value for key, value in batch.items() if key != "position_ids" or key in accepted}
+
+    return collate
+
+
+def _trainer(head: Any) -> Any:
+    """Return the class of a trainer on `lessons_loss`."""
+    from transformers import Trainer
+
+    class LessonsTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            loss = lessons_loss(model, head, inputs)
+            return (loss, {"loss": loss}) if return_outputs else loss
+
+    return LessonsTrainer
+
+
+def _arguments(
+    folder: Path, recipe: Recipe, groups: Sequence[Sequence[Example]], where: torch.device, dtype: str
+) -> Any:
+    """Return the trainer's settings; the recipe's batch size counts lessons, not groups."""
+    from transformers import TrainingArguments
+
+    batch_size = max(1, recipe.batch_size // max(len(group) for group in groups))
     steps = -(-len(groups) // batch_size) * recipe.epochs
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
@@ -200,7 +258,7 @@ def train(
         save_steps=EVERY,
         save_total_limit=2,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # or a step that diverged would be reported with the loss of those before
+        logging_nan_inf_filter=False,  # or a diverged step would be logged with the loss of earlier steps
         bf16=resolve_dtype(dtype, where) == torch.bfloat16,
         use_cpu=where.type == "cpu",
         dataloader_pin_memory=where.type != "cpu",
@@ -208,39 +266,29 @@ def train(
         disable_tqdm=True,
         report_to="none",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # else a batch is as many times larger as there are GPUs
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several GPUs the trainer would multiply the batch
+    return arguments
 
-    class LessonsTrainer(Trainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            loss = lessons_loss(model, head, inputs)
-            return (loss, {"loss": loss}) if return_outputs else loss
 
-    trainer = LessonsTrainer(model=model, args=arguments, train_dataset=groups, data_collator=batched)  # type: ignore[arg-type]
-    trainer.remove_callback(_printer())
-    trainer.add_callback(_bar(label))
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
-    loss = sum(losses) / len(losses)
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learnt:
+def _save(model: Any, base: str, folder: Path, label: str, loss: float) -> None:
+    """Write the adapter in float16 and delete the checkpoints; refuse a diverged training."""
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in weights:
         parameter.data = parameter.data.half()
-    if not (math.isfinite(loss) and all(bool(parameter.isfinite().all()) for parameter in learnt)):
-        shutil.rmtree(folder / CHECKPOINTS)  # nothing can go on from there
+    diverged = not (math.isfinite(loss) and all(bool(parameter.isfinite().all()) for parameter in weights))
+    if not diverged:
+        model.peft_config["default"].base_model_name_or_path = base  # peft has a folder of this machine
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    shutil.rmtree(folder / CHECKPOINTS)  # of a diverged training too: nothing can resume from there
+    if diverged:
         raise ModelError(f"{label}: the training diverged (loss {loss}); lower the learning rate")
-    model.peft_config["default"].base_model_name_or_path = base  # peft has it as a folder of this machine
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, unfilled
-    shutil.rmtree(folder / CHECKPOINTS)
-    return {"steps": float(trainer.state.global_step), "loss": loss}
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Find the newest checkpoint that is whole.
+    """Find the newest complete checkpoint.
 
-    The trainer writes its state last, and that may be half of one.
+    The trainer writes its state last, and an interruption may leave half of it.
     """
     states = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
     for state in sorted(states, key=lambda p: int(p.parent.name.split("-")[1]), reverse=True):
@@ -250,12 +298,6 @@ def _last_checkpoint(folder: Path) -> str | None:
             continue
         return str(state.parent)
     return None
-
-
-def _printer() -> Any:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
 
 
 def _bar(label: str) -> Any:
