@@ -36,15 +36,13 @@ def test_equals_the_untouched_models_log_likelihood(toy, options):
     assert np.abs(plain.scores - steered.scores).max() > 0.01
 
 
-def test_one_token_options_take_the_short_way_to_the_same_numbers(toy, monkeypatch):
+def test_one_token_options_take_the_short_way_to_the_same_numbers(toy):
     questions, options = as_prompts(QUESTIONS), [LETTERS] * len(QUESTIONS)
     settings = [[], [Intervention(toy.vector(0, size=1.0), Add(2.0), "last")]]
     short = answer_likelihoods(toy.model, settings, questions, options)
-    from xmodel_steer.evaluation.behaviours import likelihoods as evaluation
-
-    monkeypatch.setattr(evaluation, "_one_token", evaluation._many_tokens)
-    long = answer_likelihoods(toy.model, settings, questions, options, batch_size=1)
-    np.testing.assert_allclose(short, long, atol=2e-3)
+    # One option of several tokens sends all questions the long way.
+    long = answer_likelihoods(toy.model, settings, (*questions, questions[0]), [*options, LONG], batch_size=1)
+    np.testing.assert_allclose(short, [row[:-1] for row in long], atol=2e-3)
 
 
 def test_exchanging_the_answers_changes_the_sign_and_batches_change_nothing(llama):
