@@ -214,7 +214,7 @@ DAMAGED = {
     ),
     "float16": (dict(tensors={"direction.1": np.ones(5, np.float16)}), "got 'direction.1', F16"),
     "no number": (dict(tensors={"direction.last": np.ones(5, F32)}), "got 'direction.last'"),
-    "another tensor": (dict(tensors={"output.1": np.ones(5, F32)}), "got 'output.1', F32 .*llama.cpp refuses it, too"),
+    "another tensor": (dict(tensors={"output.1": np.ones(5, F32)}), "got 'output.1', F32 .*llama.cpp refuses it too"),
     "nothing": (dict(tensors={}), "has no direction"),
     "NaN": (dict(tensors={"direction.1": np.full(32, np.nan, F32)}), "direction.1: .*has NaN or infinity"),
 }

@@ -598,7 +598,7 @@ def test_a_mask_may_be_given_by_position(bridge):
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params", "state"])
 def test_a_cache_that_counts_no_tokens_is_refused_not_read_as_empty(llama, cache, name):
     inner = llama.model.original_model
-    says = rf"cannot tell how many tokens the {type(cache).__name__} holds that was given as {name}="
+    says = rf"cannot tell how many tokens the {type(cache).__name__} passed as {name}= holds"
     with steering(llama.model, llama.vector(1), positions="generated"), pytest.raises(SiteError, match=says):
         inner(torch.tensor([[5]]), **{name: cache})
 
@@ -680,7 +680,7 @@ def test_a_mask_that_hides_positions_is_refused(bridge):
 def test_a_pass_round_the_models_own_call_is_refused(llama):
     with steering(llama.model, llama.vector(0)):
         llama.model(torch.tensor([llama.ids(TEXTS[0])]))
-        with pytest.raises(SiteError, match="went round the model's own call"):
+        with pytest.raises(SiteError, match="bypassed the model's own call"):
             llama.model.blocks[0](torch.randn(1, 3, llama.width))
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
@@ -16,7 +17,7 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.files.resume import once
-from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.contexts import steering, steps_of
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention, Step
 from xmodel_steer.models.batching import Batch, batches, encode
@@ -86,9 +87,10 @@ def side_effects(
         batch_size: Documents at a time.
 
     Raises:
+        TypeError: The interventions are no lists of interventions.
         PromptError: There are no documents, or one has fewer than two tokens.
     """
-    encodings, tokens = _predictable(model, texts, max_tokens)
+    encodings, tokens = _predictable(model, interventions, texts, max_tokens)
     sums = once(
         lambda: ("damage", identity_of(model), interventions, [(e.prompt, e.ids) for e in encodings], batch_size),
         lambda: _sums(model, interventions, encodings, batch_size, compare=True).tolist(),
@@ -112,7 +114,7 @@ def losses(
     Returns:
         Losses ``(settings, texts)``, summed over tokens, and token counts ``(texts,)``.
     """
-    encodings, tokens = _predictable(model, texts, max_tokens)
+    encodings, tokens = _predictable(model, interventions, texts, max_tokens)
     return _sums(model, interventions, encodings, batch_size, compare=False)[0], tokens
 
 
@@ -149,8 +151,13 @@ def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Interven
     return [[moved(step) for step in setting] for setting in settings]
 
 
-def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> tuple[list[Encoding], np.ndarray]:
-    """Encode texts of at least two tokens; count the predicted tokens of each."""
+def _predictable(
+    model: Any, settings: Settings, texts: Prompts, max_tokens: int | None
+) -> tuple[list[Encoding], np.ndarray]:
+    """Check the settings and encode texts of at least two tokens; count the predicted tokens of each."""
+    require_type("side_effects: interventions", Sequence, settings, takes="a list of interventions per setting")
+    for setting in settings:
+        steps_of(setting)
     encodings = encode(model, as_prompts(texts), max_tokens=max_tokens)
     short = [e.prompt.id for e in encodings if len(e.ids) < 2]
     if not encodings or short:

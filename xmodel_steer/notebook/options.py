@@ -1,6 +1,7 @@
 """Vectors that the explorer offers."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,12 @@ from xmodel_steer.recipe.results import TransferResult
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """A vector that can be chosen.
+    """A vector to choose.
 
     Args:
-        name: What it is called: ``mapped``, or the caller's name for it.
+        name: Its name: ``mapped``, or the caller's name for it.
         vector: The vector.
-        code: An expression that gives it, in terms of what the explorer was given.
+        code: An expression for it, in terms of the explorer's arguments.
         imports: Lines that the expression needs.
     """
 
@@ -31,56 +32,56 @@ class Option:
 
     @property
     def site(self) -> Site:
-        """Where the vector acts."""
+        """The site where the vector acts."""
         return self.vector.space.site
 
 
 def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option, ...]:
-    """List the vectors that can be chosen for a model.
+    """List the vectors to choose from for a model.
 
     Args:
         model: A TransformerLens model.
-        vectors: What `explore` was given: a result, a vector, several, or a mapping.
-        name: An expression that gives it.
+        vectors: The argument of `explore`: a result, a vector, several, or a mapping.
+        name: An expression for that argument.
 
     Raises:
-        SpaceMismatchError: A vector lives in another space; of a result, all of them.
-        TypeError: It is none of these.
+        SpaceMismatchError: A vector is of another space; for a result, all its vectors are.
+        TypeError: The argument is none of these.
         ValueError: There are no vectors.
     """
     what = f"explore {name_of(model)}"
     if isinstance(vectors, TransferResult):
         return _options_of_result(model, vectors, name, what)
     if isinstance(vectors, SteeringVector):
-        given = [(vectors.label or "vector", vectors, name)]
+        named = [(vectors.label or "vector", vectors, name)]
     elif isinstance(vectors, Mapping):
-        given = [item for key, value in vectors.items() for item in _named(str(key), value, f"{name}[{key!r}]")]
+        named = [item for key, value in vectors.items() for item in _named(str(key), value, f"{name}[{key!r}]")]
     elif isinstance(vectors, Sequence) and not isinstance(vectors, str):
-        # Those of one label at several sites become one name with several layers.
-        given = [(getattr(v, "label", "") or "vector", v, f"{name}[{k}]") for k, v in enumerate(vectors)]
+        # Vectors of one label at several sites become one name with several layers.
+        named = [(getattr(v, "label", "") or "vector", v, f"{name}[{k}]") for k, v in enumerate(vectors)]
     else:
         raise TypeError(
             "explore: needs a TransferResult, a SteeringVector, several of them or a mapping of names to them, "
             f"got {type(vectors).__name__}; write xs.explore(model, vectors)"
         )
-    if not given:
+    if not named:
         raise ValueError("explore: give at least one vector")
-    found: dict[tuple[str, Site], Option] = {}
-    for label, vector, code in given:
+    options: dict[tuple[str, Site], Option] = {}
+    for label, vector, code in named:
         if not isinstance(vector, SteeringVector):
             raise TypeError(f"explore: {code} must be a SteeringVector, got {type(vector).__name__}")
         require_space_of(model, vector.space, what)
         option = Option(label, vector, code)
-        if found.setdefault((label, option.site), option) is not option:
+        if options.setdefault((label, option.site), option) is not option:
             raise ValueError(
                 f"explore: two vectors are called {label!r} at {option.site}; give them names, "
                 "{'one': vector, 'other': vector}"
             )
-    return tuple(found.values())
+    return tuple(options.values())
 
 
 def _named(name: str, value: Any, code: str) -> list[tuple[str, Any, str]]:
-    """Return the options under one name: a vector, or one per layer."""
+    """List the vectors of one name: one, or one per layer."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [(name, vector, f"{code}[{k}]") for k, vector in enumerate(value)]
     return [(name, value, code)]
@@ -90,13 +91,10 @@ def _options_of_result(model: Any, result: TransferResult, name: str, what: str)
     found = []
     for key in ("mapped", "native", "shuffled", "source"):
         vector = result.vectors.get(key)
-        if vector is None:
-            continue
-        try:
-            require_space_of(model, vector.space, what)
-        except SpaceMismatchError:
-            continue
-        found.append(Option(key, vector, f'{name}.vectors["{key}"]'))
+        if vector is not None:
+            with suppress(SpaceMismatchError):  # the result has vectors of two models
+                require_space_of(model, vector.space, what)
+                found.append(Option(key, vector, f'{name}.vectors["{key}"]'))
     if not found:
         one = next(iter(result.vectors.values()), None)
         if one is None:
@@ -104,7 +102,7 @@ def _options_of_result(model: Any, result: TransferResult, name: str, what: str)
         require_space_of(model, result.vectors.get("native", one).space, what)
     native = result.vectors.get("native")
     if native is not None and native.scale is not None and any(option.name == "native" for option in found):
-        seed = result.seeds.get("random", (0,))[0]  # the first of the transfer's own
+        seed = result.seeds.get("random", (0,))[0]  # the transfer's first seed
         code = f'random_like({name}.vectors["native"], seed={seed})'
         imports = ("from xmodel_steer.core.directions import random_like",)
         found.append(Option("random", random_like(native, seed=seed), code, imports))

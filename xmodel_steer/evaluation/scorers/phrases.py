@@ -40,6 +40,10 @@ class WordBalance:
     positive: frozenset[str]
     negative: frozenset[str]
 
+    def __post_init__(self) -> None:
+        for listed in (self.positive, self.negative):
+            _strings(listed, "WordBalance")
+
     def __call__(self, text: str) -> float:
         """Return the balance of one text."""
         spoken = words(text)
@@ -139,6 +143,9 @@ class RefusalPhrases:
 
     characters: int = 200
     phrases: tuple[str, ...] = REFUSALS
+
+    def __post_init__(self) -> None:
+        _strings(self.phrases, "RefusalPhrases")
 
     def __call__(self, text: str) -> float:
         """Score one text 1 or 0."""
