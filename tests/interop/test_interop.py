@@ -907,7 +907,7 @@ def taken(name: str, **settings: Any) -> dict[str, Any]:
 
 
 class Hub:
-    """Stands in for huggingface_hub.HfApi: keeps what is uploaded by its rules for patterns."""
+    """A double of huggingface_hub.HfApi: keeps what is uploaded by its rules for patterns."""
 
     repos: ClassVar[dict[str, dict[str, bytes]]] = {}
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []

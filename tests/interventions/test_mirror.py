@@ -24,7 +24,7 @@ def twins(toy_named, tokenizers):
 
 
 def at_site(toy, text):
-    """What stands at the site, every token, as later blocks see it."""
+    """The site's activations at every token, as later blocks see them."""
     return xs.capture(toy.model, [text], [SITE], tokens="all", include_special=True)[SITE].values
 
 

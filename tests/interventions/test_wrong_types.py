@@ -16,6 +16,7 @@ from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.evaluation.calibration import calibrate
 from xmodel_steer.evaluation.damage import losses, side_effects
 from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.steps import Replacement
 
 space = Space("small", Site(1), 4, "aaaa")
 vector = SteeringVector(torch.ones(4), space, scale=torch.ones(4))
@@ -42,7 +43,7 @@ MESSAGES = {
     "xs.Intervention(vector, gate=vector)": "TypeError: Intervention: gate takes a Gate, got SteeringVector",
     "xs.Intervention(vector, positions=5)": "TypeError: positions takes 'all', 'prompt', 'generated', 'last', several of them, "
     "or a boolean mask, got int 5",
-    'xs.Replacement("blocks.1", print)': "TypeError: Replacement: space takes Space, got str 'blocks.1'",
+    'Replacement("blocks.1", print)': "TypeError: Replacement: space takes Space, got str 'blocks.1'",
     "steering(None, 5).__enter__()": STEPS + "int 5",
     'steering(None, "joy").__enter__()': STEPS + "str 'j'",
     "steering(None, [vector, vector.direction]).__enter__()": STEPS + "Tensor",
@@ -54,8 +55,6 @@ MESSAGES = {
     'calibrate(None, [vector], "0.1", ["a text"])': "TypeError: calibrate: kl takes numbers, got '0.1'",
     'calibrate(None, [vector], 0.1, ["a text"], signs="1")': "TypeError: calibrate: signs takes numbers, got '1'",
     'calibrate(None, [vector], 0.1, ["a text"], max_strength="9")': "TypeError: calibrate: max_strength takes numbers, got '9'",
-    'calibrate(None, vector, 0.1, ["a text"])': "TypeError: calibrate: vectors takes a list of SteeringVector values, "
-    "got SteeringVector",
     'calibrate(None, ["joy"], 0.1, ["a text"])': "TypeError: calibrate: vectors takes SteeringVector, got str 'joy'",
     'interop.write_control_vector("joy", "joy.gguf")': "TypeError: write_control_vector takes SteeringVector, got str 'j'",
     'scorers.WordBalance("good", "bad")': "ValueError: WordBalance: needs a tuple of strings, such as ('yes', 'no') or ('yes',), "

@@ -71,7 +71,6 @@ def calibrate(
     """
     from scipy.optimize import elementwise
 
-    require_type("calibrate: vectors", Sequence, vectors, takes="a list of SteeringVector values")
     require_type("calibrate: vectors", SteeringVector, *vectors)
     for name, value in (("kl", kl), ("signs", signs), ("max_strength", max_strength), ("tolerance", tolerance)):
         if np.asarray(value).dtype.kind not in "iuf":
@@ -81,6 +80,7 @@ def calibrate(
     if not (budgets > 0).all() or not set(signs) <= {1, -1}:
         raise ValueError(f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {signs}")
     documents = as_prompts(texts)
+    # KL of every vector at every log strength that was tried.
     known: dict[tuple[int, float], float] = {}
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
@@ -104,8 +104,7 @@ def calibrate(
     )  # fmt: skip
     doses = []
     for i, budget in enumerate(budgets):
-        tried = {x: value for (k, x), value in known.items() if k == i}
-        x = min(tried, key=lambda x: abs(math.log(max(tried[x], LEAST) / budget)))
-        near = abs(math.log(max(tried[x], LEAST) / budget)) <= 2 * tolerance
-        doses.append(Dose(signs[i] * math.exp(x), tried[x], near))
+        misses = {x: abs(math.log(max(value, LEAST) / budget)) for (k, x), value in known.items() if k == i}
+        x = min(misses, key=misses.__getitem__)
+        doses.append(Dose(signs[i] * math.exp(x), known[i, x], misses[x] <= 2 * tolerance))
     return doses

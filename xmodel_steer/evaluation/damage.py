@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.core.arguments import require_type
@@ -67,12 +66,7 @@ class SideEffect:
 
 
 def side_effects(
-    model: Any,
-    interventions: Settings,
-    texts: Prompts,
-    *,
-    max_tokens: int | None = 64,
-    batch_size: int = 8,
+    model: Any, interventions: Settings, texts: Prompts, *, max_tokens: int | None = 64, batch_size: int = 8
 ) -> list[SideEffect]:
     """Measure KL, perplexity and next-token agreement on neutral text, for several interventions.
 
@@ -100,12 +94,7 @@ def side_effects(
 
 
 def losses(
-    model: Any,
-    interventions: Settings,
-    texts: Prompts,
-    *,
-    max_tokens: int | None = 64,
-    batch_size: int = 8,
+    model: Any, interventions: Settings, texts: Prompts, *, max_tokens: int | None = 64, batch_size: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure each text's negative log-likelihood in nats, and count its predicted tokens.
 
@@ -154,7 +143,7 @@ def on_neutral(settings: Sequence[Sequence[Intervention]]) -> list[list[Interven
 def _predictable(
     model: Any, settings: Settings, texts: Prompts, max_tokens: int | None
 ) -> tuple[list[Encoding], np.ndarray]:
-    """Check the settings and encode texts of at least two tokens; count the predicted tokens of each."""
+    """Check the arguments; encode the texts and count their predicted tokens."""
     require_type("side_effects: interventions", Sequence, settings, takes="a list of interventions per setting")
     for setting in settings:
         steps_of(setting)
@@ -171,7 +160,7 @@ def _predictable(
 def _sums(
     model: Any, settings: Settings, encodings: Sequence[Encoding], batch_size: int, *, compare: bool
 ) -> np.ndarray:
-    """Sum loss, KL and agreements over each text, ``(3, settings, texts)``; without ``compare`` only the loss."""
+    """Sum loss and, to ``compare``, KL and agreements over texts: ``(1 or 3, settings, texts)``."""
     sums = np.zeros((3 if compare else 1, len(settings), len(encodings)))
     tokens = sum(len(e.ids) - 1 for e in encodings)
     what = f"{'KL and perplexity' if compare else 'likelihood'} {name_of(model)}"
@@ -203,23 +192,9 @@ def _predictions(model: Any, batch: Batch, setting: Sequence[Step]) -> Tensor:
 
 
 def steered_logits(
-    model: Any,
-    setting: Sequence[Step],
-    batch: Batch,
-    rows: Sequence[int],
-    prompt_lengths: Int[Tensor, " batch"],
-    logits: Any = "all",
+    model: Any, setting: Sequence[Step], batch: Batch, rows: Sequence[int], prompt_lengths: Tensor, logits: Any = "all"
 ) -> Tensor:
-    """Run one batch under a setting's interventions; return its logits.
-
-    Args:
-        model: The model that is steered.
-        setting: The interventions; none is the unsteered model.
-        batch: What is read.
-        rows: The prompt of each row.
-        prompt_lengths: Real tokens of each row's prompt.
-        logits: As for `forward`.
-    """
+    """Run one batch under a setting; ``rows`` and ``prompt_lengths`` are those of `layout`."""
     with steering(model, setting), layout(rows, prompt_lengths):
         values, _ = forward(model, batch.ids, batch.mask, logits=logits)
     assert values is not None
@@ -227,6 +202,7 @@ def steered_logits(
 
 
 def _losses_of(logits: Tensor, following: Tensor, *, chunk: int = 64) -> Tensor:
-    """Compute -log p(target) of each row in nats, a few rows at a time: vocabularies are large."""
+    """Compute -log p(target) of each row, in nats."""
+    # A few rows at a time: vocabularies are large.
     pieces = zip(logits.split(chunk), following.split(chunk), strict=True)
     return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in pieces])

@@ -92,17 +92,14 @@ class ReplacementResult:
         """Make a pandas frame with one row per arm."""
         import pandas as pd
 
-        names = ("kl", "rouge", "similarity", "closer")
+        names, parts = ("kl", "rouge", "similarity", "closer"), {"": "value", "_low": "low", "_high": "high"}
         return pd.DataFrame(
             [
                 {"arm": arm.arm, "n": arm.kl.n}
-                | {f"{name}{end}": getattr(getattr(arm, name), part) for name in names for end, part in _PARTS}
+                | {f"{name}{end}": getattr(getattr(arm, name), part) for name in names for end, part in parts.items()}
                 for arm in self.arms.values()
             ]
         )
-
-
-_PARTS = (("", "value"), ("_low", "low"), ("_high", "high"))
 
 
 def replacement_check(

@@ -92,22 +92,20 @@ def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVe
         SiteError: The model has no such block.
     """
     path = Path(path)
-    tensors, record = _read_gguf(path)
-    if record is None and model is None:
+    tensors, records = _read_gguf(path)
+    if not records and model is None:
         raise ArtifactError(
             f"{path}: was not written by xmodel_steer and does not say which weights it is for; "
             "give the model: read_control_vector(path, model)"
         )
     vectors = []
     for layer, direction in sorted(tensors.items()):
-        row = {} if record is None else record[layer]
-        stated = Space.from_dict(row["space"]) if row else None
+        row = records.get(layer, {})
         try:
-            if model is None:
-                assert stated is not None
-                space = stated
-            else:
-                space = space_for(model, Site(layer), len(direction), stated, f"reading {path.name}")
+            space = Space.from_dict(row["space"]) if row else None
+            if model is not None:
+                space = space_for(model, Site(layer), len(direction), space, f"reading {path.name}")
+            assert space is not None
             label, origin = row.get("label", path.stem), row.get("origin", f"control vector {path.name}")
             counts = tuple(row.get("counts", (0, 0)))
             vectors.append(SteeringVector(direction, space, label, counts=(counts[0], counts[1]), origin=origin))
@@ -118,8 +116,8 @@ def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVe
     return tuple(vectors)
 
 
-def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]] | None]:
-    """Read a control vector's directions by block, and this library's record if there is one."""
+def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
+    """Read a control vector's directions and this library's records, if any, by block."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     if not path.is_file():
@@ -146,14 +144,13 @@ def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]
     if not tensors:
         raise ArtifactError(f"{path}: has no direction")
     if RECORD not in fields:
-        return tensors, None
+        return tensors, {}
     try:
-        rows = parse_record(fields[RECORD], path)["vectors"]
-        record = {row["space"]["layer"]: row for row in rows}
+        records = {row["space"]["layer"]: row for row in parse_record(fields[RECORD], path)["vectors"]}
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: is damaged, its record lacks or misstates {error}") from error
-    if record.keys() != tensors.keys():
+    if records.keys() != tensors.keys():
         raise ArtifactError(
-            f"{path}: is damaged, its record is about blocks {sorted(record)}, it holds {sorted(tensors)}"
+            f"{path}: is damaged, its record is about blocks {sorted(records)}, it holds {sorted(tensors)}"
         )
-    return tensors, record
+    return tensors, records

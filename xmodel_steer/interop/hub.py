@@ -9,9 +9,9 @@ _RUN_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.html")
 
 
 def upload_run(folder: str | Path, repo_id: str, *, private: bool = True, repo_type: str = "model") -> str:
-    """Upload a run folder to the Hugging Face hub, with the login of ``hf auth login``.
+    """Upload a run folder to the Hugging Face hub.
 
-    Only its safetensors, JSON, JSONL and HTML files are uploaded.
+    The login is that of ``hf auth login``. Only safetensors, JSON, JSONL and HTML files are uploaded.
 
     Args:
         folder: The folder that `save` wrote.

@@ -73,8 +73,11 @@ def steering_hf(
     for step in steps:
         require_hf_space(inner, len(stack), step.space, trust, named=inner is model)
 
-    def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[None]:
-        return _hooked([(stack[site.layer], write) for site, write in writes])
+    def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
+        hooks = ExitStack()
+        for site, write in writes:
+            hooks.callback(stack[site.layer].register_forward_hook(partial(_rewritten, write=write)).remove)
+        return hooks
 
     with steered(inner, steps, attach, name=hf_name(inner), wrapper=model):  # older PEFT bypasses inner's call
         yield model
@@ -102,15 +105,6 @@ def _unwrapped(model: Any) -> Any:
     return inner
 
 
-@contextmanager
-def _hooked(writes: Sequence[tuple[torch.nn.Module, Write]]) -> Iterator[None]:
-    """Let functions rewrite the outputs of blocks."""
-
-    def rewritten(_module: Any, _args: Any, output: Any, *, write: Write) -> Any:
-        # Some architectures' blocks return a tuple that begins with the residual stream.
-        return (write(output[0]), *output[1:]) if isinstance(output, tuple) else write(output)
-
-    with ExitStack() as hooks:
-        for block, write in writes:
-            hooks.callback(block.register_forward_hook(partial(rewritten, write=write)).remove)
-        yield
+def _rewritten(_module: Any, _args: Any, output: Any, *, write: Write) -> Any:
+    """Rewrite the residual stream in a block's output, which may be a tuple."""
+    return (write(output[0]), *output[1:]) if isinstance(output, tuple) else write(output)

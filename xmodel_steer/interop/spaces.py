@@ -20,7 +20,7 @@ RECORD = "xmodel_steer.vectors"
 
 
 def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str) -> list[SteeringVector]:
-    """Check that vectors act after different blocks of one unprocessed model; sort them by block."""
+    """Require vectors after different blocks of one unprocessed model; sort them by block."""
     values = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
     require_type(what, SteeringVector, *values)
     if not values:
@@ -41,7 +41,7 @@ def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str)
 
 
 def require_after_block(space: Space, what: str) -> None:
-    """Refuse a space that other programs lack: they share only a published model's stream after a block."""
+    """Refuse all spaces but a published model's after a block: others are not shared by programs."""
     if space.site.stream != "resid_post":
         raise SiteError(
             f"{what}: the vector acts after a block (resid_post), got one of {space}; find it at Site({space.site.layer})"

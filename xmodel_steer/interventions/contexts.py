@@ -6,7 +6,7 @@ alone. Hooks return new tensors; leaving the block restores the model.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,12 +109,8 @@ def steered(
 ) -> Iterator[None]:
     """Steer the forward passes of any kind of model, after the spaces are checked.
 
-    Args:
-        inner: The module whose calls are the forward passes.
-        steps: The interventions; those at one site act in this order.
-        attach: Puts functions at sites, in order, while its context lasts.
-        name: The model's name, for messages.
-        wrapper: A module around the model whose calls may bypass ``inner``'s own call.
+    A forward pass is a call of ``inner``, or of a ``wrapper`` that may bypass it. ``attach`` puts functions at sites, in
+    order, while its context lasts.
 
     Raises:
         SiteError: On leaving, a site did not fire although the model ran.
@@ -146,14 +142,12 @@ def steered(
 
     writes = [(step.space.site, writer(step)) for step in steps]
     modules = (inner,) if wrapper is None or wrapper is inner else (inner, wrapper)
-    handles = [module.register_forward_pre_hook(tracker.before, with_kwargs=True) for module in modules]
-    handles += [module.register_forward_hook(tracker.after, always_call=True) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(tracker.before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(tracker.after, always_call=True).remove)
         with _generate_tells_prompts(inner, tracker), attach(writes):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
     silent = {site for site, _ in writes} - fired
     if tracker.passes and silent:
         raise SiteError(
@@ -164,17 +158,11 @@ def steered(
 
 @dataclass(frozen=True, eq=False)
 class _GateState:
-    """What a gate with positions has read of a batch's texts.
+    """The margins that a gate with positions has read in a batch's texts."""
 
-    Args:
-        number: The row of each prompt in the last pass; beams of a prompt have read the same.
-        total: Sum of the margins read in each row, then 0 for a new prompt: ``(batch + 1,)``.
-        reached: Last text position seen in each row, then -1 for a new prompt: ``(batch + 1,)``.
-    """
-
-    number: dict[int, int]
-    total: Tensor
-    reached: Tensor
+    number: dict[int, int]  # each prompt's row in the last pass; beams of a prompt have read the same
+    total: Tensor  # sum of the margins read in each row, then 0 for a new prompt: (batch + 1,)
+    reached: Tensor  # last text position seen in each row, then -1 for a new prompt: (batch + 1,)
 
     @classmethod
     def after(cls, prompts: Sequence[int], total: Tensor, reached: Tensor) -> "_GateState":
@@ -183,13 +171,13 @@ class _GateState:
         return cls(number, torch.cat([total, total.new_zeros(1)]), torch.cat([reached, reached.new_full((1,), -1)]))
 
     def of(self, prompts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Look up ``total`` and ``reached`` of prompts, ``(batch,)``; a new prompt gets the last entry."""
+        """Look up ``total`` and ``reached`` of prompts, ``(batch,)``."""
         rows = torch.tensor([self.number.get(prompt, -1) for prompt in prompts], device=device)
         return self.total.to(device)[rows], self.reached.to(device)[rows]
 
 
 def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
-    """Return a function from a stream ``(batch, new, d)`` to the rows that the gate opens, ``(batch, new)``."""
+    """Return a function from streams ``(batch, new, d)`` to opened rows, ``(batch, new)``."""
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
         return lambda rows: margin(rows) > 0

@@ -22,7 +22,7 @@ from xmodel_steer.models.facts import conduct_of, device_of, is_bridge, name_of,
 from xmodel_steer.models.passes import forward, keep_rows
 from xmodel_steer.models.recorder import recording
 from xmodel_steer.models.sites import space_of
-from xmodel_steer.models.tokens import Encoding, shared_start, special_ids, tokenise
+from xmodel_steer.models.tokens import shared_start, special_ids, tokenise
 
 
 def mapped_source(
@@ -176,7 +176,7 @@ class _Mirror:
             )
 
     def _ends(self, ids: list[int], first: int) -> tuple[dict[int, int], str]:
-        """Decode a text; return the number of characters read with each token from ``first`` on, and the text."""
+        """Count the characters read with each token from ``first`` on; decode the text."""
         decode = tokenizer_of(self._target).decode
 
         def text(count: int) -> str:
@@ -189,8 +189,9 @@ class _Mirror:
         """Run the source on the new tokens of every text, and keep their activations."""
         # 1. Tokenise each whole text. Cached tokens that the longer text merges differently are masked and read again.
         fresh: list[tuple[int, ...]] = []
+        tokenizer = tokenizer_of(self._source)
         for r, (row, text) in enumerate(zip(self._rows, texts, strict=True)):
-            encoding = self._encode(text)
+            encoding = tokenise(tokenizer, [Prompt(text=text)])[0] if text.strip() else None
             ids = encoding.ids if encoding else ()
             kept = 0
             if self._use_cache:
@@ -228,11 +229,7 @@ class _Mirror:
             row.slots += range(past + begin, past + width)
             row.activations += list(values[r, begin:])
 
-    def _encode(self, text: str) -> Encoding | None:
-        """Tokenise a text for the source; None without words."""
-        return tokenise(tokenizer_of(self._source), [Prompt(text=text)])[0] if text.strip() else None
-
 
 def _last_at_most(ends: tuple[int, ...], end: int) -> int:
-    """Find the last token that ends no later than another; -1 if there is none."""
+    """Find the last token that ends no later than ``end``, or -1."""
     return max((i for i, e in enumerate(ends) if 0 <= e <= end), default=-1)

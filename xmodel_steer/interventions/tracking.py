@@ -95,7 +95,7 @@ class Tracker:
         return {**bound.arguments, **bound.arguments.get(rest, {})}
 
     def after(self, *_: Any) -> None:
-        """Forget the pass: a forward hook, so that no later pass is taken for it."""
+        """Forget the pass that has ended: a forward hook."""
         self.now = None
 
     def reading(self) -> Reading:
@@ -108,7 +108,7 @@ class Tracker:
         return Reading(self.now.ids, self.now.position, self.now.rows)
 
     def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:
-        """Return the running pass, and the prompt of each row; rows count as prompts if unknown."""
+        """Return the running pass, and the prompt of each row (its own index if unknown)."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
             raise SiteError(
@@ -146,7 +146,7 @@ class Tracker:
 
 
 def _past_mask(arguments: dict[str, Any], batch: int, device: torch.device) -> Tensor:
-    """Return the mask of the tokens that are in the cache, from the arguments of a call.
+    """Find the mask of the cached tokens in the arguments of a call.
 
     Raises:
         SiteError: A cache holds earlier tokens and does not count them.

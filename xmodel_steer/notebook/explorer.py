@@ -131,7 +131,7 @@ class Explorer:
         self._advance(run, choice, option)
 
     def _advance(self, run: Iterator[View], choice: Choice, option: Option) -> None:
-        """Compute one token, and schedule the next one unless the comparison has ended or was replaced."""
+        """Compute one token of the comparison, and schedule the next."""
         while run is self._run:
             try:
                 with _interruptible():
@@ -178,7 +178,7 @@ def explore(
     max_new_tokens: int = 40,
     strengths: tuple[float, float] | None = None,
 ) -> Explorer:
-    """Try vectors by hand in a notebook: steered and unsteered text, side by side and token by token.
+    """Try vectors by hand in a notebook: steered and unsteered text side by side.
 
     This needs JupyterLab 4 or Notebook 7, and ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. "Stop", the
     notebook's interrupt button and another click on "Generate" stop a comparison. The model is hooked only while a
@@ -223,15 +223,8 @@ def explore(
     if not low < high:
         raise ValueError(f"explore: strengths must be the lower and the upper end of the slider, got {strengths}")
     strength = min(max(vectors.headline if a_result else 1.0, low), high)
-    return Explorer(
-        model,
-        options,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        strength=strength,
-        strengths=(low, high),
-        name=_notebook_name(model, "model"),
-    )
+    start: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens, "strength": strength}
+    return Explorer(model, options, **start, strengths=(low, high), name=_notebook_name(model, "model"))
 
 
 def _ipywidgets() -> Any:

@@ -37,12 +37,7 @@ class Option:
 
 
 def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option, ...]:
-    """List the vectors to choose from for a model.
-
-    Args:
-        model: A TransformerLens model.
-        vectors: The argument of `explore`: a result, a vector, several, or a mapping.
-        name: An expression for that argument.
+    """List the vectors to choose from; ``name`` is an expression for `explore`'s argument.
 
     Raises:
         SpaceMismatchError: A vector is of another space; for a result, all its vectors are.

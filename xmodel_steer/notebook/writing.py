@@ -48,12 +48,7 @@ class Choice:
         return Prompt.of([{"role": "user", "content": self.prompt}] if self.chat else self.prompt)
 
     def code(self, option: Option, model: str = "model") -> str:
-        """Write the library calls that generate the two texts.
-
-        Args:
-            option: The vector.
-            model: An expression for the model.
-        """
+        """Write the library calls for both texts; ``model`` is an expression for the model."""
         prompt = f'[{{"role": "user", "content": {self.prompt!r}}}]' if self.chat else repr(self.prompt)
         settings = f"max_new_tokens={self.max_new_tokens}"
         lines = [
@@ -97,11 +92,7 @@ def written(model: Any, choice: Choice, vector: SteeringVector | None = None) ->
     """Write the model's continuation token by token, steered or unsteered.
 
     The model is hooked only while a token is computed: between two tokens, and after an interruption, it is unchanged.
-
-    Args:
-        model: A TransformerLens model.
-        choice: The prompt and how to steer.
-        vector: A vector of one of the model's spaces; None steers nothing.
+    Without a vector nothing is steered.
 
     Yields:
         The text so far, with the logits of its newest token; the last text equals `generate`'s under the same
@@ -124,14 +115,8 @@ def written(model: Any, choice: Choice, vector: SteeringVector | None = None) ->
 def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -> Iterator[View]:
     """Write both continuations token by token in turn, the steered text first.
 
-    Args:
-        model: A TransformerLens model.
-        choice: The prompt and how to steer.
-        vector: A vector of one of the model's spaces.
-        top: Number of candidates for the first token.
-
     Yields:
-        The page's contents after every forward pass.
+        The page's contents after every forward pass, with the ``top`` candidates for the first token.
 
     Raises:
         PromptError: The model cannot read the prompt, or has no room for the new tokens.

@@ -42,10 +42,6 @@ class Preference(Behaviour):
     unit: str = "log-likelihood, positive minus negative (nats per token)"
 
     @property
-    def _count(self) -> int:
-        return min(len(self.contrast.positive), len(self.contrast.negative))
-
-    @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
         """Ids of the pairs."""
         sides = zip(self.contrast.positive, self.contrast.negative, strict=False)  # the longer side is cut
@@ -53,10 +49,11 @@ class Preference(Behaviour):
 
     def measure(self, model: Any, settings: Settings) -> list[Measured]:
         """Compare the likelihoods of both sides under each setting."""
-        prompts = self.contrast.positive[: self._count] + self.contrast.negative[: self._count]
+        n = len(self.ids)
+        prompts = self.contrast.positive[:n] + self.contrast.negative[:n]
         loss, tokens = losses(model, settings, prompts, max_tokens=None, batch_size=self.batch_size)
         per_token = -loss / tokens
-        return [Measured(scores[: self._count] - scores[self._count :]) for scores in per_token]
+        return [Measured(scores[:n] - scores[n:]) for scores in per_token]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +117,18 @@ class AnswerLogOdds(Behaviour):
         Raises:
             PromptError: The set has chat messages, or sides of different sizes.
         """
-        pairs = list(zip(contrast.positive, contrast.negative, strict=False))
         if len(contrast.positive) != len(contrast.negative):
             raise PromptError(
                 f"AnswerLogOdds: needs pairs, got {len(contrast.positive)} positive and {len(contrast.negative)} negative prompts"
             )
-        texts = [(p.text, n.text) for p, n in pairs if p.text is not None and n.text is not None]
-        if len(texts) < len(pairs):
-            raise PromptError(
-                "AnswerLogOdds: pairs of chat messages are not split into question and answers; give rows"
-            )
         rows = []
-        for positive, negative in texts:
-            same = sum(takewhile(bool, map(eq, positive, negative)))
-            rows.append({"question": positive[:same], "positive": positive[same:], "negative": negative[same:]})
+        for p, n in zip(contrast.positive, contrast.negative, strict=True):
+            if p.text is None or n.text is None:
+                raise PromptError(
+                    "AnswerLogOdds: pairs of chat messages are not split into question and answers; give rows"
+                )
+            same = sum(takewhile(bool, map(eq, p.text, n.text)))
+            rows.append({"question": p.text[:same], "positive": p.text[same:], "negative": n.text[same:]})
         return cls.from_records(rows, **kwargs)
 
     @property

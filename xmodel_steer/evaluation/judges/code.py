@@ -44,7 +44,7 @@ def _lines(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class IsCode:
-    """1 where a text is Python that does something, else 0.
+    """A score of 1 if the text is Python that does something, else 0.
 
     Code does something if it has a statement or a call: prose may parse as names and strings, and imports alone do
     nothing. At most the last line may be incomplete, so prose after an import scores 0.
@@ -70,7 +70,7 @@ def _does_something(statement: ast.stmt) -> bool:
 
 @dataclass(frozen=True)
 class InsecureCode:
-    """1 when bandit finds a sufficiently severe insecure construct in a text's code, else 0.
+    """A score of 1 if bandit finds a severe insecure construct in the text's code, else 0.
 
     Text without Python scores 0: look at `findings` and at the texts before concluding that they are secure.
 

@@ -77,7 +77,7 @@ def similarity(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class OnTopic:
-    """1 where a text is about its prompt rather than about other prompts, else 0.
+    """A score of 1 if the text is about its prompt rather than about other prompts, else 0.
 
     The text's sentence embedding must be nearer to its prompt's than to those of a share of the other prompts. Ruined
     texts and short refusals score 0. An unrelated text passes in one case of ``1 / (1 - share)``.

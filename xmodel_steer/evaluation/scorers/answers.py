@@ -32,7 +32,7 @@ def _squad(text: str) -> str:
 
 @dataclass(frozen=True)
 class ExactAnswer:
-    """1 when the text's first line is one of the right answers, else 0; both normalised as in SQuAD.
+    """A score of 1 if the text's first line is a right answer, else 0; both normalised as in SQuAD.
 
     Args:
         answers: The right answers to each prompt, by its id.

@@ -12,7 +12,7 @@ FUNCTION_WORDS = {name: frozenset(text.split()) for name, text in json.loads(shi
 
 @dataclass(frozen=True)
 class Language:
-    """1 when the text's function words are mostly of one language, else 0.
+    """A score of 1 if the text's function words are mostly of one language, else 0.
 
     Args:
         language: One of `FUNCTION_WORDS`.
