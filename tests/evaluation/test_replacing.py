@@ -167,7 +167,7 @@ def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
         (CLEAN, CORRUPTED[:1], ANSWERS, "got 2, 1 and 2"),
         (["the sky"], ["the old harbour sky"], ANSWERS[:1], "must differ in words of equally many tokens"),
         (CLEAN[:1], CORRUPTED[:1], [("a long answer", "!")], "is not one token after"),
-        (CLEAN[:1], CORRUPTED[:1], [("!", "!")], "both answers begin with the same token"),
+        (CLEAN[:1], CORRUPTED[:1], [("!", "!")], "both answers are the token"),
         (CLEAN[:1], CLEAN[:1], ANSWERS[:1], "the same logit difference .* nothing to recover"),
     ],
 )

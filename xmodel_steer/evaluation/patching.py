@@ -36,7 +36,7 @@ class PatchingGrid:
         tokens: Name of each position.
         mapped: Recovery with mapped source activations, ``(pairs, layers, positions)``; NaN where the position pairs
             with no token of the source.
-        own: Recovery with the target's clean activations, which bounds the mapped recovery from above.
+        own: Recovery with the target's clean activations: the ceiling.
         clean: Logit difference on each clean prompt.
         corrupted: Logit difference on each corrupted prompt.
     """
@@ -179,7 +179,5 @@ def _answer_tokens(model: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[
             )
         tokens.append(whole[-1])
     if tokens[0] == tokens[1]:
-        raise PromptError(
-            f"patching_grid: both answers begin with the same token ({answers[0]!r}); give different ones"
-        )
+        raise PromptError(f"patching_grid: both answers are the token {answers[0]!r}; give different ones")
     return tokens[0], tokens[1]

@@ -161,8 +161,8 @@ def replacement_check(
     def continued(model: Any) -> list[str]:
         return generate(model, items, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
-    own, theirs = continued(target), continued(source)
-    texts = [Prompt(text=p.content + text, id=p.id) for p, text in zip(items, own, strict=True)]
+    target_texts, source_texts = continued(target), continued(source)
+    texts = [Prompt(text=p.content + text, id=p.id) for p, text in zip(items, target_texts, strict=True)]
     settings = [[step] for group in steps.values() for step in group]
     effects = iter(side_effects(target, settings, texts, max_tokens=None, batch_size=batch_size))
     arms, per_prompt = {}, {}
@@ -173,20 +173,14 @@ def replacement_check(
             kl.append(effect.kl / effect.tokens)
             with steering(target, step):
                 written.append(continued(target))
-        like_own = [similarity(texts_, own) for texts_ in written]
-        like_theirs = [similarity(texts_, theirs) for texts_ in written]
+        rouge = [[rouge_l(a, b) for a, b in zip(seed_texts, target_texts, strict=True)] for seed_texts in written]
+        like_target, like_source = ([similarity(t, others) for t in written] for others in (target_texts, source_texts))
+        closer = [(a > b) + 0.5 * (a == b) for a, b in zip(like_target, like_source, strict=True)]
+        estimates = [bootstrap_mean(np.stack(scores, 1)) for scores in (kl, rouge, like_target, closer)]
         per_prompt[name] = np.stack(kl, 1).mean(1)
-        arms[name] = ReplacementArm(
-            name,
-            bootstrap_mean(np.stack(kl, 1)),
-            bootstrap_mean(np.stack([[rouge_l(a, b) for a, b in zip(t, own, strict=True)] for t in written], 1)),
-            bootstrap_mean(np.stack(like_own, 1)),
-            bootstrap_mean(np.stack([(a > b) + 0.5 * (a == b) for a, b in zip(like_own, like_theirs, strict=True)], 1)),
-            tuple(per_prompt[name].tolist()),
-            tuple(written[0]),
-        )
+        arms[name] = ReplacementArm(name, *estimates, tuple(per_prompt[name].tolist()), tuple(written[0]))
     controls = [name for name in arms if name != "mapped"]
     p = holm([sign_flip_test(per_prompt[name] - per_prompt["mapped"]) for name in controls])
-    return ReplacementResult(
-        mapping.source, mapping.target, items, arms, tuple(own), tuple(theirs), dict(zip(controls, p, strict=True))
-    )
+    corrected = dict(zip(controls, p, strict=True))
+    continuations = tuple(target_texts), tuple(source_texts)
+    return ReplacementResult(mapping.source, mapping.target, items, arms, *continuations, corrected)

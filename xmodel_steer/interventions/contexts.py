@@ -60,9 +60,8 @@ def steering(
         require_space_of(model, step.space, f"steering {name_of(model)}")
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
-        return model.hooks(
-            fwd_hooks=[(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
-        )
+        hooks = [(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
+        return model.hooks(fwd_hooks=hooks)
 
     if not steps:
         yield model

@@ -67,9 +67,7 @@ class Tracker:
         lengths = self._prompt_lengths
         if known is not None and known.prompt_lengths is not None:  # xs.generate, capture and others state it
             lengths = known.prompt_lengths.to(ids.device)
-        elif (
-            self.prompts is not None
-        ):  # Hugging Face's generate pads on the left: unread tokens of a chunked prompt are real
+        elif self.prompts is not None:  # Hugging Face's generate pads on the left: a chunk's unread rest is real
             width = self.prompts[1]
             lengths = mask[:, :width].sum(1) + max(0, width - mask.shape[1])
         elif mask.shape[1] == new:  # no cache: the whole text is the prompt
@@ -102,9 +100,7 @@ class Tracker:
         """Return the running pass's tokens."""
         assert self.now is not None
         if self.now.ids.ndim != 2:
-            raise SiteError(
-                "steering: a replacement needs token ids to know the text; the model was called with embeddings"
-            )
+            raise SiteError("steering: a replacement needs token ids to know the text, got embeddings")
         return Reading(self.now.ids, self.now.position, self.now.rows)
 
     def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:

@@ -73,16 +73,10 @@ class Explorer:
         self.steered, self.unsteered = (w.HTML(layout=w.Layout(flex="1 1 320px")) for _ in range(2))
         self.next_tokens, self.code = w.HTML(), w.HTML()
         row = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 14px")
-        self.box = w.VBox(
-            [
-                self.prompt,
-                w.Box([self.vector, self.layer, self.strength, self.positions, self.tokens, self.chat], layout=row),
-                w.Box([self.generate, self.stop, self.message], layout=row),
-                w.Box([self.steered, self.unsteered], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px")),
-                self.next_tokens,
-                self.code,
-            ]
-        )
+        settings = [self.vector, self.layer, self.strength, self.positions, self.tokens, self.chat]
+        texts = w.Box([self.steered, self.unsteered], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px"))
+        buttons = w.Box([self.generate, self.stop, self.message], layout=row)
+        self.box = w.VBox([self.prompt, w.Box(settings, layout=row), buttons, texts, self.next_tokens, self.code])
         self.vector.observe(lambda _: self._list_layers(), "value")
         self._list_layers()
         self.generate.on_click(lambda _: self._clicked())
@@ -102,11 +96,11 @@ class Explorer:
         """Read the controls and begin a comparison."""
         try:
             choice = Choice(
-                prompt=self.prompt.value,
-                strength=round(self.strength.value, 6),
-                positions=self.positions.value,
-                max_new_tokens=self.tokens.value,
-                chat=self.chat.value,
+                self.prompt.value,
+                round(self.strength.value, 6),
+                self.positions.value,
+                self.tokens.value,
+                self.chat.value,
             )
         except PromptError as error:
             self._say(str(error), wrong=True)

@@ -275,8 +275,10 @@ def _reads(model: Any, questions: Sequence[Prompt], options: Sequence[Sequence[s
     warn_of_missing([e for texts, _ in encoded for e in texts], name_of(model))
     if all(len(e.ids) == n + 1 for texts, n in encoded for e in texts):
         # Options of one token each: only the question is read, its last logits give all of them.
-        questions_ = [replace(texts[0], ids=texts[0].ids[:n]) for texts, n in encoded]
-        return [_Read(i, questions_[i], n, tuple(e.ids[n:] for e in texts)) for i, (texts, n) in enumerate(encoded)]
+        return [
+            _Read(i, replace(texts[0], ids=texts[0].ids[:n]), n, tuple(e.ids[n:] for e in texts))
+            for i, (texts, n) in enumerate(encoded)
+        ]
     return [_Read(i, e, n, (e.ids[n:],)) for i, (texts, n) in enumerate(encoded) for e in texts]
 
 

@@ -126,18 +126,17 @@ class Transcript:
         self.path = None if path is None else Path(path)
         self._name = name
         self._answers: dict[str, str] = {}
-        if self.path is not None and self.path.is_file():
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
-                if not line:
-                    continue
-                try:
+        text = self.path.read_text(encoding="utf-8") if self.path is not None and self.path.is_file() else ""
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                if line:
                     row = json.loads(line)
                     self._answers[_key(row["judge"], row["question"])] = row["answer"]
                     self._name = row["judge"]
-                except (ValueError, LookupError, TypeError):
-                    raise JudgeError(
-                        f"{self.path}, line {number}: is not a row of a transcript; remove the line to ask that question again"
-                    ) from None
+            except (ValueError, LookupError, TypeError):
+                raise JudgeError(
+                    f"{self.path}, line {number}: is not a row of a transcript; remove the line to ask that question again"
+                ) from None
 
     @property
     def name(self) -> str:
