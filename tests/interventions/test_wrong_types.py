@@ -52,9 +52,9 @@ MESSAGES = {
     'side_effects(None, vector, ["a text"])': "TypeError: side_effects: interventions takes a list of interventions per setting, "
     "got SteeringVector",
     'losses(None, [5], ["a text"])': STEPS + "int 5",
-    'calibrate(None, [vector], "0.1", ["a text"])': "TypeError: calibrate: kl takes numbers, got '0.1'",
-    'calibrate(None, [vector], 0.1, ["a text"], signs="1")': "TypeError: calibrate: signs takes numbers, got '1'",
-    'calibrate(None, [vector], 0.1, ["a text"], max_strength="9")': "TypeError: calibrate: max_strength takes numbers, got '9'",
+    'calibrate(None, [vector], "0.1", ["a text"])': "TypeError: calibrate: kl takes a number, got str '0.1'",
+    'calibrate(None, [vector], 0.1, ["a text"], signs="1")': "TypeError: calibrate: signs takes a number, got str '1'",
+    'calibrate(None, [vector], 0.1, ["a text"], max_strength="9")': "TypeError: calibrate: max_strength takes a number, got str '9'",
     'calibrate(None, ["joy"], 0.1, ["a text"])': "TypeError: calibrate: vectors takes SteeringVector, got str 'joy'",
     'interop.write_control_vector("joy", "joy.gguf")': "TypeError: write_control_vector takes SteeringVector, got str 'j'",
     'scorers.WordBalance("good", "bad")': "ValueError: WordBalance: needs a tuple of strings, such as ('yes', 'no') or ('yes',), "

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -73,15 +74,13 @@ def calibrate(
 
     require_type("calibrate: vectors", SteeringVector, *vectors)
     for name, value in (("kl", kl), ("signs", signs), ("max_strength", max_strength), ("tolerance", tolerance)):
-        if np.asarray(value).dtype.kind not in "iuf":
-            raise TypeError(f"calibrate: {name} takes numbers, got {value!r}")
+        require_type(f"calibrate: {name}", Real, *np.atleast_1d(value).tolist(), takes="a number")
     budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
     signs = np.broadcast_to(np.asarray(signs), (len(vectors),)).tolist()
     if not (budgets > 0).all() or not set(signs) <= {1, -1}:
         raise ValueError(f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {signs}")
     documents = as_prompts(texts)
-    # KL of every vector at every log strength that was tried.
-    known: dict[tuple[int, float], float] = {}
+    known: dict[tuple[int, float], float] = {}  # KL of each vector at each log strength that was tried
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
         new = [key for key in dict.fromkeys(keys) if key not in known]
@@ -90,8 +89,7 @@ def calibrate(
         known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
         return [known[key] for key in keys]
 
-    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
-        """Compute the logarithm of KL over budget, at log strengths ``x`` of vectors ``i``."""
+    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:  # log of KL over budget, at log strengths x of vectors i
         figures = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
         return np.log(np.maximum(figures, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
 

@@ -72,14 +72,8 @@ def steering_hf(
     stack = decoder_blocks(inner, blocks)
     for step in steps:
         require_hf_space(inner, len(stack), step.space, trust, named=inner is model)
-
-    def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
-        hooks = ExitStack()
-        for site, write in writes:
-            hooks.callback(stack[site.layer].register_forward_hook(partial(_rewritten, write=write)).remove)
-        return hooks
-
-    with steered(inner, steps, attach, name=hf_name(inner), wrapper=model):  # older PEFT bypasses inner's call
+    # Older PEFT calls inner.forward, past the hooks on inner's call: the wrapper's calls are watched too.
+    with steered(inner, steps, partial(_hooked, stack), name=hf_name(inner), wrapper=model):
         yield model
 
 
@@ -108,3 +102,11 @@ def _unwrapped(model: Any) -> Any:
 def _rewritten(_module: Any, _args: Any, output: Any, *, write: Write) -> Any:
     """Rewrite the residual stream in a block's output, which may be a tuple."""
     return (write(output[0]), *output[1:]) if isinstance(output, tuple) else write(output)
+
+
+def _hooked(blocks: torch.nn.ModuleList, writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
+    """Let functions rewrite the outputs of blocks."""
+    hooks = ExitStack()
+    for site, write in writes:
+        hooks.callback(blocks[site.layer].register_forward_hook(partial(_rewritten, write=write)).remove)
+    return hooks
