@@ -76,15 +76,15 @@ def calibrate(
     for name, value in (("kl", kl), ("signs", signs), ("max_strength", max_strength), ("tolerance", tolerance)):
         require_type(f"calibrate: {name}", Real, *np.atleast_1d(value).tolist(), takes="a number")
     budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
-    signs = np.broadcast_to(np.asarray(signs), (len(vectors),)).tolist()
-    if not (budgets > 0).all() or not set(signs) <= {1, -1}:
-        raise ValueError(f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {signs}")
+    signed = np.broadcast_to(np.asarray(signs), (len(vectors),)).tolist()
+    if not (budgets > 0).all() or not set(signed) <= {1, -1}:
+        raise ValueError(f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {signed}")
     documents = as_prompts(texts)
     known: dict[tuple[int, float], float] = {}  # KL of each vector at each log strength that was tried
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        settings = [[Intervention(vectors[i], Add(signs[i] * math.exp(x)), positions)] for i, x in new]
+        settings = [[Intervention(vectors[i], Add(signed[i] * math.exp(x)), positions)] for i, x in new]
         effects = side_effects(model, settings, documents, max_tokens=max_tokens, batch_size=batch_size)
         known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
         return [known[key] for key in keys]
@@ -104,5 +104,5 @@ def calibrate(
     for i, budget in enumerate(budgets):
         misses = {x: abs(math.log(max(value, LEAST) / budget)) for (k, x), value in known.items() if k == i}
         x = min(misses, key=misses.__getitem__)
-        doses.append(Dose(signs[i] * math.exp(x), known[i, x], misses[x] <= 2 * tolerance))
+        doses.append(Dose(signed[i] * math.exp(x), known[i, x], misses[x] <= 2 * tolerance))
     return doses

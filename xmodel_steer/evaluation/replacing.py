@@ -176,9 +176,11 @@ def replacement_check(
         rouge = [[rouge_l(a, b) for a, b in zip(seed_texts, target_texts, strict=True)] for seed_texts in written]
         like_target, like_source = ([similarity(t, others) for t in written] for others in (target_texts, source_texts))
         closer = [(a > b) + 0.5 * (a == b) for a, b in zip(like_target, like_source, strict=True)]
-        estimates = [bootstrap_mean(np.stack(scores, 1)) for scores in (kl, rouge, like_target, closer)]
+        scores = {"kl": kl, "rouge": rouge, "similarity": like_target, "closer": closer}
+        estimates = {key: bootstrap_mean(np.stack(rows, 1)) for key, rows in scores.items()}
         per_prompt[name] = np.stack(kl, 1).mean(1)
-        arms[name] = ReplacementArm(name, *estimates, tuple(per_prompt[name].tolist()), tuple(written[0]))
+        kl_scores = tuple(per_prompt[name].tolist())
+        arms[name] = ReplacementArm(name, kl_scores=kl_scores, texts=tuple(written[0]), **estimates)
     controls = [name for name in arms if name != "mapped"]
     p = holm([sign_flip_test(per_prompt[name] - per_prompt["mapped"]) for name in controls])
     corrected = dict(zip(controls, p, strict=True))
