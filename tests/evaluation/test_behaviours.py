@@ -18,7 +18,7 @@ LONG = (" red as the winter sun", " small")
 
 
 def by_hand(toy, question, option, other, edits=None):
-    """Log-likelihood of the whole text, less that of what both begin with."""
+    """Log-likelihood of the whole text, without the tokens that both begin with."""
     ids, theirs = toy.ids(question + option), toy.ids(question + other)
     shared = next(i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b)
     logs = toy.reference(ids, edits or {})[1].double().log_softmax(-1)
@@ -36,15 +36,13 @@ def test_equals_the_untouched_models_log_likelihood(toy, options):
     assert np.abs(plain.scores - steered.scores).max() > 0.01
 
 
-def test_one_token_options_take_the_short_way_to_the_same_numbers(toy, monkeypatch):
+def test_one_token_options_take_the_short_way_to_the_same_numbers(toy):
     questions, options = as_prompts(QUESTIONS), [LETTERS] * len(QUESTIONS)
     settings = [[], [Intervention(toy.vector(0, size=1.0), Add(2.0), "last")]]
     short = answer_likelihoods(toy.model, settings, questions, options)
-    from xmodel_steer.evaluation.behaviours import likelihoods as evaluation
-
-    monkeypatch.setattr(evaluation, "_one_token", evaluation._many_tokens)
-    long = answer_likelihoods(toy.model, settings, questions, options, batch_size=1)
-    np.testing.assert_allclose(short, long, atol=2e-3)
+    # One option of several tokens sends all questions the long way.
+    long = answer_likelihoods(toy.model, settings, (*questions, questions[0]), [*options, LONG], batch_size=1)
+    np.testing.assert_allclose(short, [row[:-1] for row in long], atol=2e-3)
 
 
 def test_exchanging_the_answers_changes_the_sign_and_batches_change_nothing(llama):
@@ -56,7 +54,7 @@ def test_exchanging_the_answers_changes_the_sign_and_batches_change_nothing(llam
 
 
 def test_in_a_chat_the_answer_opens_the_assistants_turn(llama):
-    """What the template puts after the answer is not part of it."""
+    """The template's text after the answer is not part of the answer."""
     question = Prompt.of([{"role": "user", "content": "the old harbour is"}])
     (scores,) = answer_likelihoods(llama.model, [[]], [question], [LETTERS])
     opened = llama.tokenizer.apply_chat_template(
@@ -68,7 +66,7 @@ def test_in_a_chat_the_answer_opens_the_assistants_turn(llama):
 
 
 def test_positions_count_the_answer_as_generated(llama):
-    """What is steered at the prompt's last token alone, moves all of the answer; a mask beyond it, nothing of letters."""
+    """Steering the prompt's last token moves the whole answer; steering generated tokens does not move one-token answers."""
     questions = as_prompts(QUESTIONS)
     behaviour = AnswerLogOdds(questions, *((o,) * 3 for o in LETTERS))
     vector = llama.vector(1, size=2.0)
@@ -107,7 +105,7 @@ def test_options_that_cannot_be_told_apart_are_refused(llama, options):
 
 
 def test_options_with_nothing_before_them_are_refused(llama):
-    """No token is read before the first one that differs: its likelihood would be that behind padding."""
+    """No token is read before the first one that differs: padding would predict it."""
     with pytest.raises(PromptError, match="are not different tokens after a common beginning"):
         answer_likelihoods(llama.model, [[]], as_prompts(["i"]), [("n a hole", "t was a day")])
 

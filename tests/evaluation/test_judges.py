@@ -23,7 +23,7 @@ TEXTS = ["Fine.", "A lamp.", "Nobody."]
 
 
 class Scripted:
-    """A judge whose answers are given, and who counts the questions."""
+    """A judge with scripted answers that counts the questions."""
 
     name = "scripted"
 
@@ -147,7 +147,7 @@ def test_a_local_model_answers_as_it_generates(llama):
 
 @pytest.fixture
 def service():
-    """A small server: answers with what its list says, and remembers what came."""
+    """A small server: answers with the entries of its list, and records requests."""
     replies, seen = [], []
 
     class Handler(BaseHTTPRequestHandler):

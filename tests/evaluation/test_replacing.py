@@ -1,4 +1,4 @@
-"""Checks of a map: a perfect map passes, and what is patched is what the untouched model computes."""
+"""Checks of a map: a perfect map passes, and patches equal the untouched model's activations."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_noise_is_that_of_the_seed(twins, reference):
 
 
 def test_a_perfect_map_of_a_twin_passes_and_its_controls_do_not(twins, reference):
-    # A toy also writes special tokens and pieces of characters, which no text holds or ends with: elsewhere the twins agree.
+    # A toy also writes special tokens and pieces of characters, which no text holds: everywhere else the twins agree.
     model, tokenizer = twins[0].model, twins[0].tokenizer
     prompts = toys.sentences(600, 3, 5)
     ids, before = generate_tokens(model, prompts, max_new_tokens=6, batch_size=64)
@@ -165,9 +165,9 @@ def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
     [
         ([], [], [], "got 0, 0 and 0"),
         (CLEAN, CORRUPTED[:1], ANSWERS, "got 2, 1 and 2"),
-        (["the sky"], ["the old harbour sky"], ANSWERS[:1], "must differ in words of equally many tokens"),
+        (["the sky"], ["the old harbour sky"], ANSWERS[:1], "swap words of equally many tokens"),
         (CLEAN[:1], CORRUPTED[:1], [("a long answer", "!")], "is not one token after"),
-        (CLEAN[:1], CORRUPTED[:1], [("!", "!")], "both answers begin with the same token"),
+        (CLEAN[:1], CORRUPTED[:1], [("!", "!")], "both answers are the token"),
         (CLEAN[:1], CLEAN[:1], ANSWERS[:1], "the same logit difference .* nothing to recover"),
     ],
 )

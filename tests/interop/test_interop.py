@@ -1,4 +1,4 @@
-"""Other programs read what is written here, and what they write is read: each proved with the other program."""
+"""Files written here load in other programs, and theirs load here: each proved with the other program."""
 
 import copy
 import inspect
@@ -136,7 +136,7 @@ REFUSED = {
     "processed": (
         lambda: vector(space=replace(SPACE, processing="fold_ln")),
         SpaceMismatchError,
-        "model as published, got one of small .*fold_ln.*xs.load gives",
+        "model as published, got one of small .*fold_ln.*xs.load returns",
     ),
     "two models": (
         lambda: [vector(), vector(space=OTHER)],
@@ -214,7 +214,7 @@ DAMAGED = {
     ),
     "float16": (dict(tensors={"direction.1": np.ones(5, np.float16)}), "got 'direction.1', F16"),
     "no number": (dict(tensors={"direction.last": np.ones(5, F32)}), "got 'direction.last'"),
-    "another tensor": (dict(tensors={"output.1": np.ones(5, F32)}), "got 'output.1', F32 .*llama.cpp refuses it, too"),
+    "another tensor": (dict(tensors={"output.1": np.ones(5, F32)}), "got 'output.1', F32 .*llama.cpp refuses it too"),
     "nothing": (dict(tensors={}), "has no direction"),
     "NaN": (dict(tensors={"direction.1": np.full(32, np.nan, F32)}), "direction.1: .*has NaN or infinity"),
 }
@@ -296,7 +296,7 @@ def test_llama_cpp_steers_as_this_library_does(tmp_path: Path) -> None:
         steered = ours()
     apply(data)
     their_steered = of_llama_cpp()
-    apply(np.roll(data, width))  # one block too deep: what an off-by-one would do
+    apply(np.roll(data, width))  # one block too deep: the effect of an off-by-one
     shifted = of_llama_cpp()
     numbers = {
         "KL(ours || llama.cpp), unsteered": kl(plain, their_plain),
@@ -329,7 +329,7 @@ def logits_of(hf: Any, ids: torch.Tensor) -> torch.Tensor:
 def imported(name: str) -> Any:
     """A peer, or the reason why it is not there: repeng 0.4 needs NumPy 1, steering-vectors says transformers 4."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it does on import is not ours
+        warnings.simplefilter("ignore")  # its warnings on import are not ours
         return pytest.importorskip(name, reason=NO_PEERS, exc_type=ImportError)
 
 
@@ -512,7 +512,7 @@ def test_a_plain_models_generate_is_steered_as_ours_is(bridge: toys.Toy, plain: 
 
 
 def adapted(toy: toys.Toy) -> Any:
-    """The toy in PEFT's wrapper, whose generate goes round the wrapper's own call."""
+    """The toy in PEFT's wrapper, whose generate bypasses the wrapper's call."""
     from peft import LoraConfig, get_peft_model
 
     made = get_peft_model(
@@ -667,7 +667,7 @@ def test_a_plain_pass_after_generate_is_its_own_prompt(llama: toys.Toy) -> None:
 
 
 class Tuples(torch.nn.Module):
-    """A block that gives a tuple, as those of some architectures and versions do."""
+    """A block that returns a tuple, as in some architectures and versions."""
 
     def __init__(self, block: torch.nn.Module) -> None:
         super().__init__()
@@ -733,7 +733,12 @@ def test_a_plain_model_takes_only_vectors_of_its_own(llama: toys.Toy, gemma: toy
             SpaceMismatchError,
             r"has 3 blocks of width 32, got a vector of llama resid_post\[3\]",
         ),
-        (qwen.hf, vector, SpaceMismatchError, "neither its name nor its weights .* are those of llama .*trust=True"),
+        (
+            qwen.hf,
+            vector,
+            SpaceMismatchError,
+            "neither its name nor its weights .* are those of the vector's llama .*trust=True",
+        ),
         (
             llama.hf,
             replace(vector, space=replace(space, processing="fold_ln")),
@@ -810,7 +815,7 @@ REQUESTS = [
 def harness() -> Any:
     """Makes lm-eval's own model of a Hugging Face one; it gives the tokenizer a token for padding."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it does on import is not ours
+        warnings.simplefilter("ignore")  # its warnings on import are not ours
         hugging_face = pytest.importorskip("lm_eval.models.huggingface", reason=NO_HARNESS)
     return lambda model, tokenizer: hugging_face.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=3)
 
@@ -822,7 +827,7 @@ def asked(kind: str, rows: Sequence[tuple[Any, ...]]) -> Any:
 
 
 def log_likelihood(model: Any, before: list[int], after: list[int]) -> float:
-    """Of one continuation, alone and unpadded, by this library's own forward pass."""
+    """Log-likelihood of one continuation, alone and unpadded, by this library's forward pass."""
     ids = torch.tensor([before + after])
     logs = forward(model, ids, torch.ones_like(ids))[0][0].log_softmax(-1)
     return float(logs[len(before) - 1 : -1].gather(1, ids[0, len(before) :, None]).sum())
@@ -884,13 +889,13 @@ def test_lm_eval_counts_on_a_local_task_as_this_library_does(llama: toys.Toy, ha
     ours = xs.behaviours.MultipleChoice(as_prompts(toys.TEXTS), (options,) * len(answers), tuple(answers))
     from lm_eval.tasks import TaskManager
 
-    alone = TaskManager(include_defaults=False)  # its own suites are thousands of files to read
+    alone = TaskManager(include_defaults=False)  # its suites are thousands of files to read
     lm = harness(llama.model.original_model, llama.tokenizer)
     steps = [Intervention(llama.vector(1, size=6.0), Add(strength)) for strength in (0.0, 4.0, -4.0)]
     right = [m.scores.tolist() for m in ours.measure(llama.model, [[step] for step in steps])]
     for step, own in zip(steps, right, strict=True):
         with steering(llama.model, step), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it does between reading and counting is not ours
+            warnings.simplefilter("ignore")  # its warnings while reading and counting are not ours
             found = lm_eval.simple_evaluate(lm, tasks=[dict(task)], task_manager=alone, bootstrap_iters=0)
         assert [sample["acc"] for sample in sorted(found["samples"]["local"], key=lambda s: s["doc_id"])] == own
         assert found["results"]["local"]["acc,none"] == pytest.approx(sum(own) / len(own))
@@ -901,13 +906,13 @@ def test_lm_eval_counts_on_a_local_task_as_this_library_does(llama: toys.Toy, ha
 
 
 def taken(name: str, **settings: Any) -> dict[str, Any]:
-    """What a call says, if huggingface_hub's own method takes it."""
+    """The arguments of a call, if huggingface_hub's method takes them."""
     inspect.signature(getattr(HfApi, name)).bind(None, **settings)
     return settings
 
 
 class Hub:
-    """Stands in for huggingface_hub.HfApi: keeps what is uploaded by its rules for patterns."""
+    """A double of huggingface_hub.HfApi: keeps what is uploaded by its rules for patterns."""
 
     repos: ClassVar[dict[str, dict[str, bytes]]] = {}
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []

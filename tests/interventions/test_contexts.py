@@ -74,12 +74,12 @@ def tokens(toy, texts=TEXTS, **kwargs):
 
 
 def listening(toy, kept):
-    """Keep what passes at the output of block 1, as a user's own hook sees it."""
+    """Keep the output of block 1 in every pass, as a user's hook sees it."""
     return toy.model.hooks(fwd_hooks=[(Site(1).hook_name, lambda value, hook: kept.append(value))])
 
 
 def clamped(toy, layer=1):
-    """A difference of means of the toy's own rows, with means and scale; and those rows."""
+    """A difference of means of the toy's rows, with means and scale; and the rows."""
     rows = streams(toy)[Site(layer)]
     first = rows.values[:, 0] > rows.values[:, 0].median()
     sides = [Activations(rows.values[keep], rows.space) for keep in (first, ~first)]
@@ -253,7 +253,7 @@ def test_a_gate_holds_at_the_positions_that_were_asked_for_while_text_is_written
 
 
 def text_gate(toy, positions, lengths, side="positive"):
-    """A gate that is read at positions and tells two of the texts from the others, and at which of their tokens it is open."""
+    """A gate with positions that separates two texts from the others, and the tokens where it is open."""
     vector, _ = clamped(toy)
     w = (vector.direction / vector.scale**2).double()
     w = w / (w @ vector.direction.double())
@@ -367,11 +367,11 @@ def test_a_gate_with_positions_refuses_a_text_that_it_has_not_read(bridge):
         cache = cache_in(model(one, use_cache=True))
         model(one[:, :1], **cached(cache))
         model(other, use_cache=True)
-        with pytest.raises(SiteError, match=says):  # the other text's gate is not this one's
+        with pytest.raises(SiteError, match=says):  # the other text's gate does not apply
             model(one[:, :1], **cached(cache))
         cache = cache_in(model(two, use_cache=True))
         cache.batch_select_indices(torch.tensor([1]))
-        with pytest.raises(SiteError, match=says):  # which row is left is not known
+        with pytest.raises(SiteError, match=says):  # nobody knows which row is left
             model(one[:, :1], **cached(cache))
     with pytest.raises(ValueError, match="positions: must be"):
         Gate(teller, positions=())
@@ -453,7 +453,7 @@ def test_positions_in_a_plain_pass(toy, where, side, size):
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_positions_in_a_decode(toy, where, use_cache):
-    """In every pass, what a hook after the steering sees less what one before it sees."""
+    """In every pass, the stream after the steering minus the stream before it."""
     vector, lengths, before, after = toy.vector(1), lengths_of(toy), [], []
     with listening(toy, before), steering(toy.model, intervention(vector, where, lengths)), listening(toy, after):
         tokens(toy, use_cache=use_cache)
@@ -518,7 +518,7 @@ def test_the_users_own_forward_pass_is_steered(toy):
 @pytest.mark.filterwarnings(OLD_NAME)  # TransformerLens' own generate calls it so
 @pytest.mark.parametrize("where", ["all", "prompt", "generated", "last"])
 def test_the_models_own_generate_is_steered(toy, where):
-    if toy.hf is None:  # its generate calls self.forward, past every hook on the call: refused, never silently wrong
+    if toy.hf is None:  # its generate calls self.forward and bypasses hooks on the call: refused, never silently wrong
         ids = torch.tensor([toy.ids(TEXTS[1])])
         with pytest.raises(SiteError, match="xs.generate"), steering(toy.model, toy.vector(1), positions=where):
             toy.model.generate(ids, max_new_tokens=2, do_sample=False, verbose=False)
@@ -598,7 +598,7 @@ def test_a_mask_may_be_given_by_position(bridge):
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params", "state"])
 def test_a_cache_that_counts_no_tokens_is_refused_not_read_as_empty(llama, cache, name):
     inner = llama.model.original_model
-    says = rf"cannot tell how many tokens the {type(cache).__name__} holds that was given as {name}="
+    says = rf"cannot tell how many tokens the {type(cache).__name__} passed as {name}= holds"
     with steering(llama.model, llama.vector(1), positions="generated"), pytest.raises(SiteError, match=says):
         inner(torch.tensor([[5]]), **{name: cache})
 
@@ -680,7 +680,7 @@ def test_a_mask_that_hides_positions_is_refused(bridge):
 def test_a_pass_round_the_models_own_call_is_refused(llama):
     with steering(llama.model, llama.vector(0)):
         llama.model(torch.tensor([llama.ids(TEXTS[0])]))
-        with pytest.raises(SiteError, match="went round the model's own call"):
+        with pytest.raises(SiteError, match="bypassed the model's own call"):
             llama.model.blocks[0](torch.randn(1, 3, llama.width))
 
 

@@ -24,7 +24,7 @@ def twins(toy_named, tokenizers):
 
 
 def at_site(toy, text):
-    """What stands at the site, every token, as later blocks see it."""
+    """The site's activations at every token, as later blocks see them."""
     return xs.capture(toy.model, [text], [SITE], tokens="all", include_special=True)[SITE].values
 
 
@@ -155,5 +155,5 @@ def test_a_text_whose_beginning_was_not_seen_is_refused(llama, gemma):
     with torch.no_grad():
         cache = cache_in(model.original_model(ids[:, :4], use_cache=True))
     step = mapped_source(llama.model, model, random_map(llama, gemma))
-    with pytest.raises(SiteError, match="goes on with a text whose beginning was not seen"), xs.steering(model, step):
+    with pytest.raises(SiteError, match="continues a text whose beginning was not seen"), xs.steering(model, step):
         model.original_model(ids[:, 4:], **cached(cache), use_cache=True)

@@ -1,4 +1,4 @@
-"""What the explorer shows is what the library's calls give, and the model is left as it was."""
+"""The explorer shows the texts of the library's calls, and leaves the model unchanged."""
 
 import asyncio
 import builtins
@@ -39,7 +39,7 @@ def closed() -> Iterator[None]:
 
 
 def texts(model: Any, vector: Any, choice: Choice) -> tuple[str, str]:
-    """Steered and unsteered, by the library's calls."""
+    """Steered and unsteered text, by the library's calls."""
     settings = dict(max_new_tokens=choice.max_new_tokens)
     with xs.steering(model, vector, operator=xs.Add(choice.strength), positions=choice.positions):
         (steered,) = xs.generate(model, [choice.asked()], **settings)
@@ -48,7 +48,7 @@ def texts(model: Any, vector: Any, choice: Choice) -> tuple[str, str]:
 
 
 def hooks(model: Any) -> int:
-    """How many functions are hooked anywhere in the model."""
+    """The number of functions hooked anywhere in the model."""
     inner = getattr(model, "original_model", model)
     own = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in inner.modules())
     return own + sum(len(getattr(m, "fwd_hooks", ())) for m in model.modules())

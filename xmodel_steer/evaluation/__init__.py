@@ -1,6 +1,6 @@
-"""What a model does under an intervention: behaviours, scorers, judges, damage, checks of a map and of a model.
+"""Measurements under an intervention: behaviours, scorers, judges, damage, checks of maps and of models.
 
-Nothing is chosen here: that is the recipe's.
+Nothing is chosen here; the recipe chooses.
 """
 
 from xmodel_steer.evaluation import behaviours as behaviours

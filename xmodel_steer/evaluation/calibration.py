@@ -1,12 +1,14 @@
-"""Strengths at which every vector does the same damage."""
+"""Strengths at which all vectors do equal damage."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.core.vectors import SteeringVector
@@ -15,17 +17,17 @@ from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention
 
-LEAST = 1e-9  # KL, in nats per token, below which there is none
+LEAST = 1e-9  # a smaller KL, in nats per token, counts as this one: logarithms need a positive number
 
 
 @dataclass(frozen=True)
 class Dose:
-    """A strength that was calibrated.
+    """A calibrated strength.
 
     Args:
         strength: The strength, with its sign.
-        kl: The KL from the unsteered model there, in nats per token, on the text it was calibrated on.
-        reached: Whether that is the budget (within twice the tolerance); if not, no allowed strength reaches it.
+        kl: KL from the unsteered model at this strength, in nats per token, on the calibration text.
+        reached: True if that is the budget, within twice the tolerance; otherwise no allowed strength reaches it.
     """
 
     strength: float
@@ -48,50 +50,51 @@ def calibrate(
 ) -> list[Dose]:
     """Find the strength at which each vector disturbs neutral text by a given KL.
 
-    Arms can then be compared at equal damage. All vectors are searched for together, so that each pass over
-    the text serves all of them, with Chandrupatla's method (a bracketing one that halves at worst;
-    ``scipy.optimize.elementwise.find_root``) in logarithms of strength and KL, where KL ∝ strength² is a line.
+    Arms can then be compared at equal damage. All vectors are searched together, so that each pass over the text
+    serves all of them. The search is Chandrupatla's bracketing method (``scipy.optimize.elementwise.find_root``) in
+    logarithms of strength and KL, where KL ∝ strength² is a line.
 
     Args:
         model: The model that is steered.
         vectors: The vectors.
-        kl: The budget, in nats per token: one for all, or one for each.
-        texts: Neutral text; report the KL of other text.
-        signs: 1 or -1: the direction to steer in; one for all, or one for each.
+        kl: The budget, in nats per token: one for all vectors, or one for each.
+        texts: Neutral text; report the KL on other text.
+        signs: 1 or -1, the direction to steer in: one for all vectors, or one for each.
         positions: Where to steer.
         max_strength: Largest strength that is tried.
-        tolerance: Relative error of the KL that is good enough.
+        tolerance: Accepted relative error of the KL.
         max_tokens: Tokens read of each text.
         batch_size: Texts at a time.
 
     Raises:
+        TypeError: An argument has another type.
         ValueError: A budget is not positive, or a sign is neither 1 nor -1.
     """
     from scipy.optimize import elementwise
 
+    require_type("calibrate: vectors", SteeringVector, *vectors)
+    for name, value in (("kl", kl), ("signs", signs), ("max_strength", max_strength), ("tolerance", tolerance)):
+        require_type(f"calibrate: {name}", Real, *np.atleast_1d(value).tolist(), takes="a number")
     budgets = np.broadcast_to(np.asarray(kl, dtype=float), (len(vectors),))
-    ways = np.broadcast_to(np.asarray(signs), (len(vectors),))
-    if not (budgets > 0).all() or not np.isin(ways, (1, -1)).all():
-        raise ValueError(
-            f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {ways.tolist()}"
-        )
+    signed = np.broadcast_to(np.asarray(signs), (len(vectors),)).tolist()
+    if not (budgets > 0).all() or not set(signed) <= {1, -1}:
+        raise ValueError(f"calibrate: budgets must be positive and signs 1 or -1, got {budgets.tolist()} and {signed}")
     documents = as_prompts(texts)
-    known: dict[tuple[int, float], float] = {}
+    known: dict[tuple[int, float], float] = {}  # KL of each vector at each log strength that was tried
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        settings = [[Intervention(vectors[i], Add(float(ways[i]) * math.exp(x)), positions)] for i, x in new]
+        settings = [[Intervention(vectors[i], Add(signed[i] * math.exp(x)), positions)] for i, x in new]
         effects = side_effects(model, settings, documents, max_tokens=max_tokens, batch_size=batch_size)
         known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
         return [known[key] for key in keys]
 
-    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:
-        """Log of KL over budget."""
-        found = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
-        return np.log(np.maximum(found, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
+    def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:  # log of KL over budget, at log strengths x of vectors i
+        figures = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
+        return np.log(np.maximum(figures, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
 
     index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
-    # KL grows with the square of the strength: a first look says where to search.
+    # KL grows with the square of the strength: its value at strength 1 tells where to search.
     first = np.clip(-0.5 * excess(np.zeros(len(vectors)), index), top - 12, top - 0.3)
     bracket = elementwise.bracket_root(excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(index,), maxiter=8)
     elementwise.find_root(
@@ -99,8 +102,7 @@ def calibrate(
     )  # fmt: skip
     doses = []
     for i, budget in enumerate(budgets):
-        tried = {x: value for (k, x), value in known.items() if k == i}
-        x = min(tried, key=lambda x: abs(math.log(max(tried[x], LEAST) / budget)))
-        near = abs(math.log(max(tried[x], LEAST) / budget)) <= 2 * tolerance
-        doses.append(Dose(float(ways[i]) * math.exp(x), tried[x], near))
+        misses = {x: abs(math.log(max(value, LEAST) / budget)) for (k, x), value in known.items() if k == i}
+        x = min(misses, key=misses.__getitem__)
+        doses.append(Dose(signed[i] * math.exp(x), known[i, x], misses[x] <= 2 * tolerance))
     return doses

@@ -1,4 +1,4 @@
-"""Every law that this library relies on, tried on a model of the user's: is the architecture supported?"""
+"""The laws that this library relies on, tested on a user's model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,14 +37,14 @@ STEERED = "steered text: cached = not cached, alone = in a batch"
 
 
 def check_model(model: Any) -> tuple[Law, ...]:
-    """Try every law that this library relies on, on three sentences.
+    """Test every law that this library relies on, with three sentences.
 
     Args:
         model: A TransformerLens model, as `load` returns it.
 
     Returns:
-        The laws, each passed, failed or not applicable, with what was measured. One that failed and has a remedy does
-        no harm: this library goes round it. One without means that the model should not be used.
+        The laws, each passed, failed or not applicable, with a measurement. A failed law with a remedy does no harm:
+        this library works around it. A failed law without a remedy means that the model should not be used.
 
     Example:
         >>> [law.name for law in check_model(model) if law.state == "failed"]        # doctest: +SKIP
@@ -53,18 +53,18 @@ def check_model(model: Any) -> tuple[Law, ...]:
     conduct = conduct_of(model)
     try:
         check_sites(model)
-    except Exception as error:  # whatever it is, nothing else can be tried
+    except Exception as error:  # any error: nothing else can be tested
         return (*conduct.laws, Law(FIRES, "failed", " ".join(str(error).split())))
     depth = int(model.cfg.n_layers)
-    found = Law(FIRES, "passed", f"{depth} blocks of width {int(model.cfg.d_model)}")
-    tried: list[tuple[str, Callable[[Any], Law]]] = [
+    fires = Law(FIRES, "passed", f"{depth} blocks of width {int(model.cfg.d_model)}")
+    laws: list[tuple[str, Callable[[Any], Law]]] = [
         (NEXT, _next), (STATES, _states), (SUMS, _sums), (ZERO, _zero), (WRITES, _writes), (RESTORES, _restores), (STEERED, _steered)
     ]  # fmt: skip
-    return (*conduct.laws, found, *(_guarded(name, law, model) for name, law in tried))
+    return (*conduct.laws, fires, *(_guarded(name, law, model) for name, law in laws))
 
 
 def _guarded(name: str, law: Callable[[Any], Law], model: Any) -> Law:
-    """Try a law; what cannot be tried fails."""
+    """Test a law; a law that cannot be tested fails."""
     try:
         return law(model)
     except Exception as error:  # models and their libraries raise all kinds
@@ -72,13 +72,14 @@ def _guarded(name: str, law: Callable[[Any], Law], model: Any) -> Law:
 
 
 def _judged(name: str, off: float, model: Any, remedy: str = "") -> Law:
+    """Compare a difference with the model's rounding."""
     limit = 1e-4 if dtype_of(model) == torch.float32 else 0.05
     kept = off <= limit
     return Law(name, "passed" if kept else "failed", f"differs by {off:.0e}", "" if kept else remedy)
 
 
 def _pass(model: Any, sites: list[Site], text: str = TEXTS[0]) -> tuple[dict[Site, Tensor], Tensor]:
-    """Run one sentence; return the streams at some sites and the logits."""
+    """Run one sentence; return streams and logits."""
     (batch,) = batches(model, encode(model, as_prompts([text])), 1)
     with recording(model, sites) as kept:
         logits, _ = forward(model, batch.ids, batch.mask)
@@ -87,7 +88,7 @@ def _pass(model: Any, sites: list[Site], text: str = TEXTS[0]) -> tuple[dict[Sit
 
 
 def _off(one: Tensor, other: Tensor) -> float:
-    """Return the distance of two streams over the norm of the second."""
+    """Compute the distance of two streams over the norm of the second."""
     return float((one - other).norm() / other.norm().clamp(min=1e-30))
 
 
@@ -95,10 +96,10 @@ def _streams(model: Any, *names: str) -> dict[str, list[Tensor]] | None:
     """Read some streams of every block; None where a block lacks one."""
     sites = {name: list(all_sites(model, name)) for name in names}
     try:
-        kept, _ = _pass(model, [site for own in sites.values() for site in own])
+        kept, _ = _pass(model, [site for listed in sites.values() for site in listed])
     except SiteError:  # a block has no such stream, or it did not fire
         return None
-    return {name: [kept[site] for site in own] for name, own in sites.items()}
+    return {name: [kept[site] for site in listed] for name, listed in sites.items()}
 
 
 def _next(model: Any) -> Law:
@@ -122,10 +123,10 @@ def _states(model: Any) -> Law:
     states = getattr(out, "hidden_states", None)
     if not isinstance(states, tuple) or len(states) != len(sites) + 1 or states[0].shape != kept[sites[0]].shape:
         return Law(STATES, "not applicable", "the model gives no hidden state for every block")
-    # Hugging Face gives the last one after the final norm. Mamba's begin after the first block, the others' before it.
+    # Hugging Face gives the last state after the final norm. Mamba's states begin after the first block, others before it.
     off = [
-        max((_off(kept[site], state.float().cpu()) for site, state in zip(sites[:-1], own, strict=True)), default=0.0)
-        for own in (states[1:-1], states[:-2])
+        max((_off(kept[site], s.float().cpu()) for site, s in zip(sites[:-1], shifted, strict=True)), default=0.0)
+        for shifted in (states[1:-1], states[:-2])
     ]
     return _judged(STATES, min(off), model)
 
@@ -141,7 +142,7 @@ def _sums(model: Any) -> Law:
 
 
 def _vector(model: Any, size: float = 1.0) -> SteeringVector:
-    """Draw a direction at the middle block, ``size`` times a token's stream long."""
+    """Draw a direction at the middle block, of ``size`` times a token's norm."""
     site = Site(int(model.cfg.n_layers) // 2)
     kept, _ = _pass(model, [site])
     direction = torch.randn(int(model.cfg.d_model), generator=torch.Generator().manual_seed(0))
@@ -167,7 +168,7 @@ def _writes(model: Any) -> Law:
     if not all(torch.equal(plain[site], steered[site]) for site in before):
         return Law(WRITES, "failed", "a stream before the block changed")
     if torch.equal(logits, others):
-        return Law(WRITES, "failed", "the logits did not change: what is written there is not read")
+        return Law(WRITES, "failed", "the logits did not change: the written stream is not read")
     return _judged(WRITES, _off(steered[here] - plain[here], vector.direction.expand_as(plain[here])), model)
 
 
@@ -184,20 +185,17 @@ def _restores(model: Any) -> Law:
 def _steered(model: Any) -> Law:
     if dtype_of(model) != torch.float32:
         return Law(STEERED, "not applicable", "rounding decides near-ties in bfloat16; load the model in float32")
-    settings: dict[str, Any] = {
-        "max_new_tokens": STEPS,
-        "stop_at_eos": False,
+    decodes: dict[str, dict[str, Any]] = {
+        "in a batch": {"batch_size": 3},
+        "alone": {"batch_size": 1},
+        "not cached": {"batch_size": 3, "use_cache": False},
     }
     with steering(model, _vector(model, 0.5), positions=("last", "generated")):
-        made = {
-            "in a batch": generate_tokens(model, TEXTS, batch_size=3, **settings)[0],
-            "alone": generate_tokens(model, TEXTS, batch_size=1, **settings)[0],
-            "not cached": generate_tokens(model, TEXTS, batch_size=3, use_cache=False, **settings)[0],
+        texts = {
+            name: generate_tokens(model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, **settings)[0]
+            for name, settings in decodes.items()
         }
-    first = made["in a batch"]
-    wrong = [name for name, own in made.items() if own != first]
-    return Law(
-        STEERED,
-        "failed" if wrong else "passed",
-        f"{', '.join(wrong)} differs" if wrong else f"{STEPS} tokens, {len(TEXTS)} texts",
-    )
+    wrong = [name for name, tokens in texts.items() if tokens != texts["in a batch"]]
+    if wrong:
+        return Law(STEERED, "failed", f"{', '.join(wrong)} differs")
+    return Law(STEERED, "passed", f"{STEPS} tokens, {len(TEXTS)} texts")

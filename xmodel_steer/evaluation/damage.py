@@ -1,4 +1,4 @@
-"""Damage on neutral text, and strengths that do equal damage."""
+"""Damage of interventions on neutral text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
@@ -15,7 +16,7 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.files.resume import once
-from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.contexts import steering, steps_of
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention, Step
 from xmodel_steer.models.batching import Batch, batches, encode
@@ -24,11 +25,11 @@ from xmodel_steer.models.identity import identity_of
 from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.tokens import Encoding
 
-Settings = Sequence[Sequence[Step]]  # for each setting its interventions; none: the unsteered model
+Settings = Sequence[Sequence[Step]]  # the interventions of each setting; none: the unsteered model
 
 
 def perplexity_of(loss: np.ndarray, tokens: np.ndarray) -> float:
-    """Exp of the mean loss per token, of summed losses and token counts of texts."""
+    """Exponentiate the mean loss per token, given each text's summed loss and token count."""
     return float(np.exp(min(loss.sum() / tokens.sum(), 700.0)))
 
 
@@ -40,7 +41,7 @@ class SideEffect:
         kl: KL(unsteered ‖ steered) summed over the document's predicted tokens, in nats.
         loss: Negative log-likelihood of the document under the steered model, summed, in nats.
         tokens: Number of predicted tokens.
-        agreeing: At how many of them both models find the same next token the likeliest.
+        agreeing: Number of predicted tokens where both models have the same likeliest next token.
     """
 
     kl: np.ndarray = field(repr=False)
@@ -55,27 +56,22 @@ class SideEffect:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean loss per token."""
+        """Exponential of the mean loss per token."""
         return perplexity_of(self.loss, self.tokens)
 
     @property
     def agreement(self) -> float:
-        """Share of the tokens where the likeliest next token is that of the unsteered model."""
+        """Share of tokens whose likeliest next token is the unsteered model's."""
         return float(self.agreeing.sum() / self.tokens.sum())
 
 
 def side_effects(
-    model: Any,
-    interventions: Settings,
-    texts: Prompts,
-    *,
-    max_tokens: int | None = 64,
-    batch_size: int = 8,
+    model: Any, interventions: Settings, texts: Prompts, *, max_tokens: int | None = 64, batch_size: int = 8
 ) -> list[SideEffect]:
-    """KL from the unsteered model, perplexity and next-token agreement on neutral text, for several interventions.
+    """Measure KL, perplexity and next-token agreement on neutral text, for several interventions.
 
-    All are measured on the same text, batch by batch, so that the unsteered logits are computed
-    once and never all held. A document's first token predicts but is not predicted.
+    All settings are measured batch by batch on the same text, so that the unsteered logits are computed
+    once and never all held in memory. A document's first token is not predicted.
 
     Args:
         model: The model that is steered.
@@ -85,29 +81,43 @@ def side_effects(
         batch_size: Documents at a time.
 
     Raises:
+        TypeError: The interventions are no lists of interventions.
         PromptError: There are no documents, or one has fewer than two tokens.
     """
-    encodings = _predictable(model, texts, max_tokens)
-    tokens = np.array([len(e.ids) - 1 for e in encodings])
+    encodings, tokens = _predictable(model, interventions, texts, max_tokens)
     sums = once(
         lambda: ("damage", identity_of(model), interventions, [(e.prompt, e.ids) for e in encodings], batch_size),
-        lambda: _damage(model, interventions, encodings, batch_size).tolist(),
+        lambda: _sums(model, interventions, encodings, batch_size, compare=True).tolist(),
     )
-    kl, loss, agreeing = map(np.array, sums)
+    loss, kl, agreeing = map(np.array, sums)
     return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
 
 
-def neutral_positions(positions: Positions) -> Positions:
-    """Where neutral text is steered for its KL and perplexity: at every token, or at as many as a mask of one text has.
+def losses(
+    model: Any, interventions: Settings, texts: Prompts, *, max_tokens: int | None = 64, batch_size: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure each text's negative log-likelihood in nats, and count its predicted tokens.
 
-    Of neutral text nothing is generated, and nothing is predicted behind its last token. A mask's tokens are moved to the beginning
-    of the text, from its second token on: behind it is then nearly all that is predicted.
+    Like `side_effects`, without comparing with the unsteered model.
+
+    Returns:
+        Losses ``(settings, texts)``, summed over tokens, and token counts ``(texts,)``.
+    """
+    encodings, tokens = _predictable(model, interventions, texts, max_tokens)
+    return _sums(model, interventions, encodings, batch_size, compare=False)[0], tokens
+
+
+def neutral_positions(positions: Positions) -> Positions:
+    """Positions to steer in neutral text: all, or as many as the mask selects.
+
+    Nothing is generated after neutral text, and no prediction follows its last token. A mask's tokens are moved to
+    the text's second token, so that nearly all predictions follow them.
 
     Args:
         positions: Where prompts are steered, as for `Intervention`.
 
     Raises:
-        ValueError: A mask has rows, or steers nothing.
+        ValueError: A mask has rows, or selects nothing.
     """
     if not isinstance(positions, Tensor):
         return "all"
@@ -119,7 +129,7 @@ def neutral_positions(positions: Positions) -> Positions:
 
 
 def on_neutral(settings: Settings) -> list[list[Step]]:
-    """Give settings the positions of `neutral_positions`, their gates too."""
+    """Give interventions and their gates the positions of `neutral_positions`."""
 
     def moved(step: Step) -> Step:
         if not isinstance(step, Intervention):
@@ -132,58 +142,13 @@ def on_neutral(settings: Settings) -> list[list[Step]]:
     return [[moved(step) for step in setting] for setting in settings]
 
 
-def _damage(model: Any, interventions: Settings, encodings: Sequence[Encoding], batch_size: int) -> np.ndarray:
-    """KL, loss and agreements, summed over each document, ``(3, settings, documents)``."""
-    kl, loss, agreeing = sums = np.zeros((3, len(interventions), len(encodings)))
-    tokens = sum(len(e.ids) - 1 for e in encodings)
-    with progress_bar(total=tokens * len(interventions), unit="tok", desc=f"KL and perplexity {name_of(model)}") as bar:
-        for batch in batches(model, encodings, batch_size):
-            following, row = _following(batch)
-            unsteered = _predictions(model, batch)
-            reference = Reference.of(unsteered)
-            for k, setting in enumerate(interventions):
-                steered = _predictions(model, batch, setting) if setting else unsteered
-                per_token, nll, same = reference.compare(steered, following)
-                check_finite(nll, f"side effects on {name_of(model)}: loss")
-                if not setting:
-                    per_token = torch.zeros_like(per_token)  # exactly, not up to rounding
-                for own, values in ((kl, per_token), (loss, nll), (agreeing, same.float())):
-                    own[k, list(batch.rows)] = _by_row(values, row, len(batch.rows))
-                bar.update(len(following))
-    return sums
-
-
-def losses(
-    model: Any,
-    interventions: Settings,
-    texts: Prompts,
-    *,
-    max_tokens: int | None = 64,
-    batch_size: int = 8,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihood of each text, summed over its predicted tokens, in nats; and their number.
-
-    As `side_effects`, without comparing with the unsteered model.
-
-    Returns:
-        Losses ``(settings, texts)`` and token counts ``(texts,)``.
-    """
-    encodings = _predictable(model, texts, max_tokens)
-    loss = np.zeros((len(interventions), len(encodings)))
-    tokens = np.array([len(e.ids) - 1 for e in encodings])
-    total = int(tokens.sum()) * len(interventions)
-    with progress_bar(total=total, unit="tok", desc=f"likelihood {name_of(model)}") as bar:
-        for batch in batches(model, encodings, batch_size):
-            following, row = _following(batch)
-            for k, setting in enumerate(interventions):
-                nll = _losses_of(_predictions(model, batch, setting), following)
-                check_finite(nll, f"likelihood of {name_of(model)}")
-                loss[k, list(batch.rows)] = _by_row(nll, row, len(batch.rows))
-                bar.update(len(following))
-    return loss, tokens
-
-
-def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> list[Encoding]:
+def _predictable(
+    model: Any, settings: Settings, texts: Prompts, max_tokens: int | None
+) -> tuple[list[Encoding], np.ndarray]:
+    """Check the arguments; encode the texts and count their predicted tokens."""
+    require_type("side_effects: interventions", Sequence, settings, takes="a list of interventions per setting")
+    for setting in settings:
+        steps_of(setting)
     encodings = encode(model, as_prompts(texts), max_tokens=max_tokens)
     short = [e.prompt.id for e in encodings if len(e.ids) < 2]
     if not encodings or short:
@@ -191,29 +156,55 @@ def _predictable(model: Any, texts: Prompts, max_tokens: int | None) -> list[Enc
             f"side_effects: needs text of at least two tokens, got {len(encodings)} documents"
             + (f", of which {', '.join(short[:3])} are shorter" if short else "")
         )
-    return encodings
+    return encodings, np.array([len(e.ids) - 1 for e in encodings])
 
 
-def _following(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the tokens that are predicted, and the row of each."""
-    predicted = batch.mask[:, 1:].bool()
-    row = torch.arange(len(batch.rows), device=batch.ids.device)[:, None].expand_as(predicted)[predicted]
-    return batch.ids[:, 1:][predicted], row.cpu()
+def _sums(
+    model: Any, settings: Settings, encodings: Sequence[Encoding], batch_size: int, *, compare: bool
+) -> np.ndarray:
+    """Sum loss and, to ``compare``, KL and agreements over texts: ``(1 or 3, settings, texts)``."""
+    sums = np.zeros((3 if compare else 1, len(settings), len(encodings)))
+    tokens = sum(len(e.ids) - 1 for e in encodings)
+    what = f"{'KL and perplexity' if compare else 'likelihood'} {name_of(model)}"
+    with progress_bar(total=tokens * len(settings), unit="tok", desc=what) as bar:
+        for batch in batches(model, encodings, batch_size):
+            predicted = batch.mask[:, 1:].bool()
+            following, row = batch.ids[:, 1:][predicted], predicted.nonzero()[:, 0].cpu()
+            unsteered = _predictions(model, batch, ()) if compare else None
+            reference = None if unsteered is None else Reference.of(unsteered)
+            for k, setting in enumerate(settings):
+                logits = _predictions(model, batch, setting) if setting or unsteered is None else unsteered
+                if reference is None:
+                    values = [_losses_of(logits, following)]
+                else:
+                    kl, loss, same = reference.compare(logits, following)
+                    # The unsteered model's KL from itself is 0 exactly, not up to rounding.
+                    values = [loss, kl if setting else torch.zeros_like(kl), same.float()]
+                check_finite(values[0], f"{what}: loss")
+                for table, value in zip(sums, values, strict=True):
+                    table[k, list(batch.rows)] = torch.zeros(len(batch.rows)).index_add(0, row, value.cpu()).numpy()
+                bar.update(len(following))
+    return sums
 
 
-def _by_row(values: Tensor, row: Tensor, rows: int) -> np.ndarray:
-    return torch.zeros(rows).index_add(0, row, values.cpu()).numpy()
+def _predictions(model: Any, batch: Batch, setting: Sequence[Step]) -> Tensor:
+    """Compute logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
+    logits = steered_logits(model, setting, batch, batch.rows, batch.mask.sum(-1))
+    return logits[:, :-1][batch.mask[:, 1:].bool()]
 
 
-def _predictions(model: Any, batch: Batch, setting: Sequence[Step] = ()) -> Tensor:
-    """Logits at every position that predicts a token of the text, ``(predictions, vocabulary)``."""
-    with steering(model, setting), layout(batch.rows, batch.mask.sum(-1)):
-        made, _ = forward(model, batch.ids, batch.mask, logits="all")
-    assert made is not None
-    return made[:, :-1][batch.mask[:, 1:].bool()]
+def steered_logits(
+    model: Any, setting: Sequence[Step], batch: Batch, rows: Sequence[int], prompt_lengths: Tensor, logits: Any = "all"
+) -> Tensor:
+    """Run one batch under a setting; ``rows`` and ``prompt_lengths`` are those of `layout`."""
+    with steering(model, setting), layout(rows, prompt_lengths):
+        values, _ = forward(model, batch.ids, batch.mask, logits=logits)
+    assert values is not None
+    return values
 
 
 def _losses_of(logits: Tensor, following: Tensor, *, chunk: int = 64) -> Tensor:
-    """-log p(target) of each row in nats, a few rows at a time: vocabularies are large."""
+    """Compute -log p(target) of each row, in nats."""
+    # A few rows at a time: vocabularies are large.
     pieces = zip(logits.split(chunk), following.split(chunk), strict=True)
     return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in pieces])

@@ -1,10 +1,12 @@
-"""How much of one text another shares."""
+"""Overlap of two texts."""
 
 import re
 
 
 def rouge_l(text: str, other: str) -> float:
-    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004); 1 for two texts without words.
+    """Compute ROUGE-L: F1 of the longest common subsequence of words (Lin 2004).
+
+    Two texts without words score 1.
 
     Example:
         >>> rouge_l("The cat sat.", "the cat slept")

@@ -1,4 +1,4 @@
-"""Predictions of the unsteered model, to compare others with."""
+"""Predictions of the unsteered model, compared with other predictions."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Next-token distributions that others are compared with, kept so that they are computed once.
+    """Next-token distributions to compare others with, computed once.
 
     Args:
         probabilities: p, one row per position.
@@ -23,17 +23,16 @@ class Reference:
 
     @classmethod
     def of(cls, logits: Float[Tensor, "n vocabulary"]) -> "Reference":
-        """Take the distributions of logits."""
+        """Compute the distributions of logits."""
         p = logits.float().softmax(-1)
         return cls(p, torch.xlogy(p, p).sum(-1), logits.max(-1).indices)
 
     def compare(
         self, logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"], *, chunk: int = 16
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """KL(reference ‖ logits) and -log q(target) of each row, in nats, and whether the likeliest token is the same.
+        """Compute KL(reference ‖ logits), -log q(target) and top-token agreement of each row, in nats.
 
-        KL = Σ p log p - Σ p z + log Z with the logits z; a few rows at a time, because
-        vocabularies are large and caches small.
+        KL = Σ p log p - Σ p z + log Z with the logits z, a few rows at a time: vocabularies are large, caches small.
         """
         kl, loss = [], []
         for i in range(0, len(targets), chunk):

@@ -1,4 +1,4 @@
-"""Mapped activations in the place of a model's own."""
+"""The paper's check of a map: mapped activations replace the target's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +26,14 @@ Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class ReplacementArm:
-    """What a model writes while one site holds other activations than its own.
+    """A target's continuations while replacements hold one site, compared with its unchanged ones.
 
     Args:
         arm: ``mapped``, ``mean`` (mean ablation) or ``random`` (all seeds together).
-        kl: KL from the model's own next-token distributions, on the prompts with its own continuations, nats per token.
-        rouge: ROUGE-L with the model's own continuation.
-        similarity: Cosine of sentence embeddings with it.
-        closer: Share of the prompts whose text is more similar to the model's own than to the source model's own.
+        kl: KL from the unchanged model's next-token distributions, on prompts with its continuations, nats per token.
+        rouge: ROUGE-L with the unchanged model's continuation.
+        similarity: Cosine of sentence embeddings with the unchanged model's continuation.
+        closer: Share of the prompts whose text is more similar to the target's continuation than to the source's.
         kl_scores: The KL on each prompt (the mean over seeds).
         texts: The continuations (of the first seed).
     """
@@ -49,16 +49,16 @@ class ReplacementArm:
 
 @dataclass(frozen=True, eq=False)
 class ReplacementResult:
-    """How well a map's images do in the place of a model's own activations.
+    """The replacement arms of a map and of its controls.
 
     Args:
-        source: Where the activations come from.
-        target: Where they are put.
-        prompts: What is continued.
+        source: The space that activations are mapped from.
+        target: The space that they replace.
+        prompts: The prompts that are continued.
         arms: ``mapped`` and its controls.
-        own: The target's own continuations.
-        theirs: The source's own continuations.
-        corrected: For each control, p that the mapped arm's KL is not below its own (paired sign-flip test, Holm).
+        own: The target's unchanged continuations.
+        theirs: The source's continuations.
+        corrected: For each control, p that the mapped arm's KL is not below the control's (paired sign-flip test, Holm).
     """
 
     source: Space
@@ -74,35 +74,32 @@ class ReplacementResult:
         return f"ReplacementResult({ends}, {', '.join(self.arms)}, {len(self.prompts)} prompts)"
 
     def verdict(self) -> str:
-        """One sentence."""
+        """Summarise the result in one sentence."""
         mapped = self.arms["mapped"]
         good = all(p < 0.05 for p in self.corrected.values())
-        beside = ", ".join(
+        controls = ", ".join(
             f"{name} {number(arm.kl.value, '.2f')}" for name, arm in self.arms.items() if name != "mapped"
         )
         return (
             f"{self.source} in the place of {self.target}: "
             f"{'closer to the model than every control' if good else 'no evidence that the map beats every control'}: "
-            f"KL {mapped.kl:.2f} nats per token ({beside}), "
+            f"KL {mapped.kl:.2f} nats per token ({controls}), "
             f"ROUGE-L {number(mapped.rouge.value, '.2f')}, similarity {number(mapped.similarity.value, '.2f')}, closer to the target's text than "
             f"to the source's in {number(mapped.closer.value, '.0%')}, n = {mapped.kl.n}"
         )
 
     def to_frame(self) -> Any:
-        """One row per arm, as a pandas frame."""
+        """Make a pandas frame with one row per arm."""
         import pandas as pd
 
-        names = ("kl", "rouge", "similarity", "closer")
+        names, parts = ("kl", "rouge", "similarity", "closer"), {"": "value", "_low": "low", "_high": "high"}
         return pd.DataFrame(
             [
                 {"arm": arm.arm, "n": arm.kl.n}
-                | {f"{name}{end}": getattr(getattr(arm, name), part) for name in names for end, part in _PARTS}
+                | {f"{name}{end}": getattr(getattr(arm, name), part) for name in names for end, part in parts.items()}
                 for arm in self.arms.values()
             ]
         )
-
-
-_PARTS = (("", "value"), ("_low", "low"), ("_high", "high"))
 
 
 def replacement_check(
@@ -118,32 +115,32 @@ def replacement_check(
     batch_size: int = 32,
     seed: int = 0,
 ) -> ReplacementResult:
-    """Let a model write while one site holds the mapped activations of another model, which reads along.
+    """Generate while one site holds another model's mapped activations; compare with controls.
 
-    The paper's check of a map, across tokenizers, with the source recomputed for every new token (`mapped_source`) and
-    with two controls at the same positions: the mean of the site, and noise with its mean and variance.
+    This is the paper's check of a map, across tokenizers: the source reads the target's text token by token
+    (`mapped_source`). Two controls act at the same positions: the site's mean, and noise of its mean and variance.
 
     Args:
         source: The model that is read.
         target: The model that writes.
-        mapping: From a site of the source to one of the target.
+        mapping: A map from a site of the source to one of the target.
         prompts: Raw text to continue, none of it used to fit the map.
-        reference: Moments with the target site's mean and scale: those that the map was fitted on.
+        reference: The moments that the map was fitted on, for the target site's mean and scale.
         max_new_tokens: Length of the continuations.
         random_seeds: Number of noise seeds.
-        similarity: Similarity of two lists of texts, pair by pair; `judges.similarity` by default (83 MB by pip).
+        similarity: Similarity of two lists of texts, pair by pair; by default the cosine of sentence embeddings (83 MB by pip).
         batch_size: Prompts at a time.
         seed: The first of the noise seeds.
 
     Raises:
         PromptError: There are no prompts, or one is a chat.
-        SpaceMismatchError: Map, moments and models do not belong together.
+        SpaceMismatchError: Map, moments and models are of different spaces.
         ValueError: There is no random control.
     """
     items = as_prompts(prompts)
     if not items or any(p.text is None for p in items):
         raise PromptError(
-            "replacement_check: needs prompts of raw text (each model has a chat template of its own, so that the two would "
+            "replacement_check: needs prompts of raw text (the models' chat templates differ, so that the two would "
             f"read different texts), got {len(items)} prompts"
         )
     if reference.target != mapping.target:
@@ -164,32 +161,28 @@ def replacement_check(
     def continued(model: Any) -> list[str]:
         return generate(model, items, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
-    own, theirs = continued(target), continued(source)
-    texts = [Prompt(text=p.content + text, id=p.id) for p, text in zip(items, own, strict=True)]
+    target_texts, source_texts = continued(target), continued(source)
+    texts = [Prompt(text=p.content + text, id=p.id) for p, text in zip(items, target_texts, strict=True)]
     settings = [[step] for group in steps.values() for step in group]
     effects = iter(side_effects(target, settings, texts, max_tokens=None, batch_size=batch_size))
     arms, per_prompt = {}, {}
     for name, group in steps.items():
-        kl, made = [], []
+        kl, written = [], []
         for step in group:
             effect = next(effects)
             kl.append(effect.kl / effect.tokens)
             with steering(target, step):
-                made.append(continued(target))
-        like_own = [similarity(texts_, own) for texts_ in made]
-        like_theirs = [similarity(texts_, theirs) for texts_ in made]
+                written.append(continued(target))
+        rouge = [[rouge_l(a, b) for a, b in zip(seed_texts, target_texts, strict=True)] for seed_texts in written]
+        like_target, like_source = ([similarity(t, others) for t in written] for others in (target_texts, source_texts))
+        closer = [(a > b) + 0.5 * (a == b) for a, b in zip(like_target, like_source, strict=True)]
+        scores = {"kl": kl, "rouge": rouge, "similarity": like_target, "closer": closer}
+        estimates = {key: bootstrap_mean(np.stack(rows, 1)) for key, rows in scores.items()}
         per_prompt[name] = np.stack(kl, 1).mean(1)
-        arms[name] = ReplacementArm(
-            name,
-            bootstrap_mean(np.stack(kl, 1)),
-            bootstrap_mean(np.stack([[rouge_l(a, b) for a, b in zip(t, own, strict=True)] for t in made], 1)),
-            bootstrap_mean(np.stack(like_own, 1)),
-            bootstrap_mean(np.stack([(a > b) + 0.5 * (a == b) for a, b in zip(like_own, like_theirs, strict=True)], 1)),
-            tuple(per_prompt[name].tolist()),
-            tuple(made[0]),
-        )
+        kl_scores = tuple(per_prompt[name].tolist())
+        arms[name] = ReplacementArm(name, kl_scores=kl_scores, texts=tuple(written[0]), **estimates)
     controls = [name for name in arms if name != "mapped"]
     p = holm([sign_flip_test(per_prompt[name] - per_prompt["mapped"]) for name in controls])
-    return ReplacementResult(
-        mapping.source, mapping.target, items, arms, tuple(own), tuple(theirs), dict(zip(controls, p, strict=True))
-    )
+    corrected = dict(zip(controls, p, strict=True))
+    continuations = tuple(target_texts), tuple(source_texts)
+    return ReplacementResult(mapping.source, mapping.target, items, arms, *continuations, corrected)

@@ -1,21 +1,22 @@
-"""Other programs' formats and models: llama.cpp, repeng, steering-vectors, plain Hugging Face models, the hub.
+"""Formats and models of other programs: llama.cpp, repeng, steering-vectors, transformers, the hub.
 
-For anything else, `save` writes a vector as safetensors, with its space in the header: any program that reads
-safetensors has the direction under ``direction``. Nothing here is pickled or unpickled.
+For any other program, `save` writes a vector as safetensors, with its space in the header and the direction under
+``direction``. Nothing here is pickled or unpickled.
 
-Layers. A decoder block's output is `Site(k)` here (``resid_post`` of block k, counted from 0). The others count so, too:
+Layers. A decoder block's output is `Site(k)` here (``resid_post`` of block k, counted from 0). The programs count the
+same way:
 
-- llama.cpp adds ``direction.k`` to the output of block k, before block k + 1 reads it: ``build_cvec(cur, il)`` stands after
-  the feed-forward's residual addition (``src/models/llama.cpp`` and its siblings), with the tensor of layer ``il``
+- llama.cpp adds ``direction.k`` to the output of block k, before block k + 1 reads it: ``build_cvec(cur, il)`` follows the
+  feed-forward's residual addition (``src/models/llama.cpp`` and its siblings), with the tensor of layer ``il``
   (``llama_adapter_cvec::tensor_for``, ``src/llama-adapter.cpp``). The file's loader puts ``direction.k`` at k - 1 of a
   buffer (``common_control_vector_load_one``, ``common/common.cpp``), and the adapter reads layer ``il`` from il - 1
-  of it: the two shifts cancel. Neither has a place for layer 0.
-- repeng 0.4 adds ``directions[k]`` to the output of block k (``ControlModel``, ``control.py``), finds it in
-  ``hidden_states[k + 1]`` (``batched_get_hiddens``, ``extract.py``), which is the same place but for the last block, where
-  Hugging Face gives the stream after the final norm, and writes it as ``direction.k`` (``export_gguf``).
+  of it: the two shifts cancel. Neither has room for layer 0.
+- repeng 0.4 adds ``directions[k]`` to the output of block k (``ControlModel``, ``control.py``). It finds the direction in
+  ``hidden_states[k + 1]`` (``batched_get_hiddens``, ``extract.py``), which is the same stream except at the last block,
+  where Hugging Face gives it after the final norm. It writes it as ``direction.k`` (``export_gguf``).
 - steering-vectors 0.12 adds ``layer_activations[k]`` to the output of block k (``SteeringVector.patch_activations``).
 - llama.cpp's own ``llama-cvector-generator`` reads the output of block k and writes it as ``direction.(k + 1)``
-  (``mean.hpp``, ``pca.hpp``), so its vectors act one block after the one that they were found at. They are read here as
+  (``mean.hpp``, ``pca.hpp``), so its vectors act one block after the block that they come from. They are read here as
   llama.cpp applies them.
 """
 

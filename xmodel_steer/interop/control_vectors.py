@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp, in GGUF files."""
+"""Control vectors of llama.cpp in GGUF files."""
 
 import re
 import tempfile
@@ -19,14 +19,14 @@ from xmodel_steer.interop.spaces import RECORD, one_per_block, space_for
 def write_control_vector(
     vectors: SteeringVector | Sequence[SteeringVector], path: str | Path, *, model_hint: str | None = None
 ) -> Path:
-    """Write vectors as a llama.cpp control vector (GGUF), which repeng reads, too.
+    """Write vectors as a llama.cpp control vector (GGUF), which repeng reads too.
 
-    ``llama-server -m model.gguf --control-vector FILE``, or ``--control-vector-scaled FILE:2.0`` for twice the
-    strength, then adds each vector to the output of its block at every token, as ``Add`` does with positions ``"all"``.
-    Directions are stored as float32; class means and scales have no place in the format.
+    ``llama-server -m model.gguf --control-vector FILE`` (``--control-vector-scaled FILE:2.0`` for twice the strength)
+    then adds each vector to the output of its block at every token, as ``Add`` does with positions ``"all"``.
+    Directions are stored as float32; the format has no class means and no scales.
 
     Args:
-        vectors: Vectors of one model after its blocks (``resid_post``), one a block, but none of block 0.
+        vectors: Vectors of one model after its blocks (``resid_post``), one a block, none of block 0.
         path: The file. An older one is replaced.
         model_hint: Architecture of the model, such as ``"llama"``, a label that llama.cpp does not read; by default
             the model's name.
@@ -35,7 +35,7 @@ def write_control_vector(
         The path.
 
     Raises:
-        SiteError: A vector is of block 0 or another stream, to which llama.cpp cannot write.
+        SiteError: A vector is of block 0 or of another stream, where llama.cpp cannot write.
         SpaceMismatchError: The vectors are of several models, or of one whose weights were processed.
         ValueError: There are no vectors, or two of one block.
         ArtifactError: The file cannot be written.
@@ -46,26 +46,25 @@ def write_control_vector(
     from gguf import GGUFWriter
 
     path = Path(path)
-    given = one_per_block(vectors, "write_control_vector")
-    for vector in given:
-        if vector.space.site.layer == 0:
-            raise SiteError(
-                "write_control_vector: llama.cpp steers the output of blocks 1 and later, got a vector of block 0; "
-                "find the vector at another layer, or leave this one out"
-            )
-    record = {
-        "schema": SCHEMA,
-        "vectors": [
-            {"space": v.space.to_dict(), "label": v.label, "counts": list(v.counts), "origin": v.origin} for v in given
-        ],
-    }
+    per_block = one_per_block(vectors, "write_control_vector")
+    if per_block[0].space.site.layer == 0:
+        raise SiteError(
+            "write_control_vector: llama.cpp steers the output of blocks 1 and later, got a vector of block 0; "
+            "find the vector at another layer, or leave this one out"
+        )
+    rows = [
+        {"space": v.space.to_dict(), "label": v.label, "counts": list(v.counts), "origin": v.origin} for v in per_block
+    ]
+    record = dump_json({"schema": SCHEMA, "vectors": rows}, path)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(file, "controlvector")
-        writer.add_string("controlvector.model_hint", model_hint if model_hint is not None else given[0].space.model)
-        writer.add_uint32("controlvector.layer_count", len(given))
-        writer.add_string(RECORD, dump_json(record, path))  # llama.cpp and repeng pass over it
-        for vector in given:
+        writer.add_string(
+            "controlvector.model_hint", model_hint if model_hint is not None else per_block[0].space.model
+        )
+        writer.add_uint32("controlvector.layer_count", len(per_block))
+        writer.add_string(RECORD, record)  # llama.cpp and repeng ignore it
+        for vector in per_block:
             direction = vector.direction.detach().to("cpu", torch.float32).contiguous()
             writer.add_tensor(f"direction.{vector.space.site.layer}", direction.numpy())
         writer.write_header_to_file()
@@ -81,46 +80,44 @@ def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVe
 
     Args:
         path: A GGUF file.
-        model: The model that the vectors are for, as TransformerLens' or a plain Hugging Face model: such a file names
-            no weights. It can be left out for a file of `write_control_vector`, which names its spaces.
+        model: The model that the vectors are for, TransformerLens' or a plain Hugging Face model: such a file names no
+            weights. Files of `write_control_vector` name their spaces, so there it is optional.
 
     Returns:
-        One vector for each block in the file, in order. They carry no scale and no class means.
+        One vector for each block in the file, in order, without scale and class means.
 
     Raises:
         ArtifactError: The file is missing, damaged or no control vector, or names no space and no model was given.
-        SpaceMismatchError: The vectors have another width than the model, or are of another one.
+        SpaceMismatchError: The vectors are of another model, or have another width.
         SiteError: The model has no such block.
     """
     path = Path(path)
-    tensors, record = _read_gguf(path)
-    if record is None and model is None:
+    tensors, records = _read_gguf(path)
+    if not records and model is None:
         raise ArtifactError(
             f"{path}: was not written by xmodel_steer and does not say which weights it is for; "
             "give the model: read_control_vector(path, model)"
         )
-    made = []
+    vectors = []
     for layer, direction in sorted(tensors.items()):
-        about = {} if record is None else record[layer]
-        stated = Space.from_dict(about["space"]) if about else None
+        row = records.get(layer, {})
         try:
-            if model is None:
-                assert stated is not None
-                space = stated
-            else:
-                space = space_for(model, Site(layer), len(direction), stated, f"reading {path.name}")
-            label, origin = about.get("label", path.stem), about.get("origin", f"control vector {path.name}")
-            counts = tuple(about.get("counts", (0, 0)))
-            made.append(SteeringVector(direction, space, label, counts=(counts[0], counts[1]), origin=origin))
+            space = Space.from_dict(row["space"]) if row else None
+            if model is not None:
+                space = space_for(model, Site(layer), len(direction), space, f"reading {path.name}")
+            assert space is not None
+            label, origin = row.get("label", path.stem), row.get("origin", f"control vector {path.name}")
+            counts = tuple(row.get("counts", (0, 0)))
+            vectors.append(SteeringVector(direction, space, label, counts=(counts[0], counts[1]), origin=origin))
         except (SpaceMismatchError, SiteError):
             raise
         except (XModelSteerError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: is damaged, direction.{layer}: {error}") from error
-    return tuple(made)
+    return tuple(vectors)
 
 
-def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]] | None]:
-    """Read a control vector's directions by block, and our record if there is one."""
+def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
+    """Read a control vector's directions and this library's records, if any, by block."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     if not path.is_file():
@@ -128,7 +125,7 @@ def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the reader raises many kinds for a file that is foreign or cut short
+    except Exception as error:  # the reader raises many kinds for foreign or truncated files
         raise ArtifactError(
             f"{path}: is not a whole GGUF file ({type(error).__name__}: {str(error)[:200]}); it was cut short, or is something else"
         ) from error
@@ -137,24 +134,23 @@ def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]
         raise ArtifactError(f"{path}: needs a GGUF file of architecture 'controlvector', got {architecture!r}")
     tensors: dict[int, Tensor] = {}
     for tensor in reader.tensors:
-        found = re.fullmatch(r"direction\.(\d+)", tensor.name)
-        if found is None or tensor.tensor_type != GGMLQuantizationType.F32 or len(tensor.shape) != 1:
+        name = re.fullmatch(r"direction\.(\d+)", tensor.name)
+        if name is None or tensor.tensor_type != GGMLQuantizationType.F32 or len(tensor.shape) != 1:
             raise ArtifactError(
                 f"{path}: a control vector has float32 tensors direction.K of one dimension, got {tensor.name!r}, "
-                f"{tensor.tensor_type.name} {tuple(int(n) for n in tensor.shape)}; llama.cpp refuses it, too"
+                f"{tensor.tensor_type.name} {tuple(int(n) for n in tensor.shape)}; llama.cpp refuses it too"
             )
-        tensors[int(found[1])] = torch.tensor(tensor.data)
+        tensors[int(name[1])] = torch.tensor(tensor.data)
     if not tensors:
         raise ArtifactError(f"{path}: has no direction")
     if RECORD not in fields:
-        return tensors, None
+        return tensors, {}
     try:
-        rows = parse_record(fields[RECORD], path)["vectors"]
-        record = {row["space"]["layer"]: row for row in rows}
+        records = {row["space"]["layer"]: row for row in parse_record(fields[RECORD], path)["vectors"]}
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: is damaged, its record lacks or misstates {error}") from error
-    if record.keys() != tensors.keys():
+    if records.keys() != tensors.keys():
         raise ArtifactError(
-            f"{path}: is damaged, its record is about blocks {sorted(record)}, it holds {sorted(tensors)}"
+            f"{path}: is damaged, its record is about blocks {sorted(records)}, it holds {sorted(tensors)}"
         )
-    return tensors, record
+    return tensors, records

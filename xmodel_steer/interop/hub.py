@@ -9,14 +9,14 @@ _RUN_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.html")
 
 
 def upload_run(folder: str | Path, repo_id: str, *, private: bool = True, repo_type: str = "model") -> str:
-    """Upload a run folder to the Hugging Face hub, under the login of ``hf auth login``.
+    """Upload a run folder to the Hugging Face hub.
 
-    Only its safetensors, JSON, JSONL and HTML files go up.
+    The login is that of ``hf auth login``. Only safetensors, JSON, JSONL and HTML files are uploaded.
 
     Args:
-        folder: What `save` wrote of a result.
-        repo_id: Where to, ``"user/name"``; it is made if there is none.
-        private: Whether a new repository can be seen by its owner only.
+        folder: The folder that `save` wrote.
+        repo_id: The repository, ``"user/name"``; a missing one is created.
+        private: Create a new repository as private.
         repo_type: ``"model"`` or ``"dataset"``.
 
     Returns:
@@ -46,12 +46,12 @@ def download_run(
 ) -> Path:
     """Download a run folder that `upload_run` uploaded; `read` reads it.
 
-    Only safetensors, JSON, JSONL and HTML files are fetched, so that nothing in it can run (but scripts in the HTML report,
-    in a browser).
+    Only safetensors, JSON, JSONL and HTML files are downloaded: nothing in them can run, except scripts of the HTML
+    report in a browser.
 
     Args:
-        repo_id: Where from, ``"user/name"``.
-        folder: Where to; by default the hub's own cache.
+        repo_id: The repository, ``"user/name"``.
+        folder: The folder to write; by default the hub's cache.
         revision: A branch, tag or commit.
         repo_type: ``"model"`` or ``"dataset"``.
 
@@ -60,24 +60,25 @@ def download_run(
 
     Raises:
         DownloadError: The repository cannot be reached or read.
-        ArtifactError: It holds no run.
+        ArtifactError: The repository holds no run.
     """
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi().snapshot_download(
+        path = HfApi().snapshot_download(
             repo_id, repo_type=repo_type, revision=revision, local_dir=folder, allow_patterns=list(_RUN_FILES)
         )
     except Exception as error:  # the hub client raises many kinds
         raise DownloadError(
             f"{repo_id}: the run cannot be downloaded ({type(error).__name__}: {str(error)[:200]}); check the name, the network, "
-            "and for a private one the login (hf auth login)"
+            "and for a private repository the login (hf auth login)"
         ) from error
-    _require_run(Path(found))
-    return Path(found)
+    _require_run(Path(path))
+    return Path(path)
 
 
 def _require_run(folder: Path) -> None:
+    """Refuse a folder without a readable record."""
     file = folder / "result.json"
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder; xs.save(result, folder) writes one")

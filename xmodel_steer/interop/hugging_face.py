@@ -1,7 +1,8 @@
-"""Steer a plain model of transformers."""
+"""Steering of plain transformers models."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from xmodel_steer.core.errors import ModelError
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interop.spaces import decoder_blocks, hf_name, require_hf_space
-from xmodel_steer.interventions.contexts import interventions, steered
+from xmodel_steer.interventions.contexts import steered, steps_of
 from xmodel_steer.interventions.operators import Add, Operator, Write
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention
@@ -27,32 +28,32 @@ def steering_hf(
     blocks: str | None = None,
     trust: bool = False,
 ) -> Iterator[Any]:
-    """`steering` for a plain Hugging Face model: no TransformerLens, no other model object, the same positions.
+    """Steer a plain Hugging Face model inside the block, as `steering` does, without TransformerLens.
 
-    Inside the block every forward pass of the model is steered, also those of its ``generate``, with its cache or
-    without, padded on the left, in batches, with beams. One thread at a time.
+    Every forward pass is steered, also those of the model's ``generate``, with or without a cache, padded on the left, in
+    batches, with beams. One thread at a time.
 
-    A `Space` names weights by a hash. It is asked last, for quantisation changes it, and a bridge may hold the same weights
-    in other tensors than the Hugging Face model (GPT-2's joint matrices split, a bias of zeros added). A model is the
-    vector's if it has the same name, where case and what stands before the last ``/`` or ``:`` do not count
-    (``"packaged:smollm2-135m-instruct"``, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``), or else the same weights.
+    A vector fits a model with the same name, ignoring case and everything before the last ``/`` or ``:``
+    (``"packaged:smollm2-135m-instruct"``, ``"HuggingFaceTB/SmolLM2-135M-Instruct"``), or else with the same hash of the
+    weights. The hash comes second because quantisation changes it, and because a bridge may hold the same weights in
+    other tensors than the Hugging Face model (GPT-2's joint matrices split, a bias of zeros added).
 
     Args:
-        model: A causal language model of transformers, also inside PEFT's wrapper. With an adapter it is another model than its
-            base: a vector of the base needs ``trust``.
+        model: A causal language model of transformers, possibly in PEFT's wrapper. With an adapter it differs from its
+            base model: a vector of the base needs ``trust``.
         vector: A vector, or several, or `Intervention` values, all after blocks (``resid_post``).
-        operator: What to do, for bare vectors.
-        positions: Where in the text, for bare vectors; see `Intervention`.
-        blocks: Name of the list of decoder blocks in the model, such as ``"transformer.h"``, where it cannot be found.
-        trust: Steer although neither name nor weights say that the model is the vector's.
+        operator: The operator of bare vectors.
+        positions: The positions of bare vectors; see `Intervention`.
+        blocks: Name of the model's list of decoder blocks, such as ``"transformer.h"``, if it is not found.
+        trust: Steer although neither name nor weights match the vector.
 
     Yields:
         The model. On leaving, also by an exception, it is exactly as before.
 
     Raises:
-        ModelError: The model is a TransformerLens model, or its decoder blocks cannot be found.
-        SpaceMismatchError: A vector lives in another model, or in one whose weights were processed.
-        SiteError: A vector is of another stream; or on leaving, when a block did not run although the model did.
+        ModelError: The model is a TransformerLens model, or its decoder blocks are not found.
+        SpaceMismatchError: A vector is of another model, or of one whose weights were processed.
+        SiteError: A vector is of another stream; or on leaving, a block did not run although the model did.
 
     Example:
         >>> with steering_hf(model, vector, operator=Add(2.0)):        # doctest: +SKIP
@@ -63,7 +64,7 @@ def steering_hf(
             f"steering_hf: needs a causal language model of transformers, got {type(model).__name__}; "
             "for a model of TransformerLens use xs.steering"
         )
-    steps = interventions(vector, operator, positions)
+    steps = steps_of(vector, operator, positions)
     if not steps:
         yield model
         return
@@ -71,19 +72,16 @@ def steering_hf(
     stack = decoder_blocks(inner, blocks)
     for step in steps:
         require_hf_space(inner, len(stack), step.space, trust, named=inner is model)
-
-    def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[None]:
-        return _hooked([(stack[site.layer], write) for site, write in writes])
-
-    with steered(inner, steps, attach, name=hf_name(inner), wrapper=model):  # older PEFT calls inner.forward
+    # Older PEFT calls inner.forward, past the hooks on inner's call: the wrapper's calls are watched too.
+    with steered(inner, steps, partial(_hooked, stack), name=hf_name(inner), wrapper=model):
         yield model
 
 
 def _unwrapped(model: Any) -> Any:
-    """Return the model inside a PEFT or data-parallel wrapper: the calls of a wrapper's ``generate`` go there.
+    """Return the model inside a PEFT or data-parallel wrapper, which a wrapper's ``generate`` calls.
 
     Raises:
-        ModelError: The wrapper is of another kind; hooks might not fire in it, or not see its calls.
+        ModelError: The wrapper is of another kind, where hooks might not fire or not see calls.
     """
     from transformers import PreTrainedModel
 
@@ -96,27 +94,19 @@ def _unwrapped(model: Any) -> Any:
         else:
             raise ModelError(
                 f"steering_hf: {type(inner).__name__} wraps a model, and hooks may not see what it calls; give the model of "
-                "transformers inside it (of a compiled one ._orig_mod)"
+                "transformers inside it (for a compiled model, ._orig_mod)"
             )
     return inner
 
 
-@contextmanager
-def _hooked(writes: Sequence[tuple[torch.nn.Module, Write]]) -> Iterator[None]:
-    """Let functions rewrite what blocks give."""
+def _rewritten(_module: Any, _args: Any, output: Any, *, write: Write) -> Any:
+    """Rewrite the residual stream in a block's output, which may be a tuple."""
+    return (write(output[0]), *output[1:]) if isinstance(output, tuple) else write(output)
 
-    def hook(write: Write) -> Any:
-        # Some architectures' blocks give a tuple that begins with the residual stream.
-        def rewrite(_module: Any, _args: Any, output: Any) -> Any:
-            return (write(output[0]), *output[1:]) if isinstance(output, tuple) else write(output)
 
-        return rewrite
-
-    handles = []
-    try:
-        for block, write in writes:
-            handles.append(block.register_forward_hook(hook(write)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _hooked(blocks: torch.nn.ModuleList, writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
+    """Let functions rewrite the outputs of blocks."""
+    hooks = ExitStack()
+    for site, write in writes:
+        hooks.callback(blocks[site.layer].register_forward_hook(partial(_rewritten, write=write)).remove)
+    return hooks

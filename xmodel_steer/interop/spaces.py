@@ -1,11 +1,13 @@
-"""Spaces of vectors that come from other programs."""
+"""Spaces of vectors of other programs."""
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import ModelError, SiteError, SpaceMismatchError
 from xmodel_steer.core.spaces import Site, Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
@@ -13,31 +15,33 @@ from xmodel_steer.models.facts import HookedModel
 from xmodel_steer.models.identity import fingerprint
 from xmodel_steer.models.sites import space_of
 
-#: The key of our record in a GGUF file: part of the format, whatever a module is called.
+#: The key of this library's record in a GGUF file: part of the file format.
 RECORD = "xmodel_steer.vectors"
 
 
 def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str) -> list[SteeringVector]:
-    """Vectors after the blocks of one unprocessed model, in order of their blocks."""
-    given = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
-    if not given:
+    """Require vectors after different blocks of one unprocessed model; sort them by block."""
+    values = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
+    require_type(what, SteeringVector, *values)
+    if not values:
         raise ValueError(f"{what}: give at least one vector")
-    for vector in given:
+    first = values[0].space
+    for vector in values:
         require_after_block(vector.space, what)
-        first, own = given[0].space, vector.space
-        if (first.fingerprint, first.width) != (own.fingerprint, own.width):
+        if (first.fingerprint, first.width) != (vector.space.fingerprint, vector.space.width):
             raise SpaceMismatchError(
-                f"{what}: needs vectors of one model, got {first} and {own}; write a file for each model"
+                f"{what}: needs vectors of one model, got {first} and {vector.space}; write a file for each model"
             )
-    layers = [vector.space.site.layer for vector in given]
-    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
-    if twice:
-        raise ValueError(f"{what}: needs one vector a block, got several of block {twice[0]}; add them up (v + w)")
-    return sorted(given, key=lambda vector: vector.space.site.layer)
+    values.sort(key=lambda vector: vector.space.site.layer)
+    layers = [vector.space.site.layer for vector in values]
+    for layer, following in pairwise(layers):
+        if layer == following:
+            raise ValueError(f"{what}: needs one vector a block, got several of block {layer}; add them up (v + w)")
+    return values
 
 
 def require_after_block(space: Space, what: str) -> None:
-    """Refuse a space that no other program has: only a published model's stream after a block is common to all."""
+    """Refuse all spaces but a published model's after a block: others are not shared by programs."""
     if space.site.stream != "resid_post":
         raise SiteError(
             f"{what}: the vector acts after a block (resid_post), got one of {space}; find it at Site({space.site.layer})"
@@ -45,12 +49,12 @@ def require_after_block(space: Space, what: str) -> None:
     if space.processing != "none":
         raise SpaceMismatchError(
             f"{what}: needs a vector of the model as published, got one of {space}, whose weights were processed; "
-            "find it in the model that xs.load gives, which processes none"
+            "find it in the model that xs.load returns, which is unprocessed"
         )
 
 
 def decoder_blocks(model: Any, name: str | None = None) -> torch.nn.ModuleList:
-    """Find the decoder blocks: the outermost list of modules of the model's depth."""
+    """Find the decoder blocks: the outermost module list of the model's depth."""
     lists = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
     if name is not None:
         if name not in lists:
@@ -70,18 +74,18 @@ def decoder_blocks(model: Any, name: str | None = None) -> torch.nn.ModuleList:
 
 
 def text_config(model: Any) -> Any:
-    """Return the part of a configuration that describes the language model."""
+    """Return the language model's part of a configuration."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def hf_name(model: Any) -> str:
-    """Return the name that a model of transformers was loaded by."""
+    """Return the name that a transformers model was loaded under."""
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
 def require_hf_space(model: Any, depth: int, space: Space, trust: bool = False, named: bool = True) -> None:
-    """Refuse a vector of another model than a Hugging Face one, whose name counts unless it is another's."""
+    """Refuse a space of another model; with ``named``, the same name suffices."""
     what = f"steering {hf_name(model)}"
     require_after_block(space, what)
     width = int(text_config(model).hidden_size)
@@ -95,7 +99,7 @@ def require_hf_space(model: Any, depth: int, space: Space, trust: bool = False, 
     weights = fingerprint(model)
     if weights != space.fingerprint:
         raise SpaceMismatchError(
-            f"{what}: neither its name nor its weights ({weights}) are those of {space}, which the vector is of. A vector of one "
+            f"{what}: neither its name nor its weights ({weights}) are those of the vector's {space}. A vector of one "
             "model means nothing in another: carry it over with a map (mapping.transport(vector)); "
             "if it is the same model under another name, steer with steering_hf(..., trust=True)"
         )
@@ -107,7 +111,7 @@ def short(name: str) -> str:
 
 
 def space_for(model: Any, site: Site, width: int, stated: Space | None, what: str) -> Space:
-    """Make the space of a direction without one, or check the stated one."""
+    """Make the space of a direction at a site, or check the stated one."""
     if isinstance(model, HookedModel):
         space = space_of(model, site)
         require_after_block(space, what)

@@ -15,12 +15,12 @@ from xmodel_steer.interop.spaces import one_per_block, space_for
 def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[SteeringVector, ...]:
     """Convert a ``steering_vectors.SteeringVector``, a repeng ``ControlVector``, or a mapping.
 
-    Neither library has a file format of its own but repeng's GGUF (`read_control_vector`): people pickle the objects.
-    A pickle can run any code, so none is opened here: open it yourself, if you trust it, and give the object.
+    Except for repeng's GGUF (`read_control_vector`), these libraries have no file format: people pickle the objects.
+    A pickle can run any code, so none is opened here: unpickle it yourself, if you trust it, and pass the object.
 
     Args:
-        vector: The object, or what is in it: a mapping from block to direction, a tensor or an array ``(d,)``.
-        model: The model that the vectors are for, as TransformerLens' or a plain Hugging Face model.
+        vector: The object, or its mapping from block to direction, a tensor or an array ``(d,)``.
+        model: The model that the vectors are for, TransformerLens' or a plain Hugging Face model.
         label: Name of the behaviour.
 
     Returns:
@@ -29,7 +29,7 @@ def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[
     Raises:
         TypeError: The object is none of these.
         SiteError: The vectors are not for the output of blocks, or the model has no such block.
-        SpaceMismatchError: They have another width than the model.
+        SpaceMismatchError: The vectors have another width than the model.
     """
     kind = getattr(vector, "layer_type", "decoder_block")
     if kind != "decoder_block":
@@ -42,15 +42,14 @@ def from_steering_vectors(vector: Any, model: Any, *, label: str = "") -> tuple[
             "from_steering_vectors: needs an object with layer_activations or directions, or a mapping from block to "
             f"direction, got {type(vector).__name__}"
         )
-    made = []
+    vectors = []
     for layer, values in sorted(mapping.items()):
-        # A copy: repeng's arrays are the file itself, which cannot be written to.
+        # Copy: repeng's arrays are views of a read-only file.
         direction = (values.detach().clone() if isinstance(values, Tensor) else torch.tensor(values)).reshape(-1)
         space = space_for(model, Site(int(layer)), len(direction), None, "from_steering_vectors")
-        made.append(
-            SteeringVector(direction, space, label, origin=f"{type(vector).__module__}.{type(vector).__name__}")
-        )
-    return tuple(made)
+        origin = f"{type(vector).__module__}.{type(vector).__name__}"
+        vectors.append(SteeringVector(direction, space, label, origin=origin))
+    return tuple(vectors)
 
 
 def to_steering_vectors(vectors: SteeringVector | Sequence[SteeringVector]) -> dict[int, Tensor]:
@@ -62,7 +61,7 @@ def to_steering_vectors(vectors: SteeringVector | Sequence[SteeringVector]) -> d
         vectors: Vectors of one model after its blocks (``resid_post``), one a block.
 
     Returns:
-        For each block its direction ``(d,)``.
+        The direction ``(d,)`` of each block.
 
     Raises:
         SiteError: A vector is of another stream.

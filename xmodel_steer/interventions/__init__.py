@@ -1,6 +1,6 @@
 """Writing the residual stream: operators, gates, steering, replacement.
 
-What comes of it is measured on the floor above.
+The floor above measures the effects.
 """
 
 from xmodel_steer.interventions.contexts import steering as steering

@@ -1,18 +1,19 @@
 """Contexts inside which a model is steered.
 
-Positions are text positions: the same with left or right padding, with the key-value cache or
-without, in a batch or alone. Hooks return new tensors; leaving the block restores the model.
+Positions are text positions: the same for either padding side, with or without the key-value cache, in a batch or
+alone. Hooks return new tensors; leaving the block restores the model.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import Site, Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
@@ -32,35 +33,35 @@ def steering(
     operator: Operator = Add(),
     positions: Positions = "all",
 ) -> Iterator[Any]:
-    """Inside the block, every forward pass of the model is steered.
+    """Steer every forward pass of the model inside the block.
 
     Args:
         model: The model to steer.
-        vector: A vector of one of this model's spaces; or several, or `Intervention` and `Replacement` values that
-            carry their own operator and positions. Those at one site act in the order given. With none, nothing is done.
-        operator: What to do, for bare vectors.
-        positions: Where in the text, for bare vectors; see `Intervention`.
+        vector: A vector of one of this model's spaces, an `Intervention` or `Replacement`, which have their own operator
+            and positions, or several of these. Those at one site act in order. An empty list changes nothing.
+        operator: The operator of bare vectors.
+        positions: The positions of bare vectors; see `Intervention`.
 
     Yields:
         The model, hooked. On leaving, also by an exception, it is exactly as before.
 
     Raises:
-        SpaceMismatchError: A vector lives in another model, or at a differently processed site.
-        SiteError: On leaving, when a site did not fire although the model ran; or TransformerLens' own ``generate`` was called
-            without a cache, where positions depend on where the prompt ends.
+        TypeError: An argument has another type.
+        SpaceMismatchError: A vector is of another model, or of a differently processed site.
+        SiteError: On leaving, a site did not fire although the model ran. Or TransformerLens' own ``generate`` was called
+            without a cache, and the positions depend on where the prompt ends.
 
     Example:
         >>> with steering(model, vector, operator=Add(2.0)):        # doctest: +SKIP
         ...     texts = generate(model, prompts)
     """
-    steps = interventions(vector, operator, positions)
+    steps = steps_of(vector, operator, positions)
     for step in steps:
         require_space_of(model, step.space, f"steering {name_of(model)}")
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
-        return model.hooks(
-            fwd_hooks=[(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
-        )
+        hooks = [(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
+        return model.hooks(fwd_hooks=hooks)
 
     if not steps:
         yield model
@@ -71,24 +72,29 @@ def steering(
 
 
 def require_space_of(model: Any, space: Space, what: str) -> None:
-    """Refuse what lives in another model, or at a differently processed site.
+    """Refuse a space of another model, or of a differently processed site.
 
     Raises:
         SpaceMismatchError: The space is none of this model's.
     """
-    # A layer that this model does not have is as much another space as any.
-    own = space_of(model, Site(min(space.site.layer, model.cfg.n_layers - 1), space.site.stream))
-    require_same_space(own, space, what)
+    # A layer that this model lacks is refused like any other space.
+    layer = min(space.site.layer, model.cfg.n_layers - 1)
+    require_same_space(space_of(model, Site(layer, space.site.stream)), space, what)
 
 
-def interventions(
+def steps_of(
     vector: SteeringVector | Step | Sequence[SteeringVector | Step],
-    operator: Operator,
-    positions: Positions,
+    operator: Operator = Add(),
+    positions: Positions = "all",
 ) -> list[Step]:
-    """Give each vector its operator and positions."""
-    given = (vector,) if isinstance(vector, SteeringVector | Intervention | Replacement) else tuple(vector)
-    return [Intervention(v, operator, positions) if isinstance(v, SteeringVector) else v for v in given]
+    """List the steps of an argument; give bare vectors an operator and positions.
+
+    Raises:
+        TypeError: The argument holds another value.
+    """
+    values = tuple(vector) if isinstance(vector, Iterable) else (vector,)
+    require_type("steering", (SteeringVector, Intervention, Replacement), *values)
+    return [Intervention(v, operator, positions) if isinstance(v, SteeringVector) else v for v in values]
 
 
 @contextmanager
@@ -100,17 +106,13 @@ def steered(
     name: str,
     wrapper: Any = None,
 ) -> Iterator[None]:
-    """Steer the forward passes of a model of any kind: what `steering` does once the spaces are checked.
+    """Steer the forward passes of any kind of model, after the spaces are checked.
 
-    Args:
-        inner: The module whose calls are the forward passes.
-        steps: The interventions; those at one site act in this order.
-        attach: Puts functions at sites, in their order, for as long as its context lasts.
-        name: The model's name, for messages.
-        wrapper: A module around the model, if its calls may go past the model's own.
+    A forward pass is a call of ``inner``, or of a ``wrapper`` that may bypass it. ``attach`` puts functions at sites, in
+    order, while its context lasts.
 
     Raises:
-        SiteError: On leaving, when a site did not fire although the model ran.
+        SiteError: On leaving, a site did not fire although the model ran.
     """
     tracker = Tracker()
     fired: set[Site] = set()
@@ -118,7 +120,7 @@ def steered(
     def writer(step: Step) -> Write:
         edit = step.operator.prepare(step.vector) if isinstance(step, Intervention) else None
         gate = _opened(step.gate, tracker) if isinstance(step, Intervention) and step.gate is not None else None
-        # To know the text, a replacement sees every pass; so does a gate that is read elsewhere in it.
+        # A replacement and a gate with positions read the whole text, so they see passes without a selected token too.
         sees_all = isinstance(step, Replacement) or (step.gate is not None and step.gate.positions is not None)
 
         def write(value: Tensor) -> Tensor:
@@ -128,8 +130,8 @@ def steered(
                 return value
             rows = value.to(torch.float32)
             if isinstance(step, Replacement):
-                edited, given = step.values(rows, tracker.reading())
-                return torch.where((where if given is None else where & given)[..., None], edited.to(value), value)
+                edited, held = step.values(rows, tracker.reading())
+                return torch.where((where if held is None else where & held)[..., None], edited.to(value), value)
             assert edit is not None
             if gate is not None:
                 where &= gate(rows)
@@ -138,15 +140,13 @@ def steered(
         return write
 
     writes = [(step.space.site, writer(step)) for step in steps]
-    called = (inner,) if wrapper is None or wrapper is inner else (inner, wrapper)
-    handles = [module.register_forward_pre_hook(tracker.before, with_kwargs=True) for module in called]
-    handles += [module.register_forward_hook(tracker.after, always_call=True) for module in called]
-    try:
+    modules = (inner,) if wrapper is None or wrapper is inner else (inner, wrapper)
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(tracker.before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(tracker.after, always_call=True).remove)
         with _generate_tells_prompts(inner, tracker), attach(writes):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
     silent = {site for site, _ in writes} - fired
     if tracker.passes and silent:
         raise SiteError(
@@ -156,62 +156,57 @@ def steered(
 
 
 @dataclass(frozen=True, eq=False)
-class _Told:
-    """What a gate has read of the texts of a batch.
+class _GateState:
+    """The margins that a gate with positions has read in a batch's texts."""
 
-    Args:
-        number: Of each prompt its row in the last pass; beams of a prompt have read the same.
-        total: Of each row the sum of what its tokens have said, and behind them 0, of a new prompt: ``(batch + 1,)``.
-        reached: The last text position that was seen, and behind them -1, ``(batch + 1,)``.
-    """
-
-    number: dict[int, int]
-    total: Tensor
-    reached: Tensor
+    number: dict[int, int]  # each prompt's row in the last pass; beams of a prompt have read the same
+    total: Tensor  # sum of the margins read in each row, then 0 for a new prompt: (batch + 1,)
+    reached: Tensor  # last text position seen in each row, then -1 for a new prompt: (batch + 1,)
 
     @classmethod
-    def by(cls, prompts: Sequence[int], total: Tensor, reached: Tensor) -> "_Told":
-        """Build the gate's state ``(batch,)`` after a pass."""
+    def after(cls, prompts: Sequence[int], total: Tensor, reached: Tensor) -> "_GateState":
+        """Build the gate's state after a pass, from tensors ``(batch,)``."""
         number = {prompt: row for row, prompt in enumerate(prompts)}
         return cls(number, torch.cat([total, total.new_zeros(1)]), torch.cat([reached, reached.new_full((1,), -1)]))
 
     def of(self, prompts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """``total`` and ``reached`` of prompts, ``(batch,)``."""
+        """Look up ``total`` and ``reached`` of prompts, ``(batch,)``."""
         rows = torch.tensor([self.number.get(prompt, -1) for prompt in prompts], device=device)
         return self.total.to(device)[rows], self.reached.to(device)[rows]
 
 
 def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
-    """Return a function from a stream to the rows that the gate opens.
-
-    From ``(batch, new, d)`` to boolean ``(batch, new)``.
-    """
+    """Return a function from streams ``(batch, new, d)`` to opened rows, ``(batch, new)``."""
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
         return lambda rows: margin(rows) > 0
-    told = _Told.by((), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    state = _GateState.after((), torch.zeros(0), torch.zeros(0, dtype=torch.long))
 
     def opened(rows: Tensor) -> Tensor:
-        nonlocal told
+        nonlocal state
+        # 1. Select the new tokens that the gate reads: at its positions, inside the prompt.
         now, prompts = tracker.running(rows)
         place, length = now.position.to(rows.device), now.prompt_lengths.to(rows.device)
-        own = tracker.selected(positions, None, rows) & (place < length)
+        read = tracker.selected(positions, None, rows) & (place < length)
         if not isinstance(positions, Tensor):
             # Text position 0 is an attention sink, which capture leaves out of means too.
-            own &= (place > 0) | (length == 1)
-        total, reached = told.of(prompts, rows.device)
+            read &= (place > 0) | (length == 1)
+        # 2. Recall each prompt's sum, and check that its text continues exactly where the last pass ended.
+        total, reached = state.of(prompts, rows.device)
         real = place >= 0
-        begins, goes_on = (place == 0).any(1), real.any(1) & (place != 0).all(1)
+        begins = (place == 0).any(1)
+        continues = real.any(1) & ~begins
         first = torch.where(real, place, torch.iinfo(place.dtype).max).amin(1)
-        alone = now.rows is None and len(prompts) != len(told.number)  # rows without names, some gone
-        if bool((goes_on & ((first != reached + 1) | alone)).any()):
+        unknown = now.rows is None and len(prompts) != len(state.number)  # rows have left, nobody knows which
+        if bool((continues & ((first != reached + 1) | unknown)).any()):
             raise SiteError(
                 f"steering: the gate of {gate.vector.label!r} has not read the text so far; inside the block, begin with an "
                 "empty cache and read a batch to its end before the next"
             )
-        # A mean lies on the side on which the sum of the distances from the midpoint does.
-        sums = torch.where(begins, 0.0, total)[:, None] + torch.where(own, margin(rows), 0.0).cumsum(1)
-        told = _Told.by(prompts, sums[:, -1].detach(), torch.where(real.any(1), place.amax(1), reached))
+        # 3. Add the new margins; a text that begins starts from 0. The mean's sign is the sum's, so no count is kept.
+        sums = torch.where(begins, 0.0, total)[:, None] + torch.where(read, margin(rows), 0.0).cumsum(1)
+        # 4. Keep sum and position for the next pass; each token opens by what was read up to it.
+        state = _GateState.after(prompts, sums[:, -1].detach(), torch.where(real.any(1), place.amax(1), reached))
         return sums > 0
 
     return opened
@@ -219,21 +214,21 @@ def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _generate_tells_prompts(inner: Any, tracker: Tracker) -> Iterator[None]:
-    """While Hugging Face's own generate runs, its prompts are known.
+    """Tell the tracker the prompts of Hugging Face's own generate while it runs.
 
-    A forward pass does not tell: without a cache every one looks like a new prompt, and beams like prompts.
+    A forward pass does not: without a cache each one looks like a new prompt, and beams look like prompts.
     """
     if not hasattr(inner, "generation_config"):
         yield
         return
-    own = inner.generate
+    original = inner.generate
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-        prompts = next((v for v in given if isinstance(v, Tensor)), None)
+        inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        prompts = next((v for v in inputs if isinstance(v, Tensor)), None)
         tracker.prompts = None if prompts is None else (prompts.shape[0], prompts.shape[1])
         try:
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             tracker.prompts = None
 
@@ -243,14 +238,17 @@ def _generate_tells_prompts(inner: Any, tracker: Tracker) -> Iterator[None]:
 
 @contextmanager
 def _uncached_generate_refused(model: Any, steps: Sequence[Step]) -> Iterator[None]:
-    """TransformerLens' own generate tells nobody where its prompts end, and without a cache every pass looks like a new prompt."""
+    """Refuse TransformerLens' own generate without a cache, where positions depend on the prompt's end.
+
+    It does not report where its prompts end, and without a cache each pass looks like a new prompt.
+    """
     gates = [s.gate.positions for s in steps if isinstance(s, Intervention) and s.gate is not None]
     named = [p for p in (*(s.positions for s in steps), *gates) if isinstance(p, (str, tuple)) and p != "all"]
     if not named or not hasattr(model, "generate"):
         yield
         return
-    own = model.generate
-    signature = inspect.signature(own)
+    original = model.generate
+    signature = inspect.signature(original)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if not signature.bind(*args, **kwargs).arguments.get("use_past_kv_cache", True):
@@ -258,7 +256,7 @@ def _uncached_generate_refused(model: Any, steps: Sequence[Step]) -> Iterator[No
                 f"steering: positions {named[0]!r} cannot be found by the model's own generate without a cache; "
                 "leave use_past_kv_cache on, or use xmodel_steer.generate(use_cache=False)"
             )
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
     with _generating_by(model, generate):
         yield
@@ -266,7 +264,7 @@ def _uncached_generate_refused(model: Any, steps: Sequence[Step]) -> Iterator[No
 
 @contextmanager
 def _generating_by(model: Any, generate: Callable[..., Any]) -> Iterator[None]:
-    """Another function in the place of a model's ``generate``, for as long as the block lasts."""
+    """Replace a model's ``generate`` while the block lasts."""
     before = vars(model).get("generate")
     model.generate = generate
     try:

@@ -1,27 +1,28 @@
-"""What an intervention does to a row of the residual stream."""
+"""Operators and gates: changes to a row of the residual stream, and conditions for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, SupportsFloat, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.positions import Positions, check_positions
 
-# A function from rows (..., d) to new rows; it never writes into those it was given.
+# A function from rows (..., d) to new rows; it never writes into its argument.
 Edit = Callable[[Tensor], Tensor]
-# The same for a whole residual stream (batch, new tokens, d): it edits the rows that are meant.
+# The same for a whole residual stream (batch, new tokens, d), of which it edits the selected rows.
 Write = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
 class Operator(Protocol):
-    """What to do at a site: a new residual stream from the old one and a vector."""
+    """A change at a site: a new residual stream from the old one and a vector."""
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """Make the edit for one vector; it works in float32."""
+        """Make the edit for one vector; the edit works in float32."""
         ...
 
 
@@ -30,10 +31,13 @@ class Add:
     """x → x + strength · v (Turner et al. 2023, arXiv 2308.10248; the paper's steering).
 
     Args:
-        strength: In units of the vector; negative steers away. At 0 nothing is touched.
+        strength: In units of the vector; negative steers away. At 0 nothing changes, bit for bit.
     """
 
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_type("Add: strength", SupportsFloat, self.strength, takes="a number")
 
     def prepare(self, vector: SteeringVector) -> Edit:
         """Make the edit for one vector."""
@@ -43,10 +47,10 @@ class Add:
 
 @dataclass(frozen=True)
 class Ablate:
-    """x → x - (x·v) v / |v|²: nothing is left along v (Arditi et al. 2024, arXiv 2406.11717)."""
+    """x → x - (x·v) v / |v|²: no component along v remains (Arditi et al. 2024, arXiv 2406.11717)."""
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """Make the edit for one vector; refuse a zero one."""
+        """Make the edit for one vector; refuse a zero vector."""
         if vector.norm() == 0:
             raise ValueError(f"Ablate: {vector.label!r} is a zero vector, it has no direction to remove")
         unit = (vector.direction.to(torch.float64) / vector.norm()).to(torch.float32)
@@ -55,20 +59,20 @@ class Ablate:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Act only on rows of one class, or only in texts of one class (conditional steering: Lee et al. 2024, arXiv 2409.05907).
+    """A condition: act only on rows, or in texts, of one class (Lee et al. 2024, arXiv 2409.05907).
 
-    With w the vector's covector (``SteeringVector.covector``), a row x is of the class on whose side of the midpoint of the two
-    class means its projection w·x lies; on the midpoint it is of neither. Rows of the other class stay bit-equal.
+    A row x belongs to the class on whose side of the midpoint of the two class means its projection w·x lies, with w
+    the vector's covector (``SteeringVector.covector``); on the midpoint it belongs to neither. Other rows stay bit-equal.
 
-    With ``positions`` the text is told, not the row: by the mean projection of these of the prompt's tokens. As each token of
-    the text knows those before it only, it goes by what has been read up to and with it; before the first of them the gate is shut.
+    With ``positions``, the gate classifies the text instead of the row, by the mean projection at these tokens of the
+    prompt. Each token uses those read up to and with it. Before the first of them the gate is shut.
 
     Args:
-        vector: Tells the classes apart: a difference of means, native or transported, with its scale. It is read at the
-            site that is written to, before anything is written there by the same intervention.
+        vector: The vector that separates the classes: a difference of means, native or transported, with its scale. It is
+            read at the site that is written to, before the same intervention writes there.
         side: The class that is acted on.
-        positions: At which of the prompt's tokens it is read, as for `Intervention`; by default at the row that is to be written.
-            Text position 0, an attention sink, is read only where a mask names it; tokens of a chat template are read.
+        positions: The tokens of the prompt that are read, as for `Intervention`; by default the row that is written.
+            Text position 0, an attention sink, is read only where a mask selects it; chat template tokens are read.
 
     Example:
         >>> Intervention(vector, Add(2.0), "last", gate=Gate(harmful, "positive"))        # doctest: +SKIP
@@ -80,8 +84,8 @@ class Gate:
     positions: Positions | None = None
 
     def __post_init__(self) -> None:
-        if self.side not in ("positive", "negative"):
-            raise ValueError(f"Gate: side must be 'positive' or 'negative', got {self.side!r}")
+        require_type("Gate: vector", SteeringVector, self.vector)
+        _check_side("Gate: side", self.side)
         if self.positions is not None:
             check_positions(self.positions)
 
@@ -93,6 +97,11 @@ class Gate:
         w, high, low = _classes(self.vector, "Gate")
         side, middle = (1.0 if (self.side == "positive") == (high > low) else -1.0), (high + low) / 2
         return lambda rows: side * (rows @ w.to(rows.device) - middle)
+
+
+def _check_side(what: str, side: str) -> None:
+    if side not in ("positive", "negative"):
+        raise ValueError(f"{what} must be 'positive' or 'negative', got {side!r}")
 
 
 def _classes(vector: SteeringVector, what: str) -> tuple[Tensor, float, float]:
@@ -108,17 +117,16 @@ def _classes(vector: SteeringVector, what: str) -> tuple[Tensor, float, float]:
 
 @dataclass(frozen=True)
 class Clamp:
-    """Move the projection on the direction to a class mean, where a gate says so.
+    """x → x + overshoot · (p_to - p) v: move rows of the other class to a class mean.
 
-    With w the vector's covector (``SteeringVector.covector``, w·v = 1 in standardised
-    coordinates), p = w·x, p₊ and p₋ the projections of the class means:
-    x → x + overshoot · (p_to - p) v where p lies on the other class's side of the midpoint
-    (p₊ + p₋) / 2; other rows stay bit-equal.
+    With w the vector's covector (``SteeringVector.covector``, w·v = 1 in standardised coordinates), p = w·x is the
+    row's projection, p₊ and p₋ are those of the class means. Rows whose p is on the other class's side of the
+    midpoint (p₊ + p₋) / 2 move; other rows stay bit-equal.
 
     Args:
         to: The class whose mean the projection moves to.
-        gate: Only move rows on the other class's side; False moves every row.
-        overshoot: 1 lands on the mean, more goes beyond it.
+        gate: Move only rows on the other class's side; False moves every row.
+        overshoot: 1 lands on the mean, more moves beyond it.
     """
 
     to: Literal["positive", "negative"] = "negative"
@@ -126,8 +134,9 @@ class Clamp:
     overshoot: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.to not in ("positive", "negative"):
-            raise ValueError(f"Clamp: to must be 'positive' or 'negative', got {self.to!r}")
+        _check_side("Clamp: to", self.to)
+        require_type("Clamp: gate", bool, self.gate)
+        require_type("Clamp: overshoot", SupportsFloat, self.overshoot, takes="a number")
 
     def prepare(self, vector: SteeringVector) -> Edit:
         """Make the edit for one vector, which needs class means and scale."""

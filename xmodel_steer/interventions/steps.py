@@ -1,4 +1,4 @@
-"""Interventions and replacements: what to do, at which site, where in the text."""
+"""Interventions and replacements: a change, its site, and its positions in the text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
+from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.spaces import Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.operators import Add, Gate, Operator
@@ -14,23 +15,22 @@ from xmodel_steer.interventions.positions import Positions, check_positions
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A vector, what to do with it, and at which positions.
+    """A vector, an operator, and the positions where it acts.
 
     Args:
-        vector: The direction; its space says at which site of which model.
+        vector: The direction; its space names the site and the model.
         operator: `Add`, `Ablate` or `Clamp`.
-        positions: ``"all"``: every token of the text. ``"prompt"``: the prompt's tokens.
-            ``"generated"``: the tokens after it. ``"last"``: the prompt's last token. Several of
-            them: a tuple, such as ``("last", "generated")``. Or a boolean mask over text
-            positions, ``(tokens,)`` or ``(prompts, tokens)``, false beyond its end. In a plain forward
-            pass the whole text is the prompt.
-        prompts: Steer only these prompts, by their number in the list that is passed to `generate`
-            or `capture` (in a plain forward pass: rows of the batch); all of them by default.
-            One batch can then hold many arms.
-        gate: Steer only rows, or texts, of a class that another vector of this site tells; all by default.
+        positions: ``"all"``: every token of the text. ``"prompt"``: the prompt's tokens. ``"generated"``: the tokens
+            after the prompt. ``"last"``: the prompt's last token. A tuple combines several, such as
+            ``("last", "generated")``. Or a boolean mask over text positions, ``(tokens,)`` or ``(prompts, tokens)``,
+            false beyond its end. In a plain forward pass the whole text is the prompt.
+        prompts: Steer only these prompts, given by index in the list passed to `generate` or `capture` (in a plain
+            forward pass: rows of the batch); all by default. One batch can then hold many arms.
+        gate: Steer only rows, or texts, of one class, told by a vector of the same site; all by default.
 
     Raises:
-        SpaceMismatchError: The gate's vector lives elsewhere.
+        TypeError: A field has another type.
+        SpaceMismatchError: The gate's vector is of another space.
     """
 
     vector: SteeringVector
@@ -40,24 +40,28 @@ class Intervention:
     gate: Gate | None = None
 
     def __post_init__(self) -> None:
+        require_type("Intervention: vector", SteeringVector, self.vector)
+        if isinstance(self.operator, type) or not isinstance(self.operator, Operator):
+            raise TypeError(f"Intervention: operator takes a value such as Add(2.0), got {self.operator!r}")
+        require_type("Intervention: gate", (Gate, type(None)), self.gate, takes="a Gate")
         check_positions(self.positions)
         if self.gate is not None:
             require_same_space(self.space, self.gate.vector.space, "gate")
 
     @property
     def space(self) -> Space:
-        """Where it acts."""
+        """The space that the intervention writes to."""
         return self.vector.space
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a forward pass reads.
+    """The new tokens of a forward pass.
 
     Args:
-        ids: The new tokens.
-        position: The text position of each, -1 at padding.
-        rows: Which prompt each row is, where that is known. In a decode rows whose texts have ended leave the batch.
+        ids: Ids of the new tokens.
+        position: The text position of each token, -1 at padding.
+        rows: The prompt of each row, where known. While generating, rows whose texts have ended leave the batch.
     """
 
     ids: Int[Tensor, "batch new"]
@@ -65,21 +69,21 @@ class Reading:
     rows: tuple[int, ...] | None = None
 
 
-# From rows (batch, new, d) in float32 and what is read: new rows, and where they hold (None: everywhere).
+# From rows (batch, new, d) in float32 and the pass's tokens: new rows, and a mask of those that hold (None: all).
 Writer = Callable[[Tensor, Reading], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """Put other activations in the place of a site's: x → what a function gives for what is read.
+    """A site and the function whose values replace its activations.
 
     Args:
-        space: The site of the model that is written to.
-        values: Called in every forward pass with the site's rows ``(batch, new, d)`` and the `Reading`; gives new rows,
-            and where they hold: elsewhere the model's own stay. See `replacement` for the mapped activations of another
-            model, a mean, and noise.
+        space: The site that is written to.
+        values: A function called in every forward pass with the site's rows ``(batch, new, d)`` and the `Reading`. It
+            returns new rows and a mask of those to write; other rows stay. `mapped_source`, `mean_of` and
+            `noise_like` make such replacements.
         positions: Where in the text, as for `Intervention`.
-        prompts: In which prompts, as for `Intervention`.
+        prompts: The prompts, as for `Intervention`.
     """
 
     space: Space
@@ -88,6 +92,7 @@ class Replacement:
     prompts: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
+        require_type("Replacement: space", Space, self.space)
         check_positions(self.positions)
 
 

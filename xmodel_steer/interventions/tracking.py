@@ -1,4 +1,4 @@
-"""Know the text position of every row that passes a hook."""
+"""The text position of every row that passes a hook."""
 
 import inspect
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from xmodel_steer.models.passes import CACHES, LAYOUT, READING, counts_tokens
 
 @dataclass
 class Pass:
-    """What the forward pass that is running is about; set before it by a pre-hook."""
+    """The texts of the running forward pass; set before it by a pre-hook."""
 
     position: Tensor  # text position of each new token, -1 at padding: (batch, new)
     prompt_lengths: Tensor  # (batch, 1)
@@ -24,18 +24,19 @@ class Pass:
 
 
 class Tracker:
-    """Works out text positions of every forward pass from its mask and cache."""
+    """The text positions of each forward pass, derived from its mask and cache."""
 
     def __init__(self) -> None:
         self.now: Pass | None = None
         self.passes = 0
-        self.prompts: tuple[int, int] | None = None  # how many, how wide: while Hugging Face's generate runs
-        self._prompt_lengths: Tensor | None = None
+        self.prompts: tuple[int, int] | None = None  # (number, width) of prompts, while Hugging Face's generate runs
+        self._prompt_lengths: Tensor | None = None  # of the last pass, which a pass with a cache continues
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook, on the Hugging Face model inside a bridge or on a HookedTransformer."""
-        given = self._arguments(module, args, kwargs)
-        inputs = (given.get("input_ids"), given.get("inputs_embeds"), given.get("input"))
+        """Describe the pass that begins: a forward pre-hook of the called model."""
+        # 1. Find the new tokens in the call.
+        arguments = self._arguments(module, args, kwargs)
+        inputs = (arguments.get("input_ids"), arguments.get("inputs_embeds"), arguments.get("input"))
         ids = next((v for v in inputs if isinstance(v, Tensor)), None)
         self.now = None
         if ids is None:
@@ -43,38 +44,40 @@ class Tracker:
         if ids.ndim == 1:  # TransformerLens takes a bare row of tokens
             ids = ids[None]
         batch, new = ids.shape[:2]
-        called, told = READING.get() or (None, None)
-        mask = told if called is module else given.get("attention_mask")
+        # 2. Make the mask of the whole text: `forward` provides it; otherwise the call's mask, after that of the cache.
+        called, whole = READING.get() or (None, None)
+        mask = whole if called is module else arguments.get("attention_mask")
         if mask is None:
             mask = torch.ones(batch, new, dtype=torch.long, device=ids.device)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
-            came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise SiteError(
-                f"steering: needs an attention mask of shape (batch, tokens) to know text positions, got {came}; "
-                "give such a one, and leave generate its default cache (a static one makes other masks)"
+                f"steering: needs an attention mask of shape (batch, tokens) to know text positions, got {shape}; "
+                "pass such a mask, and leave generate its default cache (a static one makes other masks)"
             )
         if mask.shape[1] == new and called is not module:
-            mask = torch.cat([_past_mask(given, batch, ids.device).to(mask), mask], 1)
+            mask = torch.cat([_past_mask(arguments, batch, ids.device).to(mask), mask], 1)
         mask = mask.long()
+        # 3. Count positions over real tokens.
         position = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)[:, -new:]
+        # 4. Find where each prompt ends, from the best source there is.
         known = LAYOUT.get()
-        first = mask.shape[1] == new
-        if known is not None and len(known.rows) != batch:
+        if known is not None and len(known.rows) != batch:  # of another pass
             known = None
         lengths = self._prompt_lengths
-        if known is not None and known.prompt_lengths is not None:
+        if known is not None and known.prompt_lengths is not None:  # xs.generate, capture and others state it
             lengths = known.prompt_lengths.to(ids.device)
-        elif self.prompts is not None:
-            # What is to come of a prompt that is read in chunks is real: a decode is padded on the left.
+        elif self.prompts is not None:  # Hugging Face's generate pads on the left: a chunk's unread rest is real
             width = self.prompts[1]
             lengths = mask[:, :width].sum(1) + max(0, width - mask.shape[1])
-        elif first:
+        elif mask.shape[1] == new:  # no cache: the whole text is the prompt
             lengths = mask.sum(1)
-        elif lengths is None or len(lengths) != batch:
-            lengths = mask[:, :-new].sum(1)  # the cache came from outside this block
+        elif lengths is None or len(lengths) != batch:  # the cache comes from outside this block
+            lengths = mask[:, :-new].sum(1)
         self._prompt_lengths = lengths
+        # 5. Name each row's prompt; Hugging Face's generate keeps the beams and samples of a prompt together.
         rows = known.rows if known else None
-        if rows is None and self.prompts is not None:  # beams and samples of one prompt stand together
+        if rows is None and self.prompts is not None:
             rows = tuple(row * self.prompts[0] // batch for row in range(batch))
         self.now = Pass(position, lengths[:, None], rows, ids)
         self.passes += 1
@@ -90,28 +93,28 @@ class Tracker:
         return {**bound.arguments, **bound.arguments.get(rest, {})}
 
     def after(self, *_: Any) -> None:
-        """Forward hook: what was known of this pass says nothing about another."""
+        """Forget the pass that has ended: a forward hook."""
         self.now = None
 
     def reading(self) -> Reading:
-        """Return what the running pass reads."""
+        """Return the running pass's tokens."""
         assert self.now is not None
         if self.now.ids.ndim != 2:
-            raise SiteError("steering: a replacement needs token ids to know the text, the model was given embeddings")
+            raise SiteError("steering: a replacement needs token ids to know the text, got embeddings")
         return Reading(self.now.ids, self.now.position, self.now.rows)
 
     def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:
-        """Return the pass of a stream, and the prompt of each row where known."""
+        """Return the running pass, and the prompt of each row (its own index if unknown)."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
             raise SiteError(
-                "steering: a forward pass went round the model's own call, so that text positions are unknown; "
+                "steering: a forward pass bypassed the model's own call, so that text positions are unknown; "
                 "call the model itself, or xs.generate"
             )
         return now, tuple(range(len(now.position))) if now.rows is None else now.rows
 
     def selected(self, positions: Positions, prompts: frozenset[int] | None, like: Tensor) -> Tensor:
-        """Which of the new tokens are at positions of prompts: boolean ``(batch, new)``."""
+        """Select the new tokens at some positions of some prompts: boolean ``(batch, new)``."""
         now, rows = self.running(like)
         place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
         real = place >= 0
@@ -138,29 +141,29 @@ class Tracker:
         return chosen
 
 
-def _past_mask(given: dict[str, Any], batch: int, device: torch.device) -> Tensor:
-    """Return the mask of the tokens that are in the cache already, from the arguments of a call.
+def _past_mask(arguments: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+    """Find the mask of the cached tokens in the arguments of a call.
 
     Raises:
-        SiteError: What was given holds earlier tokens, and does not say how many.
+        SiteError: A cache holds earlier tokens and does not count them.
     """
-    if given.get("past_kv_cache") is not None:  # HookedTransformer's
-        return given["past_kv_cache"].previous_attention_mask
+    if arguments.get("past_kv_cache") is not None:  # HookedTransformer's
+        return arguments["past_kv_cache"].previous_attention_mask
     length = 0
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is None or not (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
             continue
         if counts_tokens(value):
             length = max(length, int(value.get_seq_length()))
         elif not _is_empty(value):
             raise SiteError(
-                f"steering: cannot tell how many tokens the {type(value).__name__} holds that was given as {name}=; give "
+                f"steering: cannot tell how many tokens the {type(value).__name__} passed as {name}= holds; pass "
                 "an attention mask over the whole text, one of transformers' caches that count tokens, or use xs.generate"
             )
     return torch.ones(batch, length, dtype=torch.long, device=device)
 
 
-#: Whatever is given under these names was read before.
+#: Arguments of these names hold earlier tokens.
 _CACHE_NAMES = {*CACHES, "past_key_value", "past", "layer_past", "mems", "memory", "inference_params"}
 
 

@@ -1,8 +1,4 @@
-"""Steering by hand in a notebook: a prompt, a vector and a strength, and what the model then writes.
-
-The first half knows no widget: what was chosen (`Choice`), what it is in library calls, and what is
-to be seen after every forward pass (`watch`). The second half, `Explorer`, shows that with ipywidgets.
-"""
+"""The explorer's widgets. The texts come from `watch`, which knows no widget."""
 
 import asyncio
 import logging
@@ -27,10 +23,10 @@ from xmodel_steer.recipe.results import Result
 
 
 class Explorer:
-    """Controls and texts in a notebook; made by `explore`, shows itself.
+    """Controls and texts in a notebook, as `explore` returns them; displays itself.
 
-    All passes of the model run on the kernel's main thread, one token per turn of its event loop, so
-    that they and the notebook's cells take turns: JupyterLab delivers clicks on another thread.
+    JupyterLab delivers clicks on another thread. All forward passes run on the kernel's main thread, one token per turn
+    of its event loop, so that they alternate with the notebook's cells.
     """
 
     def __init__(
@@ -49,10 +45,10 @@ class Explorer:
         self._run: Iterator[View] | None = None
         try:
             self._loop = asyncio.get_running_loop()
-        except RuntimeError:  # no notebook: a click runs to its end
+        except RuntimeError:  # outside a notebook a click blocks until the texts are complete
             self._loop = None
 
-        def auto() -> Any:  # one each: it also says whether a control is shown
+        def auto() -> Any:  # one for each control, since it also hides the control
             return w.Layout(width="auto")
 
         short = {"description_width": "initial"}
@@ -77,16 +73,10 @@ class Explorer:
         self.steered, self.unsteered = (w.HTML(layout=w.Layout(flex="1 1 320px")) for _ in range(2))
         self.next_tokens, self.code = w.HTML(), w.HTML()
         row = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 14px")
-        self.box = w.VBox(
-            [
-                self.prompt,
-                w.Box([self.vector, self.layer, self.strength, self.positions, self.tokens, self.chat], layout=row),
-                w.Box([self.generate, self.stop, self.message], layout=row),
-                w.Box([self.steered, self.unsteered], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px")),
-                self.next_tokens,
-                self.code,
-            ]
-        )
+        settings = [self.vector, self.layer, self.strength, self.positions, self.tokens, self.chat]
+        texts = w.Box([self.steered, self.unsteered], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px"))
+        buttons = w.Box([self.generate, self.stop, self.message], layout=row)
+        self.box = w.VBox([self.prompt, w.Box(settings, layout=row), buttons, texts, self.next_tokens, self.code])
         self.vector.observe(lambda _: self._list_layers(), "value")
         self._list_layers()
         self.generate.on_click(lambda _: self._clicked())
@@ -96,19 +86,21 @@ class Explorer:
         return self.box._repr_mimebundle_(**kwargs)
 
     def _list_layers(self) -> None:
+        """Offer the sites of the chosen vector."""
         sites = [option.site for option in self._options if option.name == self.vector.value]
         self.layer.options = [(str(site), site) for site in sites]
         self.layer.index = 0
         self.layer.layout.display = None if len(sites) > 1 else "none"
 
     def _clicked(self) -> None:
+        """Read the controls and begin a comparison."""
         try:
             choice = Choice(
-                prompt=self.prompt.value,
-                strength=round(self.strength.value, 6),
-                positions=self.positions.value,
-                max_new_tokens=self.tokens.value,
-                chat=self.chat.value,
+                self.prompt.value,
+                round(self.strength.value, 6),
+                self.positions.value,
+                self.tokens.value,
+                self.chat.value,
             )
         except PromptError as error:
             self._say(str(error), wrong=True)
@@ -118,21 +110,22 @@ class Explorer:
         self._say("Waiting for the running cell to end …")
         self._on_main_thread(self._begin, choice, option)
 
-    def _on_main_thread(self, act: Callable[..., None], *given: Any) -> None:
+    def _on_main_thread(self, act: Callable[..., None], *arguments: Any) -> None:
         if self._loop is None:
-            act(*given)
+            act(*arguments)
         else:
-            self._loop.call_soon_threadsafe(act, *given)
+            self._loop.call_soon_threadsafe(act, *arguments)
 
-    # From here on only the main thread.
+    # The methods below run on the main thread only.
 
     def _begin(self, choice: Choice, option: Option) -> None:
-        run = self._run = watch(self._model, choice, option.vector)  # one that was running takes no further step
+        run = self._run = watch(self._model, choice, option.vector)  # an earlier comparison stops here
         self._say("Writing …")
         self.stop.disabled = False
         self._advance(run, choice, option)
 
     def _advance(self, run: Iterator[View], choice: Choice, option: Option) -> None:
+        """Compute one token of the comparison, and schedule the next."""
         while run is self._run:
             try:
                 with _interruptible():
@@ -179,34 +172,33 @@ def explore(
     max_new_tokens: int = 40,
     strengths: tuple[float, float] | None = None,
 ) -> Explorer:
-    """Try vectors by hand in a notebook: steered and unsteered text side by side, while they are written.
+    """Try vectors by hand in a notebook: steered and unsteered text side by side.
 
-    For JupyterLab 4 and Notebook 7, with ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. A click
-    while a comparison is being written stops that one, and so do "Stop" and the notebook's interrupt button; the
-    model is hooked only while a token is computed, so that other cells find it as it is.
+    This needs JupyterLab 4 or Notebook 7, and ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. "Stop", the
+    notebook's interrupt button and another click on "Generate" stop a comparison. The model is hooked only while a
+    token is computed, so that other cells find it unchanged.
 
-    The texts are those of `generate` inside `steering`. "Copy code" gives these calls, with the names that model and
-    vectors have in the notebook; where they have none, ``model`` and ``result``, ``vector`` or ``vectors``.
+    The texts equal those of `generate` inside `steering`. "Copy code" copies these calls, with the notebook's names of
+    model and vectors, or else with ``model`` and ``result``, ``vector`` or ``vectors``.
 
     Args:
         model: The model to steer.
         vectors: A `Result`, to choose between its mapped, native, shuffled and a random vector (or, for its
             source model, its source vector); or a vector, several, or a mapping of names to vectors. A name may
-            stand for several vectors, one per layer. Model and result may also come in the other order.
-        prompt: What stands in the prompt box at first.
-        max_new_tokens: Number of tokens to add, at first.
-        strengths: The ends of the strength slider, in units of the vector; -4 and 4 by default, or a result's headline strength
-            where that is larger.
-            It begins at a result's headline strength, or at 1.
+            have several vectors, one per layer. Model and result may also come in the other order.
+        prompt: Initial text of the prompt box.
+        max_new_tokens: Initial number of tokens to add.
+        strengths: The ends of the strength slider, in units of the vector; by default -4 and 4, or a larger headline
+            strength of a result. The slider begins at a result's headline strength, or at 1.
 
     Returns:
-        The explorer; as the last value of a cell it shows itself.
+        The explorer; as the last value of a cell it displays itself.
 
     Raises:
-        SpaceMismatchError: A vector lives in another model's space, or none of a result's in this model's.
+        SpaceMismatchError: A vector is of another model's space; for a result, all its vectors are.
         TypeError: The vectors are none of these.
-        ValueError: There are none, or two have one name and site.
-        ModelError: It is not a TransformerLens model.
+        ValueError: There are no vectors, or two have one name and site.
+        ModelError: The model is no TransformerLens model.
         ImportError: ipywidgets is not installed.
 
     Example:
@@ -220,20 +212,13 @@ def explore(
     default = "result" if a_result else "vector" if isinstance(vectors, SteeringVector) else "vectors"
     options = options_of(model, vectors, _notebook_name(vectors, default))
     options = [replace(option, code=_notebook_name(option.vector, option.code)) for option in options]
-    far = max(4.0, abs(vectors.headline)) if a_result else 4.0
-    low, high = strengths or (-far, far)
+    end = max(4.0, abs(vectors.headline)) if a_result else 4.0
+    low, high = strengths or (-end, end)
     if not low < high:
         raise ValueError(f"explore: strengths must be the lower and the upper end of the slider, got {strengths}")
     strength = min(max(vectors.headline if a_result else 1.0, low), high)
-    return Explorer(
-        model,
-        options,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        strength=strength,
-        strengths=(low, high),
-        name=_notebook_name(model, "model"),
-    )
+    start: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens, "strength": strength}
+    return Explorer(model, options, **start, strengths=(low, high), name=_notebook_name(model, "model"))
 
 
 def _ipywidgets() -> Any:
@@ -256,7 +241,7 @@ def _notebook_name(value: Any, otherwise: str) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let the notebook's interrupt button raise KeyboardInterrupt here; a kernel ignores it while no cell runs."""
+    """Let the interrupt button raise KeyboardInterrupt, which a kernel ignores while no cell runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

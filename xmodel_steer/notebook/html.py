@@ -1,4 +1,4 @@
-"""Parts of the explorer's page."""
+"""HTML of the explorer's parts."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,7 +8,7 @@ from xmodel_steer.notebook.writing import NextToken
 
 
 def text_html(heading: str, colour: str, prompt: str, text: str) -> str:
-    """Return a text under its heading, marked by a colour."""
+    """Render a text under its heading, marked by a colour."""
     return (
         f'<div style="border-left:3px solid {colour};padding-left:8px;line-height:1.45">'
         f'<div style="font-weight:600">{escape(heading)}</div>'
@@ -18,7 +18,7 @@ def text_html(heading: str, colour: str, prompt: str, text: str) -> str:
 
 
 def bars_html(tokens: Sequence[NextToken], colour: str) -> str:
-    """Return the likeliest next tokens with a bar for each."""
+    """Render the likeliest next tokens with a bar for each probability."""
 
     def bar(share: float, fill: str) -> str:
         return (
@@ -39,10 +39,11 @@ def bars_html(tokens: Sequence[NextToken], colour: str) -> str:
 
 
 def _shown(token: str) -> str:
+    """Make white space in a token visible."""
     return escape(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")) or "∅"
 
 
-# Where a page is not served safely (http from another host) the browser has no clipboard object.
+# On pages that are not served safely (http from another host) the browser has no clipboard object.
 _COPY = (
     "const text = this.nextElementSibling.textContent;"
     "const done = () => { this.textContent = 'Copied'; setTimeout(() => this.textContent = 'Copy code', 1500) };"
@@ -52,7 +53,7 @@ _COPY = (
 
 
 def code_html(code: str) -> str:
-    """Return code with a button that copies it."""
+    """Render code with a button that copies it."""
     return (
         f'<button class="lm-Widget jupyter-widgets jupyter-button" onclick="{escape(_COPY)}">Copy code</button>'
         f'<pre style="line-height:1.35;white-space:pre-wrap;margin-top:4px">{escape(code)}</pre>'

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,12 @@ from xmodel_steer.recipe.results import Result
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """A vector that can be chosen.
+    """A vector to choose.
 
     Args:
-        name: What it is called: ``mapped``, or the caller's name for it.
+        name: Its name: ``mapped``, or the caller's name for it.
         vector: The vector.
-        code: An expression that gives it, in terms of what the explorer was given.
+        code: An expression for it, in terms of the explorer's arguments.
         imports: Lines that the expression needs.
     """
 
@@ -32,56 +33,51 @@ class Option:
 
     @property
     def site(self) -> Site:
-        """Where the vector acts."""
+        """The site where the vector acts."""
         return self.vector.space.site
 
 
 def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option, ...]:
-    """List the vectors that can be chosen for a model.
-
-    Args:
-        model: A TransformerLens model.
-        vectors: What `explore` was given: a result, a vector, several, or a mapping.
-        name: An expression that gives it.
+    """List the vectors to choose from; ``name`` is an expression for `explore`'s argument.
 
     Raises:
-        SpaceMismatchError: A vector lives in another space; of a result, all of them.
-        TypeError: It is none of these.
+        SpaceMismatchError: A vector is of another space; for a result, all its vectors are.
+        TypeError: The argument is none of these.
         ValueError: There are no vectors.
     """
     what = f"explore {name_of(model)}"
     if isinstance(vectors, Result):
         return _options_of_result(model, vectors, name, what)
     if isinstance(vectors, SteeringVector):
-        given = [(vectors.label or "vector", vectors, name)]
+        named = [(vectors.label or "vector", vectors, name)]
     elif isinstance(vectors, Mapping):
-        given = [item for key, value in vectors.items() for item in _named(str(key), value, f"{name}[{key!r}]")]
+        named = [item for key, value in vectors.items() for item in _named(str(key), value, f"{name}[{key!r}]")]
     elif isinstance(vectors, Sequence) and not isinstance(vectors, str):
-        # Those of one label at several sites become one name with several layers.
-        given = [(getattr(v, "label", "") or "vector", v, f"{name}[{k}]") for k, v in enumerate(vectors)]
+        # Vectors of one label at several sites become one name with several layers.
+        named = [(getattr(v, "label", "") or "vector", v, f"{name}[{k}]") for k, v in enumerate(vectors)]
     else:
         raise TypeError(
             "explore: needs a Result, a SteeringVector, several of them or a mapping of names to them, "
             f"got {type(vectors).__name__}; write xs.explore(model, vectors)"
         )
-    if not given:
+    if not named:
         raise ValueError("explore: give at least one vector")
-    found: dict[tuple[str, Site], Option] = {}
-    for label, vector, code in given:
+    options: dict[tuple[str, Site], Option] = {}
+    for label, vector, code in named:
         if not isinstance(vector, SteeringVector):
             raise TypeError(f"explore: {code} must be a SteeringVector, got {type(vector).__name__}")
         require_space_of(model, vector.space, what)
         option = Option(label, vector, code)
-        if found.setdefault((label, option.site), option) is not option:
+        if options.setdefault((label, option.site), option) is not option:
             raise ValueError(
                 f"explore: two vectors are called {label!r} at {option.site}; give them names, "
                 "{'one': vector, 'other': vector}"
             )
-    return tuple(found.values())
+    return tuple(options.values())
 
 
 def _named(name: str, value: Any, code: str) -> list[tuple[str, Any, str]]:
-    """Return the options under one name: a vector, or one per layer."""
+    """List the vectors of one name: one, or one per layer."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [(name, vector, f"{code}[{k}]") for k, vector in enumerate(value)]
     return [(name, value, code)]

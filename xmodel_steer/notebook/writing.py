@@ -1,7 +1,6 @@
-"""Steered and unsteered texts while they are written."""
+"""Steered and unsteered texts, token by token."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,11 @@ from xmodel_steer.notebook.options import Option
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be compared: one prompt, steered and not.
+    """The settings of a comparison: one prompt, steered and unsteered.
 
     Args:
-        prompt: What the model continues, or with ``chat`` what the user says to it.
-        strength: Of `Add`; negative steers away.
+        prompt: The text to continue, or with ``chat`` the user's message.
+        strength: The strength of `Add`; negative steers away.
         positions: Where in the text to steer; see `Intervention`.
         max_new_tokens: Number of tokens to add.
         chat: Render the prompt as a user's message, with the model's chat template.
@@ -45,16 +44,11 @@ class Choice:
             raise PromptError("The prompt is empty: write something for the model to continue.")
 
     def asked(self) -> Prompt:
-        """Return the prompt as the library takes it."""
+        """Make the library's prompt."""
         return Prompt.of([{"role": "user", "content": self.prompt}] if self.chat else self.prompt)
 
     def code(self, option: Option, model: str = "model") -> str:
-        """Write the library calls that give the two texts.
-
-        Args:
-            option: The vector.
-            model: An expression that gives the model.
-        """
+        """Write the library calls for both texts; ``model`` is an expression for the model."""
         prompt = f'[{{"role": "user", "content": {self.prompt!r}}}]' if self.chat else repr(self.prompt)
         settings = f"max_new_tokens={self.max_new_tokens}"
         lines = [
@@ -81,12 +75,12 @@ class NextToken:
 
 @dataclass(frozen=True)
 class View:
-    """What is to be seen after a forward pass.
+    """The contents of the page after a forward pass.
 
     Args:
-        steered: What the steered model has written so far.
-        unsteered: What the model itself has written so far.
-        next_tokens: The likeliest first tokens, once both have begun.
+        steered: The steered text so far.
+        unsteered: The unsteered text so far.
+        next_tokens: The likeliest first tokens, once both texts have begun.
     """
 
     steered: str = ""
@@ -95,32 +89,23 @@ class View:
 
 
 def written(model: Any, choice: Choice, vector: SteeringVector | None = None) -> Iterator[Written]:
-    """Write the model's continuation token by token, steered or not.
+    """Write the model's continuation token by token, steered or unsteered.
 
-    The hooks are on the model only while a token is computed: between two tokens, and
-    wherever this is interrupted or given up, the model is as it was.
-
-    Args:
-        model: A TransformerLens model.
-        choice: The prompt and how to steer.
-        vector: A vector of one of the model's spaces; None steers nothing.
+    The model is hooked only while a token is computed: between two tokens, and after an interruption, it is unchanged.
+    Without a vector nothing is steered.
 
     Yields:
-        The text so far, with the logits of its newest token; the last text is that of `generate`
-        under the same `steering`.
+        The text so far, with the logits of its newest token; the last text equals `generate`'s under the same
+        `steering`.
 
     Raises:
         PromptError: The model cannot read the prompt, or has no room for the new tokens.
-        SpaceMismatchError: The vector lives in another space.
+        SpaceMismatchError: The vector is of another space.
     """
     tokens = stream(model, choice.asked(), max_new_tokens=choice.max_new_tokens)
+    vectors = [] if vector is None else [vector]
     while True:
-        hooked = (
-            steering(model, vector, operator=Add(choice.strength), positions=choice.positions)
-            if vector is not None
-            else nullcontext()
-        )
-        with hooked:
+        with steering(model, vectors, operator=Add(choice.strength), positions=choice.positions):
             token = next(tokens, None)
         if token is None:
             return
@@ -128,20 +113,14 @@ def written(model: Any, choice: Choice, vector: SteeringVector | None = None) ->
 
 
 def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -> Iterator[View]:
-    """Write both continuations token by token in turn, the steered one first.
-
-    Args:
-        model: A TransformerLens model.
-        choice: The prompt and how to steer.
-        vector: A vector of one of the model's spaces.
-        top: How many candidates for the first token to show.
+    """Write both continuations token by token in turn, the steered text first.
 
     Yields:
-        All that is to be seen, after every forward pass.
+        The page's contents after every forward pass, with the ``top`` candidates for the first token.
 
     Raises:
         PromptError: The model cannot read the prompt, or has no room for the new tokens.
-        SpaceMismatchError: The vector lives in another space.
+        SpaceMismatchError: The vector is of another space.
     """
     running = {"steered": written(model, choice, vector), "unsteered": written(model, choice)}
     texts, first = dict.fromkeys(running, ""), {}
@@ -161,7 +140,7 @@ def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -
 
 
 def _next_tokens(model: Any, before: Tensor, after: Tensor, top: int) -> tuple[NextToken, ...]:
-    """Find the likeliest next tokens under either, by the larger probability."""
+    """Find the likeliest next tokens, by the larger of both probabilities."""
     unsteered, steered = (logits.float().softmax(-1) for logits in (before, after))
     best = torch.maximum(unsteered, steered).topk(min(top, len(unsteered))).indices.tolist()
     tokenizer = tokenizer_of(model)

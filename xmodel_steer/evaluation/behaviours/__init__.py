@@ -1,4 +1,4 @@
-"""Behaviours: what a model does with prompts, one score per unit, under any intervention."""
+"""Behaviours: one score per prompt or pair, under any intervention."""
 
 from xmodel_steer.evaluation.behaviours.generated import Behaviour as Behaviour
 from xmodel_steer.evaluation.behaviours.generated import GeneratedText as GeneratedText

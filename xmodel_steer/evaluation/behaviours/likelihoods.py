@@ -1,9 +1,10 @@
-"""Behaviours that show in the likelihood of answers."""
+"""Behaviours measured by the likelihood of answers."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import accumulate, pairwise, takewhile
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,23 @@ from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts, rows_of
 from xmodel_steer.core.prompts import Message, Prompt
 from xmodel_steer.evaluation.behaviours.generated import Behaviour, Measured
-from xmodel_steer.evaluation.damage import Settings, losses
+from xmodel_steer.evaluation.damage import Settings, losses, steered_logits
 from xmodel_steer.files.wheels import shipped
-from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.tokens import Encoding, shared_start, warn_of_missing
 
 
 @dataclass(frozen=True, eq=False)
 class Preference(Behaviour):
-    """How much likelier the model finds prompts with the behaviour than prompts without it.
+    """Likelihood of prompts with the behaviour, compared with prompts without it.
 
-    For each held-out pair: mean log-likelihood per token of the positive prompt minus that of the
-    negative one, in nats per token. Needs no generation and no scorer: it is there for any
-    contrast set. It says what the model finds likely, not what it writes.
+    The score of a pair is the positive prompt's mean log-likelihood per token minus the negative prompt's, in nats per
+    token. It needs neither generation nor a scorer, so it works for any contrast set. It shows what the model finds
+    likely, not what it writes.
 
     Args:
-        contrast: Pairs that no vector was made from; unpaired sets are paired in their order.
+        contrast: Pairs that no vector was made from; unpaired sets are paired in order.
         batch_size: Prompts at a time.
     """
 
@@ -43,39 +42,32 @@ class Preference(Behaviour):
     unit: str = "log-likelihood, positive minus negative (nats per token)"
 
     @property
-    def _count(self) -> int:
-        return min(len(self.contrast.positive), len(self.contrast.negative))
-
-    @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
         """Ids of the pairs."""
         sides = zip(self.contrast.positive, self.contrast.negative, strict=False)  # the longer side is cut
         return tuple(f"{p.id}/{n.id}" for p, n in sides)
 
-    def measure(
-        self,
-        model: Any,
-        settings: Settings,
-    ) -> list[Measured]:
-        """Likelihoods of both sides under each setting."""
-        prompts = self.contrast.positive[: self._count] + self.contrast.negative[: self._count]
+    def measure(self, model: Any, settings: Settings) -> list[Measured]:
+        """Compare the likelihoods of both sides under each setting."""
+        n = len(self.ids)
+        prompts = self.contrast.positive[:n] + self.contrast.negative[:n]
         loss, tokens = losses(model, settings, prompts, max_tokens=None, batch_size=self.batch_size)
         per_token = -loss / tokens
-        return [Measured(own[: self._count] - own[self._count :]) for own in per_token]
+        return [Measured(scores[:n] - scores[n:]) for scores in per_token]
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerLogOdds(Behaviour):
-    """How much likelier one answer is than another: log p(positive | question) - log p(negative | question), in nats.
+    """Log-odds of two answers: log p(positive | question) - log p(negative | question), in nats.
 
-    The form of Contrastive Activation Addition's multiple-choice tests (Rimsky et al. 2024, arXiv 2312.06681): with
-    answers of one token each, such as "(A" and "(B" after a common "(", it is their logit difference. Needs no
+    This is the form of Contrastive Activation Addition's multiple-choice tests (Rimsky et al. 2024, arXiv 2312.06681).
+    For answers of one token each, such as "(A" and "(B" after a common "(", it is the logit difference. It needs no
     generation. Tokens that both answers begin with cancel and are not counted.
 
     Args:
-        questions: Text, or chat messages that end with the user's turn: the answer then opens the assistant's.
-        positive: For each question the answer that shows the behaviour.
-        negative: The one that does not.
+        questions: Text, or chat messages that end with the user's turn; the answer then opens the assistant's turn.
+        positive: The answer to each question that shows the behaviour.
+        negative: The answer to each question that does not.
         batch_size: Questions at a time.
 
     Raises:
@@ -97,7 +89,7 @@ class AnswerLogOdds(Behaviour):
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], **kwargs: Any) -> "AnswerLogOdds":
-        """Make it from rows with ``question``, ``positive`` and ``negative``, or in CAA's form.
+        """Make the behaviour from rows with ``question``, ``positive`` and ``negative``, or CAA's rows.
 
         CAA's rows have ``question``, ``answer_matching_behavior`` and ``answer_not_matching_behavior``.
 
@@ -120,25 +112,23 @@ class AnswerLogOdds(Behaviour):
 
     @classmethod
     def from_contrast(cls, contrast: ContrastSet, **kwargs: Any) -> "AnswerLogOdds":
-        """Make it from pairs of texts that begin with the same question and end with one of two answers each.
+        """Make the behaviour from pairs of texts: the same question, then different answers.
 
         Raises:
             PromptError: The set has chat messages, or sides of different sizes.
         """
-        pairs = list(zip(contrast.positive, contrast.negative, strict=False))
         if len(contrast.positive) != len(contrast.negative):
             raise PromptError(
                 f"AnswerLogOdds: needs pairs, got {len(contrast.positive)} positive and {len(contrast.negative)} negative prompts"
             )
-        texts = [(p.text, n.text) for p, n in pairs if p.text is not None and n.text is not None]
-        if len(texts) < len(pairs):
-            raise PromptError(
-                "AnswerLogOdds: pairs of chat messages are not split into question and answers; give rows"
-            )
         rows = []
-        for positive, negative in texts:
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(positive, negative, strict=False)))
-            rows.append({"question": positive[:same], "positive": positive[same:], "negative": negative[same:]})
+        for p, n in zip(contrast.positive, contrast.negative, strict=True):
+            if p.text is None or n.text is None:
+                raise PromptError(
+                    "AnswerLogOdds: pairs of chat messages are not split into question and answers; give rows"
+                )
+            same = sum(takewhile(bool, map(eq, p.text, n.text)))
+            rows.append({"question": p.text[:same], "positive": p.text[same:], "negative": n.text[same:]})
         return cls.from_records(rows, **kwargs)
 
     @property
@@ -146,25 +136,21 @@ class AnswerLogOdds(Behaviour):
         """Ids of the questions."""
         return tuple(question.id for question in self.questions)
 
-    def measure(
-        self,
-        model: Any,
-        settings: Settings,
-    ) -> list[Measured]:
+    def measure(self, model: Any, settings: Settings) -> list[Measured]:
         """Measure the log-odds of every question under each setting."""
         options = list(zip(self.positive, self.negative, strict=True))
-        found = answer_likelihoods(model, settings, self.questions, options, batch_size=self.batch_size)
-        return [Measured(np.array([p - n for p, n in own])) for own in found]
+        logs = answer_likelihoods(model, settings, self.questions, options, batch_size=self.batch_size)
+        return [Measured(np.array([p - n for p, n in pairs])) for pairs in logs]
 
 
 @dataclass(frozen=True, eq=False)
 class MultipleChoice(Behaviour):
-    """1 where the model finds the right option likelier than every other, else 0.
+    """Accuracy at multiple choice: 1 where the right option is the likeliest, else 0.
 
     Args:
         questions: The questions.
-        options: For each question its options.
-        answers: For each question the place of the right one.
+        options: The options of each question.
+        answers: The index of each question's right option.
         batch_size: Questions at a time.
 
     Raises:
@@ -186,7 +172,7 @@ class MultipleChoice(Behaviour):
 
     @classmethod
     def packaged(cls) -> "MultipleChoice":
-        """Load the small set that ships: common knowledge, four options each.
+        """Load the small set of common-knowledge questions that ships, with four options each.
 
         It shows whether steering costs capability; it is too small and too easy to rank models.
         """
@@ -202,18 +188,13 @@ class MultipleChoice(Behaviour):
         """Ids of the questions."""
         return tuple(question.id for question in self.questions)
 
-    def measure(
-        self,
-        model: Any,
-        settings: Settings,
-    ) -> list[Measured]:
-        """Right or wrong for every question under each setting."""
-        found = answer_likelihoods(model, settings, self.questions, self.options, batch_size=self.batch_size)
-        made = []
-        for own in found:
-            right = [max(range(len(p)), key=p.__getitem__) == a for p, a in zip(own, self.answers, strict=True)]
-            made.append(Measured(np.array(right, dtype=float)))
-        return made
+    def measure(self, model: Any, settings: Settings) -> list[Measured]:
+        """Score every question under each setting: 1 if right, 0 if wrong."""
+        logs = answer_likelihoods(model, settings, self.questions, self.options, batch_size=self.batch_size)
+        return [
+            Measured(np.array([float(p.index(max(p)) == a) for p, a in zip(rows, self.answers, strict=True)]))
+            for rows in logs
+        ]
 
 
 def answer_likelihoods(
@@ -224,110 +205,91 @@ def answer_likelihoods(
     *,
     batch_size: int = 32,
 ) -> list[list[tuple[float, ...]]]:
-    """Log-likelihood of each option of each question, in nats, but for a constant of the question.
+    """Compute each option's log-likelihood in nats, up to a constant of the question.
 
-    Question and option are read as one text, as they would be tokenised together; the tokens that all options of a
-    question begin with are left out, since they cancel. Up to them the text is the prompt, for ``positions``.
+    Question and option are tokenised together, as one text. The tokens that all options of a question begin with are
+    left out, since they cancel. The text up to and with them is the prompt, for ``positions``.
 
     Args:
         model: The model.
-        settings: For each setting its interventions.
+        settings: The interventions of each setting.
         questions: Text, or chat messages that end with a turn that is not the assistant's.
-        options: For each question at least two different options.
-        batch_size: Questions at a time.
+        options: At least two different options for each question.
+        batch_size: Texts at a time.
 
     Returns:
-        For each setting, for each question, one number per option.
+        For each setting and question, one number per option.
 
     Raises:
-        PromptError: The options of a question are the same, an option is the beginning of another, or nothing stands before them.
+        PromptError: Two options of a question are the same, one begins another, or no token comes before them.
     """
-    encodings, lengths, owners = [], [], []
-    for i, (question, own) in enumerate(zip(questions, options, strict=True)):
-        made = [_cut(e) for e in encode(model, [_answered(question, option) for option in own], warn=False)]
-        shared = shared_start([e.ids for e in made])
-        if not shared or len(made) < 2 or any(len(e.ids) == shared for e in made):
+    reads = _reads(model, questions, options)
+    texts = [read.text for read in reads]
+    starts = list(accumulate((len(read.answers) for read in reads), initial=0))
+    sums = np.zeros((len(settings), starts[-1]))
+    with progress_bar(total=len(reads) * len(settings), unit="text", desc=f"answers {name_of(model)}") as bar:
+        for batch in batches(model, texts, batch_size, padding_side="left"):
+            # All texts end together: only the logits from the longest answer on are computed.
+            kept = 1 + max(len(texts[r].ids) - reads[r].length for r in batch.rows)
+            places = [
+                (row, reads[r].length - len(texts[r].ids) - 1 + i, token, starts[r] + o)
+                for row, r in enumerate(batch.rows)
+                for o, answer in enumerate(reads[r].answers)
+                for i, token in enumerate(answer)
+            ]
+            row, column, token, option = torch.tensor(places, device=batch.ids.device).T
+            owners = [reads[r].question for r in batch.rows]
+            lengths = torch.tensor([reads[r].length for r in batch.rows], device=batch.ids.device)
+            for k, setting in enumerate(settings):
+                logits = steered_logits(model, setting, batch, owners, lengths, kept)
+                logs = logits[row, column].float().log_softmax(-1).gather(1, token[:, None])[:, 0].cpu()
+                check_finite(logs, f"answers of {name_of(model)}")
+                sums[k] += torch.zeros(starts[-1]).index_add(0, option.cpu(), logs).numpy()
+                bar.update(len(batch.rows))
+    ends = np.cumsum([0, *map(len, options)]).tolist()
+    return [[tuple(row[a:b].tolist()) for a, b in pairwise(ends)] for row in sums]
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A text to read, and the answers whose likelihood its logits give."""
+
+    question: int  # its index
+    text: Encoding  # the question, with an answer if that has several tokens
+    length: int  # tokens of the question
+    answers: tuple[tuple[int, ...], ...]  # tokens of each answer
+
+
+def _reads(model: Any, questions: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[_Read]:
+    """Encode questions with their options, as few texts as give all likelihoods."""
+    encoded: list[tuple[list[Encoding], int]] = []
+    for question, answers in zip(questions, options, strict=True):
+        texts = [_cut(e) for e in encode(model, [_answered(question, answer) for answer in answers], warn=False)]
+        shared = shared_start([e.ids for e in texts])
+        if not shared or len(texts) < 2 or any(len(e.ids) == shared for e in texts):
             raise PromptError(
-                f"question {question.id}: its options {list(own)!r} are not different tokens after a common beginning; "
+                f"question {question.id}: its options {list(answers)!r} are not different tokens after a common beginning; "
                 "give at least two, none of which begins another"
             )
-        encodings += made
-        lengths += [shared] * len(made)
-        owners += [i] * len(made)
-    warn_of_missing(encodings, name_of(model))
-    if all(len(e.ids) == n + 1 for e, n in zip(encodings, lengths, strict=True)):
-        found = _one_token(model, settings, encodings, lengths, owners, batch_size)
-    else:
-        found = _many_tokens(model, settings, encodings, lengths, owners, batch_size)
-    ends = np.cumsum([0, *(len(own) for own in options)])
-    return [[tuple(row[a:b].tolist()) for a, b in pairwise(ends.tolist())] for row in found]
+        encoded.append((texts, shared))
+    warn_of_missing([e for texts, _ in encoded for e in texts], name_of(model))
+    if all(len(e.ids) == n + 1 for texts, n in encoded for e in texts):
+        # Options of one token each: only the question is read, its last logits give all of them.
+        return [
+            _Read(i, replace(texts[0], ids=texts[0].ids[:n]), n, tuple(e.ids[n:] for e in texts))
+            for i, (texts, n) in enumerate(encoded)
+        ]
+    return [_Read(i, e, n, (e.ids[n:],)) for i, (texts, n) in enumerate(encoded) for e in texts]
 
 
 def _answered(question: Prompt, answer: str) -> Prompt:
+    """Continue a question with an answer."""
     if question.text is not None:
         return Prompt(text=question.text + answer)
     return Prompt(messages=(*question.messages, Message("assistant", answer)))
 
 
 def _cut(encoding: Encoding) -> Encoding:
-    """Without what a chat template puts after the answer."""
-    last = max((i for i, end in enumerate(encoding.ends) if end >= 0), default=len(encoding.ids) - 1)
-    return replace(
-        encoding, ids=encoding.ids[: last + 1], ends=encoding.ends[: last + 1], roles=encoding.roles[: last + 1]
-    )
-
-
-def _one_token(
-    model: Any, settings: Settings, encodings: Sequence[Encoding], lengths: Sequence[int], owners: Sequence[int],
-    batch_size: int,
-) -> np.ndarray:  # fmt: skip
-    """Every option is one token: one pass over each question gives all of them, with the last logits alone."""
-    firsts = {owner: i for i, owner in reversed(list(enumerate(owners)))}
-    prompts = [replace(encodings[i], ids=encodings[i].ids[: lengths[i]]) for i in firsts.values()]
-    numbers = list(firsts)
-    members: dict[int, list[int]] = {}
-    for i, owner in enumerate(owners):
-        members.setdefault(owner, []).append(i)
-    found = np.zeros((len(settings), len(encodings)))
-    total = len(prompts) * len(settings)
-    with progress_bar(total=total, unit="question", desc=f"answers {name_of(model)}") as bar:
-        for batch in batches(model, prompts, batch_size, padding_side="left"):
-            for k, setting in enumerate(settings):
-                rows = [numbers[r] for r in batch.rows]
-                with steering(model, setting), layout(rows, batch.mask.sum(-1)):
-                    logits, _ = forward(model, batch.ids, batch.mask, logits="last")
-                assert logits is not None
-                logs = logits[:, -1].float().log_softmax(-1)
-                check_finite(logs, f"answers of {name_of(model)}")
-                for r, number in enumerate(rows):
-                    for i in members[number]:
-                        found[k, i] = float(logs[r, encodings[i].ids[-1]])
-                bar.update(len(rows))
-    return found
-
-
-def _many_tokens(
-    model: Any, settings: Settings, encodings: Sequence[Encoding], lengths: Sequence[int], owners: Sequence[int],
-    batch_size: int,
-) -> np.ndarray:  # fmt: skip
-    found = np.zeros((len(settings), len(encodings)))
-    total = len(encodings) * len(settings)
-    with progress_bar(total=total, unit="answer", desc=f"answers {name_of(model)}") as bar:
-        for batch in batches(model, encodings, batch_size, padding_side="left"):
-            # All answers stand at the end: no other logits are computed.
-            width, longest = batch.ids.shape[1], max(len(encodings[r].ids) - lengths[r] for r in batch.rows)
-            begins = torch.tensor([width - len(encodings[r].ids) + lengths[r] for r in batch.rows])
-            place = torch.arange(width - longest, width)[None]  # of the predicted token
-            counted = (place >= begins[:, None]).to(batch.ids.device)
-            targets = batch.ids[:, -longest:][counted]
-            row = counted.nonzero()[:, 0].cpu()
-            prompts = torch.tensor([lengths[r] for r in batch.rows], device=batch.ids.device)
-            for k, setting in enumerate(settings):
-                with steering(model, setting), layout([owners[r] for r in batch.rows], prompts):
-                    logits, _ = forward(model, batch.ids, batch.mask, logits=longest + 1)
-                assert logits is not None
-                logs = logits[:, :-1][counted].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-                check_finite(logs, f"answers of {name_of(model)}")
-                found[k, list(batch.rows)] = torch.zeros(len(batch.rows)).index_add(0, row, logs.cpu()).numpy()
-                bar.update(len(batch.rows))
-    return found
+    """Drop what a chat template puts after the answer."""
+    end = 1 + max((i for i, end in enumerate(encoding.ends) if end >= 0), default=len(encoding.ids) - 1)
+    return replace(encoding, ids=encoding.ids[:end], ends=encoding.ends[:end], roles=encoding.roles[:end])

@@ -1,4 +1,4 @@
-"""Scorers that need a model, a program or a service to read a text: similarity, refusal, insecure code, judges.
+"""Scorers that call a model, a program or a service: similarity, refusal, insecure code, judges.
 
 Each is a frozen value and a `xmodel_steer.evaluation.scorers.text.TextScorer`.
 """

@@ -1,4 +1,4 @@
-"""Language models that answer a judge's question."""
+"""Language models that answer a judge's questions."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from xmodel_steer.models.generation import generate
 
 @runtime_checkable
 class Chat(Protocol):
-    """Something that answers questions: a service, a model, a record of what one said."""
+    """A respondent to questions: a service, a model, or a record of answers."""
 
     @property
     def name(self) -> str:
-        """What it calls itself in results."""
+        """The name in results."""
         ...
 
     def answer(self, question: str) -> str:
@@ -30,14 +30,14 @@ class Chat(Protocol):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A service that speaks OpenAI's chat completions protocol.
+    """A service with OpenAI's chat completions protocol.
 
     Args:
-        url: Its base address, up to and with ``/v1``.
-        model: The name of the model there.
-        key_variable: The environment variable that holds the key; it is never stored.
+        url: Its base address, up to and including ``/v1``.
+        model: The service's name of the model.
+        key_variable: The environment variable that holds the key; the key is never stored.
         max_tokens: Length of the answer.
-        attempts: How often to try while the service is busy or unreachable.
+        attempts: Number of attempts while the service is busy or unreachable.
         timeout: Seconds to wait for one answer.
     """
 
@@ -57,51 +57,40 @@ class Endpoint:
         """Answer one question at temperature 0.
 
         Raises:
-            JudgeError: The service refuses, or stays busy.
+            JudgeError: The service refuses the request, or stays busy.
         """
         import httpx
 
         key = os.environ.get(self.key_variable)
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
-        said = "no answer"
+        messages = [{"role": "user", "content": question}]
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        address, problem = f"{self.url.rstrip('/')}/chat/completions", "no answer"
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(min(2.0**attempt, 30.0) / 4)
             try:
-                got = httpx.post(
-                    f"{self.url.rstrip('/')}/chat/completions",
-                    json=body,
-                    headers={"Authorization": f"Bearer {key}"} if key else {},
-                    timeout=self.timeout,
-                )
+                response = httpx.post(address, json=body, headers=headers, timeout=self.timeout)
             except httpx.HTTPError as error:
-                said = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}"
                 continue
-            if got.status_code == 200:
+            status, text = response.status_code, response.text[:200]
+            if status == 200:
                 try:
-                    return str(got.json()["choices"][0]["message"]["content"])
+                    return str(response.json()["choices"][0]["message"]["content"])
                 except (ValueError, LookupError, TypeError) as error:
-                    raise JudgeError(
-                        f"{self.url}: answered something else than a chat completion: {got.text[:200]}"
-                    ) from error
-            said = f"status {got.status_code}: {got.text[:200]}"
-            if got.status_code in (401, 403):
-                raise JudgeError(f"{self.url}: {said}; put a valid key into {self.key_variable}")
-            if got.status_code not in (408, 409, 425, 429) and got.status_code < 500:
-                raise JudgeError(f"{self.url}: {said}; check the address and the model's name {self.model!r}")
-        raise JudgeError(
-            f"{self.url}: {said}, after {self.attempts} attempts; what was answered before is kept, try again"
-        )
+                    raise JudgeError(f"{self.url}: answered something else than a chat completion: {text}") from error
+            problem = f"status {status}: {text}"
+            if status in (401, 403):
+                raise JudgeError(f"{self.url}: {problem}; put a valid key into {self.key_variable}")
+            if status not in (408, 409, 425, 429) and status < 500:
+                raise JudgeError(f"{self.url}: {problem}; check the address and the model's name {self.model!r}")
+        raise JudgeError(f"{self.url}: {problem}, after {self.attempts} attempts; earlier answers are kept, try again")
 
 
 @dataclass(frozen=True, eq=False)
 class LocalModel:
-    """A hooked model as a judge; instruction-tuned models follow the question's form better.
+    """A hooked model as a judge; instruction-tuned models keep to the answer's form better.
 
     Args:
         model: A TransformerLens model.
@@ -123,36 +112,35 @@ class LocalModel:
 
 
 class Transcript:
-    """Answers that were given, by question: kept in a file of JSON lines as they come.
+    """Recorded answers by question, appended to a file of JSON lines as they come.
 
-    A judge with a transcript asks no question twice: an interrupted run goes on, and a finished one can be
-    repeated without the judge.
+    A judge with a transcript asks no question twice: an interrupted run resumes, and a finished run can be repeated
+    without the judge.
 
     Args:
-        path: The file; it is made when the first answer comes. None keeps answers in memory.
-        name: Name of the judge whose answers they are, where the file does not say.
+        path: The file, created with the first answer. None keeps answers in memory.
+        name: Name of the judge that answered, for a file without answers.
     """
 
     def __init__(self, path: str | Path | None = None, *, name: str = "transcript") -> None:
         self.path = None if path is None else Path(path)
         self._name = name
         self._answers: dict[str, str] = {}
-        if self.path is not None and self.path.is_file():
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
-                if not line:
-                    continue
-                try:
+        text = self.path.read_text(encoding="utf-8") if self.path is not None and self.path.is_file() else ""
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                if line:
                     row = json.loads(line)
                     self._answers[_key(row["judge"], row["question"])] = row["answer"]
                     self._name = row["judge"]
-                except (ValueError, LookupError, TypeError):
-                    raise JudgeError(
-                        f"{self.path}, line {number}: is not a row of a transcript; remove the line to ask that question again"
-                    ) from None
+            except (ValueError, LookupError, TypeError):
+                raise JudgeError(
+                    f"{self.path}, line {number}: is not a row of a transcript; remove the line to ask that question again"
+                ) from None
 
     @property
     def name(self) -> str:
-        """The judge whose answers these are."""
+        """The name of the judge that answered."""
         return self._name
 
     def recorded(self, judge: str, question: str) -> str | None:
@@ -160,30 +148,29 @@ class Transcript:
         return self._answers.get(_key(judge, question))
 
     def answer(self, question: str) -> str:
-        """Return the recorded answer, or ask and record it.
+        """Return the recorded answer.
 
         Raises:
-            JudgeError: The question was not asked.
+            JudgeError: There is none.
         """
-        found = self.recorded(self._name, question)
-        if found is None:
+        answer = self.recorded(self._name, question)
+        if answer is None:
             raise JudgeError(
                 f"transcript {self.path or 'in memory'}: has no answer of {self._name} to {question[:80]!r}"
             )
-        return found
+        return answer
 
     def add(self, judge: str, question: str, answer: str) -> None:
-        """Keep an answer, unless it is there already."""
+        """Record an answer, unless it is recorded already."""
         if self.recorded(judge, question) == answer:
             return
         self._name = judge
         self._answers[_key(judge, question)] = answer
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            row = json.dumps({"judge": judge, "question": question, "answer": answer}, ensure_ascii=False)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"judge": judge, "question": question, "answer": answer}, ensure_ascii=False) + "\n"
-                )
+                file.write(row + "\n")
 
 
 def _key(judge: str, question: str) -> str:

@@ -1,4 +1,4 @@
-"""A language model as the judge of texts."""
+"""A language model as a judge of texts."""
 
 import re
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ Reply with one whole number from {low} (not at all) to {high} (as strongly as po
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A language model that rates each text; the first number of its answer that is on the scale is the score.
+    """A language model that rates each text; its answer's first number on the scale is the score.
 
-    Its question, its name and its raw answers are kept in results (`record`, `raw`).
+    Results keep its question, its name and its raw answers (`record`, `raw`).
 
     Args:
-        chat: Who is asked: `Endpoint`, `LocalModel`, or a `Transcript`.
-        behaviour: What to look for, in words.
+        chat: The judge: an `Endpoint`, a `LocalModel`, or a `Transcript`.
+        behaviour: The behaviour to rate, in words.
         scale: Lowest and highest score.
         question: The question, with the fields ``{behaviour}``, ``{prompt}``, ``{text}``, ``{low}`` and ``{high}``.
-        transcript: Where answers are kept, so that none is asked for twice.
+        transcript: The record of answers, so that no question is asked twice.
         threads: Questions at a time, for a service.
     """
 
@@ -42,19 +42,15 @@ class Judge:
     threads: int = 4
 
     def record(self) -> dict[str, Any]:
-        """How the judge was asked, as plain JSON values."""
-        return {
-            "judge": self.chat.name,
-            "behaviour": self.behaviour,
-            "scale": list(self.scale),
-            "question": self.question,
-        }
+        """Return how the judge was asked, as plain JSON values."""
+        settings = {"behaviour": self.behaviour, "scale": list(self.scale), "question": self.question}
+        return {"judge": self.chat.name} | settings
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """Return the judge's number for each text.
+        """Ask for the score of each text.
 
         Raises:
-            JudgeError: An answer has no number on the scale; all answers are kept in the transcript.
+            JudgeError: An answer has no number on the scale; the transcript keeps all answers.
         """
         answers = self.raw(prompts, texts)
         scores = [self._read(answer) for answer in answers]
@@ -67,15 +63,10 @@ class Judge:
         return [score for score in scores if score is not None]
 
     def raw(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
-        """Return the judge's answer about each text, word for word."""
+        """Ask for the judge's answer about each text, word for word."""
+        settings = {"behaviour": self.behaviour, "low": f"{self.scale[0]:g}", "high": f"{self.scale[1]:g}"}
         questions = [
-            self.question.format(
-                behaviour=self.behaviour,
-                prompt=prompt.content,
-                text=text,
-                low=f"{self.scale[0]:g}",
-                high=f"{self.scale[1]:g}",
-            )
+            self.question.format(prompt=prompt.content, text=text, **settings)
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         name = self.chat.name
@@ -85,7 +76,7 @@ class Judge:
             try:
                 for done in as_completed(asked):
                     self.transcript.add(name, asked[done], done.result())
-            finally:  # after an error no more questions are asked; what was answered is kept
+            finally:  # after an error no more questions are asked, and answers that have come are recorded
                 pool.shutdown(cancel_futures=True)
                 for done, question in asked.items():
                     if done.done() and not done.cancelled() and done.exception() is None:
@@ -94,9 +85,8 @@ class Judge:
 
     def _read(self, answer: str) -> float | None:
         low, high = (re.escape(f"{end:g}") for end in self.scale)
-        # "Rating (0-5): 4" and "4 out of 5" say the scale again.
-        said = re.sub(rf"(?<![\w.]){low}\s*(?:-|–|to|and)\s*{high}(?![\w.]*\d)|(?:/|out of)\s*{high}\b", " ", answer)
-        for found in re.findall(r"(?<![\w.,])-?\d+(?:\.\d+)?(?!,?\d)", said):
-            if self.scale[0] <= float(found) <= self.scale[1]:
-                return float(found)
-        return None
+        """Find the score in an answer."""
+        # "Rating (0-5): 4" and "4 out of 5" repeat the scale.
+        bare = re.sub(rf"(?<![\w.]){low}\s*(?:-|–|to|and)\s*{high}(?![\w.]*\d)|(?:/|out of)\s*{high}\b", " ", answer)
+        numbers = map(float, re.findall(r"(?<![\w.,])-?\d+(?:\.\d+)?(?!,?\d)", bare))
+        return next((number for number in numbers if self.scale[0] <= number <= self.scale[1]), None)

@@ -1,4 +1,4 @@
-"""Tell refusals from answers by a classifier with a known accuracy."""
+"""A classifier of refusals with a measured accuracy."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from xmodel_steer.files.wheels import shipped
 class RefusalClassifier:
     """Probability that a text refuses: logistic regression on its sentence embedding.
 
-    Trained by ``benchmarks/refusal_scorers.py`` on answers that people have judged (PyRIT's refusal labels, MIT) and on
-    CAA's pairs of refusing and complying answers. The script also measures it and `RefusalPhrases` on the judged
-    answers, the classifier on requests that it was not trained on; `accuracy` has what was found.
+    ``benchmarks/refusal_scorers.py`` trains it on answers labelled by people (PyRIT's refusal labels, MIT) and on CAA's
+    pairs of refusing and complying answers. The script also measures it and `RefusalPhrases` on the labelled answers,
+    this classifier on requests that it was not trained on. `accuracy` holds the measurements.
 
     Args:
-        threshold: Give 1 or 0 by this probability; None gives the probability.
+        threshold: Score 1 above this probability, else 0; with None, the score is the probability.
     """
 
     threshold: float | None = 0.5
@@ -33,9 +33,9 @@ class RefusalClassifier:
         return _refusal_model()["accuracy"]
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """One number for each text; the prompts are not read."""
-        made = _refusal_model()
-        logits = embed([beginning(text) for text in texts]) @ np.array(made["weights"]) + made["bias"]
+        """Score each text; the prompts are not read."""
+        model = _refusal_model()
+        logits = embed([beginning(text) for text in texts]) @ np.array(model["weights"]) + model["bias"]
         p = 1 / (1 + np.exp(-logits))
         return (p if self.threshold is None else (p > self.threshold).astype(float)).tolist()
 

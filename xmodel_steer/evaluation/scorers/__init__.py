@@ -1,8 +1,7 @@
 """Scorers: a number for each generated text, from the text alone.
 
-A scorer is any function from a text to a number; one that needs the prompt, or sees many texts at once,
-is a `TextScorer`. Scorers that call a model or a program are in
-`xmodel_steer.evaluation.judges`.
+A scorer is a function from a text to a number, or a `TextScorer`, which sees the prompts and many texts at once.
+Scorers that call a model or a program are in `xmodel_steer.evaluation.judges`.
 """
 
 from xmodel_steer.evaluation.scorers.answers import ExactAnswer as ExactAnswer

@@ -1,4 +1,4 @@
-"""Scorers that compare a text with the answer that is due."""
+"""Scorers that compare a text with an expected answer."""
 
 import re
 import string
@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.evaluation.scorers.text import entries_of
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalised(text: str) -> str:
-    """Lower case without punctuation, articles and surplus white space (SQuAD: Rajpurkar et al. 2016, arXiv 1606.05250).
+    """Normalise case, punctuation, articles and white space (SQuAD: Rajpurkar et al. 2016, arXiv 1606.05250).
 
-    Of what would leave nothing, such as the letter A or a sign, only case and white space are taken away. The point of 3.14 and the sign of
-    -5 are punctuation too.
+    A text that would become empty, such as the letter A or a sign, keeps its punctuation and articles. The point of
+    3.14 and the sign of -5 count as punctuation.
 
     Example:
         >>> normalised(" The  answer, is: Paris. "), normalised("A")
@@ -31,35 +32,30 @@ def _squad(text: str) -> str:
 
 @dataclass(frozen=True)
 class ExactAnswer:
-    """1 when the first line of the text is one of the prompt's right answers, else 0; both normalised as in SQuAD.
+    """A score of 1 if the text's first line is a right answer, else 0; both normalised as in SQuAD.
 
     Args:
-        answers: The right answers of each prompt, by its id.
-        anywhere: An answer counts wherever its words stand in the whole text.
+        answers: The right answers to each prompt, by its id.
+        anywhere: Accept an answer anywhere in the whole text.
     """
 
     answers: Mapping[str, tuple[str, ...]]
     anywhere: bool = False
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """1 or 0 for each text.
+        """Score each text 1 or 0.
 
         Raises:
-            ValueError: A prompt has no answers, or one that is to count anywhere is an article or a sign alone.
+            ValueError: A prompt has no answers, or with ``anywhere`` an answer is only an article or a sign.
         """
-        missing = [prompt.id for prompt in prompts if not self.answers.get(prompt.id)]
-        if missing:
+        answers = entries_of(self.answers, prompts, "ExactAnswer", "answers")
+        bare = [answer for listed in answers for answer in listed if not _squad(answer)]
+        if self.anywhere and bare:
             raise ValueError(
-                f"ExactAnswer: there is no answer for {', '.join(missing[:5])}; give answers={{prompt.id: (...)}}"
+                f"ExactAnswer: {bare[0]!r} is an article or a sign, which cannot be told anywhere in a text; "
+                "use anywhere=False, or Matches(...)"
             )
-        if self.anywhere:
-            for answer in (answer for prompt in prompts for answer in self.answers[prompt.id]):
-                if not _squad(answer):
-                    raise ValueError(
-                        f"ExactAnswer: {answer!r} is an article or a sign, which cannot be told anywhere in a text; "
-                        "use anywhere=False, or Matches(...)"
-                    )
-        return [self._one(text, self.answers[prompt.id]) for prompt, text in zip(prompts, texts, strict=True)]
+        return [self._one(text, listed) for listed, text in zip(answers, texts, strict=True)]
 
     def _one(self, text: str, answers: Sequence[str]) -> float:
         right = [normalised(answer) for answer in answers]
@@ -71,13 +67,13 @@ class ExactAnswer:
 
 @dataclass(frozen=True)
 class SameTokens:
-    """Share of a text's tokens that stand at their place in a reference too, counted over the longer of the two.
+    """Share of a text's tokens equal to the reference's at the same index, over the longer of both.
 
-    1 for the same text. Of two greedy texts it says how far they run together: a ruined repair has 0, where a rate of
-    "the behaviour is gone" has 1.
+    The same text scores 1. The score shows how far two greedy texts agree: a ruined repair scores 0, where the rate
+    of "the behaviour is gone" is 1.
 
     Args:
-        references: The text to compare with, for each prompt by its id.
+        references: The text to compare with for each prompt, by its id.
         tokenizer: A Hugging Face tokenizer.
     """
 
@@ -85,19 +81,15 @@ class SameTokens:
     tokenizer: Any = field(repr=False)
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """Return the share for each text.
+        """Compute the share for each text.
 
         Raises:
             ValueError: A prompt has no reference.
         """
-        missing = [prompt.id for prompt in prompts if prompt.id not in self.references]
-        if missing:
-            raise ValueError(
-                f"SameTokens: there is no reference for {', '.join(missing[:5])}; give references={{prompt.id: text}}"
-            )
-        return [self._share(text, self.references[p.id]) for p, text in zip(prompts, texts, strict=True)]
+        references = entries_of(self.references, prompts, "SameTokens", "references")
+        return [self._share(text, reference) for text, reference in zip(texts, references, strict=True)]
 
     def _share(self, text: str, other: str) -> float:
-        ours, theirs = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other))
-        longer = max(len(ours), len(theirs))
-        return sum(a == b for a, b in zip(ours, theirs, strict=False)) / longer if longer else 1.0
+        ids, other_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other))
+        longer = max(len(ids), len(other_ids))
+        return sum(a == b for a, b in zip(ids, other_ids, strict=False)) / longer if longer else 1.0

@@ -1,23 +1,18 @@
-"""Which language a text is written in, by its function words."""
+"""The language of a text, told by its function words."""
 
+import json
 from dataclasses import dataclass
 
 from xmodel_steer.evaluation.scorers.phrases import words
+from xmodel_steer.files.wheels import shipped
 
-# Frequent function words of each language. A word that several of them have counts for each.
-FUNCTION_WORDS = {
-    "english": "the and of to that with his they this have from were she which would there been their you it for not are but",
-    "french": "le les des une dans qui pour pas au avec sont ce cette aux elle nous vous ils être ses comme et est du que il mais",
-    "german": "der die und ist nicht ein eine mit sich auf dem den von zu auch wie aus bei nach wird sind oder ich wir das",
-    "spanish": "el los las más pero fue sus ya todo esta muy sin hasta donde y lo cuando porque había también hay con una que por para como su del se",
-    "italian": "gli che di per sono della nel alla anche dei delle questo ma più suo stato dal è degli ho una con del su il lo",
-    "portuguese": "os uma não em ao dos pelo são foi seu já ser muito nos está isso ele às eu antes que por para como mais das se",
-}
+#: Frequent function words of each language. A word of several languages counts for each.
+FUNCTION_WORDS = {name: frozenset(text.split()) for name, text in json.loads(shipped("function_words.json")).items()}
 
 
 @dataclass(frozen=True)
 class Language:
-    """1 when the text's function words are most often those of a language, else 0.
+    """A score of 1 if the text's function words are mostly of one language, else 0.
 
     Args:
         language: One of `FUNCTION_WORDS`.
@@ -37,8 +32,8 @@ class Language:
             raise ValueError(f"Language: {self.language!r} is not one of {', '.join(FUNCTION_WORDS)}")
 
     def __call__(self, text: str) -> float:
-        """1 or 0 for one text; 0 where two languages tie."""
-        found = words(text)
-        counts = {name: sum(w in set(own.split()) for w in found) for name, own in FUNCTION_WORDS.items()}
-        best = max(counts.values())
-        return float(best > 0 and counts[self.language] == best and list(counts.values()).count(best) == 1)
+        """Score one text 1 or 0; a tie of two languages scores 0."""
+        spoken = words(text)
+        counts = {name: sum(word in listed for word in spoken) for name, listed in FUNCTION_WORDS.items()}
+        rival = max(count for name, count in counts.items() if name != self.language)
+        return float(counts[self.language] > rival)

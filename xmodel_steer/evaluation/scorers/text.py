@@ -1,7 +1,7 @@
-"""Score generated texts one by one."""
+"""The interface of scorers of generated texts."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -13,24 +13,39 @@ class TextScorer(Protocol):
     """A scorer that sees the prompts, or many texts at once."""
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
-        """Score each text, which continues the prompt of the same place."""
+        """Score each text, which continues the prompt of the same index."""
         ...
 
 
 @runtime_checkable
 class Explained(TextScorer, Protocol):
-    """A scorer that has more to say about each text than a number, such as a judge's answer."""
+    """A scorer that also returns words about each text, such as a judge's answer."""
 
     def raw(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[str]:
         """Return the words behind the score of each text."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """How it was asked, as plain JSON values."""
+        """Return how the scorer was asked, as plain JSON values."""
         ...
 
 
+T = TypeVar("T")
 Scorer = Callable[[str], float] | TextScorer
+
+
+def entries_of(entries: Mapping[str, T], prompts: Sequence[Prompt], what: str, field: str) -> list[T]:
+    """Look up each prompt's entry by the prompt's id.
+
+    Raises:
+        ValueError: A prompt has none, or an empty list.
+    """
+    missing = [prompt.id for prompt in prompts if entries.get(prompt.id) in (None, (), [])]
+    if missing:
+        raise ValueError(
+            f"{what}: there is no {field[:-1]} for {', '.join(missing[:5])}; give {field}={{prompt.id: ...}}"
+        )
+    return [entries[prompt.id] for prompt in prompts]
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str], prompts: Sequence[Prompt] = ()) -> np.ndarray:
@@ -39,7 +54,7 @@ def score_texts(scorer: Scorer, texts: Sequence[str], prompts: Sequence[Prompt] 
     Args:
         scorer: A function from a text to a number, or a `TextScorer`.
         texts: The texts.
-        prompts: What each of them continues; a function needs none.
+        prompts: The prompt that each text continues; a function needs none.
 
     Raises:
         ValueError: The scorer returned something that is not a finite number for each text.
