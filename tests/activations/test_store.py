@@ -456,7 +456,7 @@ def test_a_text_that_is_none_is_found_before_the_model_runs(llama, tmp_path, mon
 def test_a_folder_of_other_things_is_left_alone(llama, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="is not empty and not a store"):
+    with pytest.raises(ArtifactError, match="exists and holds something else, no ActivationStore"):
         harvest(llama.model, DOCUMENTS, tmp_path, end="source", sites=[Site(0)], **SETTINGS)
     with pytest.raises(ArtifactError, match=r"is not a store of activations; make one with xs.harvest"):
         ActivationStore(tmp_path)

@@ -15,6 +15,7 @@ from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.core.inputs import as_prompts, items_of
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
 from xmodel_steer.core.spaces import Site, Sites
+from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.models.facts import context_length, dtype_of, name_of, revision_of, tokenizer_of
 from xmodel_steer.models.sites import sites_of, space_of
@@ -128,11 +129,8 @@ def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, se
 
 def _open_end(place: Path, record: Mapping[str, Any]) -> None:
     """Begin an end of a store, or find the same one begun."""
-    file = place / "end.json"
+    file = claim(place, "ActivationStore") / "end.json"
     if not file.is_file():
-        # What begins with a dot is a scratch file of a job that was killed.
-        if place.exists() and any(not f.name.startswith(".") for f in place.iterdir()):
-            raise ArtifactError(f"{place}: is not empty and not a store; choose another folder, nothing was written")
         write_atomically(file, dump_json(record, file, indent=1))
         return
     known = read_record(file)

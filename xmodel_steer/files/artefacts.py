@@ -13,7 +13,8 @@ from torch import Tensor
 from xmodel_steer.core.errors import ArtifactError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.files.records import read_header, read_tensors, write_tensors
+from xmodel_steer.files.claiming import claim
+from xmodel_steer.files.records import read_tensors, write_tensors
 from xmodel_steer.maps.affine import AffineMap, Map, MapScore
 from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.curves import DataCurve
@@ -38,33 +39,13 @@ def save_artefact(value: SteeringVector | Map | Moments | LayerGrid | DataCurve,
         raise TypeError(
             f"save: cannot save {type(value).__name__}; vectors, maps, moments, grids, curves and results can be saved"
         )
-    require_place(path, type(value))
-    write_tensors(path, type(value).__name__, tensors, record)
+    write_tensors(claim(path, type(value).__name__), type(value).__name__, tensors, record)
     return path
 
 
-_MAPS = {"AffineMap", "AutoencoderMap"}
-
-
 def require_place(path: Path, kind: type) -> None:
-    """Refuse a file that may not be written, or be replaced by one of this kind.
-
-    Raises:
-        ArtifactError: It is a folder, or holds something else.
-    """
-    name = kind.__name__
-    if path.is_dir():
-        raise ArtifactError(f"{path}: is a folder; give a file name such as {path / f'{name.lower()}.safetensors'}")
-    if path.exists() and (there := _kind_of(path)) not in (_MAPS if name in _MAPS else {name}):
-        raise ArtifactError(f"{path}: exists and holds {there or 'something else'}, no {name}; choose another name")
-
-
-def _kind_of(path: Path) -> str | None:
-    """Read what kind a file holds; None for foreign or damaged ones."""
-    try:
-        return read_header(path)["kind"]
-    except (ArtifactError, KeyError):
-        return None
+    """Refuse a file that may not be written; see `claim`."""
+    claim(path, kind.__name__)
 
 
 def read_artefact(path: Path) -> Any:
