@@ -36,7 +36,7 @@ def base_named_by(adapter: Path) -> str:
 def with_adapter(
     path: str,
     adapter: Path,
-    device: torch.device,
+    device: torch.device | None,
     dtype: torch.dtype,
     device_map: str | dict[str, Any] | None,
     revision: str | None,
@@ -70,7 +70,7 @@ def with_adapter(
     merged = adapted(hf, adapter).merge_and_unload()
     for parameter in merged.parameters():  # the buffers stay float32
         parameter.data = parameter.data.to(dtype)
-    return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
+    return merged if device is None else merged.to(device), own.hexdigest()[:16]
 
 
 def adapted(hf: Any, adapter: Path) -> Any:

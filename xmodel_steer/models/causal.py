@@ -13,8 +13,12 @@ from xmodel_steer.models.facts import device_of, name_of
 from xmodel_steer.models.passes import forward
 
 
-def causal_class(label: str, path: str, revision: str | None) -> Any:
+def causal_class(label: str, config: Any) -> Any:
     """Find the class of transformers for a causal model that TransformerLens hooks.
+
+    Args:
+        label: The model's name, for messages.
+        config: Its configuration, which names its architectures.
 
     Raises:
         ModelError: It is not; names its architecture. No weights are read to find out.
@@ -26,7 +30,6 @@ def causal_class(label: str, path: str, revision: str | None) -> Any:
     )
     from transformer_lens.utilities.architectures import classify_architecture
 
-    config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     named = list(getattr(config, "architectures", None) or [type(config).__name__])
     hooked, unknown = "", None
     try:

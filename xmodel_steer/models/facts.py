@@ -50,9 +50,10 @@ def require_hooked(model: Any) -> None:
         ModelError: Says what came.
     """
     if not isinstance(model, HookedModel):
+        way = "model, tokenizer=tokenizer" if hasattr(model, "get_input_embeddings") else "name"
         raise ModelError(
             f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
-            "load it with xs.load(name)"
+            f"load it with xs.load({way})"
         )
 
 
