@@ -247,7 +247,7 @@ def test_long_texts_are_cut_at_either_side(llama, gemma, side):
     [
         (dict(texts=[]), PromptError, "no texts were given"),
         (dict(texts=iter(())), PromptError, "no texts were given"),
-        (dict(texts="one text"), PromptError, r"for a single one, \[text\]"),
+        (dict(texts="one text"), PromptError, r"for a single one, \[prompt\]"),
         (dict(texts=["Call me", ""]), PromptError, "the text is empty"),
         (dict(max_tokens=CONTEXT + 1), ModelError, f"max_tokens {CONTEXT + 1} is over the context of llama"),
         (dict(target_sites=[]), ValueError, "at least one source site and one target site"),

@@ -176,7 +176,7 @@ def test_a_long_prompt_is_cut_only_when_asked(toy):
 
 
 def test_a_prompt_of_specials_only_has_no_content(gemma):
-    with pytest.raises(PromptError, match="no token besides special ones and text position 0"):
+    with pytest.raises(PromptError, match="no token other than special ones and text position 0"):
         capture(gemma.model, ["<bos>"], [Site(0)], tokens="all")
 
 

@@ -431,7 +431,7 @@ def test_nan_is_refused_before_it_is_written(llama, tmp_path):
     "change, error, says",
     [
         (dict(texts=[]), PromptError, "no texts were given"),
-        (dict(texts="one"), PromptError, r"for a single one, \[text\]"),
+        (dict(texts="one"), PromptError, r"for a single one, \[prompt\]"),
         (dict(end="middle"), ValueError, "end must be 'source' or 'target'"),
         (dict(sites=[]), ValueError, "at least one site"),
         (dict(dtype="float16"), ValueError, "float16 overflows"),

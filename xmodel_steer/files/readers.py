@@ -1,4 +1,4 @@
-"""Contrast sets and corpora from files."""
+"""Readers of contrast sets and corpora."""
 
 import csv
 import gzip
@@ -130,10 +130,10 @@ def _prompt_of(numbered: tuple[int, dict[str, Any]]) -> Prompt:
 
 def _text(path: Path) -> str:
     try:
-        there = path.is_file()
+        exists = path.is_file()
     except OSError:  # a name that is too long: a text
-        there = False
-    if not there:
+        exists = False
+    if not exists:
         raise PromptError(f"{str(path)[:200]}: no such file; for a text instead of a file, [text]")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -143,9 +143,7 @@ def _text(path: Path) -> str:
 
 
 def rows_of_file(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a ``.jsonl`` or ``.csv`` file as dictionaries.
-
-    It may be gzipped.
+    """Read the rows of a ``.jsonl`` or ``.csv`` file, also gzipped, as dictionaries.
 
     Raises:
         PromptError: The file is missing, of another kind, or damaged.

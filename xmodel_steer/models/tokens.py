@@ -8,6 +8,7 @@ from typing import Any
 from xmodel_steer.core.alignment import TokenEnds
 from xmodel_steer.core.errors import PromptError, PromptWarning
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.models.arguments import require_counts, require_side
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,11 @@ def tokenise(
     Raises:
         PromptError: A prompt is longer than the context, or gives no tokens.
     """
+    require_side(truncation_side=truncation_side)
+    if max_tokens is not None:
+        require_counts(max_tokens=max_tokens)
     special = special_ids(tokenizer)
     opening = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    if truncation_side not in ("left", "right"):
-        raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     encoded = []
     for prompt in prompts:
         rendered = prompt.render(tokenizer)
