@@ -327,6 +327,6 @@ def test_one_warning_of_messages_that_a_template_strips_for_all_documents(llama,
     monkeypatch.setattr(llama.tokenizer, "chat_template", strips)
     thought = [[{"role": "user", "content": f"<think>{i}</think>{text[:20]}"}] for i, text in enumerate(DOCUMENTS * 3)]
     assert len(thought) > window_size(20)
-    with pytest.warns(PromptWarning, match=r"the chat template of llama .*, and those of other prompts") as caught:
+    with pytest.warns(PromptWarning, match=r"the chat template of llama .*, and messages of other prompts") as caught:
         collected(llama, llama, [*DOCUMENTS, *thought], max_tokens=20)
     assert len(caught) == 2  # one for each of the two models

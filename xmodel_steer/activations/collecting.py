@@ -38,7 +38,7 @@ def require_shard(shard: tuple[int, int], what: str) -> tuple[int, int]:
 
 
 def documents_of(texts: Prompts, what: str) -> Prompts:
-    """Return a list's documents as prompts, and another iterable as it is, to be read once.
+    """Return a list's documents as prompts, another iterable as it is.
 
     Raises:
         PromptError: The texts are no list, or one cannot be a prompt.

@@ -39,7 +39,7 @@ def harvest(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> "ActivationStore":
-    """Write one model's activations over general text to a store, a shard at a time.
+    """Write one model's activations over general text to a store, shard by shard.
 
     After an interruption the same call continues after the last whole shard, and ends with the same
     bits. Only rows that can pair are kept: no special tokens, no text position 0.

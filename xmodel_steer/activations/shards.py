@@ -32,7 +32,7 @@ def hash_of(text: str) -> str:
 
 
 def unnamed(value: Any) -> Any:
-    """Drop the names of models from a record: one model may be loaded by several names."""
+    """Drop names of models from a record, since one model may have several."""
     if isinstance(value, list):
         return [unnamed(item) for item in value]
     return {key: item for key, item in value.items() if key != "model"} if isinstance(value, dict) else value
@@ -94,7 +94,7 @@ def _checksum(tensor: Tensor) -> str:
 
 @lru_cache(maxsize=64)
 def _opened(file: Path, modified: int) -> Any:
-    """Map a shard's file into memory; 64 stay open, because documents are read in any order."""
+    """Map a shard's file into memory; keep 64 open for reads in any order."""
     return safe_open(str(file), framework="pt")
 
 
@@ -148,7 +148,7 @@ class Shard:
 
 @lru_cache(maxsize=64)
 def align_documents(source: Shard, target: Shard) -> list[Alignment]:
-    """Pair the rows of each document; not all pairings are kept, because texts outgrow memory."""
+    """Pair the rows of each document; few pairings are cached: texts outgrow memory."""
     return [align(TokenEnds(a), TokenEnds(b)) for a, b in zip(source.keys(), target.keys(), strict=True)]
 
 

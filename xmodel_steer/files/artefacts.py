@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 def save_artefact(value: SteeringVector | Map | Moments | LayerGrid | DataCurve, path: Path) -> Path:
-    """Write a vector, a map, moments, a grid or a curve to a ``.safetensors`` file; see `save`."""
+    """Write a vector, map, moments, grid or curve to a ``.safetensors`` file; see `save`."""
     kind = type(value).__name__
     if kind not in _KINDS:
         raise TypeError(f"save: cannot save {kind}; vectors, maps, moments, grids, curves and results can be saved")

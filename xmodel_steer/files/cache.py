@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether every file of a cached folder still has the hash that it was written with."""
+    """Tell whether every file of a cached folder has its recorded hash."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return all(sha256_of(folder / name) == digest for name, digest in files.items())

@@ -1,4 +1,4 @@
-"""Claims on a place: may this be written here, and will it work?"""
+"""Claims on places: checks before the work that its result may be written."""
 
 import tempfile
 from collections.abc import Collection
@@ -55,7 +55,7 @@ def claim(path: str | Path, kind: str, *, also: Collection[str] = ()) -> Path:
 
 
 def _is_free(path: Path, kind: str, also: Collection[str]) -> bool:
-    """Tell whether nothing is at a path, or a folder with scratch files at most."""
+    """Tell whether a path is free, or a folder with scratch files at most."""
     if kind not in FOLDERS or not path.is_dir():
         return not path.exists()
     # A name that begins with a dot is a scratch file of a job that was killed.
@@ -63,10 +63,10 @@ def _is_free(path: Path, kind: str, also: Collection[str]) -> bool:
 
 
 def kind_at(path: Path, kind: str) -> str | None:
-    """Read the kind of a record where one of this kind would be; None for foreign or damaged ones."""
+    """Read the kind of the record at a path; None for a foreign or damaged one."""
     try:
         record = read_record(path / FOLDERS[kind]) if kind in FOLDERS else read_header(path)
     except (ArtifactError, OSError):
         return None
-    found = record.get("kind")
-    return found if isinstance(found, str) else None
+    there = record.get("kind")
+    return there if isinstance(there, str) else None

@@ -69,7 +69,7 @@ _PROMPTS = {"text", "prompt", "messages"}
 
 
 def _renamed(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rename columns; refuse one that a row lacks, or a name that means nothing here."""
+    """Rename columns; refuse missing ones and unknown new names."""
     known = [*PAIRS[0], *sorted(_PROMPTS), "label"]
     if unknown := [name for name in columns.values() if name not in known]:
         raise PromptError(f"columns: {unknown[0]!r} is none of {', '.join(known)}; give {{your column: one of these}}")
@@ -89,10 +89,10 @@ def _names(rows: list[dict[str, Any]]) -> str:
 
 
 def read_prompts(source: Any, *, columns: Mapping[str, str] | None = None) -> tuple[Prompt, ...]:
-    """Read prompts or documents from a ``.jsonl`` (also gzipped), ``.csv`` or ``.txt`` file, or from rows.
+    """Read prompts or documents from a ``.jsonl``, ``.csv`` or ``.txt`` file, or from rows.
 
     JSONL and CSV rows have a ``text``, ``prompt`` or ``messages`` column; a text file has one
-    document per paragraph (paragraphs are separated by blank lines).
+    document per paragraph (paragraphs are separated by blank lines). JSONL and CSV may be gzipped.
 
     Args:
         source: A path, or what `as_prompts` takes: a list of strings, of chats or of rows, a pandas series or

@@ -59,7 +59,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a scratch name, and rename it when it is on the disk."""
+    """Write a file under a scratch name; rename it once it is on disk."""
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def disk_trouble(path: Path, error: OSError | SafetensorError) -> str:
 
 
 def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
-    """Return a record as strict JSON, whatever its numbers are, so that finished work can be saved.
+    """Return a record as strict JSON, whatever its numbers are.
 
     A number that is NaN or infinite becomes null. The record then gets a list ``undefined`` with the place and the value of each
     such number, and the reason where an estimate gives one; `parse_record` restores it. A value that JSON lacks is written

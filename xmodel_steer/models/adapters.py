@@ -41,7 +41,7 @@ def with_adapter(
     device_map: str | dict[str, Any] | None,
     revision: str | None,
 ) -> tuple[Any, str]:
-    """Merge an adapter into its base model in float32, then round; return both model and fingerprint."""
+    """Merge an adapter into its base in float32, then round; return model and fingerprint."""
     from transformers import AutoModelForCausalLM
 
     weights = adapter / "adapter_model.safetensors"

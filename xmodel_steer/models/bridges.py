@@ -46,9 +46,9 @@ _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyD
 
 @contextmanager
 def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
-    """Replace the components of unhooked blocks by the Hugging Face model's parts while the block runs.
+    """Exchange components of unhooked blocks for the Hugging Face model's parts.
 
-    A bridge that was not prepared stays as it is. Blocks hooked only at their ends (``hook_in``, ``hook_out``:
+    They return at the end of the context. A bridge that was not prepared stays as it is. Blocks hooked only at their ends (``hook_in``, ``hook_out``:
     `resid_pre`, `resid_post`) keep their component and lose the inner ones. One thread at a time.
 
     Args:
@@ -106,7 +106,7 @@ def _free(block: _Block, whole: bool) -> tuple[_Exchange, ...]:
 
 @torch.no_grad()
 def prepare(model: Any) -> bool:
-    """Find the components of a new, unhooked bridge that passes may leave out; tell whether there are any.
+    """Find components that passes of a new bridge may leave out; tell whether any.
 
     There are none with PyTorch's fused attention, which rounds differently from the component's, and none where
     weights are offloaded.
@@ -168,6 +168,6 @@ def _blocks(model: Any) -> tuple[_Block, ...]:
 
 
 def _same_parameters(component: Any) -> bool:
-    """Tell whether component and part share their parameters; a joint matrix that was split in three is another one."""
+    """Tell whether component and part share parameters; a split joint matrix is not shared."""
     part = component.original_component
     return part is not None and {id(p) for p in component.parameters()} == {id(p) for p in part.parameters()}

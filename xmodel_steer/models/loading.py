@@ -1,4 +1,4 @@
-"""Loading models with hook points: from the hub, a folder, a GGUF file, an adapter, or the package index."""
+"""Loading of models with hook points: from the hub, a folder, a GGUF file, an adapter, the package index, or memory."""
 
 import copy
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ class _Source:
         return cls(label, label if adapter is None else f"{label} (base {start})", path, adapter)
 
     def place(self) -> AbstractContextManager[str]:
-        """Return a context with the folder or hub name that the tokenizer is loaded from."""
+        """Return a context with the folder or hub name of the tokenizer."""
         return nullcontext(self.path) if self.hf is None else saved(self.tokenizer)
 
     def published(self, revision: str | None) -> Any:
@@ -145,10 +145,10 @@ def load(
 
         bar.update()
         with source.place() as path, load_errors(source.described, path):
-            given = {"device": place} if device_map is None else {"device_map": device_map}
+            where: dict[str, Any] = {"device": place} if device_map is None else {"device_map": device_map}
             if source.hf is not None and device is None:
-                given = {}
-            hooked, plain, weights = _bridge(source, path, number, given, revision)
+                where = {}  # a model in memory stays where it is
+            hooked, plain, weights = _bridge(source, path, number, where, revision)
             bar.update()
             tokenizer = source.published(revision)
         # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
@@ -170,7 +170,7 @@ def load(
 def _bridge(
     source: _Source, path: str, dtype: torch.dtype, where: dict[str, Any], revision: str | None
 ) -> tuple[Any, Tensor | None, str]:
-    """Put hook points on a model; return it, its logits before that, and an adapter's fingerprint."""
+    """Put hook points on a model; return it, its unhooked logits, an adapter's fingerprint."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig
 
@@ -203,13 +203,11 @@ def _bridge(
             "give both one place"
         ) from error
     if source.hf is not None:
-        hooked.cfg.model_name = source.label  # not that of a folder which is gone
+        hooked.cfg.model_name = source.label  # the temporary folder is gone
     return hooked, plain[0] if plain else None, weights
 
 
-def located(
-    name: str | Path,
-) -> tuple[str, str]:
+def located(name: str | Path) -> tuple[str, str]:
     """Find a model's name and folder or hub name; fetch and convert it.
 
     Args:
@@ -243,18 +241,16 @@ def located(
     return label, label
 
 
-def require_reachable(
-    name: str | Path,
-) -> None:
-    """Find out whether a model can be had, before work begins that would be in vain without it.
+def require_reachable(name: str | Path) -> None:
+    """Refuse a model that cannot be loaded, before any work that needs it.
 
-    Fetches what is small of a hub model, its configuration and its tokenizer.
+    Of a hub model, the configuration and the tokenizer are fetched.
 
     Args:
         name: As for `load`.
 
     Raises:
-        ModelError: The name is unknown, or the hub cannot be reached or does not give the model.
+        ModelError: The name is unknown, or the hub cannot be reached or refuses the model.
         DownloadError: A packaged model cannot be downloaded.
     """
     from transformers import AutoConfig
@@ -268,9 +264,9 @@ def require_reachable(
 
 @contextmanager
 def _without_processors() -> Iterator[None]:
-    """Let TransformerLens load none of what reads images.
+    """Keep TransformerLens from loading image processors.
 
-    Where that fails, it has pip install torchvision, which may put another torch in the place of the one that is running.
+    After a failure it installs torchvision with pip, which may replace the torch that is running.
     """
     from transformers import AutoProcessor
 
@@ -286,7 +282,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """Resolve a dtype's name; ``"auto"`` is bfloat16 where the hardware multiplies it.
 
     Raises:
-        ModelError: Unknown, or float16, in which many models overflow.
+        ModelError: The name is unknown, or float16, in which many models overflow.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
@@ -302,9 +298,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _bfloat16_pays() -> bool:
-    """Whether the processor multiplies bfloat16 itself (three times as fast here); else it is slower.
+    """Tell whether the processor multiplies bfloat16 itself.
 
-    Read from the processor, not measured: the same machine must always choose the same.
+    bfloat16 is then three times as fast, else slower. The answer is read, not measured, so that a machine always chooses alike.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

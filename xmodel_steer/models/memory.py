@@ -39,7 +39,7 @@ def require_in_memory(model: Any, tokenizer: Any) -> None:
 
 
 def label_of(hf: Any) -> str:
-    """Name a Hugging Face model after the place that it came from, or after its class."""
+    """Name a Hugging Face model after its origin, or after its class."""
     place = str(getattr(hf.config, "_name_or_path", "") or "")
     return (Path(place).resolve().name if Path(place).is_dir() else place) or type(hf).__name__
 
@@ -57,18 +57,18 @@ def copied(hf: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
     stays = all(w.dtype == dtype for w in weights if w.is_floating_point())
     stays = stays and (device is None or all(w.device == device for w in weights))
     shared = {id(tensor): tensor for tensor in itertools.chain(weights, hf.buffers())} if stays else {}
-    made = copy.deepcopy(hf, shared).eval()
-    made.config.architectures = [type(hf).__name__]  # TransformerLens looks it up by that
+    hooked = copy.deepcopy(hf, shared).eval()
+    hooked.config.architectures = [type(hf).__name__]  # TransformerLens looks it up by that
     if not stays:
-        for weight in made.parameters():
+        for weight in hooked.parameters():
             weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
-        made = made if device is None else made.to(device)
-    return made
+        hooked = hooked if device is None else hooked.to(device)
+    return hooked
 
 
 @contextmanager
 def saved(tokenizer: Any) -> Iterator[str]:
-    """Keep a tokenizer in a folder while the block runs: TransformerLens loads it again, from where it came from."""
+    """Save a tokenizer in a temporary folder, from which TransformerLens loads it again."""
     with tempfile.TemporaryDirectory(prefix="xmodel-steer-") as folder:
         tokenizer.save_pretrained(folder)
         yield folder

@@ -1,4 +1,4 @@
-"""Record the residual stream during a pass."""
+"""Recording of the residual stream during a pass."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,24 +17,24 @@ from xmodel_steer.models.sites import space_of
 
 @contextmanager
 def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Inside the block, forward passes leave the residual stream at the sites in the dictionary.
+    """Record the residual stream of forward passes within the block, by site.
 
     Raises:
-        SiteError: The model has no such site; or, on leaving, a site did not fire.
+        SiteError: The model has no such site, or a site has not fired at the end of the block.
     """
-    kept: dict[Site, Tensor] = {}
+    streams: dict[Site, Tensor] = {}
 
     def hook(site: Site) -> Any:
         def read(value: Tensor, hook: Any) -> None:
-            kept[site] = value.detach()
+            streams[site] = value.detach()
 
         return read
 
     for site in sites:
-        space_of(model, site)  # refuses a layer or stream that is not there
+        space_of(model, site)  # refuses a missing layer or stream
     with model.hooks(fwd_hooks=[(site.hook_name, hook(site)) for site in sites]):
-        yield kept
-    silent = [str(site) for site in sites if site not in kept]
+        yield streams
+    silent = [str(site) for site in sites if site not in streams]
     if silent:
         raise SiteError(
             f"{name_of(model)}: {', '.join(silent)} did not fire in a forward pass; choose another stream of the block"
@@ -43,6 +43,6 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
 
 def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch tokens d"]]:
     """Read the residual stream at several sites, in one pass to the deepest."""
-    with recording(model, sites) as kept, layout(batch.rows, batch.mask.sum(-1)):
+    with recording(model, sites) as streams, layout(batch.rows, batch.mask.sum(-1)):
         forward(model, batch.ids, batch.mask, logits="none", stop_at_layer=max(site.layer for site in sites) + 1)
-    return dict(kept)
+    return dict(streams)

@@ -1,4 +1,4 @@
-"""Places in a model that can be read and written."""
+"""Sites of a model: places that can be read and written."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,19 +18,19 @@ def space_of(model: Any, site: SiteLike) -> Space:
 
     Args:
         model: A TransformerLens model.
-        site: The place in it, or a layer by its number.
+        site: The place in it, or a layer's number.
 
     Raises:
-        SiteError: The model has no such layer, or this layer no such stream. No pass is run to find out.
+        SiteError: The model lacks the layer, or the layer lacks the stream. No pass is run to find out.
     """
     facts, site = facts_of(model), as_site(site)
     if site.layer >= model.cfg.n_layers:
         raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
     points = model.hook_dict
     if site.hook_name not in points:
-        there = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
+        streams = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
         raise SiteError(
-            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(there) or 'no stream'}. "
+            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(streams) or 'no stream'}. "
             "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out: "
             "choose a stream that it has"
         )
@@ -38,29 +38,29 @@ def space_of(model: Any, site: SiteLike) -> Space:
 
 
 def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
-    """One site per layer."""
+    """List one site per layer."""
     return tuple(Site(layer, stream) for layer in range(model.cfg.n_layers))
 
 
 def sites_of(model: Any, sites: Sites | Literal["all"]) -> tuple[Site, ...]:
-    """Return the sites, or the one after every block for ``"all"``."""
+    """Return the sites; for ``"all"``, the site after every block."""
     return all_sites(model) if isinstance(sites, str) and sites == "all" else as_sites(sites)
 
 
 def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
-    """Run two tokens through the model and refuse it if a site does not fire or is misshapen.
+    """Run two tokens through a model; refuse silent or misshapen sites.
 
     Args:
         model: A TransformerLens model.
-        sites: The sites that are needed; every layer's ``resid_post`` by default.
+        sites: The sites to check; by default every layer's ``resid_post``.
 
     Raises:
-        SiteError: Names the sites that are missing or wrong, and says why.
+        SiteError: A site is missing or wrong; the message names it and says why.
     """
     wanted = tuple(sites) if sites is not None else all_sites(model)
     name = facts_of(model).name
     for site in wanted:
-        space_of(model, site)  # refuses a layer or stream that is not there
+        space_of(model, site)  # refuses a missing layer or stream
     shapes: dict[str, tuple[int, ...]] = {}
     ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
 
