@@ -181,7 +181,7 @@ def test_a_prompt_of_specials_only_has_no_content(gemma):
 
 
 def test_a_site_that_does_not_fire_is_refused(toy):
-    says = rf"{toy.name}: resid_post\[1\] did not fire"
+    says = rf"{toy.name}: the hook point of resid_post\[1\] did not fire"
     with pytest.raises(SiteError, match=says), recording(toy.model, [Site(1)]):
         pass
 

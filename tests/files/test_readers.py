@@ -39,7 +39,7 @@ def test_rows_are_read_from_json_lines_and_csv_packed_or_not(packed: bool, tmp_p
         ("a.jsonl", b'{"text": "x"}\n"just text"\n', "line 2 is no row of columns such as"),
         ("a.jsonl", b'[{"role": "user", "content": "hi"}]\n', "line 1 is no row of columns such as"),
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"label": 1}\n', "row 1: "),
+        ("a.jsonl", b'{"label": 1}\n', "rows: number 1: no text, prompt or messages"),
         ("a.jsonl", b"\xff\xfe", "is not UTF-8 text"),
         (
             "a.jsonl.gz",

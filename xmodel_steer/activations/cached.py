@@ -38,9 +38,10 @@ def cached_moments(
 ) -> Moments:
     """Collect moments, or read them from the user's cache.
 
-    The key is a hash of everything that the moments depend on: every bit of both models' weights, their dtype, tokenizers,
-    configurations and kind of device, the names of their spaces, every text, the sites, the settings and the versions of the
-    libraries. A model with hooks is never cached, a damaged file is collected anew, and a `CacheWarning` tells of a failed write.
+    The key is a hash of everything that the moments depend on: every bit of both models' weights, their dtype,
+    tokenizers, configurations and kind of device, the names of their spaces, every text, the sites, the settings and
+    the versions of the libraries. A model with hooks is never cached, a damaged file is collected anew, and a
+    `CacheWarning` tells of a failed write.
     """
     source_sites, target_sites = as_sites(source_sites), as_sites(target_sites)
     ends = [identity_of(source), identity_of(target)]

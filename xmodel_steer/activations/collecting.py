@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -30,11 +31,12 @@ WINDOW = 64
 WINDOW_TOKENS = 16384
 
 
-def require_shard(shard: tuple[int, int], what: str) -> tuple[int, int]:
+def require_shard(shard: Any, what: str) -> tuple[int, int]:
     """Refuse a share of the text that is none."""
-    if len(shard) != 2 or not all(isinstance(n, int) for n in shard) or not 0 <= shard[0] < shard[1]:
+    whole = isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(i, Integral) for i in shard)
+    if not whole or not 0 <= shard[0] < shard[1]:
         raise ValueError(f"{what}: shard must be (i, n) with 0 <= i < n, got {shard}")
-    return shard
+    return shard[0], shard[1]
 
 
 def documents_of(texts: Prompts, what: str) -> Prompts:
@@ -86,8 +88,8 @@ def collect_moments(
 ) -> Moments:
     """Collect moments of two models' paired activations over general text, in one pass.
 
-    Positions pair by the character that their tokens end on; tokens of a chat template pair by their role.
-    Other special tokens and text position 0 are left out. Memory does not depend on the length of the text.
+    Positions pair by the character that their tokens end on; tokens of a chat template pair by their role. Other
+    special tokens and text position 0 are left out. Memory does not depend on the length of the text.
 
     Args:
         source: The model to map from.
@@ -95,19 +97,19 @@ def collect_moments(
         texts: Documents, as `as_prompts` takes them; any iterable, read once.
         source_sites: Sites of the source; ``"all"``: after every block.
         target_sites: Sites of the target; ``"all"``: after every block.
-        pairs: Layer pairs whose full cross moments are kept, so that maps can be fitted; by default every
-            combination where they take no more than 2 GiB and no ``sketch`` is given, else none.
-        sketch: Number of target dimensions, drawn by seed, whose cross moments are kept for every
-            combination of sites: enough for `layer_grid`. By default 64 where not every combination is kept
-            in full and no pairs were named, else none.
+        pairs: Layer pairs whose full cross moments are kept, so that maps can be fitted; by default every combination
+            where they take no more than 2 GiB and no ``sketch`` is given, else none.
+        sketch: Number of target dimensions, drawn by seed, whose cross moments are kept for every combination of
+            sites: enough for `layer_grid`. By default 64 where not every combination is kept in full and no pairs
+            were named, else none.
         shuffled: Keep the moments of the shuffled control for the full pairs.
         max_tokens: Longer documents are cut to this many tokens in each model.
         batch_size: Documents per forward pass.
         truncation_side: The side on which longer documents are cut, ``"right"`` or ``"left"``.
         template: Pair the tokens of chat templates that have the same role; see `align`.
         seed: Seed of the split into parts, of the sketch and of the shuffled control.
-        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards
-            merge to the moments of the whole.
+        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards merge to the
+            moments of the whole.
         device: Device of the products; moments come back on the CPU.
         progress: Show progress bars; see `quiet`.
 
@@ -142,7 +144,7 @@ def collect_moments(
     )
     total = 2 * len(texts) if isinstance(texts, Sequence) and parts == 1 else None
     title = f"moments {name_of(source)} → {name_of(target)}"
-    size, number = window_size(max_tokens), -1
+    size, number = window_size(max_tokens), -1  # number: of the last window
     ends = ((source, plan.sources, "source", []), (target, plan.targets, "target", []))
     with progress_bar(total=total, unit="text", desc=f"{title}, each text in both") as bar:
         for number, window in enumerate(windows(texts, size)):

@@ -1,7 +1,7 @@
 """Moments over several processes: each reads its share of the text, and each gets the sum.
 
-``torchrun`` starts one process per GPU or per machine. Each rank reads its share of the text's windows, so that
-any number of ranks gives the same moments up to the rounding of sums in float64.
+``torchrun`` starts one process per GPU or per machine. Each rank reads its share of the text's windows, so that any
+number of ranks gives the same moments up to the rounding of sums in float64.
 """
 
 import os

@@ -17,7 +17,7 @@ from xmodel_steer.core.spaces import Site, Sites
 from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.models.arguments import require_counts, require_side
-from xmodel_steer.models.facts import context_length, dtype_of, name_of, revision_of, tokenizer_of
+from xmodel_steer.models.facts import context_length, dtype_of, facts_of, name_of, tokenizer_of
 from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 
@@ -41,8 +41,8 @@ def harvest(
 ) -> "ActivationStore":
     """Write one model's activations over general text to a store, shard by shard.
 
-    After an interruption the same call continues after the last whole shard, and ends with the same
-    bits. Only rows that can pair are kept: no special tokens, no text position 0.
+    After an interruption the same call continues after the last whole shard, and ends with the same bits. Only rows
+    that can pair are kept: no special tokens, no text position 0.
 
     Args:
         model: A TransformerLens model.
@@ -115,7 +115,7 @@ def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, se
         "schema": SCHEMA,
         "kind": "ActivationStore",
         "model": name_of(model),
-        "revision": revision_of(model),
+        "revision": facts_of(model).revision,
         "tokenizer": hash_of(tokenizer.backend_tokenizer.to_str()),
         "chat_template": hash_of(str(getattr(tokenizer, "chat_template", None) or "")),
         "spaces": [space_of(model, site).to_dict() for site in sites],

@@ -46,21 +46,20 @@ def capture(
 ) -> dict[Site, Activations]:
     """Read activations of prompts at several sites, in one pass that computes no logits.
 
-    They equal Hugging Face's ``output_hidden_states`` for every layer but the last: Hugging Face gives
-    that one after the final norm, this function before it.
+    They equal Hugging Face's ``output_hidden_states`` for every layer but the last: Hugging Face gives that one after
+    the final norm, this function before it.
 
     Args:
         model: A TransformerLens model.
         prompts: Strings, lists of chat messages, prompts, or rows; see `as_prompts`.
         sites: Sites or layer numbers to read, or a single one.
-        tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the
-            mean over its content's tokens. ``"all"``: one row per token of its content.
-            ``(start, end)``: one row per token that ends on a character of that span of the
-            content, without the end.
+        tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the mean over its content's
+            tokens. ``"all"``: one row per token of its content. ``(start, end)``: one row per token that ends on a
+            character of that span of the content, without the end.
         batch_size: Prompts per forward pass.
         padding_side: ``"right"`` or ``"left"``; the result is the same.
-        include_special: For ``"mean"`` and ``"all"``, include special and template tokens and
-            text position 0, an attention sink whose norm dwarfs all others.
+        include_special: For ``"mean"`` and ``"all"``, include special and template tokens and text position 0, an
+            attention sink whose norm dwarfs all others.
         max_tokens: Cut longer prompts; without it one longer than the context is refused.
         progress: Show progress bars; see `quiet`.
 

@@ -1,8 +1,8 @@
 """Activations of two models on disk, shard by shard: for maps that need single rows, and for more text than memory.
 
-Each model is harvested alone, so that the two need never be in memory together. A shard is one window of
-documents at one model: a safetensors file, whole or absent, whose header records its origin. Rows pair when they
-are read, by keys that tokens have in both models: the character that they end on, or their role in the template.
+Each model is harvested alone, so that the two need never be in memory together. A shard is one window of documents at
+one model: a safetensors file, whole or absent, whose header records its origin. Rows pair when they are read, by keys
+that tokens have in both models: the character that they end on, or their role in the template.
 """
 
 from collections.abc import Sequence

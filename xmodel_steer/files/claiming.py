@@ -38,12 +38,9 @@ def claim(path: str | Path, kind: str, *, also: Collection[str] = ()) -> Path:
         if kind not in FOLDERS and path.is_dir():
             example = path / f"{kind.lower()}.safetensors"
             raise ArtifactError(f"{path}: is a folder; give a file name such as {example}")
-        if not _is_free(path, kind, also) and (there := kind_at(path, kind)) not in (
-            _MAPS if kind in _MAPS else {kind}
-        ):
-            raise ArtifactError(
-                f"{path}: exists and holds {there or 'something else'}, no {kind}; choose another place"
-            )
+        there = kind if _is_free(path, kind, also) else kind_at(path, kind) or "something else"
+        if there != kind and not {there, kind} <= _MAPS:
+            raise ArtifactError(f"{path}: exists and holds {there}, no {kind}; choose another place")
         # A result replaces its folder in one step; other kinds write into a folder that is there.
         parent = path if path.is_dir() and kind != "TransferResult" else path.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)

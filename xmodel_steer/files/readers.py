@@ -12,7 +12,7 @@ from typing import Any
 
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.inputs import as_prompts, prompt_of_row, rows_of
+from xmodel_steer.core.inputs import as_prompts, rows_of
 from xmodel_steer.core.prompts import Prompt
 
 #: Pairs of columns that hold the two sides: with the behaviour, and without it.
@@ -27,15 +27,15 @@ PAIRS = (
 def read_contrast(source: Any, *, columns: Mapping[str, str] | None = None) -> ContrastSet:
     """Read a contrast set from a ``.jsonl`` or ``.csv`` file, or from rows.
 
-    A file may be gzipped. Both sides of a row are its columns ``positive`` and ``negative``, or another pair of `PAIRS`; else
-    a row has a prompt and a ``label``, see `ContrastSet.from_records`. Answers with and without a behaviour, as in the data of
-    contrastive activation addition, continue the row's ``question``.
+    A file may be gzipped. Both sides of a row are its columns ``positive`` and ``negative``, or another pair of
+    `PAIRS`; else a row has a prompt and a ``label``, see `ContrastSet.from_records`. Answers with and without a
+    behaviour, as in the data of contrastive activation addition, continue the row's ``question``.
 
     Args:
         source: A path, or what `ContrastSet.from_records` takes: dictionaries, a pandas frame, a
             ``datasets.Dataset``.
-        columns: Names of your columns and what they hold, such as
-            ``{"good": "positive", "bad": "negative"}`` or ``{"sentence": "text", "class": "label"}``.
+        columns: Names of your columns and what they hold, such as ``{"good": "positive", "bad": "negative"}`` or
+            ``{"sentence": "text", "class": "label"}``.
 
     Raises:
         PromptError: The file is missing, is of another kind, or a row cannot be used.
@@ -91,12 +91,12 @@ def _names(rows: list[dict[str, Any]]) -> str:
 def read_prompts(source: Any, *, columns: Mapping[str, str] | None = None) -> tuple[Prompt, ...]:
     """Read prompts or documents from a ``.jsonl``, ``.csv`` or ``.txt`` file, or from rows.
 
-    JSONL and CSV rows have a ``text``, ``prompt`` or ``messages`` column; a text file has one
-    document per paragraph (paragraphs are separated by blank lines). JSONL and CSV may be gzipped.
+    JSONL and CSV rows have a ``text``, ``prompt`` or ``messages`` column; a text file has one document per paragraph
+    (paragraphs are separated by blank lines). JSONL and CSV may be gzipped.
 
     Args:
-        source: A path, or what `as_prompts` takes: a list of strings, of chats or of rows, a pandas series or
-            frame, a ``datasets.Dataset``.
+        source: A path, or what `as_prompts` takes: a list of strings, of chats or of rows, a pandas series or frame,
+            a ``datasets.Dataset``.
         columns: The name of your column of prompts and what it holds, such as ``{"sentence": "text"}``.
 
     Raises:
@@ -112,20 +112,12 @@ def read_prompts(source: Any, *, columns: Mapping[str, str] | None = None) -> tu
         prompts = tuple(Prompt(text=p.strip()) for p in paragraphs if p.strip())
     else:
         try:
-            prompts = tuple(map(_prompt_of, enumerate(_renamed(rows_of_file(path), columns or {}), 1)))
+            prompts = as_prompts(_renamed(rows_of_file(path), columns or {}), what="rows")
         except PromptError as error:
             raise PromptError(f"{path}: {error}") from None
     if not prompts:
         raise PromptError(f"{path}: has no prompts")
     return prompts
-
-
-def _prompt_of(numbered: tuple[int, dict[str, Any]]) -> Prompt:
-    number, row = numbered
-    try:
-        return prompt_of_row(row)
-    except PromptError as error:
-        raise PromptError(f"row {number}: {error}") from None
 
 
 def _text(path: Path) -> str:

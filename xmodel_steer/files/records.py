@@ -89,9 +89,9 @@ def disk_trouble(path: Path, error: OSError | SafetensorError) -> str:
 def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
     """Return a record as strict JSON, whatever its numbers are.
 
-    A number that is NaN or infinite becomes null. The record then gets a list ``undefined`` with the place and the value of each
-    such number, and the reason where an estimate gives one; `parse_record` restores it. A value that JSON lacks is written
-    as its ``repr``.
+    A number that is NaN or infinite becomes null. The record then gets a list ``undefined`` with the place and the
+    value of each such number, and the reason where an estimate gives one; `parse_record` restores it. A value that
+    JSON lacks is written as its ``repr``.
 
     Args:
         record: The record; numbers and arrays of NumPy and torch are written as Python's.

@@ -78,8 +78,8 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     Outside a block of `resumable` it is always called.
 
     Args:
-        parts: Everything that the result depends on, apart from code and versions: tensors, numbers, texts, dataclasses, and
-            lists, tuples and sets of them. With anything else, such as a function, nothing is saved.
+        parts: Everything that the result depends on, apart from code and versions: tensors, numbers, texts,
+            dataclasses, and lists, tuples and sets of them. With anything else, such as a function, nothing is saved.
         make: Returns numbers, texts, and lists of them.
     """
     kept = _kept.get()

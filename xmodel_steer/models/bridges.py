@@ -1,8 +1,8 @@
 """Passes through a TransformerBridge that leave out unused hook points.
 
 A bridge puts a component with hook points around every part of the Hugging Face model: some 40 in a block, which take
-a quarter of the time when small batches are decoded. Where no component of a block has a hook, the pass may use
-the part itself. `prepare` allows this only where the numbers are the same bit by bit.
+a quarter of the time when small batches are decoded. Where no component of a block has a hook, the pass may use the
+part itself. `prepare` allows this only where the numbers are the same bit by bit.
 """
 
 import threading
@@ -48,8 +48,9 @@ _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyD
 def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
     """Exchange components of unhooked blocks for the Hugging Face model's parts.
 
-    They return at the end of the context. A bridge that was not prepared stays as it is. Blocks hooked only at their ends (``hook_in``, ``hook_out``:
-    `resid_pre`, `resid_post`) keep their component and lose the inner ones. One thread at a time.
+    They return at the end of the context. A bridge that was not prepared stays as it is. Blocks hooked only at their
+    ends (``hook_in``, ``hook_out``: `resid_pre`, `resid_post`) keep their component and lose the inner ones. One
+    thread at a time.
 
     Args:
         model: A bridge whose weights were not processed; components hold processed weights.
@@ -70,8 +71,9 @@ def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
 def read_caches(model: Any) -> None:
     """Let TransformerLens' own attention find the cache under its present name, once per bridge.
 
-    transformers 5.24 calls it ``cache``. The layers that transformer-lens up to 4.3 computes itself (attention whose joint
-    matrix it splits, latent attention, gated delta nets) look for the former names and would see the newest token alone.
+    transformers 5.24 calls it ``cache``. The layers that transformer-lens up to 4.3 computes itself (attention whose
+    joint matrix it splits, latent attention, gated delta nets) look for the former names and would see the newest
+    token alone.
     """
     if model in _PATCHED:
         return

@@ -89,8 +89,8 @@ def require_causal(model: Any, plain: Tensor | None = None) -> None:
 
     Args:
         model: A bridge.
-        plain: Its Hugging Face model's logits without hook points. TransformerLens computes some layers itself, and may
-            do so wrongly, or miss the hooks that fetch offloaded weights.
+        plain: Its Hugging Face model's logits without hook points. TransformerLens computes some layers itself, and
+            may do so wrongly, or miss the hooks that fetch offloaded weights.
     """
     name, hugging_face = name_of(model), type(model.original_model)
     if not hugging_face.can_generate():

@@ -22,7 +22,8 @@ def whole_model(kind: Any, path: str, *, label: str, **settings: Any) -> Any:
         settings: For ``from_pretrained``.
 
     Raises:
-        ModelError: Weights are missing or have another shape, or a layer of the model lacks tensors of the checkpoint.
+        ModelError: Weights are missing or have another shape, or a layer of the model lacks tensors of the
+            checkpoint.
     """
     # Mismatched shapes pass here, and are named below with every other fault.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}

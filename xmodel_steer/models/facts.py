@@ -83,11 +83,6 @@ def tokenizer_of(model: Any) -> Any:
     return facts_of(model).tokenizer
 
 
-def revision_of(model: Any) -> str:
-    """Return the revision that the hub was asked for, or an empty string."""
-    return facts_of(model).revision
-
-
 def conduct_of(model: Any) -> Conduct:
     """Return the abilities that the model showed when it was loaded."""
     return facts_of(model).conduct

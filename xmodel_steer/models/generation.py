@@ -38,21 +38,20 @@ def generate(
 ) -> list[str]:
     """Continue prompts; inside `steering`, steered.
 
-    Decoding is greedy unless a temperature is given. The model's generation settings, which may hold
-    repetition penalties and sampling, are not read.
+    Decoding is greedy unless a temperature is given. The model's generation settings, which may hold repetition
+    penalties and sampling, are not read.
 
     Args:
         model: A TransformerLens model.
         prompts: Strings, lists of chat messages, or prompts.
         max_new_tokens: Number of tokens to add.
-        batch_size: Prompts at a time; greedy output in float32 does not depend on it. In bfloat16
-            rounding differs between batch shapes, which may change near-ties.
+        batch_size: Prompts at a time; greedy output in float32 does not depend on it. In bfloat16 rounding differs
+            between batch shapes, which may change near-ties.
         temperature: 0 for greedy; else the divisor of the logits before sampling.
-        seed: Seed of the sampling; each prompt has a generator, so that its sample does not
-            depend on the batch.
+        seed: Seed of the sampling; each prompt has a generator, so that its sample does not depend on the batch.
         stop_at_eos: End a text at the model's end-of-sequence token.
-        use_cache: Keep keys and values between steps; without it every step reads the whole text
-            again (slow, for checking). A model that failed with a cache when it was loaded never gets one.
+        use_cache: Keep keys and values between steps; without it every step reads the whole text again (slow, for
+            checking). A model that failed with a cache when it was loaded never gets one.
         progress: Show progress bars; see `quiet`.
 
     Returns:
@@ -115,8 +114,8 @@ class Written:
     """A continuation after one more forward pass.
 
     Args:
-        text: The text added so far, as `generate` would return it; its last character may be
-            a replacement character while some of its bytes are missing.
+        text: The text added so far, as `generate` would return it; its last character may be a replacement character
+            while some of its bytes are missing.
         logits: The logits that the newest token was chosen from.
     """
 
@@ -127,8 +126,8 @@ class Written:
 def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Iterator[Written]:
     """Continue one prompt greedily, token by token; the last text is that of `generate`.
 
-    Between two tokens the model and the context are as before: a steered stream enters `steering` anew
-    for each token, so that other callers find the model unsteered.
+    Between two tokens the model and the context are as before: a steered stream enters `steering` anew for each
+    token, so that other callers find the model unsteered.
 
     Args:
         model: A TransformerLens model.
@@ -149,7 +148,7 @@ def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Itera
         yield Written(_added_text(tokenizer_of(model), before, after), logits[0])
 
 
-def _encoded(model: Any, prompts: Iterable[PromptLike], max_new_tokens: int) -> list[Encoding]:
+def _encoded(model: Any, prompts: Any, max_new_tokens: Any) -> list[Encoding]:
     """Tokenise prompts; refuse one that leaves no room for the new tokens."""
     require_counts(max_new_tokens=max_new_tokens)
     items = as_prompts(prompts)
@@ -192,7 +191,8 @@ def _decode(
     """Yield each row's new token and the running rows' logits after every forward pass.
 
     A row's token is None once its text has ended. Finished rows leave the batch once they are a quarter of it, if the
-    model's cache allows that: answers differ in length, and the longest one would otherwise cost as much as a full batch.
+    model's cache allows that: answers differ in length, and the longest one would otherwise cost as much as a full
+    batch.
     """
     conduct = conduct_of(model)
     use_cache = use_cache and conduct.cached

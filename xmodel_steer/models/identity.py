@@ -55,7 +55,8 @@ def content_hash(model: Any) -> str:
 def identity_of(model: Any) -> tuple[Any, ...]:
     """Return everything a model's output depends on: `content_hash`, kind of device, settings and hooks.
 
-    Kinds of devices round differently, generation settings name the tokens that end a text, and a hook may do anything.
+    Kinds of devices round differently, generation settings name the tokens that end a text, and a hook may do
+    anything.
     """
     # Hugging Face's hooks that record attentions and hidden states change nothing.
     hooks = [

@@ -1,7 +1,7 @@
 """Laws of a decoder: a text has the same logits cached, padded, and in a batch.
 
-Every hooked model is tested when it is loaded (`prove`), since the libraries below change; abilities that fail
-are not used. The decoder is an argument, so that this module knows no model.
+Every hooked model is tested when it is loaded (`prove`), since the libraries below change; abilities that fail are
+not used. The decoder is an argument, so that this module knows no model.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,8 +77,8 @@ def prove(decoder: Decoder, drop: Drop, texts: Sequence[Sequence[int]], *, dtype
     Args:
         decoder: The model.
         drop: Removes all but some rows from its cache.
-        texts: Token ids of three texts: the first two of one length, the third shorter by 1 to
-            ``LAST - 1``; each of `LAST` tokens or more.
+        texts: Token ids of three texts: the first two of one length, the third shorter by 1 to ``LAST - 1``; each of
+            `LAST` tokens or more.
         dtype: The model's dtype, which bounds the rounding.
         pad: A token id for padding.
 

@@ -97,25 +97,26 @@ def load(
 
     Weights are not processed: residual coordinates are those of the model as published.
 
-    A PEFT adapter is merged into its base model. The merged model has spaces of its own, whose fingerprint is made of the base's
-    and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer in the adapter's folder
-    replaces the base's.
+    A PEFT adapter is merged into its base model. The merged model has spaces of its own, whose fingerprint is made of
+    the base's and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer
+    in the adapter's folder replaces the base's.
 
-    A Hugging Face model in memory keeps its modules and its outputs: the hooked model gets copies of the modules. The two share
-    their weights, unless another device or dtype is asked for; load the model again after you have changed its weights.
+    A Hugging Face model in memory keeps its modules and its outputs: the hooked model gets copies of the modules. The
+    two share their weights, unless another device or dtype is asked for; load the model again after you have changed
+    its weights.
 
     Args:
-        model: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
-            format or with a PEFT adapter, a ``.gguf`` file, ``"packaged:smollm2-135m-instruct"`` or
-            ``"packaged:gemma-3-270m"``, which come from the Python package index, or a Hugging Face model in memory.
+        model: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face format or with a PEFT
+            adapter, a ``.gguf`` file, ``"packaged:smollm2-135m-instruct"`` or ``"packaged:gemma-3-270m"``, which come
+            from the Python package index, or a Hugging Face model in memory.
         name: Name of a model in memory, for messages and results; by default the name that it was loaded by.
         tokenizer: The tokenizer of a model in memory.
         base: The base model of an adapter, where it cannot be found under the name that the adapter gives.
         device: Where to put it; CUDA if there is one, else the CPU. A model in memory stays where it is by default.
-        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
-            that multiply it, else float32; for a model in memory, its own.
-        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; or a dictionary from modules to
-            devices, for one on the CPU also ``"disk"``. Excludes ``device``.
+        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors that multiply it, else
+            float32; for a model in memory, its own.
+        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; or a dictionary from
+            modules to devices, for one on the CPU also ``"disk"``. Excludes ``device``.
         revision: Revision of a hub model, or of an adapter's base.
         progress: Show progress bars; see `quiet`.
 
@@ -300,7 +301,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def _bfloat16_pays() -> bool:
     """Tell whether the processor multiplies bfloat16 itself.
 
-    bfloat16 is then three times as fast, else slower. The answer is read, not measured, so that a machine always chooses alike.
+    bfloat16 is then three times as fast, else slower. The answer is read, not measured, so that a machine always
+    chooses alike.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -31,26 +31,25 @@ READING: ContextVar[tuple[Any, Tensor] | None] = ContextVar("xmodel_steer_readin
 
 
 @contextmanager
-def reading(module: Any, mask: Int[Tensor, "batch total"]) -> Iterator[None]:
-    """Tell steering hooks the whole text's mask, which not every model receives."""
-    token = READING.set((module, mask))
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        READING.reset(token)
+        variable.reset(token)
 
 
-@contextmanager
-def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> Iterator[None]:
+def reading(module: Any, mask: Int[Tensor, "batch total"]) -> AbstractContextManager[None]:
+    """Tell steering hooks the whole text's mask, which not every model receives."""
+    return _within(READING, (module, mask))
+
+
+def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> AbstractContextManager[None]:
     """Tell steering hooks the rows' prompts and their numbers of real tokens.
 
     A hook sees neither: in an uncached decode every pass looks like a new prompt.
     """
-    token = LAYOUT.set(Layout(tuple(rows), prompt_lengths))
-    try:
-        yield
-    finally:
-        LAYOUT.reset(token)
+    return _within(LAYOUT, Layout(tuple(rows), prompt_lengths))
 
 
 @torch.no_grad()
@@ -70,7 +69,8 @@ def forward(
         model: A TransformerLens model.
         ids: The new tokens.
         mask: 1 at real tokens, over cached and new ones.
-        logits: The logits to compute, or a number of last tokens: Gemma's logits cost twice its whole residual stream.
+        logits: The logits to compute, or a number of last tokens: Gemma's logits cost twice its whole residual
+            stream.
         stop_at_layer: Run blocks below this one only; implies no logits.
         cache: The cache that an earlier call with ``use_cache`` returned.
         use_cache: Keep keys and values for a next call.

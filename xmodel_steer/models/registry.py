@@ -43,13 +43,13 @@ def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str
     Args:
         model: A TransformerLens model. A plain Hugging Face model goes to `load`.
         name: Its name, for messages and results; ``model.cfg.model_name`` by default.
-        tokenizer: A fast Hugging Face tokenizer, as published with the model. By default the model's tokenizer, loaded again
-            from its origin: TransformerLens changes how a tokenizer handles BOS.
+        tokenizer: A fast Hugging Face tokenizer, as published with the model. By default the model's tokenizer,
+            loaded again from its origin: TransformerLens changes how a tokenizer handles BOS.
         revision: Revision of the model on the hub, for the record.
 
     Raises:
-        ModelError: The model is no TransformerLens model, or the tokenizer is missing, has no character offsets, or has more
-            tokens than the model.
+        ModelError: The model is no TransformerLens model, or the tokenizer is missing, has no character offsets, or
+            has more tokens than the model.
         SiteError: A site does not fire, or is misshapen.
     """
     require_hooked(model)

@@ -1,6 +1,7 @@
 """Sites of a model: places that can be read and written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -58,35 +59,48 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
         SiteError: A site is missing or wrong; the message names it and says why.
     """
     wanted = tuple(sites) if sites is not None else all_sites(model)
-    name = facts_of(model).name
-    for site in wanted:
-        space_of(model, site)  # refuses a missing layer or stream
-    shapes: dict[str, tuple[int, ...]] = {}
     ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
-
-    def keep(value: Tensor, hook: Any, key: str) -> None:
-        shapes[key] = tuple(value.shape)
-
-    hooks = [(s.hook_name, lambda value, hook, key=s.hook_name: keep(value, hook, key)) for s in wanted]
     try:
-        with model.hooks(fwd_hooks=hooks), torch.no_grad():
+        with recording(model, wanted) as streams, torch.no_grad():
             forward(model, ids, torch.ones_like(ids), logits="last")
+    except SiteError:
+        raise
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         kind = type(model.original_model if is_bridge(model) else model).__name__
         raise SiteError(
-            f"{name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
+            f"{facts_of(model).name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
             f"TransformerLens may not support the architecture {kind}: try another version of it, or another model"
         ) from error
-    silent = [str(s) for s in wanted if s.hook_name not in shapes]
+    for site, stream in streams.items():
+        if stream.shape != (1, 2, model.cfg.d_model):
+            raise SiteError(
+                f"{facts_of(model).name}: {site} gives shape {tuple(stream.shape)} for 2 tokens, expected "
+                f"(1, 2, {model.cfg.d_model}); it is not this model's residual stream"
+            )
+
+
+@contextmanager
+def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Record the residual stream of forward passes within the block, by site.
+
+    Raises:
+        SiteError: The model has no such site, or a site has not fired at the end of the block.
+    """
+    streams: dict[Site, Tensor] = {}
+
+    def hook(site: Site) -> Any:
+        def read(value: Tensor, hook: Any) -> None:
+            streams[site] = value.detach()
+
+        return read
+
+    for site in sites:
+        space_of(model, site)  # refuses a missing layer or stream
+    with model.hooks(fwd_hooks=[(site.hook_name, hook(site)) for site in sites]):
+        yield streams
+    silent = [str(site) for site in sites if site not in streams]
     if silent:
         raise SiteError(
-            f"{name}: the hook point of {', '.join(silent[:5])} did not fire in a forward pass; "
-            "TransformerLens may not hook this stream of this architecture"
-        )
-    wrong = [(s, shapes[s.hook_name]) for s in wanted if shapes[s.hook_name] != (1, 2, model.cfg.d_model)]
-    if wrong:
-        site, shape = wrong[0]
-        raise SiteError(
-            f"{name}: {site} gives shape {shape} for 2 tokens, expected (1, 2, {model.cfg.d_model}); "
-            "it is not this model's residual stream"
+            f"{facts_of(model).name}: the hook point of {', '.join(silent[:5])} did not fire in a forward pass; "
+            "TransformerLens may not hook this stream of this architecture: choose another stream of the block"
         )

@@ -17,11 +17,9 @@ class Encoding:
 
     Args:
         ids: Token ids, special tokens included.
-        ends: The end of each token, in characters of the prompt's content; -1 for special
-            and template tokens.
-        roles: The role of each token in a chat template: 2i for the last token before the content of
-            message i (or before an opened assistant's turn), 2i + 1 for the first one after it; -1 for
-            all other tokens.
+        ends: The end of each token, in characters of the prompt's content; -1 for special and template tokens.
+        roles: The role of each token in a chat template: 2i for the last token before the content of message i (or
+            before an opened assistant's turn), 2i + 1 for the first one after it; -1 for all other tokens.
         missing: Numbers of the messages that the chat template shortens or rewrites.
     """
 
@@ -58,10 +56,10 @@ def tokenise(
 ) -> list[Encoding]:
     """Tokenise prompts, with the character that each token ends on.
 
-    Raw text gets the special tokens that the tokenizer puts before a text (BOS, CLS), unless the text begins
-    with them: a chat that was rendered to a string is tokenised like the chat. It gets none of those that the
-    tokenizer puts after a text (EOS, SEP): a prompt will be continued, and ``"last"`` means the text's last
-    token. Chats have only the special tokens that their template writes.
+    Raw text gets the special tokens that the tokenizer puts before a text (BOS, CLS), unless the text begins with
+    them: a chat that was rendered to a string is tokenised like the chat. It gets none of those that the tokenizer
+    puts after a text (EOS, SEP): a prompt will be continued, and ``"last"`` means the text's last token. Chats have
+    only the special tokens that their template writes.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -69,8 +67,7 @@ def tokenise(
         name: Name of its model, for messages.
         limit: The model's context; a longer prompt is refused.
         max_tokens: Cut longer prompts to this many tokens.
-        truncation_side: The side to cut: ``"right"``, the end; ``"left"``, the beginning without
-            its BOS.
+        truncation_side: The side to cut: ``"right"``, the end; ``"left"``, the beginning without its BOS.
         warn: Warn of messages that the chat template shortens or rewrites (`warn_of_missing`).
 
     Raises:
