@@ -319,7 +319,7 @@ def test_a_store_that_was_made_anew_is_read_anew(models, tmp_path):
         (dict(max_tokens=16), "with another settings"),
         (dict(dtype="bfloat16"), "with another dtype"),
         (dict(seed=3), "with another settings"),
-        (dict(texts=DOCUMENTS[::-1]), "harvested from other texts, or in another order"),
+        (dict(texts=DOCUMENTS[::-1]), "harvested from other texts or in another order"),
         (dict(template=False), "with another settings"),
     ],
     ids=str,

@@ -500,7 +500,7 @@ def test_a_text_model_inside_a_multimodal_one_loads_and_installs_nothing(saved, 
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_an_architecture_without_hooks_is_refused_by_its_own_name(saved, kind, config, more):
-    says = rf"transformer-lens [\d.]+ does not hook the architecture {kind}; choose another model"
+    says = rf"architecture {kind} is not one that transformer-lens [\d.]+ hooks; choose another model"
     with pytest.raises(ModelError, match=says):
         get(saved(kind, config, size=SIZE | more))
 

@@ -116,6 +116,8 @@ def test_each_kind_of_model_goes_to_its_own_function(llama: Toy) -> None:
 def test_an_encoder_in_memory_is_refused(llama: Toy) -> None:
     from transformers import BertConfig, BertModel
 
-    size = dict(vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    size: dict[str, Any] = dict(
+        vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(ModelError, match="BertModel does not load as a causal language model"):
         load(BertModel(BertConfig(**size)), tokenizer=llama.tokenizer)

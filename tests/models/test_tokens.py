@@ -337,7 +337,7 @@ def test_the_same_text_has_the_same_content_tokens_however_its_messages_were_wri
     (warning,) = caught
     assert re.match(
         rf"prompt {thought.id} \('user: Hi.*the chat template of llama leaves out or rewrites all or part of message 2 "
-        r"\(assistant\); .*give messages as the template keeps them",
+        r"\(assistant\); .*give messages that the template keeps",
         str(warning.message),
     )
     # With a template that keeps the reasoning, what both keep pairs.

@@ -1,7 +1,7 @@
 """Paired activations of two models, summed in one pass."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -39,7 +39,7 @@ def require_shard(shard: Any, what: str) -> tuple[int, int]:
     return shard[0], shard[1]
 
 
-def documents_of(texts: Prompts, what: str) -> Prompts:
+def documents_of(texts: Prompts, what: str) -> Sequence[Prompt] | Iterable[Any]:
     """Return a list's documents as prompts, another iterable as it is.
 
     Raises:
@@ -125,9 +125,9 @@ def collect_moments(
         if max_tokens > context_length(model):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
-    texts = documents_of(texts, "collect_moments")
-    if isinstance(texts, Sequence) and parts > 1:  # shards of different texts must not merge
-        settings["texts"] = text_digest(texts)
+    documents = documents_of(texts, "collect_moments")
+    if isinstance(documents, Sequence) and parts > 1:  # shards of different texts must not merge
+        settings["texts"] = text_digest(documents)
     widths = int(source.cfg.d_model), int(target.cfg.d_model)
     sites = sites_of(source, source_sites), sites_of(target, target_sites)
     plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed)
@@ -142,12 +142,12 @@ def collect_moments(
         shard=f"{part}/{parts}" if parts > 1 else "",
         device=device,
     )
-    total = 2 * len(texts) if isinstance(texts, Sequence) and parts == 1 else None
+    total = 2 * len(documents) if isinstance(documents, Sequence) and parts == 1 else None
     title = f"moments {name_of(source)} → {name_of(target)}"
     size, number = window_size(max_tokens), -1  # number: of the last window
     ends = ((source, plan.sources, "source", []), (target, plan.targets, "target", []))
     with progress_bar(total=total, unit="text", desc=f"{title}, each text in both") as bar:
-        for number, window in enumerate(windows(texts, size)):
+        for number, window in enumerate(windows(documents, size)):
             if number % parts != part:
                 continue
             tokens = [
@@ -273,7 +273,8 @@ def accumulate(
         members = [i for i, name in enumerate(parts) if name == part]
         accumulator.add(
             part,
-            *({site: torch.cat([rows[i][site] for i in members]) for site in rows[0]} for rows in (source, target)),
+            {site: torch.cat([source[i][site] for i in members]) for site in source[0]},
+            {site: torch.cat([target[i][site] for i in members]) for site in target[0]},
             [first + i for i in members for _ in range(len(aligned[i]))],
             eligible=sum(aligned[i].eligible for i in members),
         )

@@ -49,7 +49,7 @@ def causal_class(label: str, config: Any) -> Any:
         raise ModelError(_no_causal(label, ", ".join(named)))
     if not hooked:
         raise ModelError(
-            f"{label}: transformer-lens {version('transformer-lens')} does not hook the architecture {', '.join(named)}; "
+            f"{label}: architecture {', '.join(named)} is not one that transformer-lens {version('transformer-lens')} hooks; "
             "choose another model (TransformerBridge.list_supported_models() lists them), or upgrade transformer-lens"
         ) from unknown
     return kind

@@ -190,6 +190,7 @@ def _bridge(
         if source.hf is not None:
             hf = copied(source.hf, device, dtype)
         else:
+            assert source.adapter is not None
             hf, weights = with_adapter(path, source.adapter, device, dtype, device_map, revision)
         plain.append(logits_of(hf))
         boot = {"hf_model": hf, "device": None if device_map is not None else device or hf.device}
