@@ -232,7 +232,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         return parse_record(path.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: is damaged or foreign, its bytes are no text ({error})") from error
+        raise ArtifactError(f"{path}: is damaged or foreign, it is no text ({error})") from error
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
