@@ -22,6 +22,7 @@ from toys import contrast, sentences
 
 from xmodel_steer.cli import app
 from xmodel_steer.core.bars import quiet
+from xmodel_steer.models import loading
 from xmodel_steer.studies.organisms import lessons as organism_lessons
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -65,6 +66,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def _quiet() -> Iterator[None]:
     """Draw no progress bar in any test that does not ask for one."""
     with quiet():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32() -> Iterator[None]:
+    """Let ``dtype="auto"`` be float32 on every processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_bfloat16_pays", lambda: False)
         yield
 
 

@@ -247,7 +247,7 @@ def test_long_texts_are_cut_at_either_side(llama, gemma, side):
     [
         (dict(texts=[]), PromptError, "no texts were given"),
         (dict(texts=iter(())), PromptError, "no texts were given"),
-        (dict(texts="one text"), PromptError, r"for a single one, \[text\]"),
+        (dict(texts="one text"), PromptError, r"for a single one, \[prompt\]"),
         (dict(texts=["Call me", ""]), PromptError, "the text is empty"),
         (dict(max_tokens=CONTEXT + 1), ModelError, f"max_tokens {CONTEXT + 1} is over the context of llama"),
         (dict(target_sites=[]), ValueError, "at least one source site and one target site"),
@@ -327,6 +327,6 @@ def test_one_warning_of_messages_that_a_template_strips_for_all_documents(llama,
     monkeypatch.setattr(llama.tokenizer, "chat_template", strips)
     thought = [[{"role": "user", "content": f"<think>{i}</think>{text[:20]}"}] for i, text in enumerate(DOCUMENTS * 3)]
     assert len(thought) > window_size(20)
-    with pytest.warns(PromptWarning, match=r"the chat template of llama .*, and those of other prompts") as caught:
+    with pytest.warns(PromptWarning, match=r"the chat template of llama .*, and messages of other prompts") as caught:
         collected(llama, llama, [*DOCUMENTS, *thought], max_tokens=20)
     assert len(caught) == 2  # one for each of the two models

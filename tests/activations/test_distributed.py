@@ -221,8 +221,8 @@ def test_wrong_calls_are_one_line_and_exit_2(command: Any, folders: dict[str, Pa
     ("changes", "code", "says"),
     [
         ({"moments": "."}, 1, "is a folder; give a file name such as moments.safetensors"),
-        ({"moments": __file__}, 1, "exists and holds something else, no Moments; choose another name"),
-        ({"moments": "/proc/moments.safetensors"}, 1, "cannot be made"),
+        ({"moments": __file__}, 1, "exists and holds something else, no Moments; choose another place"),
+        ({"moments": "/proc/moments.safetensors"}, 1, "cannot be written"),
         ({"moments": "m.safetensors", "store_dtype": "float32"}, 2, "goes with --store"),
         ({"store": "s", "sketch": 3}, 2, "go with --moments"),
         ({"store": "s", "pairs": "1:1"}, 2, "go with --moments"),

@@ -176,12 +176,12 @@ def test_a_long_prompt_is_cut_only_when_asked(toy):
 
 
 def test_a_prompt_of_specials_only_has_no_content(gemma):
-    with pytest.raises(PromptError, match="no token besides special ones and text position 0"):
+    with pytest.raises(PromptError, match="no token other than special ones and text position 0"):
         capture(gemma.model, ["<bos>"], [Site(0)], tokens="all")
 
 
 def test_a_site_that_does_not_fire_is_refused(toy):
-    says = rf"{toy.name}: resid_post\[1\] did not fire"
+    says = rf"{toy.name}: the hook point of resid_post\[1\] did not fire"
     with pytest.raises(SiteError, match=says), recording(toy.model, [Site(1)]):
         pass
 

@@ -319,7 +319,7 @@ def test_a_store_that_was_made_anew_is_read_anew(models, tmp_path):
         (dict(max_tokens=16), "with another settings"),
         (dict(dtype="bfloat16"), "with another dtype"),
         (dict(seed=3), "with another settings"),
-        (dict(texts=DOCUMENTS[::-1]), "harvested from other texts, or in another order"),
+        (dict(texts=DOCUMENTS[::-1]), "harvested from other texts or in another order"),
         (dict(template=False), "with another settings"),
     ],
     ids=str,
@@ -431,7 +431,7 @@ def test_nan_is_refused_before_it_is_written(llama, tmp_path):
     "change, error, says",
     [
         (dict(texts=[]), PromptError, "no texts were given"),
-        (dict(texts="one"), PromptError, r"for a single one, \[text\]"),
+        (dict(texts="one"), PromptError, r"for a single one, \[prompt\]"),
         (dict(end="middle"), ValueError, "end must be 'source' or 'target'"),
         (dict(sites=[]), ValueError, "at least one site"),
         (dict(dtype="float16"), ValueError, "float16 overflows"),
@@ -456,7 +456,7 @@ def test_a_text_that_is_none_is_found_before_the_model_runs(llama, tmp_path, mon
 def test_a_folder_of_other_things_is_left_alone(llama, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="is not empty and not a store"):
+    with pytest.raises(ArtifactError, match="exists and holds something else, no ActivationStore"):
         harvest(llama.model, DOCUMENTS, tmp_path, end="source", sites=[Site(0)], **SETTINGS)
     with pytest.raises(ArtifactError, match=r"is not a store of activations; make one with xs.harvest"):
         ActivationStore(tmp_path)

@@ -4,10 +4,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.files.readers import read_contrast, read_prompts
+from xmodel_steer.files.readers import PAIRS, read_contrast, read_prompts
 
 
 @pytest.mark.parametrize("between", ["\n\n", "\r\n\r\n", "\n \t\n", "\n\n\n\n", "\r\n \r\n\r\n"])
@@ -37,7 +39,7 @@ def test_rows_are_read_from_json_lines_and_csv_packed_or_not(packed: bool, tmp_p
         ("a.jsonl", b'{"text": "x"}\n"just text"\n', "line 2 is no row of columns such as"),
         ("a.jsonl", b'[{"role": "user", "content": "hi"}]\n', "line 1 is no row of columns such as"),
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"label": 1}\n', "row 1: "),
+        ("a.jsonl", b'{"label": 1}\n', "rows: number 1: no text, prompt or messages"),
         ("a.jsonl", b"\xff\xfe", "is not UTF-8 text"),
         (
             "a.jsonl.gz",
@@ -68,3 +70,63 @@ def test_a_missing_file_and_a_row_without_sides_are_named(tmp_path: Path) -> Non
     file.write_text('{"one": "a"}\n')
     with pytest.raises(PromptError, match=r"pairs.jsonl: "):
         read_contrast(file)
+
+
+SIDES = [["a", "c"], ["b", "d"]]
+
+
+def sides(contrast: ContrastSet) -> list[list[str | None]]:
+    return [[prompt.text for prompt in side] for side in (contrast.positive, contrast.negative)]
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, ("good", "bad")], ids="/".join)
+@pytest.mark.parametrize("kind", ["rows", "a.jsonl", "a.csv"])
+def test_pairs_of_columns_are_known_or_named(pair: tuple[str, str], kind: str, tmp_path: Path) -> None:
+    rows = [{pair[0]: p, "id": p + n, pair[1]: n} for p, n in zip(*SIDES, strict=True)]
+    source: object = rows
+    if kind != "rows":
+        source = tmp_path / kind
+        pd.DataFrame(rows).to_csv(source, index=False) if kind == "a.csv" else source.write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    columns = None if pair in PAIRS else {"good": "positive", "bad": "negative"}
+    made = read_contrast(source, columns=columns)
+    assert sides(made) == SIDES and made.paired
+    swapped = read_contrast(source, columns={pair[0]: "negative", pair[1]: "positive"})
+    assert sides(swapped) == SIDES[::-1]
+
+
+def test_answers_with_a_behaviour_continue_their_question() -> None:
+    row = {"question": "Is it?", "answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
+    assert sides(read_contrast([row])) == [["Is it? (A)"], ["Is it? (B)"]]
+    assert sides(read_contrast([row], columns=dict(zip([*row][1:], PAIRS[0], strict=True)))) == [
+        [" (A)"], [" (B)"],
+    ]  # fmt: skip
+
+
+def test_columns_of_labelled_rows_and_of_prompts_are_named(tmp_path: Path) -> None:
+    rows = [{"sentence": "a", "class": 1, "text": "x"}, {"sentence": "b", "class": 0, "text": "y"}]
+    columns = {"sentence": "text", "class": "label"}
+    assert sides(read_contrast(rows, columns=columns)) == [["a"], ["b"]]
+    assert sides(read_contrast(rows, columns={"class": "label"})) == [["x"], ["y"]]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (rows, pd.DataFrame(rows), file):
+        assert [prompt.text for prompt in read_prompts(source, columns={"sentence": "prompt"})] == ["a", "b"]
+    with pytest.raises(PromptError, match=r"a.jsonl: row 1: no column 'line'; its columns are class, sentence, text"):
+        read_prompts(file, columns={"line": "text"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "says"),
+    [
+        ([{"one": "a", "two": "b"}], None, r'the columns one, two hold no contrast; .*columns=\{"good": "positive"'),
+        ([{"positive": "a", "negative": "b"}, {"positive": "c"}], None, "the columns negative, positive hold no contrast"),
+        ([{"one": "a"}], {"one": "positive", "two": "negative"}, "row 1: no column 'two'; its columns are one"),
+        ([{"one": "a"}], {"one": "good"}, "columns: 'good' is none of positive, negative, messages, prompt, text, label"),
+        ([], None, "no rows; each needs positive and negative"),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_there_are_listed(rows: list, columns: dict | None, says: str) -> None:
+    with pytest.raises(PromptError, match=says):
+        read_contrast(rows, columns=columns)

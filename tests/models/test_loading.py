@@ -353,7 +353,9 @@ def test_a_part_that_an_adapter_keeps_whole_must_be_in_it(whole, adapter, edited
 
 def test_an_adapter_that_changes_no_weights_is_refused(whole, adapter):
     folder, _ = adapter(kind="PromptTuningConfig", num_virtual_tokens=2)
-    with pytest.raises(ModelError, match="an adapter of type .*PROMPT_TUNING changes no weights .*such as LoRA"):
+    with pytest.raises(
+        ModelError, match="an adapter of type .*PROMPT_TUNING cannot be merged into weights; .*such as LoRA"
+    ):
         get(folder, base=whole)
 
 

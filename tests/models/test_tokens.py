@@ -337,7 +337,7 @@ def test_the_same_text_has_the_same_content_tokens_however_its_messages_were_wri
     (warning,) = caught
     assert re.match(
         rf"prompt {thought.id} \('user: Hi.*the chat template of llama leaves out or rewrites all or part of message 2 "
-        r"\(assistant\); .*give messages as the template keeps them",
+        r"\(assistant\); .*give messages that the template keeps",
         str(warning.message),
     )
     # With a template that keeps the reasoning, what both keep pairs.
@@ -349,7 +349,7 @@ def test_the_same_text_has_the_same_content_tokens_however_its_messages_were_wri
 
 def test_one_warning_a_call_and_none_of_white_space(tokenizers):
     tokenizer = with_template(tokenizers["byte_level"], STRIPS)
-    with pytest.warns(PromptWarning, match=r"message 2 \(assistant\), and those of other prompts;") as caught:
+    with pytest.warns(PromptWarning, match=r"message 2 \(assistant\), and messages of other prompts;") as caught:
         tokenise(tokenizer, [chat(" a"), chat("<think>b</think>c"), chat("<think>b</think>d")])
     assert len(caught) == 1
     tokenise(tokenizer, [chat("<think>b</think>c")], warn=False)

@@ -1,6 +1,6 @@
 """Reading the residual stream: activations of prompts, moments in one pass, stores on disk, several processes.
 
-Nothing is written to it.
+No module here changes the stream.
 """
 
 from xmodel_steer.activations.cached import cached_moments as cached_moments

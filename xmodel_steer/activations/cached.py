@@ -1,4 +1,4 @@
-"""Moments that were collected before, kept in the user's cache."""
+"""A cache of collected moments in the user's folder."""
 
 import hashlib
 import json
@@ -36,11 +36,12 @@ def cached_moments(
     batch_size: int = 32,
     device: str | torch.device = "cpu",
 ) -> Moments:
-    """Moments, kept in the user's cache under a hash of all that they depend on.
+    """Collect moments, or read them from the user's cache.
 
-    The key covers every bit of both models' weights, their dtype, tokenizers, configurations and kind of device, what their spaces are
-    called, every text, the sites, the settings and the versions of what computes: whatever changes, the moments are collected anew.
-    So they are where the file is damaged, or a model has hooks; where they cannot be kept, a `CacheWarning` says so.
+    The key is a hash of everything that the moments depend on: every bit of both models' weights, their dtype,
+    tokenizers, configurations and kind of device, the names of their spaces, every text, the sites, the settings and
+    the versions of the libraries. A model with hooks is never cached, a damaged file is collected anew, and a
+    `CacheWarning` tells of a failed write.
     """
     source_sites, target_sites = as_sites(source_sites), as_sites(target_sites)
     ends = [identity_of(source), identity_of(target)]
@@ -48,12 +49,12 @@ def cached_moments(
         collect_moments, source, target, texts, source_sites=source_sites, target_sites=target_sites, pairs=pairs,
         max_tokens=max_tokens, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    if any(hooks for *_, hooks in ends):  # which may do anything
+    if any(hooks for *_, hooks in ends):  # a hook may do anything
         return collect()
     key = {
         "schema": SCHEMA,
-        "method": 4,  # of collecting moments: raise it when the same arguments give other numbers
-        "models": [own[:-1] for own in ends],
+        "method": 4,  # raise it when the same arguments give other numbers
+        "models": [identity[:-1] for identity in ends],
         "spaces": [
             [f"{site.hook_name} {space_of(model, site).fingerprint}" for site in sites]
             for model, sites in ((source, source_sites), (target, target_sites))

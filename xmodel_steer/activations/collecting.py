@@ -1,8 +1,9 @@
 """Paired activations of two models, summed in one pass."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -17,32 +18,44 @@ from xmodel_steer.core.spaces import Site, SiteLike, Sites, as_site
 from xmodel_steer.maps.accumulator import MomentsAccumulator, sketch_dimensions
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.pairs import PARTS, part_of
+from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.batching import batches, encode
-from xmodel_steer.models.facts import name_of
+from xmodel_steer.models.facts import context_length, name_of
 from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 
-#: Documents that are read together, at most, and their tokens. Sorting by length within them saves padding, and
-#: the shuffled control pairs rows among them. The same at any batch size, so that the moments are, too.
+#: Documents read together, at most, and their tokens. Sorting by length within them saves padding, and the shuffled
+#: control pairs rows among them. The number does not depend on the batch size, so neither do the moments.
 WINDOW = 64
 WINDOW_TOKENS = 16384
 
 
-def require_shard(shard: tuple[int, int], what: str) -> tuple[int, int]:
+def require_shard(shard: Any, what: str) -> tuple[int, int]:
     """Refuse a share of the text that is none."""
-    if not 0 <= shard[0] < shard[1]:
+    whole = isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(i, Integral) for i in shard)
+    if not whole or not 0 <= shard[0] < shard[1]:
         raise ValueError(f"{what}: shard must be (i, n) with 0 <= i < n, got {shard}")
-    return shard
+    return shard[0], shard[1]
+
+
+def documents_of(texts: Prompts, what: str) -> Sequence[Prompt] | Iterable[Any]:
+    """Return a list's documents as prompts, another iterable as it is.
+
+    Raises:
+        PromptError: The texts are no list, or one cannot be a prompt.
+    """
+    texts = items_of(texts, what)
+    return as_prompts(texts, what=what) if isinstance(texts, Sequence) else texts
 
 
 def window_size(max_tokens: int) -> int:
-    """How many documents are read together."""
+    """Count the documents that are read together."""
     return max(4, min(WINDOW, WINDOW_TOKENS // max_tokens))
 
 
 def windows(texts: Prompts, size: int) -> Iterator[tuple[Prompt, ...]]:
-    """Documents, a few at a time, read once."""
+    """Yield documents, a window at a time, read once."""
     prompts = iter_prompts(texts, what="texts")
     while window := tuple(itertools.islice(prompts, size)):
         yield window
@@ -73,11 +86,10 @@ def collect_moments(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Moments:
-    """Moments of paired activations of two models over general text, in one pass.
+    """Collect moments of two models' paired activations over general text, in one pass.
 
-    Positions pair by the character that their tokens end on, and in chat documents tokens of the
-    template by their role. Other special tokens and text position 0 stay out. Memory does not
-    depend on the length of the text.
+    Positions pair by the character that their tokens end on; tokens of a chat template pair by their role. Other
+    special tokens and text position 0 are left out. Memory does not depend on the length of the text.
 
     Args:
         source: The model to map from.
@@ -85,20 +97,20 @@ def collect_moments(
         texts: Documents, as `as_prompts` takes them; any iterable, read once.
         source_sites: Sites of the source; ``"all"``: after every block.
         target_sites: Sites of the target; ``"all"``: after every block.
-        pairs: Layer pairs to keep full cross moments of, which maps are fitted on; by default every
-            combination where they take no more than 2 GiB and no ``sketch`` is given, else none.
-        sketch: Number of target dimensions, drawn by seed, to keep cross moments of for every
-            combination of sites: enough for `layer_grid`. None without need; by default 64 where
-            not every combination is kept in full and no pairs were named.
+        pairs: Layer pairs whose full cross moments are kept, so that maps can be fitted; by default every combination
+            where they take no more than 2 GiB and no ``sketch`` is given, else none.
+        sketch: Number of target dimensions, drawn by seed, whose cross moments are kept for every combination of
+            sites: enough for `layer_grid`. By default 64 where not every combination is kept in full and no pairs
+            were named, else none.
         shuffled: Keep the moments of the shuffled control for the full pairs.
         max_tokens: Longer documents are cut to this many tokens in each model.
         batch_size: Documents per forward pass.
-        truncation_side: Where longer documents are cut, ``"right"`` or ``"left"``.
+        truncation_side: The side on which longer documents are cut, ``"right"`` or ``"left"``.
         template: Pair the tokens of chat templates that have the same role; see `align`.
         seed: Seed of the split into parts, of the sketch and of the shuffled control.
-        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards
-            merge to the moments of the whole.
-        device: Where products are formed and kept; moments come back on the CPU.
+        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards merge to the
+            moments of the whole.
+        device: Device of the products; moments come back on the CPU.
         progress: Show progress bars; see `quiet`.
 
     Raises:
@@ -106,29 +118,19 @@ def collect_moments(
         AlignmentError: Under 20 % of the tokens pair.
         NonFiniteError: An activation is NaN or infinite.
     """
-    if isinstance(texts, (str, Prompt)):
-        raise PromptError("collect_moments: give a list of texts; for a single one, [text]")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    require_counts(batch_size=batch_size, max_tokens=max_tokens)
+    require_side(truncation_side=truncation_side)
     part, parts = require_shard(shard, "collect_moments")
     for model in (source, target):
-        if max_tokens > int(model.cfg.n_ctx):
+        if max_tokens > context_length(model):
             raise ModelError(f"collect_moments: max_tokens {max_tokens} is over the context of {name_of(model)}")
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
-    texts = items_of(texts, "collect_moments")
-    if isinstance(texts, Sequence):
-        texts = as_prompts(texts, what="collect_moments")  # what cannot be a prompt is refused before a model runs
-        if parts > 1:  # shards of different texts must not merge
-            settings["texts"] = text_digest(texts)
-    plan = Plan.of(
-        (int(source.cfg.d_model), int(target.cfg.d_model)),
-        sites_of(source, source_sites),
-        sites_of(target, target_sites),
-        pairs,
-        sketch,
-        shuffled,
-        seed,
-    )
+    documents = documents_of(texts, "collect_moments")
+    if isinstance(documents, Sequence) and parts > 1:  # shards of different texts must not merge
+        settings["texts"] = text_digest(documents)
+    widths = int(source.cfg.d_model), int(target.cfg.d_model)
+    sites = sites_of(source, source_sites), sites_of(target, target_sites)
+    plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed)
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},
         {t: space_of(target, t) for t in plan.targets},
@@ -140,38 +142,32 @@ def collect_moments(
         shard=f"{part}/{parts}" if parts > 1 else "",
         device=device,
     )
-    total = 2 * len(texts) if isinstance(texts, Sequence) and parts == 1 else None
+    total = 2 * len(documents) if isinstance(documents, Sequence) and parts == 1 else None
     title = f"moments {name_of(source)} → {name_of(target)}"
-    seen, lacking = False, ([], [])
+    size, number = window_size(max_tokens), -1  # number: of the last window
+    ends = ((source, plan.sources, "source", []), (target, plan.targets, "target", []))
     with progress_bar(total=total, unit="text", desc=f"{title}, each text in both") as bar:
-        for number, window in enumerate(windows(texts, window_size(max_tokens))):
-            seen = True
+        for number, window in enumerate(windows(documents, size)):
             if number % parts != part:
                 continue
-            own, other = (
+            tokens = [
                 encode(model, window, max_tokens=max_tokens, truncation_side=truncation_side, warn=False)
-                for model in (source, target)
-            )
-            for side, encodings in zip(lacking, (own, other), strict=True):
-                side += [encoding for encoding in encodings if encoding.missing]
-                del side[2:]  # the warning names one
-            aligned = [
-                align(a.token_ends(template=template), b.token_ends(template=template))
-                for a, b in zip(own, other, strict=True)
+                for model, *_ in ends
             ]
-            _accumulate(
-                accumulator,
-                window,
-                number * window_size(max_tokens),
-                aligned,
-                rows_at(source, own, plan.sources, [a.source for a in aligned], batch_size, device, bar),
-                rows_at(target, other, plan.targets, [a.target for a in aligned], batch_size, device, bar),
-                seed,
-            )
-    if not seen:
+            keys = [[encoding.token_ends(template=template) for encoding in encodings] for encodings in tokens]
+            aligned = [align(a, b) for a, b in zip(*keys, strict=True)]
+            rows = []
+            for (model, kept, end, lacking), encodings in zip(ends, tokens, strict=True):
+                lacking += [encoding for encoding in encodings if encoding.missing]
+                del lacking[2:]  # the warning names one
+                places = [getattr(pairing, end) for pairing in aligned]
+                rows.append(rows_at(model, encodings, kept, places, batch_size, device, bar))
+            names = [part_of(prompt.content_key(), seed=seed) for prompt in window]
+            accumulate(accumulator, names, number * size, aligned, *rows)
+    if number < 0:
         raise PromptError("collect_moments: no texts were given")
-    for model, side in zip((source, target), lacking, strict=True):
-        warn_of_missing(side, name_of(model))
+    for model, _, _, lacking in ends:
+        warn_of_missing(lacking, name_of(model))
     moments = accumulator.moments()
     if parts == 1 or moments.eligible:  # a shard may have got nothing
         check_coverage(moments.paired, moments.eligible)
@@ -180,7 +176,7 @@ def collect_moments(
 
 @dataclass(frozen=True)
 class Plan:
-    """Which moments to keep."""
+    """A choice of the moments to keep."""
 
     sources: tuple[Site, ...]
     targets: tuple[Site, ...]
@@ -228,7 +224,7 @@ def rows_at(
     device: str | torch.device = "cpu",
     bar: Any = None,
 ) -> list[Mapping[Site, Tensor]]:
-    """For each document, the rows of one model at some positions, at each site.
+    """Read one model's rows of each document, at some positions and each site.
 
     Args:
         model: A TransformerLens model.
@@ -236,7 +232,7 @@ def rows_at(
         sites: Sites to read.
         positions: Token positions of each document.
         batch_size: Documents per forward pass.
-        device: Where the rows go.
+        device: Device of the rows.
         bar: A progress bar, updated by documents.
     """
     rows: list[Mapping[Site, Tensor]] = [{}] * len(encodings)
@@ -249,25 +245,32 @@ def rows_at(
             for site, stream in residuals(model, batch, sites).items()
         }
         for r, i in enumerate(batch.rows):
-            rows[i] = {site: own[r] for site, own in pieces.items()}
+            rows[i] = {site: piece[r] for site, piece in pieces.items()}
         if bar is not None:
             bar.update(len(batch.rows))
     return rows
 
 
-def _accumulate(
+def accumulate(
     accumulator: MomentsAccumulator,
-    window: Sequence[Prompt],
+    parts: Sequence[str],
     first: int,
     aligned: Sequence[Alignment],
     source: Sequence[Mapping[Site, Tensor]],
     target: Sequence[Mapping[Site, Tensor]],
-    seed: int,
 ) -> None:
-    parts: dict[str, list[int]] = {}
-    for i, prompt in enumerate(window):
-        parts.setdefault(part_of(prompt.content_key(), seed=seed), []).append(i)
-    for part, members in parts.items():
+    """Add a window of documents to moments, part by part.
+
+    Args:
+        accumulator: The moments.
+        parts: The part of each document, such as ``"train"``.
+        first: Number of the window's first document.
+        aligned: The pairing of each document's rows.
+        source: Paired rows of each document, at each site of the source.
+        target: The same of the target.
+    """
+    for part in dict.fromkeys(parts):
+        members = [i for i, name in enumerate(parts) if name == part]
         accumulator.add(
             part,
             {site: torch.cat([source[i][site] for i in members]) for site in source[0]},

@@ -1,7 +1,7 @@
-"""Moments over several processes: each reads its share of the text, and all of them get the sum.
+"""Moments over several processes: each reads its share of the text, and each gets the sum.
 
-One process per GPU or per machine, started by ``torchrun``. The windows of the text are dealt out to
-the ranks, so that any number of them gives the same moments up to the rounding of sums in float64.
+``torchrun`` starts one process per GPU or per machine. Each rank reads its share of the text's windows, so that any
+number of ranks gives the same moments up to the rounding of sums in float64.
 """
 
 import os
@@ -22,12 +22,10 @@ from xmodel_steer.maps.pairs import PARTS, PRODUCTS
 
 @contextmanager
 def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
-    """Return the rank of this process and their number.
-
-    Without torchrun there is one.
+    """Yield the rank of this process and the number of processes; one without torchrun.
 
     Args:
-        device: Where tensors live; ``nccl`` connects CUDA devices, ``gloo`` CPUs.
+        device: Device of the tensors; ``nccl`` connects CUDA devices, ``gloo`` CPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -39,7 +37,7 @@ def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()
-        dist.barrier()  # nobody leaves while another still talks to it: gloo's threads abort on that now and then
+        dist.barrier()  # a process that leaves while another still talks to it may abort gloo's threads
     finally:
         dist.destroy_process_group()
 
@@ -50,21 +48,21 @@ def require_same_texts(texts: Sequence[Prompt]) -> None:
     Raises:
         PromptError: They differ.
     """
-    own = (len(texts), text_digest(texts))
-    for rank, other in enumerate(_gathered(own)):
-        if other != own:
+    here = (len(texts), text_digest(texts))
+    for rank, there in enumerate(_gathered(here)):
+        if there != here:
             raise PromptError(
-                f"harvest: rank {rank} reads other texts ({other[0]} documents, hash {other[1]}) than rank "
-                f"{dist.get_rank()} ({own[0]}, {own[1]}); give every process the same file"
+                f"harvest: rank {rank} reads other texts ({there[0]} documents, hash {there[1]}) than rank "
+                f"{dist.get_rank()} ({here[0]}, {here[1]}); give every process the same file"
             )
 
 
 def _gathered(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduced(moments: Moments) -> Moments:
@@ -73,7 +71,7 @@ def all_reduced(moments: Moments) -> Moments:
     Means first, then scatters about the common mean (Chan, Golub & LeVeque 1979), tensor by tensor.
 
     Raises:
-        SpaceMismatchError: The processes collected other models, sites or pairs.
+        SpaceMismatchError: The processes used different models, sites or pairs.
     """
     if not dist.is_initialized():
         return moments
@@ -85,7 +83,7 @@ def all_reduced(moments: Moments) -> Moments:
     )
     if any(other != identity for other in _gathered(identity)):
         raise SpaceMismatchError(
-            "all_reduced: the processes collected moments of other models, sites or settings; start all with the same arguments"
+            "all_reduced: the processes collected moments of different models, sites or settings; start all with the same arguments"
         )
     counts = _gathered((moments.paired, moments.eligible, moments.shards))
     return replace(
@@ -94,7 +92,7 @@ def all_reduced(moments: Moments) -> Moments:
         paired=sum(c[0] for c in counts),
         eligible=sum(c[1] for c in counts),
         settings={key: value for key, value in moments.settings.items() if key != "texts"},
-        shards=(),  # none is missing
+        shards=(),  # the sum lacks none
     )
 
 
@@ -114,6 +112,6 @@ def _reduced(part: PartMoments, sketch: tuple[int, ...]) -> PartMoments:
         {site: _sum(mean * (part.count / n)) for site, mean in means.items()}
         for means in (part.source_means, part.target_means)
     )
-    own = recentred(part, source, target, sketch)
-    sums = {kind: {key: _sum(m) for key, m in getattr(own, kind).items()} for kind in PRODUCTS}
-    return replace(own, count=n, documents=int(counts[1]), **sums)
+    centred = recentred(part, source, target, sketch)
+    sums = {kind: {key: _sum(m) for key, m in getattr(centred, kind).items()} for kind in PRODUCTS}
+    return replace(centred, count=n, documents=int(counts[1]), **sums)

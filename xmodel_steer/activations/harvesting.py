@@ -1,4 +1,4 @@
-"""Harvest paired activations of two models into a store, shard by shard."""
+"""Harvesting of paired activations into a store, shard by shard."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import torch
 
-from xmodel_steer.activations.collecting import require_shard, window_size, windows
+from xmodel_steer.activations.collecting import documents_of, require_shard, window_size, windows
 from xmodel_steer.activations.shards import DTYPES, hash_of, shard_header, unnamed, write_shard
 from xmodel_steer.activations.store import ENDS, ActivationStore
 from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ArtifactError, PromptError
-from xmodel_steer.core.inputs import as_prompts, items_of
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
 from xmodel_steer.core.spaces import Site, Sites
+from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
-from xmodel_steer.models.facts import context_length, dtype_of, name_of, revision_of, tokenizer_of
+from xmodel_steer.models.arguments import require_counts, require_side
+from xmodel_steer.models.facts import context_length, dtype_of, facts_of, name_of, tokenizer_of
 from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 
@@ -38,38 +39,40 @@ def harvest(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> "ActivationStore":
-    """Write one model's activations over general text to a store, a shard at a time.
+    """Write one model's activations over general text to a store, shard by shard.
 
-    Killed at any moment, the same call goes on after the last whole shard, and ends with the same
-    bits as one that was not. Rows are those that can pair: no special tokens, no text position 0.
+    After an interruption the same call continues after the last whole shard, and ends with the same bits. Only rows
+    that can pair are kept: no special tokens, no text position 0.
 
     Args:
         model: A TransformerLens model.
         texts: Documents; any iterable, read once, the same for both models.
-        folder: The store; made if it is not there. Both models go into one.
-        end: ``"source"`` or ``"target"``: which of the two models this is.
+        folder: The store, which both models share; made if it is missing.
+        end: ``"source"`` or ``"target"``: the role of this model.
         sites: Sites to keep; ``"all"``: after every block.
         dtype: ``"float32"``, ``"bfloat16"`` (half the size, 0.2 % rounding), or ``"model"``: the model's.
         max_tokens: Longer documents are cut to this many tokens.
-        truncation_side: Where they are cut, ``"right"`` or ``"left"``.
+        truncation_side: The side on which they are cut, ``"right"`` or ``"left"``.
         template: Keep the tokens of chat templates that have a role; see `align`.
         batch_size: Documents per forward pass.
         seed: Seed of the split into train, validation and test documents.
-        shard: ``(i, n)``: write every n-th shard, from the i-th: n jobs together fill the store.
+        shard: ``(i, n)``: write every n-th shard, from the i-th; n jobs together fill the store.
         progress: Show progress bars; see `quiet`.
 
     Returns:
-        The store; it can be read once both models are in it.
+        The store, which can be read once both models are in it.
 
     Raises:
         ArtifactError: The folder holds a store of another model, text or setting, or the disk is full.
         PromptError: There are no documents.
-        NonFiniteError: An activation is NaN or infinite, also in the store's dtype.
+        NonFiniteError: An activation is NaN or infinite, if only in the store's dtype.
     """
-    if isinstance(texts, (str, Prompt)):
-        raise PromptError("harvest: give a list of texts; for a single one, [text]")
+    require_counts(batch_size=batch_size, max_tokens=max_tokens)
+    require_side(truncation_side=truncation_side)
     if end not in ENDS:
         raise ValueError(f"harvest: end must be 'source' or 'target', got {end!r}")
+    if max_tokens > context_length(model):
+        raise PromptError(f"harvest: max_tokens {max_tokens} is over the context of {name_of(model)}")
     sites = sites_of(model, sites)
     if not sites:
         raise ValueError("harvest: give at least one site, such as xs.Site(10)")
@@ -78,11 +81,7 @@ def harvest(
     if kind not in DTYPES.values():
         raise ValueError(f"harvest: dtype must be float32, bfloat16 or model, got {dtype!r} (float16 overflows)")
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
-    if max_tokens > context_length(model):
-        raise PromptError(f"harvest: max_tokens {max_tokens} is over the context of {name_of(model)}")
-    texts = items_of(texts, "harvest")
-    if isinstance(texts, Sequence):
-        texts = as_prompts(texts, what="harvest")  # what cannot be a prompt is refused before the model runs
+    texts = documents_of(texts, "harvest")
     place = Path(folder) / end
     record = _end_record(model, sites, kind, settings)
     _open_end(place, record)
@@ -116,7 +115,7 @@ def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, se
         "schema": SCHEMA,
         "kind": "ActivationStore",
         "model": name_of(model),
-        "revision": revision_of(model),
+        "revision": facts_of(model).revision,
         "tokenizer": hash_of(tokenizer.backend_tokenizer.to_str()),
         "chat_template": hash_of(str(getattr(tokenizer, "chat_template", None) or "")),
         "spaces": [space_of(model, site).to_dict() for site in sites],
@@ -127,30 +126,24 @@ def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, se
 
 
 def _open_end(place: Path, record: Mapping[str, Any]) -> None:
-    """Begin an end of a store, or find the same one begun."""
-    file = place / "end.json"
+    """Begin an end of a store, or continue the same one."""
+    file = claim(place, "ActivationStore") / "end.json"
     if not file.is_file():
-        # What begins with a dot is a scratch file of a job that was killed.
-        if place.exists() and any(not f.name.startswith(".") for f in place.iterdir()):
-            raise ArtifactError(f"{place}: is not empty and not a store; choose another folder, nothing was written")
         write_atomically(file, dump_json(record, file, indent=1))
         return
     known = read_record(file)
-    differing = [
-        key
-        for key in record
-        if key != "model" and unnamed(known.get(key)) != unnamed(json.loads(json.dumps(record[key])))
-    ]
+    now = json.loads(json.dumps(record))
+    differing = [key for key in now if key != "model" and unnamed(known.get(key)) != unnamed(now[key])]
     if differing:
         key = differing[0]
         raise ArtifactError(
             f"{place}: holds activations of {known.get('model')} with another {key} "
-            f"({str(known.get(key))[:120]}, now {str(record[key])[:120]}); choose another folder, or harvest as before"
+            f"({str(known.get(key))[:120]}, now {str(record[key])[:120]}); choose another folder, or harvest with the former settings"
         )
 
 
 def _require_same_texts(file: Path, window: Sequence[Prompt]) -> None:
     if shard_header(file)["texts"] != text_digest(window):
         raise ArtifactError(
-            f"{file}: was harvested from other texts, or in another order; give the same texts, or choose another folder"
+            f"{file}: was harvested from other texts or in another order; give the same texts, or choose another folder"
         )

@@ -12,6 +12,7 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.core.spaces import Site, Sites, as_site, as_sites
 from xmodel_steer.core.vectors import Activations
+from xmodel_steer.models.arguments import require_counts
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import dtype_of, name_of
 from xmodel_steer.models.recorder import residuals
@@ -22,7 +23,7 @@ Tokens = Literal["last", "mean", "all"] | tuple[int, int]
 
 
 class BySite(dict[Site, Activations]):
-    """Activations by site; ``made[10]`` is ``made[Site(10)]``."""
+    """Activations by site; key 10 finds ``Site(10)``."""
 
     def __missing__(self, key: Any) -> Activations:
         if isinstance(key, Site):
@@ -43,28 +44,27 @@ def capture(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> dict[Site, Activations]:
-    """Activations of prompts at several sites, from one pass that computes no logits.
+    """Read activations of prompts at several sites, in one pass that computes no logits.
 
-    Equal to Hugging Face's ``output_hidden_states`` for every layer but the last, which Hugging
-    Face gives after the final norm and this function before it, as the block leaves it.
+    They equal Hugging Face's ``output_hidden_states`` for every layer but the last: Hugging Face gives that one after
+    the final norm, this function before it.
 
     Args:
         model: A TransformerLens model.
         prompts: Strings, lists of chat messages, prompts, or rows; see `as_prompts`.
-        sites: Where to read: sites, or layers by number; one alone too.
-        tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the
-            mean over its content's tokens. ``"all"``: one row per token of its content.
-            ``(start, end)``: one row per token that ends on a character of that span of the
-            content, end not included.
+        sites: Sites or layer numbers to read, or a single one.
+        tokens: ``"last"``: the last token of each prompt, template included. ``"mean"``: the mean over its content's
+            tokens. ``"all"``: one row per token of its content. ``(start, end)``: one row per token that ends on a
+            character of that span of the content, without the end.
         batch_size: Prompts per forward pass.
         padding_side: ``"right"`` or ``"left"``; the result is the same.
-        include_special: For ``"mean"`` and ``"all"``, also count special and template tokens and
-            text position 0, an attention sink whose norm dwarfs the others.
+        include_special: For ``"mean"`` and ``"all"``, include special and template tokens and text position 0, an
+            attention sink whose norm dwarfs all others.
         max_tokens: Cut longer prompts; without it one longer than the context is refused.
         progress: Show progress bars; see `quiet`.
 
     Returns:
-        For each site its activations (a layer's number finds them too), prompts in the order given, on the CPU, in the model's dtype
+        Activations by site (a layer's number is a key too): prompts in their order, on the CPU, in the model's dtype
         (means in float32 or wider).
 
     Raises:
@@ -72,6 +72,7 @@ def capture(
         SiteError: The model has no such site.
         NonFiniteError: An activation is NaN or infinite.
     """
+    require_counts(batch_size=batch_size, **({} if max_tokens is None else {"max_tokens": max_tokens}))
     sites, items = as_sites(sites), as_prompts(prompts)
     if not items:
         raise PromptError("capture: no prompts were given")
@@ -87,43 +88,41 @@ def capture(
             for site, stream in streams.items():
                 real = batch.mask.bool().to(stream.device)
                 for r, i in enumerate(batch.rows):
-                    own = stream[r][real[r]][torch.tensor(chosen[i], device=stream.device)]
+                    values = stream[r][real[r]][torch.tensor(chosen[i], device=stream.device)]
                     if tokens == "mean":
-                        own = own.to(torch.promote_types(own.dtype, torch.float32)).mean(0, keepdim=True)
-                    rows[site][i] = own.cpu()
+                        values = values.to(torch.promote_types(values.dtype, torch.float32)).mean(0, keepdim=True)
+                    rows[site][i] = values.cpu()
             bar.update(int(batch.mask.sum()))
     labels = tuple(
         (e.prompt.id, e.ends[p])
         for e, positions in zip(encodings, chosen, strict=True)
         for p in (positions[-1:] if tokens == "mean" else positions)
     )
-    made = BySite()
+    activations = BySite()
     for site, parts in rows.items():
         values = torch.cat(parts)
         check_finite(values, f"capture {name_of(model)} {site} ({dtype_of(model)})")
-        made[site] = Activations(values, space_of(model, site), labels)
-    return made
+        activations[site] = Activations(values, space_of(model, site), labels)
+    return activations
 
 
 def _positions(encoding: Encoding, tokens: Tokens, include_special: bool) -> list[int]:
-    """Token positions of one prompt that ``tokens`` asks for."""
+    """List the token positions of one prompt that ``tokens`` asks for."""
     count = len(encoding.ids)
     if tokens == "last":
         return [count - 1]
     ends = encoding.token_ends(include_special=include_special).ends
     if tokens in ("mean", "all"):
-        found = list(range(count)) if include_special else [i for i in range(count) if ends[i] >= 0]
-        lacks = "a token besides special ones and text position 0; pass include_special=True or a longer prompt"
+        positions = [i for i in range(count) if include_special or ends[i] >= 0]
+        lacks = "token other than special ones and text position 0; pass include_special=True or a longer prompt"
     elif isinstance(tokens, tuple) and len(tokens) == 2:
         start, end = tokens
         if not 0 <= start < end:  # special tokens end at -1
             raise ValueError(f"tokens: a span of characters must be (start, end) with 0 <= start < end, got {tokens!r}")
-        found = [i for i in range(count) if start < encoding.ends[i] <= end]
-        lacks = f"a token that ends within characters {start} to {end}"
+        positions = [i for i in range(count) if start < encoding.ends[i] <= end]
+        lacks = f"token that ends within characters {start} to {end}"
     else:
         raise ValueError(f"tokens must be 'last', 'mean', 'all' or a (start, end) span of characters, got {tokens!r}")
-    if not found:
-        raise PromptError(
-            f"prompt {encoding.prompt.id} ({encoding.prompt.content_key()[:60]!r}) has no {lacks.replace('a token', 'token', 1)}"
-        )
-    return found
+    if not positions:
+        raise PromptError(f"prompt {encoding.prompt.id} ({encoding.prompt.content_key()[:60]!r}) has no {lacks}")
+    return positions

@@ -1,4 +1,4 @@
-"""Shards of a store: paired activations in one file."""
+"""Shards of a store: files with one model's rows of a window of documents."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from xmodel_steer.core.errors import ArtifactError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.prompts import Prompt, text_digest
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.files.records import KEY, parse_record, write_tensors
+from xmodel_steer.files.records import read_header, write_tensors
 from xmodel_steer.maps.pairs import PARTS, part_of
 from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
@@ -32,21 +32,17 @@ def hash_of(text: str) -> str:
 
 
 def unnamed(value: Any) -> Any:
-    """Drop the names of models from a record.
-
-    The same weights may have been loaded by another name.
-    """
+    """Drop names of models from a record, since one model may have several."""
     if isinstance(value, list):
-        return [unnamed(own) for own in value]
-    return {key: own for key, own in value.items() if key != "model"} if isinstance(value, dict) else value
+        return [unnamed(item) for item in value]
+    return {key: item for key, item in value.items() if key != "model"} if isinstance(value, dict) else value
 
 
 def shard_header(file: Path) -> dict[str, Any]:
     """Read the record of a shard without its tensors."""
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            return parse_record((opened.metadata() or {})[KEY], file)
-    except (SafetensorError, OSError, KeyError) as error:
+        return read_header(file)
+    except ArtifactError as error:
         raise ArtifactError(f"{file}: is not a whole shard ({error}); delete it and harvest again") from error
 
 
@@ -61,19 +57,19 @@ def write_shard(
     settings: Mapping[str, Any],
     batch_size: int,
 ) -> list[Encoding]:
-    """Write the shard; returns the prompts that the chat template does not show whole."""
+    """Write a shard; return the prompts that the chat template does not show whole."""
     cut = {key: settings[key] for key in ("max_tokens", "truncation_side")}
     encodings = encode(model, window, **cut, warn=False)
     keys = [e.token_ends(template=settings["template"]).ends for e in encodings]
-    positions = [tuple(i for i, key in enumerate(own) if key != -1) for own in keys]
+    positions = [tuple(i for i, key in enumerate(ends) if key != -1) for ends in keys]
     rows = rows_at(model, encodings, sites, positions, batch_size)
     tensors: dict[str, Tensor] = {}
     for site in sites:
-        values = torch.cat([own[site] for own in rows])
+        values = torch.cat([document[site] for document in rows])
         check_finite(values, f"harvest {name_of(model)} {site}")
         tensors[rows_name(site)] = values.to(dtype)  # checked again, as it is written
-    tensors["keys"] = torch.tensor([key for own in keys for key in own if key != -1], dtype=torch.int64)
-    tensors["counts"] = torch.tensor([len(own) for own in positions], dtype=torch.int64)
+    tensors["keys"] = torch.tensor([key for ends in keys for key in ends if key != -1], dtype=torch.int64)
+    tensors["counts"] = torch.tensor(list(map(len, positions)), dtype=torch.int64)
     parts = [part_of(prompt.content_key(), seed=settings["seed"]) for prompt in window]
     tensors["parts"] = torch.tensor([PARTS.index(part) for part in parts], dtype=torch.int64)
     header = {
@@ -98,16 +94,13 @@ def _checksum(tensor: Tensor) -> str:
 
 @lru_cache(maxsize=64)
 def _opened(file: Path, modified: int) -> Any:
-    """Map a shard's file into memory.
-
-    A few stay open, because documents are read in any order.
-    """
+    """Map a shard's file into memory; keep 64 open for reads in any order."""
     return safe_open(str(file), framework="pt")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of one end, read when it is needed. What was written anew is another one."""
+    """One shard of one end, read when it is needed; a file that was written anew is another shard."""
 
     file: Path
     modified: int
@@ -118,7 +111,7 @@ class Shard:
         return shard_header(self.file)
 
     def rows(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
-        """Rows of a tensor, whose checksum is verified when it is read first."""
+        """Read rows of a tensor; verify its checksum the first time."""
         try:
             if self.file.stat().st_mtime_ns != self.modified:
                 raise ArtifactError(f"{self.file}: was written anew since the store was opened; open it again")
@@ -137,23 +130,31 @@ class Shard:
 
     @cached_property
     def starts(self) -> list[int]:
-        """First row of each document, and the number of rows."""
+        """The first row of each document, and the number of rows."""
         return [0, *self.rows("counts").cumsum(0).tolist()]
+
+    def documents(self, sites: Sequence[Site], places: Sequence[Sequence[int]]) -> list[dict[Site, Tensor]]:
+        """Read some rows of every document, at each site."""
+        rows = {site: self.rows(rows_name(site)) for site in sites}
+        return [
+            {site: values[[start + place for place in chosen]] for site, values in rows.items()}
+            for start, chosen in zip(self.starts, places, strict=False)
+        ]
 
     def keys(self) -> list[tuple[int, ...]]:
         """Return the keys of each document's rows."""
-        return [tuple(own.tolist()) for own in self.rows("keys").split(self.rows("counts").tolist())]
+        return [tuple(keys.tolist()) for keys in self.rows("keys").split(self.rows("counts").tolist())]
 
 
 @lru_cache(maxsize=64)
 def align_documents(source: Shard, target: Shard) -> list[Alignment]:
-    """Which rows of each document pair; computed again when it is needed again, because texts outgrow memory."""
+    """Pair the rows of each document; few pairings are cached: texts outgrow memory."""
     return [align(TokenEnds(a), TokenEnds(b)) for a, b in zip(source.keys(), target.keys(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Document:
-    """Where one document's paired rows are; small, because there are many."""
+    """The place of one document's paired rows; small, because there are many."""
 
     source: Shard
     target: Shard
@@ -164,8 +165,8 @@ class Document:
         """Read the paired rows."""
         alignment = align_documents(self.source, self.target)[self.index]
         ends = ((self.source, self.sites[0], alignment.source), (self.target, self.sites[1], alignment.target))
-        made = []
+        paired = []
         for shard, site, places in ends:
             start, stop = shard.starts[self.index : self.index + 2]
-            made.append(shard.rows(rows_name(site), start, stop)[list(places)])
-        return made[0], made[1]
+            paired.append(shard.rows(rows_name(site), start, stop)[list(places)])
+        return paired[0], paired[1]

@@ -1,18 +1,17 @@
-"""Activations of two models on disk, shard by shard: for maps that moments are not enough for, and for more text than memory.
+"""Activations of two models on disk, shard by shard: for maps that need single rows, and for more text than memory.
 
-Each model is harvested by itself, so that the two need never be in memory together. A shard is one
-window of documents at one model: a safetensors file that is whole or not there, with what it was
-made from in its header. Which rows pair is found when they are read, by the keys that tokens have in
-both models: the character that they end on, or their role in the chat template.
+Each model is harvested alone, so that the two need never be in memory together. A shard is one window of documents at
+one model: a safetensors file, whole or absent, whose header records its origin. Rows pair when they are read, by keys
+that tokens have in both models: the character that they end on, or their role in the template.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.activations.collecting import Plan, window_size
-from xmodel_steer.activations.shards import Document, Shard, align_documents, rows_name, unnamed
+from xmodel_steer.activations.collecting import Plan, accumulate, window_size
+from xmodel_steer.activations.shards import Document, Shard, align_documents, unnamed
 from xmodel_steer.core.alignment import check_coverage
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ArtifactError, SpaceMismatchError
@@ -33,7 +32,7 @@ class ActivationStore:
         folder: The store.
 
     Raises:
-        ArtifactError: There is no store.
+        ArtifactError: The folder is no store.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -42,9 +41,8 @@ class ActivationStore:
             raise ArtifactError(f"{self.folder}: is not a store of activations; make one with xs.harvest")
 
     def __repr__(self) -> str:
-        there = [
-            end for end in ENDS if (self.folder / end / "end.json").is_file()
-        ]  # nothing is read: it may be damaged
+        # No file is read: it may be damaged.
+        there = [end for end in ENDS if (self.folder / end / "end.json").is_file()]
         return f"ActivationStore({str(self.folder)!r}, {' and '.join(there) or 'gone'})"
 
     def record(self, end: str) -> dict[str, Any]:
@@ -56,17 +54,16 @@ class ActivationStore:
         file = self.folder / end / "end.json"
         if not file.is_file():
             raise ArtifactError(f"{self.folder}: has no {end}; harvest the {end} model into it with end={end!r}")
-        made = read_record(file)
-        if "shards" not in made:
+        record = read_record(file)
+        if "shards" not in record:
             raise ArtifactError(
-                f"{self.folder / end}: was not finished; give the same harvest again and it goes on after the last whole shard"
+                f"{self.folder / end}: was not finished; give the same harvest again, which continues after the last whole shard"
             )
-        return made
+        return record
 
     def spaces(self, end: str) -> dict[Site, Space]:
         """Return the spaces that one end holds."""
-        made = map(Space.from_dict, self.record(end)["spaces"])
-        return {space.site: space for space in made}
+        return {space.site: space for space in map(Space.from_dict, self.record(end)["spaces"])}
 
     @cached_property
     def _shards(self) -> list[tuple[Shard, Shard]]:
@@ -76,24 +73,24 @@ class ActivationStore:
             raise ArtifactError(
                 f"{self.folder}: source and target were harvested with different settings ({one} and {two}); harvest one again"
             )
-        counts = [records[end]["shards"] for end in ENDS]
-        files = [
-            [self.folder / end / f"{i:06d}.safetensors" for i in range(n)] for end, n in zip(ENDS, counts, strict=True)
-        ]
-        missing = [str(file) for own in files for file in own if not file.is_file()]
+        files = {
+            end: [self.folder / end / f"{i:06d}.safetensors" for i in range(record["shards"])]
+            for end, record in records.items()
+        }
+        missing = [str(file) for end in ENDS for file in files[end] if not file.is_file()]
         if missing:
             raise ArtifactError(
-                f"{missing[0]}: is missing ({len(missing)} in all); harvest again, what is there is kept"
+                f"{missing[0]}: is missing ({len(missing)} in all); harvest again, which keeps the other shards"
             )
-        found = [[Shard(file, file.stat().st_mtime_ns) for file in own] for own in files]
-        pairs = list(zip(*found, strict=False))
-        differ = counts[0] != counts[1] or any(a.header["texts"] != b.header["texts"] for a, b in pairs)
-        if differ:
+        shards = {end: [Shard(file, file.stat().st_mtime_ns) for file in files[end]] for end in ENDS}
+        pairs = list(zip(*shards.values(), strict=False))
+        same = len(set(map(len, files.values()))) == 1 and all(a.header["texts"] == b.header["texts"] for a, b in pairs)
+        if not same:
             raise ArtifactError(
                 f"{self.folder}: source and target were harvested from different texts; harvest one again"
             )
-        for end, own in zip(ENDS, found, strict=True):
-            for shard in own:
+        for end in ENDS:
+            for shard in shards[end]:
                 if unnamed(shard.header["spaces"]) != unnamed(records[end]["spaces"]):
                     raise ArtifactError(
                         f"{shard.file}: is of another model or other sites than its store; harvest again"
@@ -102,13 +99,13 @@ class ActivationStore:
 
     @cached_property
     def _counts(self) -> list[list[tuple[int, int]]]:
-        """For each document of each shard, how many rows pair and how many could."""
+        """Numbers of rows that pair, and that could, for each document of each shard."""
         return [[(len(a), a.eligible) for a in align_documents(*shards)] for shards in self._shards]
 
     def _coverage(self) -> float:
-        """Share of the tokens that could pair that do; refuses too small a one."""
-        every = [document for window in self._counts for document in window]
-        return check_coverage(sum(paired for paired, _ in every), sum(possible for _, possible in every))
+        """Return the share of eligible tokens that pair; refuse too small a one."""
+        paired, eligible = zip(*(document for window in self._counts for document in window), strict=True)
+        return check_coverage(sum(paired), sum(eligible))
 
     def _require_site(self, end: str, site: Site) -> Space:
         spaces = self.spaces(end)
@@ -122,7 +119,7 @@ class ActivationStore:
         """Return the paired rows of one layer pair, read when they are needed.
 
         Args:
-            source: Site of the source, or a layer by its number.
+            source: Site of the source, or a layer's number.
             target: The same of the target.
 
         Raises:
@@ -136,9 +133,9 @@ class ActivationStore:
         documents = []
         for number, ((one, two), counts) in enumerate(zip(self._shards, self._counts, strict=True)):
             for i, ((count, _), part) in enumerate(zip(counts, one.rows("parts").tolist(), strict=True)):
-                own = Document(one, two, (source, target), i)
+                load = Document(one, two, (source, target), i).load
                 prompt = one.header["documents"][i]
-                documents.append(DocumentRows(number * size + i, PARTS[part], count, own.load, prompt))
+                documents.append(DocumentRows(number * size + i, PARTS[part], count, load, prompt))
         return PairedRows(*spaces, tuple(documents), coverage=self._coverage(), window=size)
 
     def moments(
@@ -150,11 +147,11 @@ class ActivationStore:
         sketch: int | None = None,
         shuffled: bool = True,
     ) -> Moments:
-        """Collect the moments of stored activations, as `collect_moments` would have.
+        """Collect the moments of stored activations, equal to those of `collect_moments`.
 
         Args:
-            source_sites: Sites of the source; all that are stored by default.
-            target_sites: Sites of the target; all that are stored by default.
+            source_sites: Sites of the source; by default all that are stored.
+            target_sites: Sites of the target; by default all that are stored.
             pairs: Layer pairs to keep full cross moments of; see `collect_moments`.
             sketch: Number of target dimensions for all layer pairs; see `collect_moments`.
             shuffled: Keep the moments of the shuffled control.
@@ -181,25 +178,16 @@ class ActivationStore:
         )
         size = window_size(settings["max_tokens"])
         self._coverage()
-        for number, (one, two) in enumerate(_counted(self._shards)):
-            aligned, parts = align_documents(one, two), one.rows("parts").tolist()
-            sides = [
-                {site: shard.rows(rows_name(site)) for site in sites}
-                for shard, sites in ((one, plan.sources), (two, plan.targets))
-            ]
-            for k in dict.fromkeys(parts):
-                members = [i for i, part in enumerate(parts) if part == k]
-                places = [
-                    [shard.starts[i] + p for i in members for p in getattr(aligned[i], end)]
-                    for shard, end in ((one, "source"), (two, "target"))
-                ]
-                accumulator.add(
-                    PARTS[k],
-                    {site: rows[places[0]] for site, rows in sides[0].items()},
-                    {site: rows[places[1]] for site, rows in sides[1].items()},
-                    [number * size + i for i in members for _ in range(len(aligned[i]))],
-                    eligible=sum(aligned[i].eligible for i in members),
+        with progress_bar(len(self._shards), unit="shard", desc="moments from the store") as bar:
+            for number, (one, two) in enumerate(self._shards):
+                aligned = align_documents(one, two)
+                parts = [PARTS[part] for part in one.rows("parts").tolist()]
+                rows = (
+                    shard.documents(sites, [getattr(pairing, end) for pairing in aligned])
+                    for shard, sites, end in ((one, plan.sources, "source"), (two, plan.targets, "target"))
                 )
+                accumulate(accumulator, parts, number * size, aligned, *rows)
+                bar.update()
         return accumulator.moments()
 
     def verify(self) -> int:
@@ -214,14 +202,6 @@ class ActivationStore:
         rows = 0
         for shard in (shard for pair in self._shards for shard in pair):
             for name in shard.header["checksums"]:
-                shard.rows(name)  # nothing that is not finite was written
+                shard.rows(name)  # every number was finite when it was written
             rows += int(shard.rows("counts").sum())
         return rows
-
-
-def _counted(shards: Sequence[tuple[Shard, Shard]]) -> Iterator[tuple[Shard, Shard]]:
-    """Go through shards with a progress bar."""
-    with progress_bar(len(shards), unit="shard", desc="moments from the store") as bar:
-        for pair in shards:
-            yield pair
-            bar.update()

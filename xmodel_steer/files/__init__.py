@@ -1,6 +1,6 @@
-"""Files that are whole or absent, artefacts, readers, wheels of the package index, the user's cache, resuming.
+"""Files that are whole or absent, artefacts, claims on places, readers, wheels, the user's cache, resuming.
 
-No model is called here; how a whole result is written stands with the recipe.
+No model is called here; the recipe writes whole results.
 """
 
 from xmodel_steer.files.readers import read_contrast as read_contrast

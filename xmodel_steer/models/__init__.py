@@ -1,6 +1,6 @@
 """The only code that calls a model: loading, identity, tokens, forward passes, bridges, generation.
 
-The residual stream is recorded here, and never changed.
+Passes here record the residual stream and never change it.
 """
 
 from xmodel_steer.models.generation import generate as generate

@@ -1,4 +1,4 @@
-"""Adapters merged into their base."""
+"""PEFT adapters, merged into their base models."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from xmodel_steer.models.identity import fingerprint
 
 
 def adapter_of(name: str | Path) -> Path | None:
-    """Return the folder of a PEFT adapter, if this is one."""
+    """Return the folder of a PEFT adapter, or None for another model."""
     local = Path(name).expanduser()
     return local if (local / "adapter_config.json").is_file() else None
 
@@ -36,15 +36,12 @@ def base_named_by(adapter: Path) -> str:
 def with_adapter(
     path: str,
     adapter: Path,
-    device: torch.device,
+    device: torch.device | None,
     dtype: torch.dtype,
     device_map: str | dict[str, Any] | None,
     revision: str | None,
 ) -> tuple[Any, str]:
-    """Merge an adapter into its base model; return it with its fingerprint.
-
-    Merged in float32, rounded afterwards.
-    """
+    """Merge an adapter into its base in float32, then round; return model and fingerprint."""
     from transformers import AutoModelForCausalLM
 
     weights = adapter / "adapter_model.safetensors"
@@ -59,18 +56,19 @@ def with_adapter(
             f"{adapter}: its base is offloaded, and an adapter is merged into weights in memory; give device=, or a "
             "device_map that has room for all of the base"
         )
-    # What an adapter does hangs on its weights and settings, not on where its base was found.
-    # Its lists are sets to peft, which writes them in any order.
-    does = {
+    # An adapter's effect depends on its weights and settings, not on the place of its base.
+    # peft treats its lists as sets and writes them in any order.
+    effective = {
         key: sorted(map(str, value)) if isinstance(value, list) else value
         for key, value in settings.items()
         if key not in ("base_model_name_or_path", "revision", "peft_version")
     }
-    own = hashlib.sha256(fingerprint(hf).encode() + json.dumps(does, sort_keys=True).encode() + weights.read_bytes())
+    digest = hashlib.sha256(fingerprint(hf).encode() + json.dumps(effective, sort_keys=True).encode())
+    digest.update(weights.read_bytes())
     merged = adapted(hf, adapter).merge_and_unload()
     for parameter in merged.parameters():  # the buffers stay float32
         parameter.data = parameter.data.to(dtype)
-    return merged if device_map is not None else merged.to(device), own.hexdigest()[:16]
+    return merged if device is None else merged.to(device), digest.hexdigest()[:16]
 
 
 def adapted(hf: Any, adapter: Path) -> Any:
@@ -81,33 +79,33 @@ def adapted(hf: Any, adapter: Path) -> Any:
         adapter: The folder.
 
     Raises:
-        ModelError: The adapter's tensors are not those that its settings and the base ask for, or it cannot be merged.
+        ModelError: The adapter's tensors do not fit its settings or the base, or it cannot be merged.
     """
     from peft import PeftModel
 
-    says = "Give the base that it was trained on with base=, and the adapter_config.json that it was saved with"
+    advice = "Give the base that it was trained on with base=, and the adapter_config.json that it was saved with"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # reported below
             model: Any = PeftModel.from_pretrained(hf, str(adapter))
             report = model.load_adapter(str(adapter), "default")
     except KeyError as error:
         raise ModelError(
-            f"{adapter}: the adapter lacks {error}, which its adapter_config.json asks for. {says}"
+            f"{adapter}: the adapter lacks {error}, which its adapter_config.json asks for. {advice}"
         ) from error
     except RuntimeError as error:
         shapes = re.findall(r"size mismatch for (\S+):", str(error))
         if not shapes:
             raise
         raise ModelError(
-            f"{adapter}: the adapter does not fit its base: {listed({'of another shape': shapes})}. {says}"
+            f"{adapter}: the adapter does not fit its base: {listed({'of another shape': shapes})}. {advice}"
         ) from error
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ModelError(
-            f"{adapter}: an adapter of type {model.peft_type} changes no weights that it could be merged into; "
-            "give one that does, such as LoRA"
+            f"{adapter}: an adapter of type {model.peft_type} cannot be merged into weights; "
+            "give one that can, such as LoRA"
         )
     wrong = {"missing": sorted(report.missing_keys), "not the base's": sorted(report.unexpected_keys)}
     if any(wrong.values()):
-        raise ModelError(f"{adapter}: the adapter does not fit its base: {listed(wrong)}. {says}")
+        raise ModelError(f"{adapter}: the adapter does not fit its base: {listed(wrong)}. {advice}")
     return model

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.facts import conduct_of, context_length, device_of, embedding_rows, name_of, tokenizer_of
 from xmodel_steer.models.tokens import Encoding, tokenise
 
@@ -27,14 +28,14 @@ def encode(
     Args:
         model: A TransformerLens model.
         prompts: The prompts.
-        max_tokens: Cut longer ones to this many tokens. Without it a prompt longer than the model's
-            context is refused.
-        truncation_side: Where to cut; see `tokenise`.
+        max_tokens: Cut longer prompts to this many tokens. Without it a prompt longer than the model's context is
+            refused.
+        truncation_side: The side to cut; see `tokenise`.
         warn: See `tokenise`.
 
     Raises:
-        PromptError: A prompt is longer than the context, gives no tokens, or holds a token that the
-            model has no embedding for.
+        PromptError: A prompt is longer than the context, has no tokens, or has a token without an embedding in the
+            model.
     """
     name, tokenizer, rows = name_of(model), tokenizer_of(model), embedding_rows(model)
     encodings = tokenise(
@@ -47,12 +48,11 @@ def encode(
         warn=warn,
     )
     for encoding in encodings:
-        beyond = max(encoding.ids)
-        if beyond >= rows:
+        if (last := max(encoding.ids)) >= rows:
             raise PromptError(
                 f"prompt {encoding.prompt.id} ({encoding.prompt.content[:40]!r}): holds the special token "
-                f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), but {name} has embeddings for ids 0 to {rows - 1} only; "
-                "take it out of the text, or resize the model's embeddings and train it"
+                f"{tokenizer.convert_ids_to_tokens(last)!r} (id {last}), but {name} has embeddings for ids 0 to {rows - 1} only; "
+                "remove it from the text, or resize the model's embeddings and train it"
             )
     return encodings
 
@@ -62,7 +62,7 @@ class Batch:
     """Padded token ids with the mask of the real ones.
 
     Args:
-        rows: Which of the caller's prompts each row is.
+        rows: The number of each row's prompt among the caller's.
         ids: Token ids.
         mask: 1 at real tokens.
     """
@@ -73,16 +73,14 @@ class Batch:
 
 
 def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, padding_side: str = "right") -> list[Batch]:
-    """Batches of prompts of similar length, longest first, so that little is padding.
+    """Batch prompts of similar length, longest first, with little padding.
 
-    A model that does not read a padded text as it reads it alone gets texts of one length, or one text, at a time (`Conduct`).
-    A batch ends at its size, or where the next prompt would be padding for more than half, and for over 64 tokens: a few
-    long prompts would else be the price of all. Longest first also means that a batch size that does not fit in memory fails at once.
+    A model that reads a padded text wrong gets texts of one length, or one text, at a time (`Conduct`). A batch ends
+    at its size, or where more than half of the next row, and over 64 tokens, would be padding: a few long prompts
+    must not slow all others. With the longest first, a batch size that does not fit in memory fails at once.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    require_counts(batch_size=batch_size)
+    require_side(padding_side=padding_side)
     lengths = [len(encoding.ids) for encoding in encodings]
     conduct = conduct_of(model)
     batch_size = batch_size if conduct.batched else 1
@@ -94,24 +92,21 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
         else:
             groups.append([i])
     device = device_of(model)
-    made = []
+    padded = []
     for rows in groups:
         width = lengths[rows[0]]
         ids = torch.full((len(rows), width), pad_id(model), dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for r, i in enumerate(rows):
-            own = torch.tensor(encodings[i].ids)
-            place = slice(0, len(own)) if padding_side == "right" else slice(width - len(own), width)
-            ids[r, place], mask[r, place] = own, 1
-        made.append(Batch(tuple(rows), ids.to(device), mask.to(device)))
-    return made
+            tokens = torch.tensor(encodings[i].ids)
+            place = slice(0, len(tokens)) if padding_side == "right" else slice(width - len(tokens), width)
+            ids[r, place], mask[r, place] = tokens, 1
+        padded.append(Batch(tuple(rows), ids.to(device), mask.to(device)))
+    return padded
 
 
 def pad_id(model: Any) -> int:
-    """Choose a token id for padding that has an embedding.
-
-    Which one does not matter, the mask hides it.
-    """
+    """Choose a token id for padding that has an embedding; the mask hides it."""
     tokenizer, rows = tokenizer_of(model), embedding_rows(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and candidate < rows:  # a padding token is often added without an embedding

@@ -1,8 +1,8 @@
-"""Passes through a TransformerBridge without the hook points that nobody listens to.
+"""Passes through a TransformerBridge that leave out unused hook points.
 
-A bridge puts a component with hook points around every part of the Hugging Face model: some 40 to a block, which in
-a decode of small batches cost a quarter of the time. Where none of a block's has a hook, the pass may go through
-the part itself. The numbers are the same bit by bit, or it is not done: `prepare` tries.
+A bridge puts a component with hook points around every part of the Hugging Face model: some 40 in a block, which take
+a quarter of the time when small batches are decoded. Where no component of a block has a hook, the pass may use the
+part itself. `prepare` allows this only where the numbers are the same bit by bit.
 """
 
 import threading
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-#: The off switch: set it to False, and every pass goes through every component.
+#: The off switch: with False, every pass goes through every component.
 enabled = True
 _LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
 class _Exchange:
-    """A place in the Hugging Face model where a component stands for one of its parts."""
+    """A place in the Hugging Face model where a component replaces one of its parts."""
 
     modules: dict[str, Any]
     name: str
@@ -32,7 +32,7 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block's exchanges, and the hooks that forbid them (dictionaries that PyTorch keeps)."""
+    """A block's exchanges, and PyTorch's dictionaries of the hooks that forbid them."""
 
     whole: _Exchange | None
     ends: tuple[dict[Any, Any], ...]
@@ -40,43 +40,44 @@ class _Block:
     inner: tuple[dict[Any, Any], ...]
 
 
-_TOLD: "weakref.WeakSet[Any]" = weakref.WeakSet()  # bridges that `read_caches` has seen
+_PATCHED: "weakref.WeakSet[Any]" = weakref.WeakSet()  # bridges that `read_caches` has seen
 _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
-    """Inside, blocks of a bridge that nobody hooks are the Hugging Face model's own; outside, all is as before.
+    """Exchange components of unhooked blocks for the Hugging Face model's parts.
 
-    A bridge that was not prepared stays as it is. Blocks hooked at their ends alone (``hook_in``, ``hook_out``:
-    `resid_pre`, `resid_post`) keep their component and lose those inside. One thread at a time.
+    They return at the end of the context. A bridge that was not prepared stays as it is. Blocks hooked only at their
+    ends (``hook_in``, ``hook_out``: `resid_pre`, `resid_post`) keep their component and lose the inner ones. One
+    thread at a time.
 
     Args:
-        model: A bridge whose weights were not processed; processed ones live in the components.
-        whole_blocks: Also whole blocks; not where the pass stops early, for a block's component does that.
+        model: A bridge whose weights were not processed; components hold processed weights.
+        whole_blocks: Replace whole blocks too; not for a pass that stops early, which a block's component does.
     """
     with _LOCK:
         free = [e for block in _BLOCKS.get(model, ()) for e in _free(block, whole_blocks)] if enabled else []
-        made = [e for e in free if e.modules.get(e.name) is e.component]
+        exchanges = [e for e in free if e.modules.get(e.name) is e.component]
         try:
-            for exchange in made:
+            for exchange in exchanges:
                 exchange.modules[exchange.name] = exchange.part
             yield
         finally:
-            for exchange in made:
+            for exchange in exchanges:
                 exchange.modules[exchange.name] = exchange.component
 
 
 def read_caches(model: Any) -> None:
-    """Let TransformerLens' own attention find the cache under its name of today.
+    """Let TransformerLens' own attention find the cache under its present name, once per bridge.
 
-    transformers 5.24 calls it ``cache``. What transformer-lens up to 4.3 computes itself (attention whose joint matrix it
-    splits, latent attention, gated delta nets) looks for the former names and would see the newest token alone.
-    A bridge that was given before stays as it is.
+    transformers 5.24 calls it ``cache``. The layers that transformer-lens up to 4.3 computes itself (attention whose
+    joint matrix it splits, latent attention, gated delta nets) look for the former names and would see the newest
+    token alone.
     """
-    if model in _TOLD:
+    if model in _PATCHED:
         return
-    _TOLD.add(model)
+    _PATCHED.add(model)
     for part in model.original_model.modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
         if "GatedDeltaNetBridge" in kinds:
@@ -107,10 +108,10 @@ def _free(block: _Block, whole: bool) -> tuple[_Exchange, ...]:
 
 @torch.no_grad()
 def prepare(model: Any) -> bool:
-    """Find what may be passed by in a new bridge that nobody has hooked; whether the numbers stay the same.
+    """Find components that passes of a new bridge may leave out; tell whether any.
 
-    Not with the fused attention of PyTorch, which rounds differently from the component's, nor where weights are
-    offloaded.
+    There are none with PyTorch's fused attention, which rounds differently from the component's, and none where
+    weights are offloaded.
     """
     inner = model.original_model
     if getattr(inner.config, "_attn_implementation", None) != "eager" or any(p.is_meta for p in inner.parameters()):
@@ -123,7 +124,7 @@ def prepare(model: Any) -> bool:
         try:
             with own_parts(model, whole_blocks=whole):
                 same = torch.equal(before, inner(**inputs).logits)
-        except Exception:  # some parts do not run by themselves: such a model goes through its components
+        except Exception:  # some parts do not run alone: such a model uses its components
             same = False
         if not same:
             del _BLOCKS[model]
@@ -148,27 +149,27 @@ def _blocks(model: Any) -> tuple[_Block, ...]:
         for module in model.original_model.modules()
         if not isinstance(module, GeneralizedComponent)
     }
-    found = []
+    records = []
     for block in blocks:
         ends, inner = [block._forward_hooks, block._forward_pre_hooks], []
         for module in block.modules():
             if isinstance(module, HookPoint):
-                own = ends if module in (block.hook_in, block.hook_out) else inner
-                own += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+                hooks = ends if module in (block.hook_in, block.hook_out) else inner
+                hooks += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
             elif isinstance(module, GeneralizedComponent) and module is not block:
-                inner.append(module._forward_hooks)  # not those before: a block listens to its norms by them
-        found.append(
+                inner.append(module._forward_hooks)  # a block reads its norms by pre-hooks, which do not count
+        records.append(
             _Block(
-                whole=next((e for own in places.values() for e in own if e.component is block), None),
+                whole=next((e for place in places.values() for e in place if e.component is block), None),
                 ends=tuple(ends),
                 parts=tuple(e for m in block.modules() for e in places.get(m, ())),
                 inner=tuple(inner),
             )
         )
-    return tuple(found)
+    return tuple(records)
 
 
 def _same_parameters(component: Any) -> bool:
-    """Whether the parameters are those of the part: not where a bridge holds a joint matrix split in three."""
+    """Tell whether component and part share parameters; a split joint matrix is not shared."""
     part = component.original_component
     return part is not None and {id(p) for p in component.parameters()} == {id(p) for p in part.parameters()}

@@ -1,5 +1,6 @@
-"""Read a checkpoint whole, or refuse it."""
+"""Checkpoints, read whole or refused."""
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,18 +13,19 @@ from xmodel_steer.core.errors import CheckpointWarning, ModelError, XModelSteerE
 def whole_model(kind: Any, path: str, *, label: str, **settings: Any) -> Any:
     """Load a Hugging Face model, and refuse a checkpoint that does not fill it.
 
-    transformers gives a weight that a checkpoint lacks random values, and tells only its log.
+    transformers fills a missing weight with random values, and reports that in its log alone.
 
     Args:
         kind: A class with ``from_pretrained``, such as ``AutoModelForCausalLM``.
         path: The folder or hub name to load from.
-        label: What the model is called, for messages.
+        label: The model's name, for messages.
         settings: For ``from_pretrained``.
 
     Raises:
-        ModelError: Weights are missing or of another shape, or a layer of the checkpoint has tensors that the model's lacks.
+        ModelError: Weights are missing or have another shape, or a layer of the model lacks tensors of the
+            checkpoint.
     """
-    # Mismatched shapes are let through here, to be named below with all the rest.
+    # Mismatched shapes pass here, and are named below with every other fault.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = kind.from_pretrained(path, **settings)
@@ -41,7 +43,7 @@ def whole_model(kind: Any, path: str, *, label: str, **settings: Any) -> Any:
         "not the model's": sorted(report["unexpected_keys"]),
     }
     layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    # A bias or a scale of a layer that computes without it: the model would not be the one that was saved.
+    # A layer that ignores its bias or scale computes something else than the saved model.
     split = any(name.rpartition(".")[0] in layers for name in wrong["not the model's"])
     if wrong["missing"] or wrong["of another shape"] or split:
         raise ModelError(
@@ -60,17 +62,17 @@ def whole_model(kind: Any, path: str, *, label: str, **settings: Any) -> Any:
 
 
 def listed(names: Mapping[str, Sequence[str]]) -> str:
-    """Count names, and list the first three of each kind, in words."""
+    """Count the names of each kind, and list the first three."""
     return "; ".join(
-        f"{len(some)} {kind} ({', '.join(some[:3])}{', …' if len(some) > 3 else ''})"
-        for kind, some in names.items()
-        if some
+        f"{len(group)} {kind} ({', '.join(group[:3])}{', …' if len(group) > 3 else ''})"
+        for kind, group in names.items()
+        if group
     )
 
 
 @contextmanager
 def without_notices() -> Iterator[None]:
-    """Keep transformers' own load_errors bars and notices out of the user's terminal."""
+    """Silence transformers' progress bars and notices."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -86,11 +88,11 @@ def without_notices() -> Iterator[None]:
 
 @contextmanager
 def load_errors(label: str, path: str) -> Iterator[None]:
-    """One clear `ModelError` for whatever goes wrong while a model is loaded.
+    """Turn whatever goes wrong while a model is loaded into one clear `ModelError`.
 
     Args:
-        label: What it is called.
-        path: The folder or hub name that it is loaded from.
+        label: The model's name.
+        path: Its folder or hub name.
     """
     try:
         yield
@@ -105,44 +107,42 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
     while cause is not None and len(chain) < 8:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    said = " ".join(f"{type(e).__name__} {e}" for e in chain)
+    messages = " ".join(f"{type(e).__name__} {e}" for e in chain)
     text = " ".join(str(error).split())
-    if "trust_remote_code" in said:
-        return (
-            f"{label}: needs Python code that comes with the model (auto_map in its config.json), which this library does not run; "
-            "give a model of an architecture that transformers has"
-        )
-    if not Path(path).exists():
-        if any(
-            w in said
-            for w in (
-                "ConnectionError",
-                "ConnectError",
-                "Max retries",
-                "resolve",
-                "ProxyError",
-                "Offline",
-                "Timeout",
-                "LocalEntryNotFound",
-                "couldn't connect",
-                "Cannot reach",
-            )
-        ):
-            return (
-                f"{label}: the model hub cannot be reached and the model is not in the local cache; connect, or give a "
-                "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m"
-            )
-        if any(w in said for w in ("RepositoryNotFound", "404", "not a valid model identifier", "401")):
-            return f"{label}: the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling"
-    if "backend tokenizer" in said or "load tokenizer" in said:
-        return f"{label}: has no tokenizer that can be read ({text[:200]}); save it into the folder (tokenizer.json)"
-    if "offload_folder" in said:
-        return (
-            f"{label}: its weights are not in the form in which the model keeps them (as in a mixture of experts, or without "
-            "safetensors), and cannot stay on the disk; give device=, or a device_map that has room for all of the model"
-        )
-    if "no file named" in said:
-        return (
-            f"{label}: has no weights ({text[:200]}); get the whole folder, with model.safetensors or all of its parts"
-        )
+    for pattern, only_hub, failure in _FAILURES:
+        if re.search(pattern, messages) and not (only_hub and Path(path).exists()):
+            return f"{label}: {failure.format(text=text[:200])}"
     return f"{label}: cannot be loaded ({type(error).__name__}: {text[:300]})"
+
+
+#: For each failure of other libraries: the words that betray it, whether only a hub model has it, and what to say.
+_FAILURES = (
+    (
+        "trust_remote_code", False,
+        "needs Python code that comes with the model (auto_map in its config.json), which this library does not run; "
+        "give a model of an architecture that transformers has",
+    ),
+    (
+        "ConnectionError|ConnectError|Max retries|resolve|ProxyError|Offline|Timeout|LocalEntryNotFound|couldn't connect|Cannot reach",
+        True,
+        "the model hub cannot be reached and the model is not in the local cache; connect, or give a "
+        "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m",
+    ),
+    (
+        "RepositoryNotFound|404|not a valid model identifier|401", True,
+        "the hub knows no such model (or it is gated: log in with `hf auth login`); check the spelling",
+    ),
+    (
+        "backend tokenizer|load tokenizer", False,
+        "has no tokenizer that can be read ({text}); save it into the folder (tokenizer.json)",
+    ),
+    (
+        "offload_folder", False,
+        "its weights are not in the form in which the model keeps them (as in a mixture of experts, or without "
+        "safetensors), and cannot stay on the disk; give device=, or a device_map that has room for all of the model",
+    ),
+    (
+        "no file named", False,
+        "has no weights ({text}); get the whole folder, with model.safetensors or all of its parts",
+    ),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is known of a hooked model."""
+"""Facts about hooked models."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from xmodel_steer.models.laws import Conduct
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What this library uses of a TransformerLens model."""
+    """The part of a TransformerLens model that this library uses."""
 
     cfg: Any
     tokenizer: Any
@@ -31,7 +31,7 @@ class HookedModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """What is known of a model that is not on the model itself."""
+    """Facts about a model that the model does not hold itself."""
 
     name: str
     tokenizer: Any
@@ -44,20 +44,21 @@ FACTS: "weakref.WeakKeyDictionary[Any, Facts]" = weakref.WeakKeyDictionary()
 
 
 def require_hooked(model: Any) -> None:
-    """Refuse what is no TransformerLens model.
+    """Refuse anything but a TransformerLens model.
 
     Raises:
         ModelError: Says what came.
     """
     if not isinstance(model, HookedModel):
+        way = "model, tokenizer=tokenizer" if hasattr(model, "get_input_embeddings") else "name"
         raise ModelError(
             f"needs a TransformerLens model (TransformerBridge, or HookedTransformer of 3.x), got {type(model).__name__}; "
-            "load it with xs.load(name)"
+            f"load it with xs.load({way})"
         )
 
 
 def facts_of(model: Any) -> Facts:
-    """Return what is known of a model; nothing is run or loaded.
+    """Return the facts about a model; nothing is run or loaded.
 
     Raises:
         ModelError: The library does not know the model.
@@ -67,8 +68,7 @@ def facts_of(model: Any) -> Facts:
         require_hooked(model)
         name = getattr(model.cfg, "model_name", None) or type(model).__name__
         raise ModelError(
-            f"{name}: this model is not known yet; tell the library of it with xs.register(model), or load it with "
-            "xs.load(name)"
+            f"{name}: this model is not known yet; register it with xs.register(model), or load it with xs.load(name)"
         )
     return known
 
@@ -83,19 +83,14 @@ def tokenizer_of(model: Any) -> Any:
     return facts_of(model).tokenizer
 
 
-def revision_of(model: Any) -> str:
-    """Return the revision that was asked of the hub, or nothing."""
-    return facts_of(model).revision
-
-
 def conduct_of(model: Any) -> Conduct:
-    """Return what may be done with the model, as it showed when it was loaded."""
+    """Return the abilities that the model showed when it was loaded."""
     return facts_of(model).conduct
 
 
 def device_of(model: Any) -> torch.device:
-    """Return the device that token ids go to."""
-    # TransformerLens offloads only what computes on the CPU; offloaded weights are on no device
+    """Return the device for token ids."""
+    # TransformerLens offloads only parts that compute on the CPU; offloaded weights are on no device
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -105,7 +100,7 @@ def dtype_of(model: Any) -> torch.dtype:
 
 
 def hardware_of(model: Any) -> str:
-    """Describe in words the hardware and the dtype of a model."""
+    """Describe a model's hardware and dtype in words."""
     device = device_of(model)
     threads = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
@@ -113,17 +108,18 @@ def hardware_of(model: Any) -> str:
 
 
 def is_bridge(model: Any) -> bool:
-    """Whether the model is a TransformerBridge, with the Hugging Face model inside."""
+    """Tell whether the model is a TransformerBridge, with a Hugging Face model inside."""
     return hasattr(model, "original_model")
 
 
 def embedding_rows(model: Any) -> int:
-    """How many token ids the model has embeddings for."""
+    """Return the number of token ids that the model has embeddings for."""
     if is_bridge(model):
         return len(model.original_model.get_input_embeddings().weight)
     return int(model.cfg.d_vocab)
 
 
 def context_length(model: Any) -> int:
-    """How many tokens the model can read."""
+    """Return the number of tokens that the model can read."""
+    facts_of(model)  # refuses what is no model
     return int(model.cfg.n_ctx)

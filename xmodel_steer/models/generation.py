@@ -14,12 +14,13 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import PromptLike
+from xmodel_steer.models.arguments import require_counts, require_number
 from xmodel_steer.models.batching import Batch, batches, encode, pad_id
 from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
 from xmodel_steer.models.passes import forward, keep_rows, layout
 from xmodel_steer.models.tokens import Encoding
 
-GOING = 0.75  # share of a batch's texts that go on, at which the others leave it
+GOING = 0.75  # finished texts leave a batch when this share of its texts, or less, is unfinished
 
 
 @with_progress
@@ -37,25 +38,24 @@ def generate(
 ) -> list[str]:
     """Continue prompts; inside `steering`, steered.
 
-    Decoding is plain greedy unless a temperature is given: nothing is read from the model's
-    generation settings, where repetition penalties and sampling hide.
+    Decoding is greedy unless a temperature is given. The model's generation settings, which may hold repetition
+    penalties and sampling, are not read.
 
     Args:
         model: A TransformerLens model.
         prompts: Strings, lists of chat messages, or prompts.
         max_new_tokens: Number of tokens to add.
-        batch_size: Prompts at a time; greedy output in float32 does not depend on it. In bfloat16
-            rounding differs between batch shapes, and near-ties may fall otherwise.
-        temperature: 0 for greedy; else logits are divided by it and tokens sampled.
-        seed: Seed of the sampling; each prompt has its own generator, so that its sample does not
-            depend on the batch.
+        batch_size: Prompts at a time; greedy output in float32 does not depend on it. In bfloat16 rounding differs
+            between batch shapes, which may change near-ties.
+        temperature: 0 for greedy; else the divisor of the logits before sampling.
+        seed: Seed of the sampling; each prompt has a generator, so that its sample does not depend on the batch.
         stop_at_eos: End a text at the model's end-of-sequence token.
-        use_cache: Keep keys and values between steps; without it every step reads the whole text
-            again (slow, for checking). A model that showed when it was loaded that it decodes wrong with a cache never gets one.
+        use_cache: Keep keys and values between steps; without it every step reads the whole text again (slow, for
+            checking). A model that failed with a cache when it was loaded never gets one.
         progress: Show progress bars; see `quiet`.
 
     Returns:
-        For each prompt, in order, the added text without special tokens.
+        The added text of each prompt, in order, without special tokens.
 
     Raises:
         PromptError: There are no prompts, or prompt and new tokens exceed the context.
@@ -85,7 +85,9 @@ def generate_tokens(
     stop_at_eos: bool = True,
     use_cache: bool = True,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """As `generate`, but gives token ids: those added, and those of the prompts."""
+    """Continue prompts as `generate` does; return the added token ids and the prompts'."""
+    require_counts(batch_size=batch_size)
+    require_number(temperature=temperature, seed=seed)
     encodings = _encoded(model, prompts, max_new_tokens)
     stops = _stop_ids(model) if stop_at_eos else frozenset()
     added: list[list[int]] = [[] for _ in encodings]
@@ -102,18 +104,18 @@ def generate_tokens(
 
 
 def _generator(seed: int, row: int) -> torch.Generator:
-    """Randomness of one prompt's text, which no other prompt and no other seed has."""
+    """Make the random generator of one prompt and one seed."""
     state = np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What is there of a continuation after one more forward pass.
+    """A continuation after one more forward pass.
 
     Args:
-        text: All that was added so far, as `generate` would give it; its last character may be
-            a replacement character while only some of its bytes are there.
+        text: The text added so far, as `generate` would return it; its last character may be a replacement character
+            while some of its bytes are missing.
         logits: The logits that the newest token was chosen from.
     """
 
@@ -124,8 +126,8 @@ class Written:
 def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Iterator[Written]:
     """Continue one prompt greedily, token by token; the last text is that of `generate`.
 
-    Between two tokens nothing is left on the model or in the context: a steered stream enters
-    `steering` for each token anew, so that whoever else calls the model meanwhile finds it plain.
+    Between two tokens the model and the context are as before: a steered stream enters `steering` anew for each
+    token, so that other callers find the model unsteered.
 
     Args:
         model: A TransformerLens model.
@@ -133,10 +135,10 @@ def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Itera
         max_new_tokens: Number of tokens to add.
 
     Yields:
-        The text so far, after every forward pass; also after one that ends the text and adds nothing.
+        The text so far, after every forward pass, also after the one that only ends the text.
 
     Raises:
-        PromptError: The prompt cannot be used, or with the new tokens exceeds the context.
+        PromptError: The prompt cannot be used, or exceeds the context with the new tokens.
     """
     (encoding,) = encodings = _encoded(model, [prompt], max_new_tokens)
     (batch,) = batches(model, encodings, 1, padding_side="left")
@@ -146,13 +148,12 @@ def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Itera
         yield Written(_added_text(tokenizer_of(model), before, after), logits[0])
 
 
-def _encoded(model: Any, prompts: Iterable[PromptLike], max_new_tokens: int) -> list[Encoding]:
-    """Prompts as tokens, refused where the new ones do not fit behind them."""
+def _encoded(model: Any, prompts: Any, max_new_tokens: Any) -> list[Encoding]:
+    """Tokenise prompts; refuse one that leaves no room for the new tokens."""
+    require_counts(max_new_tokens=max_new_tokens)
     items = as_prompts(prompts)
     if not items:
         raise PromptError("generate: no prompts were given")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     encodings = encode(model, items)
     longest = max(encodings, key=lambda e: len(e.ids))
     if len(longest.ids) + max_new_tokens > context_length(model):
@@ -164,17 +165,17 @@ def _encoded(model: Any, prompts: Iterable[PromptLike], max_new_tokens: int) -> 
 
 
 def _added_text(tokenizer: Any, before: list[int], after: list[int]) -> str:
-    # Some tokenizers drop the first token's leading space: decode with the prompt, cut it off.
+    # Some tokenizers drop the first token's leading space: decode with the prompt, then cut that off.
     start = tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     whole = tokenizer.decode(before + after, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return whole[len(start) :]
 
 
 def _stop_ids(model: Any) -> frozenset[int]:
-    """End-of-sequence tokens, of the tokenizer and of the model's generation settings."""
+    """Collect end-of-sequence tokens of the tokenizer and the generation settings."""
     inner = getattr(model, "original_model", None)
-    own = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
-    ids = own if isinstance(own, list) else [own]
+    ends = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
+    ids = ends if isinstance(ends, list) else [ends]
     return frozenset(i for i in (*ids, tokenizer_of(model).eos_token_id) if i is not None)
 
 
@@ -187,46 +188,47 @@ def _decode(
     stops: frozenset[int],
     use_cache: bool,
 ) -> Iterator[tuple[list[int | None], Tensor]]:
-    """After every forward pass: each row's new token (None once its text has ended), and the logits of those that go on.
+    """Yield each row's new token and the running rows' logits after every forward pass.
 
-    Rows whose texts have ended leave the batch, where the model's cache lets them, once they are a quarter of it: answers differ in length, and a decode would
-    else go on at the price of all of them for the longest.
+    A row's token is None once its text has ended. Finished rows leave the batch once they are a quarter of it, if the
+    model's cache allows that: answers differ in length, and the longest one would otherwise cost as much as a full
+    batch.
     """
     conduct = conduct_of(model)
     use_cache = use_cache and conduct.cached
     ids, mask, cache, lengths = batch.ids, batch.mask, None, batch.mask.sum(-1)
-    there = list(range(len(batch.rows)))  # which rows are in the batch still
-    running = [True] * len(there)
-    fresh = ids
+    present = list(range(len(batch.rows)))  # numbers of the rows that are still in the batch
+    running = [True] * len(present)  # by row: its text has not ended
+    fresh = ids  # the tokens that the model reads next
     for _ in range(steps):
-        # The layout is left before each yield: a generator has no context of its own.
-        with layout([batch.rows[row] for row in there], lengths):
+        # The layout ends before each yield: a generator shares its caller's context.
+        with layout([batch.rows[row] for row in present], lengths):
             logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
         assert logits is not None
-        chosen = _choose(logits[:, -1], temperature, [generators[row] for row in there] if generators else ())
-        made: list[int | None] = [None] * len(running)
-        for place, (row, token) in enumerate(zip(there, chosen.tolist(), strict=True)):
+        chosen = _choose(logits[:, -1], temperature, [generators[row] for row in present] if generators else ())
+        added: list[int | None] = [None] * len(running)
+        for place, (row, token) in enumerate(zip(present, chosen.tolist(), strict=True)):
             running[row] = running[row] and token not in stops
             if running[row]:
-                made[row] = token
+                added[row] = token
             else:
-                chosen[place] = pad_id(model)
-        yield made, logits[:, -1]
-        going = [place for place, row in enumerate(there) if running[row]]
+                chosen[place] = pad_id(model)  # a finished row reads padding until it leaves
+        yield added, logits[:, -1]
+        going = [place for place, row in enumerate(present) if running[row]]
         if not going:
             return
-        if len(going) <= GOING * len(there) and (conduct.dropping or not use_cache):
+        if len(going) <= GOING * len(present) and (conduct.dropping or not use_cache):
             kept = torch.tensor(going, device=ids.device)
             keep_rows(cache, kept)
             ids, mask, lengths, chosen = ids[kept], mask[kept], lengths[kept], chosen[kept]
-            there = [there[place] for place in going]
+            present = [present[place] for place in going]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         ids = torch.cat([ids, chosen[:, None]], 1)
         fresh = chosen[:, None] if use_cache else ids
 
 
 def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
-    # max gives argmax's index, four times faster in bfloat16; NaN is the largest of all to it.
+    # max returns argmax's index, four times faster in bfloat16, and treats NaN as the largest value.
     highest, top = logits.max(-1)
     check_finite(highest, "generate: logits")
     if temperature <= 0:

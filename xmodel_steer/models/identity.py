@@ -1,4 +1,4 @@
-"""Which model it is: a short hash of its weights, and all that what it computes depends on."""
+"""Identity of a model: a short hash of its weights, and everything that its output depends on."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,20 +15,19 @@ def processing_of(model: Any) -> str:
     """Name the weight processing that moves residual coordinates, as TransformerLens does."""
     if is_bridge(model):
         return "compatibility_mode" if getattr(model, "compatibility_mode", False) else "none"
-    done = []
+    steps = []
     if str(model.cfg.normalization_type).endswith("Pre"):
-        done.append("fold_ln")
+        steps.append("fold_ln")
     writes = getattr(model.blocks[0].mlp, "W_out", None)
     if writes is not None and writes.mean(-1).abs().max() < 1e-5 * writes.abs().max():
-        done.append("center_writing_weights")
-    return "+".join(done) or "none"
+        steps.append("center_writing_weights")
+    return "+".join(steps) or "none"
 
 
 def fingerprint(model: Any) -> str:
     """Hash the weights: every tensor, up to 1,024 values of each, as bfloat16.
 
-    The same model loaded in float32 and in bfloat16 has the same fingerprint; a fine-tuned one
-    has another.
+    A model has one fingerprint in float32 and in bfloat16; a fine-tuned model has another.
     """
     digest = hashlib.sha256()
     for parameter in _weights(model):
@@ -41,10 +40,7 @@ def fingerprint(model: Any) -> str:
 
 
 def content_hash(model: Any) -> str:
-    """Hash every bit of the weights, their dtype, and the tokenizer.
-
-    What is computed from a model may be cached under it.
-    """
+    """Hash every bit of weights and tokenizer: a key for cached results."""
     digest = hashlib.sha256()
     for parameter in _weights(model):
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -57,11 +53,12 @@ def content_hash(model: Any) -> str:
 
 
 def identity_of(model: Any) -> tuple[Any, ...]:
-    """All that hangs together with what a model computes and writes: `content_hash`, settings, the kind of device, and its hooks.
+    """Return everything a model's output depends on: `content_hash`, kind of device, settings and hooks.
 
-    A device rounds in its own way, generation settings say which tokens end a text, and a hook may do anything.
+    Kinds of devices round differently, generation settings name the tokens that end a text, and a hook may do
+    anything.
     """
-    # Hugging Face's own, which note attentions and hidden states for whoever asks, change nothing.
+    # Hugging Face's hooks that record attentions and hidden states change nothing.
     hooks = [
         hook
         for module in model.modules()
@@ -70,15 +67,15 @@ def identity_of(model: Any) -> tuple[Any, ...]:
     ]
     if is_bridge(model):
         inner = model.original_model
-        own = (inner.config, getattr(inner, "generation_config", None))
-        settings = [config.to_json_string() for config in own if config is not None]
+        configs = (inner.config, getattr(inner, "generation_config", None))
+        settings = [config.to_json_string() for config in configs if config is not None]
     else:
         settings = [repr(model.cfg)]
     return content_hash(model), device_of(model).type, settings, hooks
 
 
 def _weights(model: Any) -> Iterator[Tensor]:
-    """Every weight once, in one order; offloaded ones are read from where they are, one module at a time.
+    """Yield every weight once, in a fixed order; read offloaded ones module by module.
 
     Raises:
         ModelError: A weight has no values anywhere.
@@ -89,7 +86,7 @@ def _weights(model: Any) -> Iterator[Tensor]:
         return
     from accelerate.utils import align_module_device
 
-    # Passes part tied weights that are offloaded from each other: only their names and values still tell.
+    # Passes separate tied weights that are offloaded: only names and values still show the tie.
     tied = dict(getattr(module, "all_tied_weights_keys", {}))
     sources: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -97,7 +94,7 @@ def _weights(model: Any) -> Iterator[Tensor]:
         fresh = {key: p for key, p in part._parameters.items() if p is not None and id(p) not in seen}
         seen.update(map(id, fresh.values()))
         with align_module_device(part):
-            for key, held in fresh.items():
+            for key, stored in fresh.items():
                 weight = part._parameters[key]
                 name = f"{path}.{key}".replace("._original_component", "")
                 if weight is None or weight.is_meta:
@@ -105,5 +102,5 @@ def _weights(model: Any) -> Iterator[Tensor]:
                 if name in tied.values():
                     sources[name] = weight
                 source = sources.get(tied.get(name, ""))
-                if not held.is_meta or source is None or not torch.equal(weight, source):
+                if not stored.is_meta or source is None or not torch.equal(weight, source):
                     yield weight

@@ -1,7 +1,7 @@
-"""Laws that a decoder keeps or not: one text reads the same cached, padded, and among others.
+"""Laws of a decoder: a text has the same logits cached, padded, and in a batch.
 
-Every hooked model proves itself when it is loaded (`prove`), since libraries that this one stands on change: what fails
-is not used. The decoder is an argument, so that this module knows no model.
+Every hooked model is tested when it is loaded (`prove`), since the libraries below change; abilities that fail are
+not used. The decoder is an argument, so that this module knows no model.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ State = Literal["passed", "failed", "not applicable"]
 
 @dataclass(frozen=True)
 class Law:
-    """One law of a model, and whether the model keeps it.
+    """One law, and the outcome of its test on a model.
 
     Args:
         name: The law, in words.
         state: ``"passed"``, ``"failed"`` or ``"not applicable"``.
-        detail: What was measured, or why it fails or does not apply.
-        remedy: What this library does instead where it fails; empty where there is no way round it.
+        detail: The measurement, or why the law fails or does not apply.
+        remedy: What this library does instead after a failure; empty where there is no remedy.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Law:
 
 @dataclass(frozen=True)
 class Conduct:
-    """What may be done with a model, as it showed when it was loaded; all of it where nothing was tried.
+    """Abilities that a model showed when it was loaded; all of them where nothing was tried.
 
     Args:
-        laws: What was tried.
+        laws: The outcomes.
         batched: Several texts may be read together.
-        padded: Texts of different lengths may be.
+        padded: Texts of different lengths may be read together.
         cached: Keys and values, or a state, may be kept between the steps of a decode.
         dropping: Rows whose texts have ended may leave the cache.
     """
@@ -59,15 +59,15 @@ BATCHED = "a text in a batch = the text alone"
 PADDED = "padded on the left = padded on the right = not padded"
 CACHED = "one cached step = the whole text read again"
 DROPPING = "rows that leave a cache change no other row"
-#: Relative distances of logits up to which they are the same, in float32 and in bfloat16. A step that sees the newest
+#: Relative distances up to which logits count as the same, in float32 and in bfloat16. A step that sees the newest
 #: token alone was off by .7 to 1.0 in untrained models of five architectures.
 EXACT, ROUNDED = 1e-3, 0.1
-#: How many of a text's last tokens are compared.
+#: Number of a text's last tokens that are compared.
 LAST = 4
-#: From ids and mask (batch, new) and (batch, total), a cache or None, and whether to keep one, to the logits
-#: (batch, last, vocabulary) of the last tokens, `LAST` of them where there are so many, and the cache.
+#: A function of ids (batch, new), mask (batch, total), a cache or None, and whether to keep one. It returns the logits
+#: (batch, last, vocabulary) of up to `LAST` last tokens, and the cache.
 Decoder = Callable[[Tensor, Tensor, Any, bool], tuple[Tensor, Any]]
-#: Takes a cache and the rows that stay; changes the cache in place.
+#: A function of a cache and the rows that stay, which changes the cache in place.
 Drop = Callable[[Any, Tensor], None]
 
 
@@ -76,21 +76,21 @@ def prove(decoder: Decoder, drop: Drop, texts: Sequence[Sequence[int]], *, dtype
 
     Args:
         decoder: The model.
-        drop: Leaves only some rows in its cache.
-        texts: Token ids of three texts: the first two of one length, the third shorter by 1 to
-            ``LAST - 1``; each of `LAST` tokens or more.
-        dtype: The model's, which says how much rounding may differ.
+        drop: Removes all but some rows from its cache.
+        texts: Token ids of three texts: the first two of one length, the third shorter by 1 to ``LAST - 1``; each of
+            `LAST` tokens or more.
+        dtype: The model's dtype, which bounds the rounding.
         pad: A token id for padding.
 
     Returns:
-        The laws, and what may be done.
+        The laws, and the model's abilities.
 
     Raises:
-        Exception: What the decoder raises for a single text: such a model cannot be used at all.
+        Exception: The decoder fails on a single text; such a model cannot be used.
     """
     trial = _Trial(decoder, drop, [torch.tensor([list(text)]) for text in texts], pad, dtype == torch.float32)
     trial.whole(0)
-    # A trial that passes shows a simpler law too: it takes seven passes where all is well.
+    # A trial that passes also proves a simpler law: seven passes suffice where all is well.
     padded = trial.law(PADDED, trial.padded, "only texts of one length are read together")
     batched = replace(padded, name=BATCHED) if padded else trial.law(BATCHED, trial.batched, "every text is read alone")
     padded = padded if batched else _left_out(PADDED)
@@ -114,9 +114,9 @@ def _left_out(name: str) -> Law:
 
 @dataclass(eq=False)
 class _Trial:
-    """Three texts and a decoder that is to give the logits of each in other ways than alone.
+    """Three texts, and a decoder that should give their logits alone and in other ways.
 
-    A trial gives, for each row that it reads, how far its logits are from those of the text alone, ``(positions,)``.
+    A trial returns for each row the distances of its logits from those of the text alone, ``(positions,)``.
     """
 
     decoder: Decoder
@@ -127,31 +127,32 @@ class _Trial:
     known: dict[int, Tensor] = field(default_factory=dict)
 
     def whole(self, text: int) -> Float[Tensor, "last vocabulary"]:
-        """Return the logits of a text's last tokens, read alone."""
+        """Return the logits of a text's last tokens when it is read alone."""
         if text not in self.known:
             ids = self.texts[text]
             self.known[text] = self.decoder(ids, torch.ones_like(ids), None, False)[0][0]
         return self.known[text]
 
     def law(self, name: str, trial: Callable[[], list[Tensor]], remedy: str) -> Law:
-        """Try one law; what cannot be tried fails."""
+        """Try one law; an exception counts as a failure."""
         try:
             rows = trial()
         except Exception as error:  # models and their libraries raise all kinds
             return Law(name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", remedy)
-        # In bfloat16 one position may go through other experts of a mixture; all of a row do not.
-        off = torch.stack([row.amax() if self.exact else row.median() for row in rows]).amax()
-        kept = bool(off <= (EXACT if self.exact else ROUNDED))  # NaN is no pass
-        return Law(name, "passed" if kept else "failed", f"logits differ by {float(off):.0e}", "" if kept else remedy)
+        # In bfloat16 one position may take other experts of a mixture; a whole row does not.
+        distance = torch.stack([row.amax() if self.exact else row.median() for row in rows]).amax()
+        kept = bool(distance <= (EXACT if self.exact else ROUNDED))  # NaN fails
+        detail = f"logits differ by {float(distance):.0e}"
+        return Law(name, "passed" if kept else "failed", detail, "" if kept else remedy)
 
     def batched(self) -> list[Tensor]:
-        """Two texts of one length."""
+        """Read two texts of one length together."""
         ids = torch.cat(self.texts[:2])
         together = self.decoder(ids, torch.ones_like(ids), None, False)[0]
         return [_distance(together[row], self.whole(row)) for row in (0, 1)]
 
     def padded(self) -> list[Tensor]:
-        """Pad a long and a short text on either side."""
+        """Read a long and a short text together, padded on either side."""
         off = []
         for left in (True, False):
             ids, mask = self.pair(left)
@@ -164,7 +165,7 @@ class _Trial:
         return off
 
     def cached(self, *, padded: bool, rows: int, drop: bool = False) -> list[Tensor]:
-        """All but the last two tokens at once, then one by one; the first row may leave between the two."""
+        """Read the last two tokens one by one; the first row may leave in between."""
         texts = [0, 2] if padded and rows == 2 else list(range(rows))
         ids = torch.cat(self.texts[:rows])
         ids, mask = self.pair(left=True) if texts == [0, 2] else (ids, torch.ones_like(ids))
@@ -178,10 +179,10 @@ class _Trial:
             logits, cache = self.decoder(ids[:, start:end], mask[:, :end], cache, True)
             for row, text in enumerate(texts):
                 off[text].append(_distance(logits[row, -1:], self.whole(text)[end - last - 1 : end - last or None]))
-        return [torch.cat(own) for own in off.values()]
+        return [torch.cat(distances) for distances in off.values()]
 
     def pair(self, left: bool) -> tuple[Tensor, Tensor]:
-        """Pad the first and the third text on one side; return ids and mask."""
+        """Pad the third text to the first one's length; return both's ids and mask."""
         long, short = self.texts[0], self.texts[2]
         gap = long.shape[1] - short.shape[1]
         filling = torch.full((1, gap), self.pad)
@@ -192,9 +193,6 @@ class _Trial:
 
 
 def _distance(one: Float[Tensor, "rows vocabulary"], other: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, " rows"]:
-    """Return the relative distance of logits about their mean.
-
-    A softmax does not see the mean.
-    """
+    """Return the relative distance of logits about their mean, which a softmax ignores."""
     a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (one, other))
     return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)

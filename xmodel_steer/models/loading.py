@@ -1,13 +1,16 @@
-"""Loading models with hook points: from the hub, a folder, a GGUF file, an adapter, or the package index."""
+"""Loading of models with hook points: from the hub, a folder, a GGUF file, an adapter, the package index, or memory."""
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ModelError
@@ -16,42 +19,105 @@ from xmodel_steer.models.bridges import prepare
 from xmodel_steer.models.causal import causal_class, logits_of, read_by, require_causal
 from xmodel_steer.models.checkpoints import load_errors, without_notices
 from xmodel_steer.models.facts import device_of
+from xmodel_steer.models.memory import copied, label_of, require_in_memory, saved
 from xmodel_steer.models.packaged import converted_gguf, packaged_model
 from xmodel_steer.models.registry import know, prove, published_tokenizer
 from xmodel_steer.models.sites import check_sites
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """The place, or the object in memory, that a model comes from.
+
+    Args:
+        label: The model's name in messages and results.
+        described: The name with which failures are reported.
+        path: A folder or a hub name; empty for a model in memory.
+        adapter: The folder of an adapter.
+        hf: A Hugging Face model in memory.
+        tokenizer: Its tokenizer.
+    """
+
+    label: str
+    described: str
+    path: str = ""
+    adapter: Path | None = None
+    hf: Any = None
+    tokenizer: Any = None
+
+    @classmethod
+    def of(cls, model: Any, name: str, tokenizer: Any, base: str | Path | None, revision: str | None) -> "_Source":
+        """Find a model, or refuse arguments that do not fit together."""
+        if not isinstance(model, str | Path):
+            require_in_memory(model, tokenizer)
+            label = name or label_of(model)
+            if base is not None or revision is not None:
+                raise ModelError(f"{label}: base= and revision= are not for a model in memory")
+            return cls(label, label, hf=model, tokenizer=tokenizer)
+        if name or tokenizer is not None:
+            raise ModelError(f"{model}: name= and tokenizer= are for a Hugging Face model in memory")
+        adapter = adapter_of(model)
+        if adapter is None and base is not None:
+            raise ModelError(f"{model}: base= is for the folder of an adapter, which has an adapter_config.json")
+        start = model if adapter is None else base or base_named_by(adapter)
+        label, path = located(start)
+        label = label if adapter is None else adapter.resolve().name
+        if revision is not None and Path(path).exists():
+            raise ModelError(f"{label}: revision= is for models of the hub; this one is loaded from {path}")
+        return cls(label, label if adapter is None else f"{label} (base {start})", path, adapter)
+
+    def place(self) -> AbstractContextManager[str]:
+        """Return a context with the folder or hub name of the tokenizer."""
+        return nullcontext(self.path) if self.hf is None else saved(self.tokenizer)
+
+    def published(self, revision: str | None) -> Any:
+        """Return the tokenizer as it was published."""
+        if self.hf is not None:
+            return copy.deepcopy(self.tokenizer)
+        # A training that gave the adapter another chat template or tokens saves them with it.
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return published_tokenizer(str(self.adapter))
+        return published_tokenizer(self.path, revision)
+
+
 @with_progress
 def load(
-    name: str | Path,
+    model: str | Path | Any,
     *,
+    name: str = "",
+    tokenizer: Any = None,
     base: str | Path | None = None,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     progress: bool = True,
 ) -> Any:
     """Load a model with hook points, as a TransformerLens ``TransformerBridge``.
 
-    No weight processing is done: residual coordinates are those of the model as published.
+    Weights are not processed: residual coordinates are those of the model as published.
 
-    A folder with a PEFT adapter gives its base model with the adapter merged into the weights. That is a model of its
-    own: its spaces are neither those of its base nor those of another adapter. Their fingerprint is made of the
-    base's and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer that stands
-    in the folder, with its chat template, is the model's; else the base's is.
+    A PEFT adapter is merged into its base model. The merged model has spaces of its own, whose fingerprint is made of
+    the base's and of the adapter's file, so that it does not depend on how a processor rounds the merge. A tokenizer
+    in the adapter's folder replaces the base's.
+
+    A Hugging Face model in memory keeps its modules and its outputs: the hooked model gets copies of the modules. The
+    two share their weights, unless another device or dtype is asked for; load the model again after you have changed
+    its weights.
 
     Args:
-        name: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face
-            format or with a PEFT adapter, a ``.gguf`` file, or ``"packaged:smollm2-135m-instruct"`` or
-            ``"packaged:gemma-3-270m"``, which come from the Python package index.
-        base: The base model of an adapter, where it is not to be had under the name that the adapter gives.
-        device: Where to put it; CUDA if there is one, else the CPU.
-        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors
-            where it is faster, else float32.
-        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; or a dictionary from modules to
-            devices, for one on the CPU also ``"disk"``. Excludes ``device``.
-        revision: Revision of a hub model; of the base of an adapter.
+        model: A hub name (``"Qwen/Qwen2.5-0.5B-Instruct"``), a local folder in Hugging Face format or with a PEFT
+            adapter, a ``.gguf`` file, ``"packaged:smollm2-135m-instruct"`` or ``"packaged:gemma-3-270m"``, which come
+            from the Python package index, or a Hugging Face model in memory.
+        name: Name of a model in memory, for messages and results; by default the name that it was loaded by.
+        tokenizer: The tokenizer of a model in memory.
+        base: The base model of an adapter, where it cannot be found under the name that the adapter gives.
+        device: Where to put it; CUDA if there is one, else the CPU. A model in memory stays where it is by default.
+        dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on CUDA and on processors that multiply it, else
+            float32; for a model in memory, its own.
+        device_map: ``"auto"`` spreads a model that one device cannot hold over all of them; or a dictionary from
+            modules to devices, for one on the CPU also ``"disk"``. Excludes ``device``.
+        revision: Revision of a hub model, or of an adapter's base.
         progress: Show progress bars; see `quiet`.
 
     Returns:
@@ -67,67 +133,83 @@ def load(
         CheckpointWarning: The checkpoint has tensors that the model does not use.
     """
     if device is not None and device_map is not None:
-        raise ModelError(f"{name}: give device or device_map, not both")
-    chosen = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    kind = resolve_dtype(dtype, chosen)
-    adapter = adapter_of(name)
-    if adapter is None and base is not None:
-        raise ModelError(f"{name}: base= is for the folder of an adapter, which has an adapter_config.json")
-    source = name if adapter is None else base or base_named_by(adapter)
-    label, path = located(source)
-    label = label if adapter is None else adapter.resolve().name
-    if revision is not None and Path(path).exists():
-        raise ModelError(f"{label}: revision= is for models of the hub; this one is loaded from {path}")
-
-    with progress_bar(total=4, desc=f"load {label}", unit="step", delay=0, leave=False) as bar, without_notices():
-        from transformer_lens.model_bridge import TransformerBridge
+        raise ModelError("load: give device or device_map, not both")
+    source = _Source.of(model, name, tokenizer, base, revision)
+    if source.hf is not None and device_map is not None:
+        raise ModelError(f"{source.label}: device_map= is not for a model in memory; give it to from_pretrained")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device or (usual if source.hf is None else source.hf.device))
+    number = resolve_dtype(source.hf.dtype if source.hf is not None and dtype == "auto" else dtype, place)
+    title = f"load {source.label} ({str(number).removeprefix('torch.')})"
+    with progress_bar(total=4, desc=title, unit="step", delay=0, leave=False) as bar, without_notices():
+        import transformer_lens.model_bridge  # noqa: F401 (it takes seconds)
 
         bar.update()
-        own = ""
-        told = label if adapter is None else f"{label} (base {source})"
-        with load_errors(told, path):
-            hugging_face, plain = causal_class(told, path, revision), []
-            if adapter is None:
-                where: dict[str, Any] = {"device": chosen} if device_map is None else {"device_map": device_map}
-                where["model_class"] = SimpleNamespace(from_pretrained=partial(read_by, hugging_face, told, plain))
-            else:
-                merged, own = with_adapter(path, adapter, chosen, kind, device_map, revision)
-                plain.append(logits_of(merged))
-                where = {"hf_model": merged, "device": None if device_map is not None else chosen}
-            try:
-                with _without_processors():
-                    model = TransformerBridge.boot_transformers(path, dtype=kind, revision=revision, **where)
-            except KeyError as error:
-                if device_map is None:
-                    raise
-                raise ModelError(
-                    f"{told}: device_map offloads {error} to the disk, but not the weight that it is tied to; give both one place"
-                ) from error
+        with source.place() as path, load_errors(source.described, path):
+            where: dict[str, Any] = {"device": place} if device_map is None else {"device_map": device_map}
+            if source.hf is not None and device is None:
+                where = {}  # a model in memory stays where it is
+            hooked, plain, weights = _bridge(source, path, number, where, revision)
             bar.update()
-            # A training that gave the adapter another chat template or tokens saves them beside it.
-            beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-            tokenizer = published_tokenizer(str(adapter)) if beside else published_tokenizer(path, revision)
+            tokenizer = source.published(revision)
         # Weights keep requires_grad: without it torch multiplies many (batch, 1, d) activations by a
         # copy of the weights per row (batched product instead of one), 20 times slower in a decode.
         # Every pass of this library runs under no_grad.
-        model.eval()
+        hooked.eval()
         bar.update()
-        if str(model.cfg.device) == "meta":  # its embeddings are offloaded
-            model.cfg.device = str(device_of(model))
-        know(model, name=label, tokenizer=tokenizer, revision=revision or "", weights=own)
-        check_sites(model)
-        require_causal(model, *plain)
-        prepare(model)
-        prove(model)
+        if str(hooked.cfg.device) == "meta":  # its embeddings are offloaded
+            hooked.cfg.device = str(device_of(hooked))
+        know(hooked, name=source.label, tokenizer=tokenizer, revision=revision or "", weights=weights)
+        check_sites(hooked)
+        require_causal(hooked, plain)
+        prepare(hooked)
+        prove(hooked)
         bar.update()
-    return model
+    return hooked
 
 
-def located(
-    name: str | Path,
-) -> tuple[str, str]:
+def _bridge(
+    source: _Source, path: str, dtype: torch.dtype, where: dict[str, Any], revision: str | None
+) -> tuple[Any, Tensor | None, str]:
+    """Put hook points on a model; return it, its unhooked logits, an adapter's fingerprint."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig
+
+    if source.hf is None:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    else:
+        config = copy.deepcopy(source.hf.config)
+        config.architectures = [type(source.hf).__name__]
+    kind = causal_class(source.described, config)
+    plain: list[Tensor] = []
+    weights, boot = "", dict(where)
+    device, device_map = where.get("device"), where.get("device_map")
+    if source.hf is None and source.adapter is None:
+        boot["model_class"] = SimpleNamespace(from_pretrained=partial(read_by, kind, source.described, plain))
+    else:
+        if source.hf is not None:
+            hf = copied(source.hf, device, dtype)
+        else:
+            assert source.adapter is not None
+            hf, weights = with_adapter(path, source.adapter, device, dtype, device_map, revision)
+        plain.append(logits_of(hf))
+        boot = {"hf_model": hf, "device": None if device_map is not None else device or hf.device}
+    try:
+        with _without_processors():
+            hooked = TransformerBridge.boot_transformers(path, dtype=dtype, revision=revision, **boot)
+    except KeyError as error:
+        if device_map is None:
+            raise
+        raise ModelError(
+            f"{source.described}: device_map offloads {error} to the disk, but not the weight that it is tied to; "
+            "give both one place"
+        ) from error
+    if source.hf is not None:
+        hooked.cfg.model_name = source.label  # the temporary folder is gone
+    return hooked, plain[0] if plain else None, weights
+
+
+def located(name: str | Path) -> tuple[str, str]:
     """Find a model's name and folder or hub name; fetch and convert it.
 
     Args:
@@ -161,18 +243,16 @@ def located(
     return label, label
 
 
-def require_reachable(
-    name: str | Path,
-) -> None:
-    """Find out whether a model can be had, before work begins that would be in vain without it.
+def require_reachable(name: str | Path) -> None:
+    """Refuse a model that cannot be loaded, before any work that needs it.
 
-    Fetches what is small of a hub model, its configuration and its tokenizer.
+    Of a hub model, the configuration and the tokenizer are fetched.
 
     Args:
         name: As for `load`.
 
     Raises:
-        ModelError: The name is unknown, or the hub cannot be reached or does not give the model.
+        ModelError: The name is unknown, or the hub cannot be reached or refuses the model.
         DownloadError: A packaged model cannot be downloaded.
     """
     from transformers import AutoConfig
@@ -186,9 +266,9 @@ def require_reachable(
 
 @contextmanager
 def _without_processors() -> Iterator[None]:
-    """Let TransformerLens load none of what reads images.
+    """Keep TransformerLens from loading image processors.
 
-    Where that fails, it has pip install torchvision, which may put another torch in the place of the one that is running.
+    After a failure it installs torchvision with pip, which may replace the torch that is running.
     """
     from transformers import AutoProcessor
 
@@ -204,7 +284,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """Resolve a dtype's name; ``"auto"`` is bfloat16 where the hardware multiplies it.
 
     Raises:
-        ModelError: Unknown, or float16, in which many models overflow.
+        ModelError: The name is unknown, or float16, in which many models overflow.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
@@ -220,9 +300,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _bfloat16_pays() -> bool:
-    """Whether the processor multiplies bfloat16 itself (three times as fast here); else it is slower.
+    """Tell whether the processor multiplies bfloat16 itself.
 
-    Read from the processor, not measured: the same machine must always choose the same.
+    bfloat16 is then three times as fast, else slower. The answer is read, not measured, so that a machine always
+    chooses alike.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""One forward pass, with positions counted from the mask."""
+"""Forward passes, with positions counted from the mask."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from xmodel_steer.models.identity import processing_of
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which texts a forward pass is about; see `layout`."""
+    """The texts of a forward pass; see `layout`."""
 
     rows: tuple[int, ...]
     prompt_lengths: Int[Tensor, " batch"] | None
@@ -31,26 +31,25 @@ READING: ContextVar[tuple[Any, Tensor] | None] = ContextVar("xmodel_steer_readin
 
 
 @contextmanager
-def reading(module: Any, mask: Int[Tensor, "batch total"]) -> Iterator[None]:
-    """Tell steering hooks the mask of the whole text: not every model is given it, nor takes it under one name."""
-    token = READING.set((module, mask))
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        READING.reset(token)
+        variable.reset(token)
 
 
-@contextmanager
-def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> Iterator[None]:
-    """Tell steering hooks which prompts the rows are, and how many real tokens their prompts have.
+def reading(module: Any, mask: Int[Tensor, "batch total"]) -> AbstractContextManager[None]:
+    """Tell steering hooks the whole text's mask, which not every model receives."""
+    return _within(READING, (module, mask))
+
+
+def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> AbstractContextManager[None]:
+    """Tell steering hooks the rows' prompts and their numbers of real tokens.
 
     A hook sees neither: in an uncached decode every pass looks like a new prompt.
     """
-    token = LAYOUT.set(Layout(tuple(rows), prompt_lengths))
-    try:
-        yield
-    finally:
-        LAYOUT.reset(token)
+    return _within(LAYOUT, Layout(tuple(rows), prompt_lengths))
 
 
 @torch.no_grad()
@@ -64,19 +63,20 @@ def forward(
     cache: Any = None,
     use_cache: bool = False,
 ) -> tuple[Tensor | None, Any]:
-    """One forward pass on both kinds of model, with positions counted from the mask.
+    """Run one forward pass of a model, with positions counted from the mask.
 
     Args:
         model: A TransformerLens model.
         ids: The new tokens.
         mask: 1 at real tokens, over cached and new ones.
-        logits: Which logits to compute, or those of how many last tokens: Gemma's cost twice its whole residual stream.
+        logits: The logits to compute, or a number of last tokens: Gemma's logits cost twice its whole residual
+            stream.
         stop_at_layer: Run blocks below this one only; implies no logits.
-        cache: What an earlier call with ``use_cache`` returned.
+        cache: The cache that an earlier call with ``use_cache`` returned.
         use_cache: Keep keys and values for a next call.
 
     Returns:
-        Logits ``(batch, new or as many as asked for, vocabulary)`` or None, and the cache or None.
+        Logits ``(batch, positions, vocabulary)`` or None, and the cache or None.
     """
     new = ids.shape[1]
     kept = 1 if logits == "last" else logits if isinstance(logits, int) else 0
@@ -93,7 +93,7 @@ def forward(
         if use_cache or cache is not None:
             raise ValueError("forward: a pass that stops early has no cache")
         stop = stop_at_layer if stop_at_layer is not None else model.cfg.n_layers
-        last = stop >= model.cfg.n_layers  # nothing to stop at: skip the logits instead
+        last = stop >= model.cfg.n_layers  # no layer to stop at: skip the logits instead
         extra = {"logits_to_keep": 1} if last and _accepts(model, "logits_to_keep") else {}
         where = {} if last else {"stop_at_layer": stop}
         with _short_cut(model, whole_blocks=last), reading(model.original_model, mask):
@@ -106,17 +106,15 @@ def forward(
     if cache is not None:
         extra[name] = cache
         if not counts_tokens(cache):
-            extra["attention_mask"] = mask[:, -new:]  # a recurrent state needs no mask of what it has read
+            extra["attention_mask"] = mask[:, -new:]  # a recurrent state needs no mask of the tokens before
     with _short_cut(model, whole_blocks=True), _rows_together(model), reading(model.original_model, mask):
         out = model.original_model(
             **{"input_ids": ids, "attention_mask": mask, "use_cache": use_cache, "return_dict": True, **extra}
         )
-    made = out.logits[:, -kept:] if kept else out.logits
-    return made, getattr(out, name) if use_cache else None
+    return out.logits[:, -kept:] if kept else out.logits, getattr(out, name) if use_cache else None
 
 
-#: How models call what they keep of the tokens that they have read, newest spelling first: transformers since 5.24 and
-#: before, Mamba, RWKV.
+#: Names that models give their cache, newest first: transformers since 5.24 and before, Mamba, RWKV.
 CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
@@ -127,7 +125,7 @@ def _cache_argument(inner: Any) -> str:
 
 
 def counts_tokens(cache: Any) -> bool:
-    """Tell whether a cache knows how many tokens it holds; a recurrent state does not."""
+    """Tell whether a cache knows its number of tokens; a recurrent state does not."""
     try:
         return int(cache.get_seq_length()) >= 0
     except (AttributeError, ValueError, TypeError):
@@ -135,11 +133,11 @@ def counts_tokens(cache: Any) -> bool:
 
 
 def keep_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
-    """Leave only these rows of the batch in a cache, in place.
+    """Remove all but some rows of the batch from a cache, in place.
 
     Args:
-        cache: What `forward` returned for a model whose rows may leave (`Conduct.dropping`), or None.
-        rows: Numbers of rows, in the order in which they are to stand.
+        cache: A cache from `forward` of a model whose rows may leave (`Conduct.dropping`), or None.
+        rows: Numbers of the rows to keep, in their new order.
     """
     if cache is None:
         return
@@ -152,7 +150,7 @@ def keep_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
 
 
 def text_positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """Positions in the text, counted from each row's first real token; 0 on padding before it."""
+    """Count positions from each row's first real token; 0 on padding before it."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -162,10 +160,10 @@ def _short_cut(model: Any, *, whole_blocks: bool) -> AbstractContextManager[None
 
 @contextmanager
 def _rows_together(model: Any) -> Iterator[None]:
-    """Let the output layer see rows that lie together in memory.
+    """Give the output layer rows that are contiguous in memory.
 
-    Of a slice of the positions, with weights that ask for no gradient, torch multiplies each prompt with a copy of the
-    weights of its own: thirty times slower, and 20 GB for a large vocabulary.
+    For a slice of the positions, torch multiplies each prompt with its own copy of weights without gradient: thirty
+    times slower, and 20 GB for a large vocabulary.
     """
     head = model.original_model.get_output_embeddings()
     if head is None:
@@ -184,5 +182,5 @@ def _accepts(model: Any, argument: str) -> bool:
 
 @lru_cache
 def _parameters(kind: type) -> frozenset[str]:
-    """Return the names of the arguments of a class's forward pass; asked at every step of a decode."""
+    """Return the argument names of a forward pass, for every step of a decode."""
     return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Get to know a model: its name, its tokenizer, its sites, and what it is proved to do."""
+"""Registration of models: name, tokenizer, sites, and the laws that they pass."""
 
 import itertools
 import warnings
@@ -31,25 +31,25 @@ from xmodel_steer.models.tokens import special_ids
 
 
 def published_tokenizer(path: str, revision: str | None = None) -> Any:
-    """Load a tokenizer as its folder or hub name has it."""
+    """Load a tokenizer as published in a folder or on the hub."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
 def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str = "") -> None:
-    """Tell the library of a hooked model that was made elsewhere; `load` does this.
+    """Register a hooked model that was made elsewhere; `load` registers its own.
 
     Args:
-        model: A TransformerLens model.
+        model: A TransformerLens model. A plain Hugging Face model goes to `load`.
         name: Its name, for messages and results; ``model.cfg.model_name`` by default.
-        tokenizer: A fast Hugging Face tokenizer, as published with the model. By default the model's own, loaded afresh from
-            where it came from: TransformerLens changes a tokenizer's handling of BOS when it takes it over.
+        tokenizer: A fast Hugging Face tokenizer, as published with the model. By default the model's tokenizer,
+            loaded again from its origin: TransformerLens changes how a tokenizer handles BOS.
         revision: Revision of the model on the hub, for the record.
 
     Raises:
-        ModelError: It is no TransformerLens model, or the tokenizer is missing, gives no character offsets, or has more tokens
-            than the model.
+        ModelError: The model is no TransformerLens model, or the tokenizer is missing, has no character offsets, or
+            has more tokens than the model.
         SiteError: A site does not fire, or is misshapen.
     """
     require_hooked(model)
@@ -60,7 +60,7 @@ def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str
             raise ModelError(
                 f"{name}: the model has no tokenizer; give it one with xs.register(model, name=..., tokenizer=...)"
             )
-        with suppress(Exception):  # made in memory, or gone from where it was: the model's own has to do
+        with suppress(Exception):  # made in memory, or its origin is gone: use the model's
             tokenizer = published_tokenizer(tokenizer.name_or_path)
     know(model, name=name, tokenizer=tokenizer, revision=revision)
     check_sites(model)
@@ -68,14 +68,14 @@ def register(model: Any, *, name: str = "", tokenizer: Any = None, revision: str
 
 
 def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: str = "") -> None:
-    """`register`, for callers that may know the fingerprint of the weights better than the weights show it."""
+    """Register a model without checks; ``weights`` replaces the fingerprint of its weights."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{name}: needs a fast tokenizer, which gives character offsets, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer, or convert it (tokenizer.json)"
         )
     rows, special = embedding_rows(model), special_ids(tokenizer)
-    # Special tokens without an embedding are common (a padding token, an image's): `encode` refuses them where they occur.
+    # Special tokens without an embedding are common (padding, images): `encode` refuses texts with them.
     words = {i: token for token, i in getattr(tokenizer, "get_vocab", dict)().items() if i not in special}
     if (last := max(words, default=0)) >= rows:
         raise ModelError(
@@ -88,7 +88,7 @@ def know(model: Any, *, name: str, tokenizer: Any, revision: str = "", weights: 
     FACTS[model] = Facts(name, tokenizer, weights or fingerprint(model), revision)
 
 
-#: What a model reads to prove itself: plain English, since numbers are rounded most at random tokens.
+#: The text of the trials: plain English, since rounding is largest at random tokens.
 _PROOF = (
     "The river rises in the hills north of the town and flows south through farmland before it reaches the sea. "
     "In winter the lower valley often floods, and the road to the coast is closed for several days."
@@ -97,11 +97,11 @@ _PROOF_TOKENS = 9
 
 
 def prove(model: Any) -> Conduct:
-    """Try the laws of `xmodel_steer.models.laws` on a model, and keep to what it shows.
+    """Try the laws of `xmodel_steer.models.laws` on a model, and record its abilities.
 
     Warns:
-        CacheWarning: One cached step is not the whole text read again: `generate` then goes without a cache.
-        ModelWarning: Texts cannot be padded, or not be read together: they then are read one length, or one text, at a time.
+        CacheWarning: A cached step differs from reading the whole text again; `generate` then uses no cache.
+        ModelWarning: Texts cannot be padded or batched; they are then read one length, or one text, at a time.
     """
     facts, device = facts_of(model), device_of(model)
 
@@ -114,7 +114,7 @@ def prove(model: Any) -> Conduct:
     length = min(_PROOF_TOKENS, context_length(model))
     words = facts.tokenizer(_PROOF, add_special_tokens=False)["input_ids"]
     if length < laws.LAST + 3 or not words:
-        return facts.conduct  # too short a context, or no tokens, to tell anything by
+        return facts.conduct  # the context is too short, or the tokenizer empty, for any trial
     ids = itertools.cycle(words)
     texts = [list(itertools.islice(ids, n)) for n in (length, length, length - 3)]
     conduct = laws.prove(

@@ -1,6 +1,7 @@
-"""Places in a model that can be read and written."""
+"""Sites of a model: places that can be read and written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,19 +19,19 @@ def space_of(model: Any, site: SiteLike) -> Space:
 
     Args:
         model: A TransformerLens model.
-        site: The place in it, or a layer by its number.
+        site: The place in it, or a layer's number.
 
     Raises:
-        SiteError: The model has no such layer, or this layer no such stream. No pass is run to find out.
+        SiteError: The model lacks the layer, or the layer lacks the stream. No pass is run to find out.
     """
     facts, site = facts_of(model), as_site(site)
     if site.layer >= model.cfg.n_layers:
         raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
     points = model.hook_dict
     if site.hook_name not in points:
-        there = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
+        streams = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
         raise SiteError(
-            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(there) or 'no stream'}. "
+            f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(streams) or 'no stream'}. "
             "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out: "
             "choose a stream that it has"
         )
@@ -38,55 +39,68 @@ def space_of(model: Any, site: SiteLike) -> Space:
 
 
 def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
-    """One site per layer."""
+    """List one site per layer."""
     return tuple(Site(layer, stream) for layer in range(model.cfg.n_layers))
 
 
 def sites_of(model: Any, sites: Sites | Literal["all"]) -> tuple[Site, ...]:
-    """Return the sites, or the one after every block for ``"all"``."""
+    """Return the sites; for ``"all"``, the site after every block."""
     return all_sites(model) if isinstance(sites, str) and sites == "all" else as_sites(sites)
 
 
 def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
-    """Run two tokens through the model and refuse it if a site does not fire or is misshapen.
+    """Run two tokens through a model; refuse silent or misshapen sites.
 
     Args:
         model: A TransformerLens model.
-        sites: The sites that are needed; every layer's ``resid_post`` by default.
+        sites: The sites to check; by default every layer's ``resid_post``.
 
     Raises:
-        SiteError: Names the sites that are missing or wrong, and says why.
+        SiteError: A site is missing or wrong; the message names it and says why.
     """
     wanted = tuple(sites) if sites is not None else all_sites(model)
-    name = facts_of(model).name
-    for site in wanted:
-        space_of(model, site)  # refuses a layer or stream that is not there
-    shapes: dict[str, tuple[int, ...]] = {}
     ids = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
-
-    def keep(value: Tensor, hook: Any, key: str) -> None:
-        shapes[key] = tuple(value.shape)
-
-    hooks = [(s.hook_name, lambda value, hook, key=s.hook_name: keep(value, hook, key)) for s in wanted]
     try:
-        with model.hooks(fwd_hooks=hooks), torch.no_grad():
+        with recording(model, wanted) as streams, torch.no_grad():
             forward(model, ids, torch.ones_like(ids), logits="last")
+    except SiteError:
+        raise
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         kind = type(model.original_model if is_bridge(model) else model).__name__
         raise SiteError(
-            f"{name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
+            f"{facts_of(model).name}: cannot be hooked at {wanted[0]} to {wanted[-1]} ({type(error).__name__}: {str(error)[:200]}); "
             f"TransformerLens may not support the architecture {kind}: try another version of it, or another model"
         ) from error
-    silent = [str(s) for s in wanted if s.hook_name not in shapes]
+    for site, stream in streams.items():
+        if stream.shape != (1, 2, model.cfg.d_model):
+            raise SiteError(
+                f"{facts_of(model).name}: {site} gives shape {tuple(stream.shape)} for 2 tokens, expected "
+                f"(1, 2, {model.cfg.d_model}); it is not this model's residual stream"
+            )
+
+
+@contextmanager
+def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Record the residual stream of forward passes within the block, by site.
+
+    Raises:
+        SiteError: The model has no such site, or a site has not fired at the end of the block.
+    """
+    streams: dict[Site, Tensor] = {}
+
+    def hook(site: Site) -> Any:
+        def read(value: Tensor, hook: Any) -> None:
+            streams[site] = value.detach()
+
+        return read
+
+    for site in sites:
+        space_of(model, site)  # refuses a missing layer or stream
+    with model.hooks(fwd_hooks=[(site.hook_name, hook(site)) for site in sites]):
+        yield streams
+    silent = [str(site) for site in sites if site not in streams]
     if silent:
         raise SiteError(
-            f"{name}: the hook point of {', '.join(silent[:5])} did not fire in a forward pass; "
-            "TransformerLens may not hook this stream of this architecture"
-        )
-    wrong = [(s, shapes[s.hook_name]) for s in wanted if shapes[s.hook_name] != (1, 2, model.cfg.d_model)]
-    if wrong:
-        site, shape = wrong[0]
-        raise SiteError(
-            f"{name}: {site} gives shape {shape} for 2 tokens, expected (1, 2, {model.cfg.d_model}); "
-            "it is not this model's residual stream"
+            f"{facts_of(model).name}: the hook point of {', '.join(silent[:5])} did not fire in a forward pass; "
+            "TransformerLens may not hook this stream of this architecture: choose another stream of the block"
         )

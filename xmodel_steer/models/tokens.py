@@ -1,4 +1,4 @@
-"""Prompts as tokens of one model's tokenizer, each with the character that it ends on."""
+"""Tokens of prompts in one model's tokenizer, each with the character that it ends on."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from xmodel_steer.core.alignment import TokenEnds
 from xmodel_steer.core.errors import PromptError, PromptWarning
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.models.arguments import require_counts, require_side
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,10 @@ class Encoding:
 
     Args:
         ids: Token ids, special tokens included.
-        ends: For each token, where it ends in characters of the prompt's content; -1 for special
-            and template tokens.
-        roles: For each token of a chat template that has a role, the role: 2i for the last one before
-            the content of message i (or before an opened assistant's turn), 2i + 1 for the first one
-            after it; -1 for all other tokens.
-        missing: Numbers of the messages of which the chat template leaves out or rewrites something.
+        ends: The end of each token, in characters of the prompt's content; -1 for special and template tokens.
+        roles: The role of each token in a chat template: 2i for the last token before the content of message i (or
+            before an opened assistant's turn), 2i + 1 for the first one after it; -1 for all other tokens.
+        missing: Numbers of the messages that the chat template shortens or rewrites.
     """
 
     prompt: Prompt
@@ -33,11 +32,9 @@ class Encoding:
     def token_ends(self, *, include_special: bool = False, template: bool = False) -> TokenEnds:
         """Return the ends of the tokens that may be paired.
 
-        Not text position 0, an attention sink.
-
         Args:
-            include_special: Also text position 0.
-            template: Also the template's tokens that have a role.
+            include_special: Include text position 0, an attention sink.
+            template: Include the template's tokens that have a role.
         """
         ends = list(self.ends)
         if template:
@@ -59,10 +56,10 @@ def tokenise(
 ) -> list[Encoding]:
     """Tokenise prompts, with the character that each token ends on.
 
-    Raw text gets the special tokens that the tokenizer puts before a text (BOS, CLS), but none that the
-    text itself begins with: a chat that was rendered to a string is tokenised like the chat. It gets none
-    that the tokenizer puts after a text (EOS, SEP): a prompt is to be continued, and ``"last"`` is its own
-    last token. Chats have the special tokens that their template writes, and no others.
+    Raw text gets the special tokens that the tokenizer puts before a text (BOS, CLS), unless the text begins with
+    them: a chat that was rendered to a string is tokenised like the chat. It gets none of those that the tokenizer
+    puts after a text (EOS, SEP): a prompt will be continued, and ``"last"`` means the text's last token. Chats have
+    only the special tokens that their template writes.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -70,19 +67,17 @@ def tokenise(
         name: Name of its model, for messages.
         limit: The model's context; a longer prompt is refused.
         max_tokens: Cut longer prompts to this many tokens.
-        truncation_side: Where to cut: ``"right"``, the end; ``"left"``, the beginning, but for
-            a BOS that stands there.
-        warn: Warn of messages that the chat template does not show as they are (`warn_of_missing`).
+        truncation_side: The side to cut: ``"right"``, the end; ``"left"``, the beginning without its BOS.
+        warn: Warn of messages that the chat template shortens or rewrites (`warn_of_missing`).
 
     Raises:
-        PromptError: A prompt is longer than the context, or gives no tokens.
+        PromptError: A prompt is longer than the context, or has no tokens.
     """
+    require_side(truncation_side=truncation_side)
+    if max_tokens is not None:
+        require_counts(max_tokens=max_tokens)
     special = special_ids(tokenizer)
     opening = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    if truncation_side not in ("left", "right"):
-        raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     encoded = []
     for prompt in prompts:
         rendered = prompt.render(tokenizer)
@@ -113,9 +108,9 @@ def tokenise(
         for i, piece in zip(keep, pieces, strict=True):
             token, (start, end), (after, beyond) = ids[i], offsets[i], following[i]
             if not piece.strip("▁") and rendered.text[start:end].strip():
-                end = start  # a prefix that SentencePiece adds: its offsets claim a character that it has not read
+                end = start  # SentencePiece's added prefix: its offsets claim a character that it has not read
             if start <= after < end < beyond:
-                end = start  # the rest of its last character (a ligature's second letter) is in a token that goes on
+                end = start  # the next token holds the rest of its last character, such as a ligature's second letter
             while span < len(rendered.spans) and end > rendered.spans[span][1]:
                 span += 1
             inside = span < len(rendered.spans) and rendered.spans[span][0] < end
@@ -132,17 +127,17 @@ def tokenise(
 
 
 def _prompt_tokens(batch: Any, opening: set[int]) -> list[int]:
-    """Places of the text's tokens, and of what the tokenizer put before them that the text has not written itself."""
+    """List places of the text's tokens, and of opening tokens that it does not write itself."""
     ids = batch["input_ids"]
-    own = [i for i, sequence in enumerate(batch.sequence_ids(0)) if sequence is not None]
-    if not own:
+    places = [i for i, sequence in enumerate(batch.sequence_ids(0)) if sequence is not None]
+    if not places:
         return [i for i, token in enumerate(ids) if token in opening]
-    before = ids[: own[0]]
-    return [*range(before.index(ids[own[0]]) if ids[own[0]] in before else len(before)), *own]
+    before, first = ids[: places[0]], ids[places[0]]
+    return [*range(before.index(first) if first in before else len(before)), *places]
 
 
 def warn_of_missing(encodings: Sequence[Encoding], name: str) -> None:
-    """Warn once where chat templates leave out or rewrite messages.
+    """Warn once of messages that chat templates leave out or rewrite.
 
     Args:
         encodings: Prompts, tokenised.
@@ -153,11 +148,11 @@ def warn_of_missing(encodings: Sequence[Encoding], name: str) -> None:
         return
     prompt, numbers = lacking[0].prompt, lacking[0].missing
     listed = ", ".join(f"{i + 1} ({prompt.messages[i].role})" for i in numbers)
-    others = ", and those of other prompts" if len(lacking) > 1 else ""
+    others = ", and messages of other prompts" if len(lacking) > 1 else ""
     warnings.warn(
         f"prompt {prompt.id} ({prompt.content[:40]!r}): the chat template of {name} leaves out or rewrites all or part of "
-        f"message {listed}{others}; the model does not read that part as it was given, and what is written in its place counts "
-        "as the template's: 'mean' and 'all' leave it out, and it pairs with nothing; give messages as the template keeps them "
+        f"message {listed}{others}; the model does not read that part, and the text in its place counts "
+        "as the template's: 'mean' and 'all' leave it out, and it pairs with nothing; give messages that the template keeps "
         "(without reasoning, say), or set tokenizer.chat_template",
         PromptWarning,
         stacklevel=3,
@@ -165,16 +160,13 @@ def warn_of_missing(encodings: Sequence[Encoding], name: str) -> None:
 
 
 def shared_start(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
+    """Count the tokens with which all sequences begin."""
     together = zip(*sequences, strict=False)  # up to the end of the shortest
     return next((n for n, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, sequences)))
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """List the tokens that are no text, such as BOS.
-
-    Also what opens a chat's turn.
-    """
+    """Collect the tokens that are no text, such as BOS or a turn's opening."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return set(tokenizer.all_special_ids) | added
 
@@ -184,20 +176,20 @@ def _roles(
 ) -> tuple[int, ...]:
     """Find the role of each template token, from the borders of template and content.
 
-    A template's own number of tokens does not matter: what counts is the last token that was read
-    before a content, and the first one after it; of the whole text, so that no kept token takes the role of one that is cut off.
+    The number of a template's tokens does not matter: the last token before a content and the first one after it have
+    a role. The whole text decides, so that no kept token takes the role of a token that was cut off.
 
     Args:
-        marks: Where the borders are, and the roles.
-        offsets: Of all tokens.
-        ends: Of those that are kept, by their places among all.
+        marks: Places of the borders, and the roles.
+        offsets: Character spans of all tokens.
+        ends: Ends of the kept tokens, by their places among all.
     """
     roles = dict.fromkeys(ends, -1)
-    for place, role in sorted(marks, key=lambda mark: mark[1] % 2, reverse=True):  # beginnings go last, and win
+    for place, role in sorted(marks, key=lambda mark: mark[1] % 2, reverse=True):  # beginnings come last, and win
         if role % 2:
-            found = next((i for i, (start, end) in enumerate(offsets) if start >= place and end > start), None)
+            token = next((i for i, (start, end) in enumerate(offsets) if start >= place and end > start), None)
         else:
-            found = next((i for i in range(len(offsets) - 1, -1, -1) if 0 < offsets[i][1] <= place), None)
-        if found is not None and ends.get(found) == -1:
-            roles[found] = role
+            token = next((i for i in range(len(offsets) - 1, -1, -1) if 0 < offsets[i][1] <= place), None)
+        if token is not None and ends.get(token) == -1:
+            roles[token] = role
     return tuple(roles.values())
