@@ -66,9 +66,7 @@ def effect_by_layer(result: Result) -> Any:
                 row=1,
                 col=column,
             )
-        figure.update_xaxes(
-            title_text=f"layer of the {end} model", row=1, col=column
-        )
+        figure.update_xaxes(title_text=f"layer of the {end} model", row=1, col=column)
     figure.update_yaxes(title_text="validation score", row=1, col=1)
     figure.update_layout(
         **laid_out(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +92,7 @@ def _options_of_result(model: Any, result: Result, name: str, what: str) -> tupl
             require_space_of(model, vector.space, what)
         except SpaceMismatchError:
             continue
-        found.append(Option(key, vector, f'{name}.vectors[{json.dumps(key)}]'))
+        found.append(Option(key, vector, f"{name}.vectors[{json.dumps(key)}]"))
     native = next((key for key in keys if key == "native" or key.endswith(": native")), None)
     if not found:
         one = result.vectors[native] if native else next(iter(result.vectors.values()), None)
@@ -102,7 +101,7 @@ def _options_of_result(model: Any, result: Result, name: str, what: str) -> tupl
         require_space_of(model, one.space, what)
     if native is not None and result.vectors[native].scale is not None and any(o.name == native for o in found):
         seed = result.seeds.get("random", (0,))[0]  # the transfer's first
-        code = f'random_like({name}.vectors[{json.dumps(native)}], seed={seed})'
+        code = f"random_like({name}.vectors[{json.dumps(native)}], seed={seed})"
         imports = ("from xmodel_steer.core.directions import random_like",)
         found.append(Option("random", random_like(result.vectors[native], seed=seed), code, imports))
     return tuple(found)
