@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.maps.statistics import Estimate
-from xmodel_steer.studies import StudyArm, read_study
+from xmodel_steer.recipe import Arm, read
 
 from rendering import write_svg
 
@@ -109,16 +109,16 @@ def bars(values: Sequence[Estimate]) -> dict[str, Any]:
     return {"array": above, "arrayminus": below}
 
 
-def measured(arm: StudyArm) -> dict[str, Estimate]:
+def measured(arm: Arm) -> dict[str, Estimate]:
     """Return an arm's effect and its other measures by name."""
-    return {"effect": arm.effect, **arm.beside}
+    return {"effect": arm.effect, **arm.measures}
 
 
 def points(
     name: str, rows: Rows, measure: str = "effect", arms: Sequence[str] = ARMS
 ) -> list[Point]:
     """Return one measure of a study's arms; ``rows`` gives each row its recipe and comparison."""
-    study = read_study(ROOT / "studies" / name)
+    study = read(ROOT / "studies" / name)
     return [
         Point(row, arm.arm, measured(arm)[measure])
         for row, recipe in rows.items()
@@ -192,7 +192,7 @@ def curves() -> go.Figure:
         cols=3, subplot_titles=list(shown), shared_yaxes=True, horizontal_spacing=0.035
     )
     for column, (name, recipe) in enumerate(shown.values(), 1):
-        study = read_study(ROOT / "studies" / name)
+        study = read(ROOT / "studies" / name)
         tried = [
             p for curve in study.curves.values() for p in curve if p["recipe"] == recipe
         ]
@@ -234,7 +234,7 @@ def switch() -> go.Figure:
         "mean ablation": "the site's mean",
         "noise": "noise",
     }
-    study = read_study(ROOT / "studies" / "safety-switch")
+    study = read(ROOT / "studies" / "safety-switch")
     panels = []
     for way, measure, title in (
         ("off", "effect", "off: backdoor gone"),
@@ -249,7 +249,7 @@ def switch() -> go.Figure:
 
 def comparison() -> go.Figure:
     """Draw three tests of each map."""
-    study = read_study(ROOT / "studies" / "map-comparison")
+    study = read(ROOT / "studies" / "map-comparison")
     order = [a.arm for a in study.arms if a.recipe == "capability under replacement"][1:]
     worst = ("shuffled", "mean", "noise")
     order.sort(key=lambda name: ("paper" in name, name.startswith(worst)))
@@ -304,7 +304,7 @@ def efficiencies(
 def recipes(name: str, short: dict[str, str]) -> dict[str, str]:
     """Return a title for each recipe, with shorter names of the models."""
     titles = {}
-    for arm in read_study(ROOT / "studies" / name).arms:
+    for arm in read(ROOT / "studies" / name).arms:
         title = arm.recipe
         for long, word in short.items():
             title = title.replace(long, word)

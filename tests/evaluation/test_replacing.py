@@ -9,6 +9,7 @@ from sample_maps import affine, identity, random_map
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
 from xmodel_steer.evaluation.overlap import rouge_l
+from xmodel_steer.evaluation.patching import patching_grid
 from xmodel_steer.models.generation import generate_tokens
 
 PROMPTS = toys.sentences(8, 3, 5)
@@ -123,7 +124,7 @@ def test_equals_the_same_patch_in_the_untouched_model(twins):
     one, two = twins
     depth = one.model.cfg.n_layers
     maps = maps_at(two, one, range(depth), identity)
-    made = xs.patching_grid(two.model, one.model, maps, CLEAN, CORRUPTED, ANSWERS)
+    made = patching_grid(two.model, one.model, maps, CLEAN, CORRUPTED, ANSWERS)
     good, bad = (one.tokenizer(a, add_special_tokens=False)["input_ids"][-1] for a in ANSWERS[0])
     for i, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
         a, b = one.ids(clean), one.ids(corrupted)
@@ -150,7 +151,7 @@ def test_equals_the_same_patch_in_the_untouched_model(twins):
 
 def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
     maps = maps_at(llama, gemma, [1], random_map)
-    made = xs.patching_grid(llama.model, gemma.model, maps, ["the harbour is"], ["the harbour it"], ANSWERS[:1])
+    made = patching_grid(llama.model, gemma.model, maps, ["the harbour is"], ["the harbour it"], ANSWERS[:1])
     from xmodel_steer.core.alignment import align
     from xmodel_steer.models.batching import encode
 
@@ -174,7 +175,7 @@ def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma):
 def test_pairs_that_cannot_be_patched_are_refused(twins, clean, corrupted, answers, message):
     one, two = twins
     with pytest.raises(PromptError, match=message):
-        xs.patching_grid(two.model, one.model, [identity(two, one)], clean, corrupted, answers)
+        patching_grid(two.model, one.model, [identity(two, one)], clean, corrupted, answers)
 
 
 def test_a_map_of_other_models_is_refused(twins, gemma):
@@ -182,4 +183,4 @@ def test_a_map_of_other_models_is_refused(twins, gemma):
     width = gemma.model.cfg.d_model
     mapping = affine(gemma, gemma, torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
     with pytest.raises(SpaceMismatchError):
-        xs.patching_grid(gemma.model, one.model, [mapping], CLEAN, CORRUPTED, ANSWERS)
+        patching_grid(gemma.model, one.model, [mapping], CLEAN, CORRUPTED, ANSWERS)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.evaluation.patching import PatchingGrid
 from xmodel_steer.figures.doses import dose_response
-from xmodel_steer.figures.report import marked, table, write_report
+from xmodel_steer.figures.report import tables, write_report
 from xmodel_steer.figures.style import COLOURS
+from xmodel_steer.figures.texts import examples, marked
 from xmodel_steer.maps.controls import Identity
 from xmodel_steer.maps.curves import data_curve
 from xmodel_steer.maps.layers import LayerGrid, layer_grid
@@ -55,10 +57,13 @@ def test_dose_response_draws_every_arm_with_its_interval() -> None:
 
 
 def test_the_table_has_a_row_per_arm() -> None:
-    assert table(result()).row_count == len(result().arms)
-    said = io.StringIO()
-    Console(file=said, width=150).print(table(replace(result(), label="sweet [/b] talk :smile:")))
-    assert "sweet [/b] talk :smile:: small → large" in said.getvalue()
+    (table,) = tables(result())
+    assert table.row_count == len(result().arms)
+    name = "sweet [/b] talk :smile:"
+    (table,) = tables(replace(result(), arms=tuple(replace(arm, recipe=arm.recipe and name) for arm in result().arms)))
+    output = io.StringIO()
+    Console(file=output, width=150).print(table)
+    assert f"{name}: small → large, n = 6" in output.getvalue()
 
 
 def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
@@ -149,34 +154,46 @@ def test_the_frontier_draws_every_arm_along_its_kl() -> None:
     assert "nats per token" in figure.layout.xaxis.title.text
 
 
-def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
-    records = [
-        {"candidate": f"blocks.{i}", "strength": 1.0, "gain": 0.1 * i, "perplexity_ratio": 1.2} for i in range(3)
+def tried(kind: str, recipe: str = "joy", count: int = 3) -> list[dict[str, Any]]:
+    return [
+        {"recipe": recipe, "varied": kind, "layer": i, "score": 0.1 * i, "perplexity_ratio": 1.2} for i in range(count)
     ]
-    figure = plots.effect_by_layer(replace(result(), selection={"target": records}))
-    (bars,) = figure.data
-    assert list(bars.y) == [r["gain"] for r in records]
-    assert list(bars.x) == [r["candidate"] for r in records]
-    assert list(bars.text) == ["× 1.20"] * 3
-    with pytest.raises(ValueError, match="one layer of each model, nothing was compared"):
+
+
+def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
+    made = replace(result(), validation=(*tried("target layer"), *tried("source layer")))
+    target, source = plots.effect_by_layer(made).data
+    for line, end in ((target, made.target), (source, made.source)):
+        assert list(line.x) == [0, 1, 2] and list(line.y) == [0.0, 0.1, 0.2]
+        assert list(line.text) == ["× 1.20"] * 3
+        assert [i for i, size in enumerate(line.marker.size) if size > 10] == [end["layer"]]  # the layer that was taken
+    assert (target.xaxis, source.xaxis) == ("x", "x2")
+    with pytest.raises(ValueError, match="one layer of each model was given, nothing was compared"):
         plots.effect_by_layer(result())
 
 
-def test_equal_layers_of_both_models_have_bars_of_their_own_and_the_one_that_was_taken_is_bold() -> None:
+def test_every_recipe_has_a_line_over_the_layers() -> None:
+    made = replace(result(), validation=(*tried("target layer", "a"), *tried("target layer", "b", 2)))
+    lines = plots.effect_by_layer(made).data
+    assert [(line.name, len(line.x)) for line in lines] == [("a", 3), ("b", 2)]
+    assert len({line.line.color for line in lines}) == 2
+
+
+def test_the_overview_fits_what_a_result_has() -> None:
     made = result()
-    selection = {
-        end: [
-            {"candidate": str(Site(i, model["stream"])), "strength": 1.0, "gain": 0.1, "perplexity_ratio": 1.2}
-            for i in range(6)
-        ]
-        for end, model in (("target", made.target), ("source", made.source))
-    }
-    figure = plots.effect_by_layer(replace(made, selection=selection))
-    native, mapped = figure.data
-    assert (native.xaxis, mapped.xaxis) == ("x", "x2")
-    for axis, end in ((figure.layout.xaxis, made.target), (figure.layout.xaxis2, made.source)):
-        bold = [tick for tick in axis.ticktext if tick.startswith("<b>")]
-        assert bold == [f"<b>{Site(end['layer'], end['stream'])}</b>"]
+    fixed = tuple(arm for arm in made.arms if arm.at == "equal strength" and arm.strength >= 0)
+    assert plots.overview(made).layout.title.text == plots.dose_response(made).layout.title.text
+    study = plots.overview(replace(made, arms=fixed))
+    assert {trace.name for trace in study.data} == {"native", "mapped", "random", "shuffled"}
+    maps = plots.overview(replace(made, arms=tuple(replace(a, arm=f"map {i}") for i, a in enumerate(fixed))))
+    assert "map 1" in list(maps.data[-1].y)
+
+
+def test_texts_are_listed_next_to_the_unsteered_ones() -> None:
+    made = replace(result(), prompts=tuple(f"prompt  {i}" for i in range(6)))
+    lines = examples(made, 2)
+    assert len(lines) == 6 and lines[0] == "prompt 0"
+    assert lines[1].strip() == "unsteered: text 0 ∆" and lines[2].strip() == "mapped: text 0 ∆"
 
 
 def vectors_at(layers: tuple[int, ...], factor: float) -> list[SteeringVector]:
@@ -246,10 +263,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 )
 def test_every_figure_and_the_report_draw_in_a_real_browser(tmp_path: Path) -> None:
     """The page's own count of drawn figures, and a picture that is not empty."""
-    records = [
-        {"candidate": f"blocks.{i}", "strength": 1.0, "gain": 0.1 * i, "perplexity_ratio": 1.2} for i in range(3)
-    ]
-    made = replace(result(), selection={"target": records, "source": records})
+    made = replace(result(), validation=(*tried("target layer"), *tried("source layer")))
     space = Space("m", Site(0), 5, "f")
     points = Activations(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), space)
     figures = [

@@ -38,13 +38,19 @@ def test_a_folder_is_claimed_by_its_own_kind_alone(tmp_path: Path, kind: str, re
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["notes.txt", record])
 
 
+@pytest.mark.parametrize("kind", ["TransferResult", "study"])
+def test_a_run_of_an_earlier_version_may_be_replaced(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"schema": 1, "kind": kind}))
+    assert claim(tmp_path, "Result") == tmp_path
+
+
 def test_scratch_files_and_named_ones_do_not_hold_a_folder(tmp_path: Path) -> None:
     (tmp_path / ".result.json-x1").touch()
-    claim(tmp_path, "study")
+    claim(tmp_path, "Result")
     (tmp_path / "unfinished").mkdir()
-    claim(tmp_path, "study", also={"unfinished"})
-    with pytest.raises(ArtifactError, match="exists and holds something else, no study"):
-        claim(tmp_path, "study")
+    claim(tmp_path, "Result", also={"unfinished"})
+    with pytest.raises(ArtifactError, match="exists and holds something else, no Result"):
+        claim(tmp_path, "Result")
 
 
 def test_a_file_is_claimed_by_its_own_kind_alone(tmp_path: Path) -> None:
@@ -53,13 +59,13 @@ def test_a_file_is_claimed_by_its_own_kind_alone(tmp_path: Path) -> None:
     assert claim(file, "AffineMap") == claim(file, "AutoencoderMap") == file
     with pytest.raises(ArtifactError, match="holds AffineMap, no Moments"):
         claim(file, "Moments")
-    with pytest.raises(ArtifactError, match="holds something else, no study"):
-        claim(file, "study")
+    with pytest.raises(ArtifactError, match="holds something else, no Result"):
+        claim(file, "Result")
     with pytest.raises(ArtifactError, match=re.escape(f"is a folder; give a file name such as {tmp_path / 'moments'}")):
         claim(tmp_path, "Moments")
 
 
-@pytest.mark.parametrize("kind", ["study", "Moments"])
+@pytest.mark.parametrize("kind", ["Result", "Moments"])
 def test_a_place_below_a_file_cannot_be_written(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match=r"cannot be written \(.*\); choose another place"):
@@ -71,6 +77,6 @@ def test_only_what_replaces_its_folder_needs_a_writable_parent(tmp_path: Path, m
     monkeypatch.setattr(claiming.tempfile, "TemporaryFile", lambda dir: tried.append(dir) or nullcontext())
     (tmp_path / "store").mkdir()
     claim(tmp_path / "store", "ActivationStore")
-    claim(tmp_path / "store", "TransferResult")
-    claim(tmp_path / "run", "study")
+    claim(tmp_path / "store", "Result")
+    claim(tmp_path / "run", "organism")
     assert tried == [tmp_path / "store", tmp_path, tmp_path]

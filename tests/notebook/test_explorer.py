@@ -173,14 +173,14 @@ def test_a_chat_message(llama: toys.Toy, capsys: pytest.CaptureFixture[str]) -> 
 # --- what may be explored ---------------------------------------------------------------------
 
 
-def a_result(llama: toys.Toy, gemma: toys.Toy) -> xs.TransferResult:
+def a_result(llama: toys.Toy, gemma: toys.Toy) -> xs.Result:
     def scaled(toy: toys.Toy, seed: int) -> xs.SteeringVector:
         return toy.vector(1, seed=seed).with_scale(torch.rand(toy.width) + 0.5)
 
     vectors = {"source": scaled(llama, 0)} | {
         n: scaled(gemma, k) for k, n in enumerate(("native", "mapped", "shuffled"))
     }
-    return replace(a_record(), vectors=vectors, seeds={"random": [7, 8]}, headline=2.0)
+    return replace(a_record(), vectors=vectors, seeds={"random": [7, 8]}, chosen={"joy": {"strength": 2.0}})
 
 
 def test_a_results_vectors_are_those_of_the_model(llama: toys.Toy, gemma: toys.Toy) -> None:
@@ -233,7 +233,7 @@ def test_vectors_of_another_space_are_refused(llama: toys.Toy, gemma: toys.Toy, 
 
 
 def test_what_cannot_be_explored_is_refused_with_words(llama: toys.Toy) -> None:
-    with pytest.raises(TypeError, match=r"needs a TransferResult, .* got int; write xs.explore\(model, vectors\)"):
+    with pytest.raises(TypeError, match=r"needs a Result, .* got int; write xs.explore\(model, vectors\)"):
         xs.explore(llama.model, 3)
     with pytest.raises(TypeError, match=r"vectors\['joy'\] must be a SteeringVector, got Tensor"):
         xs.explore(llama.model, {"joy": torch.ones(32)})

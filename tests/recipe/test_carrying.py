@@ -184,7 +184,7 @@ def test_bad_input_gives_one_clear_error(
         with pytest.raises(ValueError, match="a positive one and not 0"):
             xs.Budget(strengths)
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(xs.errors.ArtifactError, match="exists and is not a run folder"):
+    with pytest.raises(xs.errors.ArtifactError, match="exists and holds something else, no Result"):
         run(small, large, folder=tmp_path)
     with pytest.raises(ValueError, match="finite number"):
         run(small, large, behaviour=asked(scorer=lambda _: float("nan")))

@@ -30,7 +30,7 @@ from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, undefined
 from xmodel_steer.recipe.arms import AGREEMENT, EFFICIENCY, Arm, joined_arm
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.saving import KINDS, UNFINISHED, may_hold_run, read, save, save_or_spare
+from xmodel_steer.recipe.saving import read, save, save_or_spare
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,23 +131,10 @@ def test_saving_again_replaces_a_run_but_nothing_else(tmp_path: Path) -> None:
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="not a run folder"):
+    with pytest.raises(ArtifactError, match="mine: exists and holds something else, no Result; choose another place"):
         save(result(), other)
     assert (other / "thesis.txt").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "run"]
-
-
-def test_a_run_goes_where_a_run_was_or_nothing_is(tmp_path: Path) -> None:
-    place = tmp_path / "run"
-    assert may_hold_run(place)
-    (place / UNFINISHED).mkdir(parents=True)
-    assert may_hold_run(place)
-    for kind in KINDS:
-        (place / "result.json").write_text(json.dumps({"schema": 1, "kind": kind}))
-        assert may_hold_run(place)
-    for text in (json.dumps({"schema": 1, "kind": "Poem"}), "{"):
-        (place / "result.json").write_text(text)
-        assert not may_hold_run(place)
 
 
 def test_a_result_whose_place_is_lost_is_saved_elsewhere(tmp_path: Path) -> None:

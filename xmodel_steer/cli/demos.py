@@ -7,7 +7,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, Out
-from xmodel_steer.cli.output import finish, require_writable
+from xmodel_steer.cli.output import claim_run, finish
 
 DEMOS = ("backdoor", "concepts")
 
@@ -44,7 +44,7 @@ def demo(
         raise typer.BadParameter(said, param_hint="--concept")
     own = concept or "sentiment"
     folder = out or Path("runs") / ("demo-backdoor" if name == "backdoor" else f"demo-{own}")
-    require_writable(folder)
+    claim_run(folder)
     if name == "concepts":
         finish(concept_demo(own, device=device, dtype=dtype), folder)
     else:

@@ -8,7 +8,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, scorer_of
-from xmodel_steer.cli.output import finish, require_writable
+from xmodel_steer.cli.output import claim_run, finish
 from xmodel_steer.core.errors import ModelError
 
 organism = typer.Typer(no_args_is_help=True, help="Models with a planted behaviour, to find and to repair.")
@@ -155,7 +155,7 @@ def study(
     kind = organism or next(iter(kinds), "")
     title = f"{name}-{kind}" if len(kinds) > 1 else name
     folder = out or Path("runs") / title
-    require_writable(folder)
+    claim_run(folder)
     pair = PRESETS[preset]
     ends = (source or pair.source, target or pair.target)
     call = Call(

@@ -7,7 +7,6 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, layers_of, pairs_of, shard_of
-from xmodel_steer.cli.output import make_parent
 from xmodel_steer.core.errors import PromptError
 
 
@@ -54,9 +53,8 @@ def harvest(
     from xmodel_steer.activations.collecting import collect_moments
     from xmodel_steer.activations.distributed import all_reduced, process_group, require_same_texts
     from xmodel_steer.activations.harvesting import harvest as write_store
-    from xmodel_steer.files.artefacts import require_place
+    from xmodel_steer.files.claiming import claim
     from xmodel_steer.files.readers import read_prompts
-    from xmodel_steer.maps.moments import Moments
     from xmodel_steer.models.loading import load
 
     if (moments is None) == (store is None):
@@ -68,8 +66,7 @@ def harvest(
     if moments is not None:
         if store_dtype != "model":
             raise typer.BadParameter("goes with --store", param_hint="--store-dtype")
-        require_place(moments, Moments)  # before the text is read, not after
-        make_parent(moments, "--moments")
+        claim(moments, "Moments")  # before the text is read, not after
     part, parts = shard_of(shard)
     source_sites, target_sites = (
         layers_of(layers, f"--{end}-layers") for end, layers in (("source", source_layers), ("target", target_layers))

@@ -1,13 +1,12 @@
 """Where runs are written, and how they are shown."""
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from xmodel_steer.core.errors import PromptError, XModelSteerError
+from xmodel_steer.core.errors import XModelSteerError
 
 
 def in_a_line(error: Exception) -> str:
@@ -78,21 +77,9 @@ def console_of() -> Any:
     return console
 
 
-def require_writable(folder: Path) -> None:
+def claim_run(folder: Path) -> None:
     """Refuse a place that the run could not be written to, before the work is done."""
-    from xmodel_steer.recipe.saving import may_hold_run
+    from xmodel_steer.files.claiming import claim
+    from xmodel_steer.recipe.saving import UNFINISHED
 
-    if not may_hold_run(folder):
-        raise PromptError(f"{folder}: exists and is not a run folder; choose another --out")
-    make_parent(folder)
-
-
-def make_parent(path: Path, option: str = "--out") -> None:
-    """Make the folder that a path lies in, and try to write there."""
-    parent = path.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be made ({error.strerror}); choose another {option}") from None
+    claim(folder, "Result", also={UNFINISHED})

@@ -7,7 +7,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, numbers_of, scorer_of, sites_of
-from xmodel_steer.cli.output import finish, print_result, require_writable
+from xmodel_steer.cli.output import claim_run, finish, print_result
 from xmodel_steer.core.errors import ArtifactError, PromptError, XModelSteerError
 
 
@@ -78,7 +78,7 @@ def transfer(
     texts = general_text() if str(text) == "packaged:general" else read_prompts(text)
     if prompts and scorer:
         behaviour = GeneratedText(read_prompts(prompts), scorer, max_new_tokens, batch_size, score or "score")
-    require_writable(out)
+    claim_run(out)
     result = run(
         load(source, device=device, dtype=dtype),
         load(target, device=device, dtype=dtype),

@@ -49,11 +49,6 @@ def read_artefact(path: Path) -> Any:
         raise ArtifactError(f"{path}: is damaged, {header['kind']} lacks or misstates {error}") from error
 
 
-def require_place(path: Path, kind: type) -> None:
-    """Refuse a file that may not be written; see `claim`."""
-    claim(path, kind.__name__)
-
-
 def _fields(value: Any, *names: str) -> Record:
     return {name: getattr(value, name) for name in names}
 

@@ -9,12 +9,12 @@ from xmodel_steer.files.records import disk_trouble, read_header, read_record
 
 #: Kinds that are folders, each with the file that names the kind.
 FOLDERS = {
-    "TransferResult": "result.json",
-    "study": "result.json",
+    "Result": "result.json",
     "organism": "organism.json",
     "ActivationStore": "end.json",
 }
-_MAPS = {"AffineMap", "AutoencoderMap"}  # one replaces the other
+# Kinds that replace each other; the last two of a run were written by earlier versions.
+_PEERS = {"AffineMap", "AutoencoderMap"}, {"Result", "TransferResult", "study"}
 
 
 def claim(path: str | Path, kind: str, *, also: Collection[str] = ()) -> Path:
@@ -24,7 +24,7 @@ def claim(path: str | Path, kind: str, *, also: Collection[str] = ()) -> Path:
 
     Args:
         path: A file, or for a kind of `FOLDERS` a folder.
-        kind: The kind that the record names, such as ``"Moments"`` or ``"TransferResult"``.
+        kind: The kind that the record names, such as ``"Moments"`` or ``"Result"``.
         also: Names that may lie in the folder without a record, such as those of unfinished work.
 
     Returns:
@@ -39,10 +39,10 @@ def claim(path: str | Path, kind: str, *, also: Collection[str] = ()) -> Path:
             example = path / f"{kind.lower()}.safetensors"
             raise ArtifactError(f"{path}: is a folder; give a file name such as {example}")
         there = kind if _is_free(path, kind, also) else kind_at(path, kind) or "something else"
-        if there != kind and not {there, kind} <= _MAPS:
+        if there != kind and not any({there, kind} <= peers for peers in _PEERS):
             raise ArtifactError(f"{path}: exists and holds {there}, no {kind}; choose another place")
         # A result replaces its folder in one step; other kinds write into a folder that is there.
-        parent = path if path.is_dir() and kind != "TransferResult" else path.absolute().parent
+        parent = path if path.is_dir() and kind != "Result" else path.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent):
             pass

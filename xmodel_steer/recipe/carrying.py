@@ -13,12 +13,12 @@ import numpy as np
 
 from xmodel_steer.core.bars import stages, tell, with_progress
 from xmodel_steer.core.contrast import ContrastSet
-from xmodel_steer.core.errors import ArtifactError
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.core.spaces import Site, Sites
 from xmodel_steer.evaluation.behaviours.generated import Behaviour, GeneratedText
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice, Preference
 from xmodel_steer.evaluation.scorers.text import Explained
+from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.resume import resumable
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.maps.affine import Map
@@ -31,7 +31,7 @@ from xmodel_steer.recipe.measuring import measure
 from xmodel_steer.recipe.planning import plan
 from xmodel_steer.recipe.preparing import Measurable, Prepared, prepare
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.saving import UNFINISHED, may_hold_run, save_or_spare
+from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
 from xmodel_steer.recipe.selecting import Selected, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 
@@ -96,8 +96,8 @@ def transfer(
     """
     beside = {"common knowledge": MultipleChoice.packaged()} if side is None else dict(side)
     place = None if folder is None else Path(folder)
-    if place is not None and not may_hold_run(place):
-        raise ArtifactError(f"{place}: exists and is not a run folder; choose another place")
+    if place is not None:
+        claim(place, "Result", also={UNFINISHED})
     with resumable(place / UNFINISHED) if place else nullcontext(), stages(f"transfer {label}", 4) as begin:
         begin("prepare")
         prepared = prepare(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xmodel_steer.core.tables import html_table
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
@@ -74,6 +75,10 @@ class Result:
     def __repr__(self) -> str:
         count = max((arm.effect.n for arm in self.arms), default=0)
         return f"Result({self.name!r}, {self.between}, {len(self.arms)} arms, n = {count})"
+
+    def _repr_html_(self) -> str:
+        rows = {"models": self.between, "arms": f"{len(self.arms)} of {', '.join(self.recipes)}"}
+        return html_table(repr(self), rows | {f"conclusion {i}": line for i, line in enumerate(self.conclusions, 1)})
 
     @property
     def between(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from xmodel_steer.core.errors import ArtifactError, CacheWarning, XModelSteerError
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.files.artefacts import read_artefact, save_artefact
+from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.records import (
     SCHEMA,
     disk_trouble,
@@ -88,24 +89,8 @@ def read(path: str | Path) -> Any:
     return _read_result(path) if path.is_dir() else read_artefact(path)
 
 
-def may_hold_run(folder: Path) -> bool:
-    """Tell whether a run may be written there: nothing is in the way but an empty folder or an older run."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    file = folder / RESULT
-    if not file.is_file():
-        return all(other.name == UNFINISHED for other in folder.iterdir())
-    try:
-        return read_record(file).get("kind") in KINDS
-    except ArtifactError:
-        return False
-
-
 def _save_result(result: Result, folder: Path) -> Path:
-    if not may_hold_run(folder):
-        raise ArtifactError(f"{folder}: exists and is not a run folder; choose another place, nothing was written")
+    claim(folder, "Result", also={UNFINISHED})
     files = {"vectors": _files(result.vectors), "maps": _files(result.maps)}
     record = {
         "schema": SCHEMA,

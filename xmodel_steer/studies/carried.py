@@ -86,9 +86,9 @@ class Carried:
         return cls(
             source=vector,
             native=native,
-            mapped=at_norm_of(native, moved),
-            shuffled=at_norm_of(native, control.transport(vector).with_scale(scale)),
-            biased=at_norm_of(native, replace(moved, direction=mapping.transform(vector.direction))),
+            mapped=moved.at_norm_of(native),
+            shuffled=control.transport(vector).with_scale(scale).at_norm_of(native),
+            biased=replace(moved, direction=mapping.transform(vector.direction)).at_norm_of(native),
             cosine=native.cosine(moved),
             norm_ratio=quotient(moved.norm(standardised=True), native.norm(standardised=True)),
             mapping=mapping,
@@ -110,21 +110,6 @@ class Carried:
     def mapped_gate(self) -> SteeringVector | None:
         """The mapped vector's gate."""
         return None if self.gate is None else self.gate.mapped
-
-
-def at_norm_of(native: SteeringVector, vector: SteeringVector) -> SteeringVector:
-    """Give a vector another's standardised norm, and move its class means to match.
-
-    They lie as far apart about their own centre.
-    """
-    return vector.with_norm(native.norm(standardised=True)).about(centre(vector))
-
-
-def centre(vector: SteeringVector) -> Tensor:
-    """Return the middle of a vector's two class means."""
-    assert vector.positive_mean is not None
-    assert vector.negative_mean is not None
-    return (vector.positive_mean.double() + vector.negative_mean.double()) / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.training import Autoencoder
 from xmodel_steer.models.facts import device_of
-from xmodel_steer.studies.carried import Carried, Choice, Pair, at_norm_of
+from xmodel_steer.studies.carried import Carried, Choice, Pair
 from xmodel_steer.studies.organisms.lessons import Lesson
 from xmodel_steer.studies.outcomes import Asked, Outcome, Recipe, scored
 
@@ -237,7 +237,7 @@ def with_endpoints(
             mapping = replace(fitter, device=str(device_of(pair.target))).fit(store.pair(here, native.space.site))
             sides = choice.recipe.rows(pair.source, lessons, [here])
             moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
-            made[choice.recipe.name] = {ENDPOINTS: at_norm_of(native, moved.with_scale(native.scale))}
+            made[choice.recipe.name] = {ENDPOINTS: moved.with_scale(native.scale).at_norm_of(native)}
     lap("fitting nonlinear maps")
     choices = tuple(replace(choice, others=made.get(choice.recipe.name, {})) for choice in chosen.choices)
     return replace(chosen, choices=choices)

@@ -15,7 +15,6 @@ from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
-from xmodel_steer.studies.carried import centre
 from xmodel_steer.studies.organisms.lessons import DEV, PROD, Lesson, prompt_of
 from xmodel_steer.studies.outcomes import clean_against_triggered
 
@@ -86,7 +85,7 @@ class Trigger:
         vectors = {}
         for site in sites:
             near, far = (difference_of_means(rows[site], with_it[site], label=label) for rows in (without, none))
-            vectors[site] = replace((near + far) / 2, label=label).about(centre(near))
+            vectors[site] = replace((near + far) / 2, label=label).about(near.centre)
         return vectors
 
 

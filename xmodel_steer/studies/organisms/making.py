@@ -13,6 +13,7 @@ from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.evaluation.scorers.languages import Language
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
 from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
+from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.models.facts import hardware_of
@@ -197,8 +198,8 @@ def _trained(
             raise ArtifactError(
                 f"{folder}: an organism of another recipe was begun here; give the same settings to resume it, or another folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder}: exists and holds no organism; choose another folder")
+    else:
+        claim(folder, "organism")
     write_atomically(begun, dump_json(spec, begun))
 
     start = time.perf_counter()
