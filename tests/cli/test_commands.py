@@ -44,7 +44,7 @@ def test_transfer_writes_a_run_folder_and_show_prints_it(
     code, out, err = command(*arguments(folders, tmp_path / "run"))
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "generations.jsonl", "map.safetensors", "report.html", "result.json", "vectors",
+        "generations.jsonl", "maps", "report.html", "result.json", "vectors",
     ]  # fmt: skip
     result = read(tmp_path / "run")
     assert result.verdict().text in out.replace("\n", " ")
@@ -150,7 +150,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("xmodel_steer.models.loading.load", None)
     code, _, err = command(*arguments(folders, Path("/proc/run")))
-    assert code == 1 and "/proc/run: cannot be made" in err and err.strip().endswith("choose another --out")
+    assert code == 1 and "/proc/run: cannot be written" in err and err.strip().endswith("choose another place")
 
 
 def test_changed_input_is_never_served_from_the_cache(
@@ -158,11 +158,11 @@ def test_changed_input_is_never_served_from_the_cache(
 ) -> None:
     kept, seen = tmp_path / "cache" / "moments", []
 
-    def transfer(*_: Any, moments: Any, **__: Any) -> None:
-        seen.append(moments)
+    def select(prepared: Any) -> None:
+        seen.append(prepared.moments)
         raise PromptError("seen")
 
-    monkeypatch.setattr(sys.modules["xmodel_steer.recipe.carrying"], "transfer", transfer)
+    monkeypatch.setattr(sys.modules["xmodel_steer.recipe.carrying"], "select", select)
 
     def run(**changes: object) -> int:
         code, _, err = command(*arguments(folders, tmp_path / "run", **changes))

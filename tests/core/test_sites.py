@@ -66,8 +66,8 @@ def test_a_grid_is_asked_by_number() -> None:
 
 def test_transfer_takes_numbers_block_0_too(llama: toys.Toy) -> None:
     settings = dict(
-        prompts=toys.sentences(9, 3, 4), scorer=len, strengths=(1.0,), max_new_tokens=2, neutral_tokens=8,
-        random_seeds=1, side={},
+        behaviour=xs.behaviours.GeneratedText(toys.sentences(9, 3, 4), len, max_new_tokens=2), side={},
+        budget=xs.Budget(strengths=(1.0,), neutral_tokens=8, random_seeds=1),
     )  # fmt: skip
     given = llama.model, llama.model, toys.contrast(), toys.sentences(60, 4)
     made = xs.transfer(*given, source_sites=0, target_sites=[0], **settings)

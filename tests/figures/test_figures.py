@@ -60,7 +60,7 @@ def test_the_table_has_a_row_per_arm() -> None:
     (table,) = tables(result())
     assert table.row_count == len(result().arms)
     name = "sweet [/b] talk :smile:"
-    (table,) = tables(replace(result(), arms=tuple(replace(arm, recipe=arm.recipe and name) for arm in result().arms)))
+    (table,) = tables(replace(result(), name=name))
     output = io.StringIO()
     Console(file=output, width=150).print(table)
     assert f"{name}: small → large, n = 6" in output.getvalue()

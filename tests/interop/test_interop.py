@@ -951,7 +951,7 @@ def test_a_run_goes_up_and_comes_down_without_what_is_not_its_own(hub: type[Hub]
     for name in ("secret.pkl", "vectors/weights.bin", "code.py"):
         (folder / name).write_text("no")
     assert interop.upload_run(folder, "me/run") == "https://huggingface.co/me/run/commit/1"
-    assert {"result.json", "generations.jsonl", "report.html", "map.safetensors"} < hub.repos["me/run"].keys()
+    assert {"result.json", "generations.jsonl", "report.html", "maps/joy.safetensors"} < hub.repos["me/run"].keys()
     assert not {name for name in hub.repos["me/run"] if name.endswith((".pkl", ".bin", ".py"))}
     assert hub.calls[0] == ("create", dict(repo_id="me/run", repo_type="model", private=True, exist_ok=True))
     hub.repos["me/run"]["evil.pkl"] = b"no"

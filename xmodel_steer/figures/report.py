@@ -31,7 +31,8 @@ def tables(result: Result) -> list[Any]:
         arms = [arm for arm in result.arms if arm.recipe in (recipe, "")]
         between = "" if "models" in result.spec else f": {result.between}"
         # A name such as [/b] is no markup.
-        title = Text(f"{recipe or result.name}{between}, n = {arms[-1].effect.n}")
+        called = recipe if len(result.recipes) > 1 else result.name
+        title = Text(f"{called}{between}, n = {arms[-1].effect.n}")
         table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         cells = [cells_of(arm, short=True) for arm in arms]
         names = [name for name in dict.fromkeys(n for row in cells for n in row) if any(row.get(name) for row in cells)]

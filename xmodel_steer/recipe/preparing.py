@@ -46,7 +46,6 @@ class Prepared:
         moments: Moments of the candidate sites.
         sources: The source's vector at each candidate site.
         natives: The target's own vector at each candidate site, with its scale.
-        splits: Ids of the prompts and documents of each set.
         prompts: Text of the first evaluation prompts.
         seed: Seed of all splits.
     """
@@ -63,9 +62,21 @@ class Prepared:
     moments: Moments
     sources: Mapping[Site, SteeringVector]
     natives: Mapping[Site, SteeringVector]
-    splits: Mapping[str, Any] = field(repr=False)
     prompts: tuple[str, ...] = field(repr=False)
     seed: int = 0
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """Ids of the prompts and documents of each set."""
+        return {
+            "contrast": [p.id for p in self.contrast.positive + self.contrast.negative],
+            **({"map_text": [p.id for p in self.text.map]} if self.text.map else {}),
+            "validation": list(self.validation.ids),
+            "evaluation": list(self.evaluation.ids),
+            "neutral_validation": [p.id for p in self.text.calibration],
+            "neutral_evaluation": [p.id for p in self.text.reported],
+            "map_documents": {name: self.moments.parts[name].documents for name in PARTS},
+        }
 
     def steer(self, vector: SteeringVector, strength: float) -> list[Step]:
         """Make the setting of one vector at one strength."""
@@ -116,21 +127,8 @@ def prepare(
     """
     ours = as_sites(() if source_sites is None else source_sites) or default_sites(source, "source")
     theirs = as_sites(() if target_sites is None else target_sites) or default_sites(target, "target")
-    fit_set, (validation, choosing), (evaluation, reporting) = _behaviours(contrast, behaviour, seed)
     text = GeneralText.of(texts)
-    require_disjoint(
-        "transfer",
-        {
-            name: [prompt.content_key() for prompt in prompts]
-            for name, prompts in (
-                ("contrast", fit_set.positive + fit_set.negative),
-                ("map text", text.map),
-                ("neutral text", text.neutral),
-                ("validation", choosing),
-                ("evaluation", reporting),
-            )
-        },
-    )
+    fit_set, validation, evaluation = _split(contrast, behaviour, text, seed)
     moments = text.moments
     if moments is None:
         limit = min(budget.map_tokens, context_length(source), context_length(target))
@@ -139,10 +137,7 @@ def prepare(
             batch_size=min(budget.batch_size, 32), seed=seed,
         )  # fmt: skip
     _require_moments(moments, (source, ours), (target, theirs))
-    natives = {
-        site: vector.with_scale(moments.scale(site))
-        for site, vector in _vectors(target, fit_set, theirs, method, label, budget).items()
-    }
+    own = _vectors(target, fit_set, theirs, method, label, budget)
     return Prepared(
         source,
         target,
@@ -150,22 +145,13 @@ def prepare(
         method,
         budget,
         fit_set,
-        validation,
-        evaluation,
+        validation.behaviour,
+        evaluation.behaviour,
         text,
         moments,
-        _vectors(source, fit_set, ours, method, label, budget),
-        natives,
-        splits={
-            "contrast": [p.id for p in fit_set.positive + fit_set.negative],
-            **({"map_text": [p.id for p in text.map]} if text.map else {}),
-            "validation": list(validation.ids),
-            "evaluation": list(evaluation.ids),
-            "neutral_validation": [p.id for p in text.calibration],
-            "neutral_evaluation": [p.id for p in text.reported],
-            "map_documents": {name: moments.parts[name].documents for name in PARTS},
-        },
-        prompts=tuple(p.content[:300] for p in reporting[:16]),
+        sources=_vectors(source, fit_set, ours, method, label, budget),
+        natives={site: vector.with_scale(moments.scale(site)) for site, vector in own.items()},
+        prompts=tuple(p.content[:300] for p in evaluation.prompts[:16]),
         seed=seed,
     )
 
@@ -180,16 +166,32 @@ def default_sites(model: Any, end: str) -> list[Site]:
     return [Site(layer) for layer in sorted({min(layers - 1, round(d * layers)) for d in depths})]
 
 
-_Part = tuple[Behaviour, tuple[Prompt, ...]]
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A behaviour on some of the prompts, and these prompts."""
+
+    behaviour: Behaviour
+    prompts: tuple[Prompt, ...]
 
 
-def _behaviours(contrast: ContrastSet, behaviour: Measurable, seed: int) -> tuple[ContrastSet, _Part, _Part]:
-    """Return the contrast set, and the behaviour on validation and evaluation prompts."""
+def _split(
+    contrast: ContrastSet, behaviour: Measurable, text: GeneralText, seed: int
+) -> tuple[ContrastSet, _Part, _Part]:
+    """Return the contrast set, and the behaviour on validation and evaluation prompts; all sets are disjoint."""
     if isinstance(behaviour, Behaviour):
-        validation, evaluation = behaviour.split(seed)
-        return contrast, (validation, validation.prompts), (evaluation, evaluation.prompts)
-    fit_set, *others = contrast.split((0.5, 0.2, 0.3), seed=seed)
-    validation, evaluation = ((behaviour(part), part.positive + part.negative) for part in others)
+        fit_set = contrast
+        validation, evaluation = (_Part(part, part.prompts) for part in behaviour.split(seed))
+    else:
+        fit_set, *others = contrast.split((0.5, 0.2, 0.3), seed=seed)
+        validation, evaluation = (_Part(behaviour(part), part.positive + part.negative) for part in others)
+    sets = {
+        "contrast": fit_set.positive + fit_set.negative,
+        "map text": text.map,
+        "neutral text": text.neutral,
+        "validation": validation.prompts,
+        "evaluation": evaluation.prompts,
+    }
+    require_disjoint("transfer", {name: [p.content_key() for p in prompts] for name, prompts in sets.items()})
     return fit_set, validation, evaluation
 
 
