@@ -347,7 +347,7 @@ def test_a_bar_on_a_console_that_is_gone_does_not_stop_the_work(number: int) -> 
 
 
 @pytest.mark.parametrize("damage", [
-    lambda record: record["similarity"].pop("mapped"), lambda record: record["source"].pop("width"), lambda record: record.update(similarity=3),
+    lambda record: record["chosen"]["joy"]["map"].pop("coverage"), lambda record: record["source"].pop("width"), lambda record: record.update(chosen=3),
     lambda record: record["arms"].append(3), lambda record: record.update(undefined=[{"at": ["nowhere", 1], "was": "NaN"}]),
 ])  # fmt: skip
 def test_a_damaged_run_is_said_to_be_that(damage: Any, command: Any, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_damaged_study_is_said_to_be_that(damage: Any, command: Any, tmp_path:
 
 
 def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path) -> None:
-    save(replace(result(), label=ODD), tmp_path / "run")
+    save(replace(result(), name=ODD), tmp_path / "run")
     call = f'"{sys.executable}" -m xmodel_steer show "{tmp_path}/run"'
     script = f"""
         unset PYTHONUNBUFFERED

@@ -289,7 +289,7 @@ def test_a_result_begins_at_its_headline_in_either_order(llama: toys.Toy, gemma:
     for made in (xs.explore(gemma.model, result), xs.explore(result, gemma.model)):
         assert made.strength.value == 2.0 and made.vector.value == "mapped"
     assert xs.explore(gemma.model, result, strengths=(-1.0, 1.5)).strength.value == 1.5
-    far = xs.explore(gemma.model, replace(result, headline=6.0)).strength
+    far = xs.explore(gemma.model, replace(result, chosen={"joy": {"strength": 6.0}})).strength
     assert (far.min, far.value, far.max) == (-6.0, 6.0, 6.0)
 
 

@@ -485,7 +485,7 @@ def test_whatever_a_study_measured_is_written_read_and_shown(
         for k in (0, 25)
     )
     made = Result(
-        "name", "unit", {"model": "a"}, {"model": "b"}, tuple(arms), {"a [/b] recipe": {"p": math.nan}}, tuple(varied), {}, {}, {},
+        "na[/b]me", "unit", {"model": "a"}, {"model": "b"}, tuple(arms), {"a [/b] recipe": {"p": math.nan}}, tuple(varied), {}, {}, {},
         {}, question="question", stored=("verdict",), curves={"text": points}, prompts=("a",), hardware="here", seconds={"part": 1.0},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -505,5 +505,5 @@ def test_whatever_a_study_measured_is_written_read_and_shown(
     out = io.StringIO()
     for shown in tables(back):
         Console(file=out, width=200).print(shown)
-    assert "a [/b] recipe" in out.getvalue() and not re.search(r"\b(nan|inf)\b", out.getvalue())
+    assert "na[/b]me: a → b" in out.getvalue() and not re.search(r"\b(nan|inf)\b", out.getvalue())
     assert not re.search(r"\b(nan|inf)\b", page.partition("<h2>Every arm")[2].partition("<h2>")[0])
