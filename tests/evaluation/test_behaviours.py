@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import toys
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
@@ -135,3 +136,41 @@ def test_a_real_model_knows_the_packaged_answers():
     plain, ruined = (m.scores.mean() for m in MultipleChoice.packaged().measure(model, settings))
     assert plain > 0.7
     assert ruined < plain - 0.2
+
+
+# --- parts and splits ---------------------------------------------------------------------------
+
+
+def every_behaviour() -> list[xs.behaviours.Behaviour]:
+    questions = tuple(map(xs.Prompt.of, toys.sentences(7, 3, 4)))
+    return [
+        xs.behaviours.GeneratedText(toys.sentences(7, 3, 4), len, max_new_tokens=2),
+        xs.behaviours.Preference(toys.contrast()),
+        xs.behaviours.AnswerLogOdds(questions, (" a",) * 7, (" the",) * 7),
+        xs.behaviours.MultipleChoice(questions, ((" a", " the"),) * 7, (0, 1) * 3 + (0,)),
+    ]
+
+
+@pytest.mark.parametrize("behaviour", every_behaviour(), ids=lambda b: type(b).__name__)
+def test_a_split_is_disjoint_whole_and_the_seeds(behaviour: xs.behaviours.Behaviour) -> None:
+    first, rest = behaviour.split(3)
+    assert sorted([*first.ids, *rest.ids]) == sorted(behaviour.ids)
+    assert len(first.ids) == len(behaviour.ids) // 3
+    assert first.ids == behaviour.split(3)[0].ids != behaviour.split(4)[0].ids
+    assert set(first.prompts) | set(rest.prompts) == set(behaviour.prompts)
+    assert not set(first.prompts) & set(rest.prompts)
+
+
+@pytest.mark.parametrize("behaviour", every_behaviour(), ids=lambda b: type(b).__name__)
+def test_a_part_scores_its_prompts_as_the_whole_does(behaviour: xs.behaviours.Behaviour, llama: toys.Toy) -> None:
+    (whole,) = behaviour.measure(llama.model, [[]])
+    (part,) = behaviour.part([4, 1]).measure(llama.model, [[]])
+    assert part.scores == pytest.approx(whole.scores[[4, 1]], abs=1e-4)
+
+
+def test_prompts_that_say_the_same_are_split_once() -> None:
+    behaviour = xs.behaviours.GeneratedText(["a", "b", "a", "c", "b"], len)
+    first, rest = behaviour.split(0)
+    assert sorted(p.content for p in first.prompts + rest.prompts) == ["a", "b", "c"]
+    with pytest.raises(xs.errors.PromptError, match="needs at least 3 prompts .*, got 2"):
+        xs.behaviours.GeneratedText(["a", "b", "a"], len).split()

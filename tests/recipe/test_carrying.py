@@ -1,5 +1,6 @@
 """The recipe on toy models: every arm, fair controls, honest choices, and a verdict that can say no."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,15 +14,17 @@ import toys
 from toys import contrast, sentences
 
 import xmodel_steer as xs
+from xmodel_steer.core import bars
 from xmodel_steer.core.errors import UndefinedWarning
 from xmodel_steer.evaluation.calibration import LEAST
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.figures.report import summary
 from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, bootstrap_mean, undefined
-from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, Arm, joined_arm
+from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, Arm, estimate, joined_arm
 from xmodel_steer.recipe.carrying import map_record
 from xmodel_steer.recipe.preparing import default_sites
 from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.saving import UNFINISHED
 from xmodel_steer.recipe.settings import GeneralText
 
 
@@ -592,3 +595,93 @@ def test_rescoring_needs_texts_and_no_prompts(result: Result) -> None:
         replace(result, arms=tuple(replace(a, texts=()) for a in result.arms)).rescored(vowels, label="x")
     with pytest.raises(ValueError, match="reads the prompts too"):
         result.rescored(xs.scorers.ExactAnswer({}), label="x")  # type: ignore[arg-type]
+
+
+# --- a run that is interrupted, and what is said before it starts -------------------------------
+
+
+def test_an_interrupted_run_continues_and_ends_the_same(
+    result: Result, toy_named: Callable[[str], toys.Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
+    models, folder = (toy_named("llama").model, toy_named("gemma").model), tmp_path / "run"
+    generated = sys.modules["xmodel_steer.evaluation.behaviours.generated"]
+    write, calls = generated.generate, []
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return write(*args, **settings)
+
+    monkeypatch.setattr(generated, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*models, folder=folder)
+    assert {file.name for file in folder.iterdir()} == {UNFINISHED} and list((folder / UNFINISHED).iterdir())
+    continued = run(*models, folder=folder)
+    again = len(calls)
+    assert [a.scores for a in continued.arms] == [a.scores for a in result.arms]
+    assert continued.verdict() == result.verdict()
+    assert {file.name for file in folder.iterdir()} == {"result.json", "generations.jsonl", "vectors", "maps"}
+    assert xs.read(folder).verdict() == result.verdict()
+    calls.clear()
+    monkeypatch.setattr(generated, "generate", lambda *a, **s: calls.append(1) or write(*a, **s))
+    run(*models)
+    assert again - 4 == len(calls) - 3  # what was written before the interruption is not written again
+
+
+def test_what_will_be_done_is_said_first(
+    toy_named: Callable[[str], toys.Toy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = toy_named("llama").model, toy_named("gemma").model
+    knowledge = xs.behaviours.GeneratedText(sentences(4, 7, 4), vowels, max_new_tokens=2)
+    token = bars._silent.set(False)
+    try:
+        made = run(*models, side={"off target": knowledge})
+        told = capsys.readouterr().err
+        run(*models, side={}, progress=False)
+        assert capsys.readouterr().err == ""
+    finally:
+        bars._silent.reset(token)
+    (line,) = [line for line in told.splitlines() if line.startswith("toy: ")]
+    assert "2 source and 2 target layers to choose from" in line and "evaluation prompts, " in line
+    assert re.search(r"; about \d+ (seconds|minutes)", line) and "each for off target" in line
+    fair = sum(arm.seeds for arm in made.arms if arm.at == EQUAL_KL)
+    fixed = sum(arm.seeds for arm in made.arms if arm.at == EQUAL_STRENGTH)
+    assert f"{fixed + fair - len(made.signs)} on 6 evaluation prompts" in line  # the native vector counts once
+    tried = len([r for r in made.validation if r["varied"] != "strength"]) + 1
+    assert f"{2 * tried} settings on 3 validation prompts" in line
+    assert told.count("transfer toy:") and "match damage" in told and "100%" in told
+
+
+def test_texts_of_every_prompt_are_rows_of_a_frame(result: Result) -> None:
+    frame = result.to_frame(texts=True)
+    assert len(frame) == 6 * len(result.arms)
+    first = frame.iloc[0]
+    assert (first.arm, first.unit) == ("unsteered", result.splits["evaluation"][0])
+    assert (first.text, first.score) == (result.arms[0].texts[0], result.arms[0].scores[0])
+
+
+def test_a_recipe_must_be_named_where_there_are_several(result: Result) -> None:
+    both = replace(
+        result,
+        arms=result.arms + tuple(replace(a, recipe="other") for a in result.arms if a.recipe),
+        chosen=dict(result.chosen) | {"other": {}},
+    )
+    assert set(both.verdicts) == {"toy", "other"} and both.verdict("toy") == result.verdict()
+    for ask in (both.verdict, both.choice):
+        with pytest.raises(KeyError, match="give a recipe: 'toy', 'other'"):
+            ask()
+        with pytest.raises(KeyError, match="no recipe 'third'; there are: 'toy', 'other'"):
+            ask("third")
+    assert both.conclusions == tuple(v.text for v in both.verdicts.values())
+
+
+def test_shares_have_intervals_that_are_never_without_width() -> None:
+    table = np.ones((200, 3))
+    for scores in (table[:, :1], table, 0 * table):
+        found = estimate(scores)
+        assert found.high - found.low > 0.015 and found.n == 200
+    few = estimate(table, [str(i // 50) for i in range(200)])
+    assert few.low < estimate(table).low  # four kinds, not 200
+    assert estimate(table * 0.5) == bootstrap_mean(table * 0.5)

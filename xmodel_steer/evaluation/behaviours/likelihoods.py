@@ -42,6 +42,16 @@ class Preference(Behaviour):
     unit: str = "log-likelihood, positive minus negative (nats per token)"
 
     @property
+    def prompts(self) -> tuple[Prompt, ...]:  # type: ignore[override]
+        """The prompts of both sides."""
+        return self.contrast.positive[: len(self.ids)] + self.contrast.negative[: len(self.ids)]
+
+    def part(self, places: Sequence[int]) -> "Preference":
+        """Return the same behaviour on some of its pairs."""
+        sides = (tuple(side[i] for i in places) for side in (self.contrast.positive, self.contrast.negative))
+        return replace(self, contrast=ContrastSet(*sides, paired=self.contrast.paired))
+
+    @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
         """Ids of the pairs."""
         sides = zip(self.contrast.positive, self.contrast.negative, strict=False)  # the longer side is cut
@@ -132,6 +142,18 @@ class AnswerLogOdds(Behaviour):
         return cls.from_records(rows, **kwargs)
 
     @property
+    def prompts(self) -> tuple[Prompt, ...]:  # type: ignore[override]
+        """The questions."""
+        return self.questions
+
+    def part(self, places: Sequence[int]) -> "AnswerLogOdds":
+        """Return the same behaviour on some of its questions."""
+        columns = {
+            name: tuple(getattr(self, name)[i] for i in places) for name in ("questions", "positive", "negative")
+        }
+        return replace(self, **columns)
+
+    @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
         """Ids of the questions."""
         return tuple(question.id for question in self.questions)
@@ -182,6 +204,16 @@ class MultipleChoice(Behaviour):
             tuple(tuple(row["options"]) for row in rows),
             tuple(row["answer"] for row in rows),
         )
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:  # type: ignore[override]
+        """The questions."""
+        return self.questions
+
+    def part(self, places: Sequence[int]) -> "MultipleChoice":
+        """Return the same behaviour on some of its questions."""
+        columns = {name: tuple(getattr(self, name)[i] for i in places) for name in ("questions", "options", "answers")}
+        return replace(self, **columns)
 
     @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
