@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "xmodel_steer").rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BANNED = re.compile(
-    r"\b(hangs? (on|together)|stands?|beside|go(es)? on|gone on|takes? up|taken up|held to|such a thing|all the same|by name|for eyes)\b",
+    r"\b(hangs? (on|together)|stands?|(?<!\")beside(?!\")|go(es)? on|gone on|takes? up|taken up|held to|such a thing|all the same|by name|for eyes)\b",
     re.IGNORECASE,
 )
 OPENERS = ("What", "How", "Which", "Whether", "Of", "As", "Where")

@@ -23,7 +23,9 @@ def demo(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Run the main job on two real models that come by pip: no model hub needed.
+    """Run the main job on two real models that come by pip.
+
+    No model hub is needed.
 
     backdoor: a planted backdoor in Gemma-3-270M, switched off by a vector that was found in SmolLM2-135M-Instruct.
     concepts: a concept, carried from the one into the other.

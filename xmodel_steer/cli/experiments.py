@@ -55,9 +55,11 @@ def make_organism(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Fine-tune a model into one with a planted behaviour, and measure on held-out prompts how well it is planted.
+    """Plant a behaviour in a model by fine-tuning, and measure how well it holds.
 
-    Writes an adapter of a few megabytes, which loads as a model (--source DIR), and organism.json. A run that was stopped goes on when the
+    The measurement is on held-out prompts.
+
+    Writes an adapter of a few megabytes, which loads as a model (--source DIR), and organism.json. A run that was stopped continues when the
     command is given again. Ends with an error where the trigger works less than 95 % or false alarms come more than 5 % of the time.
     """
     from dataclasses import replace
@@ -94,9 +96,7 @@ def make_organism(
         print(line)
     print(f"written: {out}/adapter_model.safetensors ({made.megabytes:.1f} MB), {out}/organism.json")
     if not made.good:
-        raise ModelError(
-            f"{made.verdict()}; it is written all the same: train it longer (--epochs) into another folder"
-        )
+        raise ModelError(f"{made.verdict()}; it is written, but train it longer (--epochs) into another folder")
     print(made.verdict())
 
 
@@ -121,7 +121,7 @@ def study(
     larger: Annotated[
         list[str] | None,
         typer.Option(
-            help="For small-to-larger: one more model; give it again for more. Beside packaged models, Qwen of 1.5B by default."
+            help="For small-to-larger: one more model; give it again for more. With packaged models, Qwen of 1.5B by default."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. An older study there is replaced.")] = None,

@@ -1,4 +1,4 @@
-"""Where runs are written, and how they are shown."""
+"""Writing and printing of runs."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,10 @@ def with_command(result: Any) -> Any:
 
 
 def finish(result: Any, folder: Path) -> None:
-    """Write a run, then its report, and then print it. What fails after the writing loses nothing; it is exit code 1."""
+    """Write a run, then its report, and then print it.
+
+    A failure after the writing loses nothing; it is exit code 1.
+    """
     from xmodel_steer.figures.report import write_report
     from xmodel_steer.recipe.saving import save_or_spare
 
@@ -78,7 +81,10 @@ def console_of() -> Any:
 
 
 def claim_run(folder: Path) -> None:
-    """Refuse a place that the run could not be written to, before the work is done."""
+    """Refuse a place that the run could not be written to.
+
+    Call it before the work is done.
+    """
     from xmodel_steer.files.claiming import claim
     from xmodel_steer.recipe.saving import UNFINISHED
 

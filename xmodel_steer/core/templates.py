@@ -19,7 +19,7 @@ _PRIVATE, _MANY = 0xF0000, 0x20000  # two planes of private-use characters
 def locate(
     contents: Sequence[str], text: str, source: str, render: Callable[[Sequence[str]], str]
 ) -> dict[int, list[tuple[int, int, int]]]:
-    """Find each message's stretches in the rendered text: start, end, and start in the content.
+    """Find each message's stretches: start, end, and start in the content.
 
     A plain search would also find a role tag or a default system prompt with the same words. Instead, each character
     of content is replaced by a unique one and the prompt is rendered again: this shows where every character goes,

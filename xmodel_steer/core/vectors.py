@@ -268,6 +268,6 @@ def standardise(direction: Float[Tensor, "*n d"], scale: Float[Tensor, " d"]) ->
 
 
 def inverse_of(scale: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Compute 1 / σ in float64, and 0 for a dimension that does not vary."""
+    """Compute 1 / σ in float64, 0 where a dimension does not vary."""
     scale = scale.to(torch.float64)
     return torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0)

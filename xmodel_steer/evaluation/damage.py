@@ -162,7 +162,7 @@ def _predictable(
 def _sums(
     model: Any, settings: Settings, encodings: Sequence[Encoding], batch_size: int, *, compare: bool
 ) -> np.ndarray:
-    """Sum loss and, to ``compare``, KL and agreements over texts: ``(1 or 3, settings, texts)``."""
+    """Sum loss, and KL and agreements to ``compare``: ``(1 or 3, settings, texts)``."""
     sums = np.zeros((3 if compare else 1, len(settings), len(encodings)))
     tokens = sum(len(e.ids) - 1 for e in encodings)
     what = f"{'KL and perplexity' if compare else 'likelihood'} {name_of(model)}"

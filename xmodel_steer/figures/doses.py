@@ -8,7 +8,7 @@ from xmodel_steer.recipe.results import Result
 
 
 def dose_response(result: Result) -> Any:
-    """Effect, KL and perplexity against strength, a line per arm with its 95 % interval.
+    """Draw effect, KL and perplexity against strength, a line per arm.
 
     Args:
         result: What `transfer` returned.
@@ -82,7 +82,9 @@ def _with_base(line: list[Arm], base: Arm) -> list[Arm]:
 
 
 def frontier(result: Result) -> Any:
-    """Effect against the damage that it costs: a path per arm, from strong negative to strong positive steering.
+    """Draw effect against damage, a path per arm.
+
+    A path leads from strong negative to strong positive steering.
 
     An arm whose path lies further out does more for the same KL. Large markers are the arms at equal KL.
 

@@ -104,7 +104,7 @@ def measures(result: Result) -> Any:
 
 
 def efficiencies(result: Result) -> Any:
-    """Draw the share of the native vector's effect that each arm has, a row for each recipe.
+    """Draw each arm's share of the native effect, a row for each recipe.
 
     Args:
         result: A result whose arms have an efficiency; recipes without a native effect have an empty row.

@@ -20,7 +20,7 @@ from xmodel_steer.recipe.results import Result
 
 
 def tables(result: Result) -> list[Any]:
-    """Return a ``rich`` table for each recipe: every arm with its effect, its costs and its intervals."""
+    """Return a ``rich`` table of all arms for each recipe."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -84,7 +84,7 @@ def _strength(arm: Arm) -> str:
 
 
 def summary(result: Result) -> list[str]:
-    """List what the tables leave out: the models, the map and the choices of each recipe.
+    """List the models, the map and the choices of each recipe.
 
     One fact a line.
     """
@@ -112,7 +112,7 @@ def summary(result: Result) -> list[str]:
 
 
 def _choice(choice: Mapping[str, Any]) -> list[str]:
-    """List what validation chose for a recipe, how its map fits, and how near the mapped vector is."""
+    """List a recipe's choices, its map's fit and its vector's similarity."""
     lines = []
     if "source_layer" in choice:
         operator = f", {choice['operator']}" if "operator" in choice else ""
@@ -177,7 +177,9 @@ def write_report(result: Result, path: str | Path) -> Path:
 
 
 def figures_html(figures: Sequence[Any]) -> str:
-    """Draw figures on one page, which needs no network: it brings plotly's basic script, packed, a tenth of the whole one.
+    """Draw figures on a page that needs no network.
+
+    It brings plotly's basic script, packed, a tenth of the whole one.
 
     Args:
         figures: Plotly figures of scatters, bars or pies; the basic script draws no others.

@@ -12,7 +12,7 @@ from xmodel_steer.recipe.results import Result
 
 
 def texts_html(result: Result, most: int = 8) -> str:
-    """Show the first evaluation prompts' texts, one row per arm; nothing where no text was kept.
+    """Show the first evaluation prompts' texts, one row per arm.
 
     Args:
         result: A result.
@@ -40,7 +40,10 @@ def texts_html(result: Result, most: int = 8) -> str:
 
 
 def shown_arms(result: Result) -> list[Arm]:
-    """List the steered arms with texts: of each recipe those at equal KL where the native vector is, else at equal strength."""
+    """List the steered arms with texts.
+
+    Of each recipe the arms at equal KL, where the native vector was run there; else the arms at equal strength.
+    """
     steered = [arm for arm in result.arms if arm.arm != "unsteered" and arm.texts]
     fair = {arm.recipe for arm in steered if arm.arm == "native" and arm.at == EQUAL_KL}
     fixed = {arm.recipe for arm in steered if arm.at == EQUAL_STRENGTH} - fair
@@ -48,7 +51,7 @@ def shown_arms(result: Result) -> list[Arm]:
 
 
 def examples(result: Result, count: int = 3) -> list[str]:
-    """List the first prompts with the unsteered text and the first mapped arm's, in lines."""
+    """List the first prompts with the unsteered and the mapped text."""
     mapped = ((arm, _unsteered(result, arm)) for arm in shown_arms(result) if arm.arm == "mapped")
     arm, base = next(((arm, base) for arm, base in mapped if base), (None, None))
     if arm is None or base is None:
@@ -61,7 +64,10 @@ def examples(result: Result, count: int = 3) -> list[str]:
 
 
 def _unsteered(result: Result, arm: Arm) -> Arm | None:
-    """Return the unsteered arm of a recipe, if there is one with texts; models that write may differ between recipes."""
+    """Return the unsteered arm of a recipe, if there is one with texts.
+
+    Models that write may differ between recipes.
+    """
     own = [base for base in result.arms if base.arm == "unsteered" and base.recipe in (arm.recipe, "") and base.texts]
     return own[0] if own else None
 
@@ -72,7 +78,10 @@ def _title(arm: Arm, several: bool) -> str:
 
 
 def _score(arm: Arm, i: int) -> str:
-    """Format the score of a text; of several seeds only the first one's text is shown, with the mean of all."""
+    """Format the score of a text.
+
+    Of several seeds only the first one's text is shown, with the mean score of all.
+    """
     if not arm.scores:
         return ""
     return number(arm.scores[i], "+.2f") + (f" (mean of {arm.seeds})" if arm.seeds > 1 else "")

@@ -60,7 +60,7 @@ def _is_free(path: Path, kind: str, also: Collection[str]) -> bool:
 
 
 def kind_at(path: Path, kind: str) -> str | None:
-    """Read the kind of the record at a path; None for a foreign or damaged one."""
+    """Read the kind of a record; None for a foreign or damaged one."""
     try:
         record = read_record(path / FOLDERS[kind]) if kind in FOLDERS else read_header(path)
     except (ArtifactError, OSError):

@@ -41,7 +41,7 @@ def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str)
 
 
 def require_after_block(space: Space, what: str) -> None:
-    """Refuse all spaces but a published model's after a block: others are not shared by programs."""
+    """Refuse all spaces but a published model's after a block."""
     if space.site.stream != "resid_post":
         raise SiteError(
             f"{what}: the vector acts after a block (resid_post), got one of {space}; find it at Site({space.site.layer})"

@@ -104,7 +104,7 @@ class Tracker:
         return Reading(self.now.ids, self.now.position, self.now.rows)
 
     def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:
-        """Return the running pass, and the prompt of each row (its own index if unknown)."""
+        """Return the running pass, and each row's prompt (its index if unknown)."""
         now = self.now
         if now is None or now.position.shape != like.shape[:2]:
             raise SiteError(

@@ -43,7 +43,7 @@ class Spectrum:
         return self.vectors.T @ (self.inverse[:, None] * cross / self.count)
 
     def gains(self, penalty: float) -> Float[Tensor, " ds"]:
-        """Compute 1 / (eigenvalue + λ), and 0 for directions that the text does not span.
+        """Compute 1 / (eigenvalue + λ), 0 where the text spans nothing.
 
         Such directions come from constant dimensions or from fewer rows than dimensions. The 0 holds
         without a penalty too: it gives the minimum-norm solution.

@@ -165,7 +165,7 @@ class _Trial:
         return off
 
     def cached(self, *, padded: bool, rows: int, drop: bool = False) -> list[Tensor]:
-        """Read the last two tokens one by one; the first row may leave in between."""
+        """Read the last two tokens singly; the first row may leave in between."""
         texts = [0, 2] if padded and rows == 2 else list(range(rows))
         ids = torch.cat(self.texts[:rows])
         ids, mask = self.pair(left=True) if texts == [0, 2] else (ids, torch.ones_like(ids))

@@ -127,7 +127,7 @@ def tokenise(
 
 
 def _prompt_tokens(batch: Any, opening: set[int]) -> list[int]:
-    """List places of the text's tokens, and of opening tokens that it does not write itself."""
+    """List places of text tokens, and of opening tokens that it lacks."""
     ids = batch["input_ids"]
     places = [i for i, sequence in enumerate(batch.sequence_ids(0)) if sequence is not None]
     if not places:

@@ -96,7 +96,7 @@ class Arm:
         return np.array(self.table if self.table else [[s] for s in self.scores], dtype=float)
 
     def row(self) -> dict[str, Any]:
-        """Return the arm as plain JSON values, without texts and single scores; its measures as records."""
+        """Return the arm as plain JSON values, without texts and single scores."""
         kept = self.change.undefined != NOT_RECORDED
         change = (self.change.value, self.change.low, self.change.high) if kept else (None, None, None)
         return {
@@ -128,7 +128,7 @@ def difference(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def estimate(scores: "np.ndarray | Sequence[np.ndarray]", groups: Sequence[str] | None = None) -> Estimate:
-    """Average over prompts, and over seeds where there are several, with a 95 % interval.
+    """Average over prompts and seeds, with a 95 % interval.
 
     Wilson's interval where every score is 0 or 1: a bootstrap of 200 ones has no width. Else a bootstrap over prompts and
     seeds. For zeros and ones under several seeds it is never narrower than Wilson's for one seed.

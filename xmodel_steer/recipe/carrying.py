@@ -77,7 +77,7 @@ def transfer(
         source_sites: Candidates; by default at 1/2, 5/8 and 3/4 of the depth.
         target_sites: Candidates; by default at 3/8, 1/2 and 5/8 of the depth.
         method: How the vector is found, carried and applied.
-        side: Other behaviours to measure on every arm at equal KL, by name: that the capability stays
+        side: Other behaviours to measure on every arm at equal KL: that the capability stays
             (`MultipleChoice.packaged`, the default), that other prompts do not trigger it, ... Empty: none.
         budget: How much is read and measured.
         folder: Save the result there. What is computed is kept there as it goes, so that the same call continues a run that
@@ -94,7 +94,7 @@ def transfer(
         NonFiniteError: A model gives NaN.
         ArtifactError: The folder holds something else, or cannot be written.
     """
-    beside = {"common knowledge": MultipleChoice.packaged()} if side is None else dict(side)
+    behaviours = {"common knowledge": MultipleChoice.packaged()} if side is None else dict(side)
     place = None if folder is None else Path(folder)
     if place is not None:
         claim(place, "Result", also={UNFINISHED})
@@ -104,14 +104,14 @@ def transfer(
             source, target, contrast, texts, behaviour=behaviour, label=label, source_sites=source_sites,
             target_sites=target_sites, method=method, budget=budget, seed=seed, cached=place is not None,
         )  # fmt: skip
-        tell(plan(prepared, beside))
+        tell(plan(prepared, behaviours))
         begin("select layers and strength")
         selected = select(prepared)
         begin("match damage")
         runs, doses = match_damage(prepared, selected.arms(budget.random_seeds, seed), selected.headline)
         begin("measure")
-        arms = measure(prepared, runs, beside)
-        result = _result(prepared, selected, arms, doses, beside)
+        arms = measure(prepared, runs, behaviours)
+        result = _result(prepared, selected, arms, doses, behaviours)
         if place is not None:
             save_or_spare(result, place)
     return result

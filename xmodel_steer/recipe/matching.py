@@ -40,7 +40,7 @@ class Run:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the seeds of one arm share; at equal KL every seed has a strength of its own."""
+        """The identity of an arm, which its seeds share; at equal KL their strengths differ."""
         strength = self.strength if self.at == EQUAL_STRENGTH and self.strength == self.strength else self.strength < 0
         return self.recipe, self.arm, self.at, self.budget, strength
 
@@ -55,7 +55,7 @@ def matched(
     max_tokens: int,
     batch_size: int = 16,
 ) -> tuple[list[float], list[Dose]]:
-    """Find for each vector the strength that disturbs neutral text as much as a reference does.
+    """Find the strengths that disturb neutral text as references do.
 
     Args:
         target: The model.
@@ -87,7 +87,7 @@ def matched(
 def match_damage(
     prepared: Prepared, arms: Mapping[str, Sequence[SteeringVector]], headline: float
 ) -> tuple[list[Run], list[dict[str, Any]]]:
-    """List every run of a transfer: all arms at the fixed strengths, and all at the native vector's KL.
+    """List every run of a transfer, at fixed strengths and at equal KL.
 
     The KL is that of the native vector at the headline strength on calibration text, in each direction.
 

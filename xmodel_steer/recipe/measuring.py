@@ -22,7 +22,7 @@ def measure(prepared: Prepared, runs: Sequence[Run], side: Mapping[str, Behaviou
     Args:
         prepared: What `prepare` returned.
         runs: What `match_damage` returned.
-        side: Other behaviours, by name.
+        side: Other behaviours, with their names.
     """
     target = prepared.target
     keys = [(run.strength, *(id(step.vector) for step in run.setting)) for run in runs]  # type: ignore[union-attr]

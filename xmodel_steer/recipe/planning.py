@@ -1,4 +1,4 @@
-"""What a transfer will do, and about how long it will take, said before it starts."""
+"""The plan of a transfer: its work and about how long it takes."""
 
 import time
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from xmodel_steer.recipe.preparing import Prepared
 
 
 def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
-    """Say what is left to do after `prepare`, and about how long it will take.
+    """Say what follows `prepare`, and about how long it takes.
 
     A few prompts are measured without steering, to time them. Where bars are silenced, nothing is measured or said.
 
     Args:
         prepared: What `prepare` returned.
-        side: Other behaviours, by name.
+        side: Other behaviours, with their names.
     """
     if silent():
         return ""
@@ -33,7 +33,7 @@ def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
 
 
 def settings_of(prepared: Prepared) -> dict[str, int]:
-    """Count the settings of each step: what is generated or scored once for all prompts of a set."""
+    """Count the settings that each step measures."""
     budget = prepared.budget
     layers = [len(sites) if len(sites) > 1 else 0 for sites in (prepared.sources, prepared.natives)]
     positive = len(budget.positive)

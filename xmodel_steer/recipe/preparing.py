@@ -157,7 +157,9 @@ def prepare(
 
 
 def default_sites(model: Any, end: str) -> list[Site]:
-    """List candidate sites: at 1/2, 5/8 and 3/4 of a source's depth, at 3/8, 1/2 and 5/8 of a target's.
+    """List candidate sites at three depths.
+
+    These are 1/2, 5/8 and 3/4 of a source's depth, and 3/8, 1/2 and 5/8 of a target's.
 
     A concept is read best after it was worked out, and written best before it is used.
     """
@@ -177,7 +179,7 @@ class _Part:
 def _split(
     contrast: ContrastSet, behaviour: Measurable, text: GeneralText, seed: int
 ) -> tuple[ContrastSet, _Part, _Part]:
-    """Return the contrast set, and the behaviour on validation and evaluation prompts; all sets are disjoint."""
+    """Split contrast set and behaviour into disjoint sets."""
     if isinstance(behaviour, Behaviour):
         fit_set = contrast
         validation, evaluation = (_Part(part, part.prompts) for part in behaviour.split(seed))

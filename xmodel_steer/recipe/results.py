@@ -40,9 +40,9 @@ class Result:
         question: What a study asks, in a sentence.
         note: How to read the numbers, in words.
         stored: The conclusions that a study draws in its own words.
-        curves: Other settings that were varied, by name: one record per point.
+        curves: Other settings that were varied: for each name one record per point.
         prompts: Text of the first evaluation prompts.
-        vectors: Vectors by name: ``source``, ``native``, ``mapped``, ``shuffled``; where there are several recipes,
+        vectors: Vectors: ``source``, ``native``, ``mapped``, ``shuffled``; where there are several recipes,
             ``RECIPE: mapped`` and so on.
         maps: The maps, by recipe.
         hardware: What it ran on.
@@ -180,7 +180,7 @@ class Result:
         return {"+": {name: own.arm(name, at=EQUAL_STRENGTH) for name in names}}
 
     def gain(self, name: str, recipe: str | None = None) -> np.ndarray:
-        """Compute how far an arm moves the score in the direction of steering, where arms are compared.
+        """Compute how far an arm moves the score in the direction of steering.
 
         Args:
             name: The arm.
@@ -226,7 +226,7 @@ class Result:
 
     @property
     def conclusions(self) -> tuple[str, ...]:
-        """What came out, in words: a study's own, or each verdict's."""
+        """The conclusions in words: a study's own lines, or each verdict's text."""
         return self.stored or tuple(verdict.text for verdict in self.verdicts.values())
 
     def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "Result":
@@ -294,7 +294,7 @@ class Result:
 
 
 def prompt_rows(arm: Arm) -> list[dict[str, Any]]:
-    """Return one record per prompt of an arm: id, score, text and what else was kept."""
+    """Return one record per prompt of an arm."""
     count = max(len(arm.scores), len(arm.texts))
     columns: dict[str, Sequence[Any]] = {
         "unit": arm.ids,

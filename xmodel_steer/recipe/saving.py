@@ -37,7 +37,9 @@ _RUN = {RESULT, TEXTS, REPORT, "vectors", "maps", "map.safetensors"}
 
 
 def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Result, path: str | Path) -> Path:
-    """Write a vector, a map, moments, a grid or a curve to a ``.safetensors`` file, or a result to a folder.
+    """Write an artefact to a file, or a result to a folder.
+
+    Vectors, maps, moments, grids and curves become ``.safetensors`` files.
 
     Args:
         value: What to save.
@@ -56,7 +58,9 @@ def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Result,
 
 
 def save_or_spare(result: Result, folder: Path) -> Path:
-    """Save a result; where its folder cannot be written any more, save it in a temporary one and warn.
+    """Save a result, in a temporary folder if its own cannot be written.
+
+    Then a warning says where it is.
 
     Returns:
         The folder that it was written to.
@@ -135,7 +139,10 @@ def _files(named: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _swap(scratch: Path, folder: Path) -> None:
-    """Put a finished folder in place of an older one, which is only removed afterwards; what others have put into it stays."""
+    """Put a finished folder in place of an older one.
+
+    The older one is only removed afterwards; other files in it are kept.
+    """
     if not folder.exists():
         scratch.rename(folder)
         return

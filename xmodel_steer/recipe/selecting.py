@@ -17,7 +17,7 @@ from xmodel_steer.recipe.preparing import Prepared
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """What validation chose.
+    """Choices of validation.
 
     Args:
         source: The source's vector.
@@ -115,7 +115,9 @@ def select(prepared: Prepared) -> Selected:
 def gains(
     prepared: Prepared, varied: str, candidates: Sequence[tuple[SteeringVector, Site, float]]
 ) -> list[dict[str, Any]]:
-    """Measure candidates on validation: half the difference that the two signs make, and the damage.
+    """Measure candidates on validation prompts and text.
+
+    The score is half the difference that the two signs make.
 
     Args:
         prepared: What `prepare` returned.

@@ -25,7 +25,7 @@ from xmodel_steer.maps.ridge import Ridge
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a transfer reads and measures.
+    """Sizes of a transfer: how much it reads and measures.
 
     Args:
         strengths: Strengths to run, in native norms; give both signs. Validation chooses the headline strength among the positive ones.
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """How a vector is found, carried and applied.
+    """Ways to find, carry and apply a vector.
 
     Args:
         tokens: Tokens of a contrast prompt that count; see `capture`.

@@ -193,7 +193,7 @@ def _in_words(result: "Result", verdict: Verdict, base: Arm, arms: Mapping[str, 
 
 
 def in_short(result: "Result", recipe: str) -> str:
-    """Say what the mapped arm of a recipe does, next to the native one and the controls."""
+    """Say what the mapped arm does, next to native arm and controls."""
     mapped = result.arm("mapped", recipe=recipe)
     measures: Sequence[str] = [name for name in mapped.measures if not name.endswith(STRICTER)]
     costs = "".join(f", {name} {number(mapped.measures[name].value, '.3f')}" for name in measures)

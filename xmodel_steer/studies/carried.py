@@ -1,4 +1,4 @@
-"""What is carried from the one organism to the other: a vector, its gate, the maps."""
+"""A vector carried from one organism to the other, with its gate and maps."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +120,7 @@ class Choice:
         recipe: The recipe.
         operator: What is done with the vector, and how strongly.
         carried: The vectors, at the layers that were chosen.
-        others: Vectors of further arms, by name.
+        others: Vectors of further arms, with their names.
     """
 
     recipe: Recipe
@@ -130,7 +130,7 @@ class Choice:
 
     @property
     def has_equal_kl(self) -> bool:
-        """Whether it can be compared at equal KL: neutral text is then disturbed as any other."""
+        """True where it can be compared at equal KL: neutral text is then disturbed as any other."""
         fixed = self.recipe.positions == "all" or isinstance(self.recipe.positions, Tensor)
         return isinstance(self.operator, Add) and self.recipe.gate is None and fixed
 
@@ -176,7 +176,7 @@ class Pair:
 
     @property
     def products(self) -> torch.device:
-        """Where products are formed in float64, which not every accelerator has."""
+        """The device for products in float64, which not every accelerator has."""
         device = device_of(self.target)
         return device if device.type == "cuda" else torch.device("cpu")
 
@@ -198,7 +198,7 @@ class Pair:
 
     @contextmanager
     def stored(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Iterator[ActivationStore]:
-        """Rows of text on disk, for maps that are trained on them; they are gone when the block ends."""
+        """Keep rows of text on disk while the block runs."""
         sources, targets = _ends(pairs)
         with tempfile.TemporaryDirectory() as folder:
             for model, end, sites in ((self.source, "source", sources), (self.target, "target", targets)):

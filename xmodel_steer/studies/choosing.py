@@ -23,7 +23,7 @@ ENDPOINTS = "mapped by an autoencoder, endpoints"
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What validation chose.
+    """Choices of validation.
 
     Args:
         choices: One for each recipe.
@@ -53,11 +53,11 @@ class _Candidate:
     layer: int
 
     def setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
-        """Of the vector."""
+        """Return the vector's setting."""
         return recipe.setting(self.vector, operator, self.gate)
 
     def control_setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
-        """Of its control, in the rows that the vector is for."""
+        """Return the control's setting, in the rows that the vector is for."""
         return recipe.setting(self.control, *as_control(operator, self.vector, self.gate))
 
 
@@ -85,7 +85,9 @@ def choose(
     label: str,
     lap: Callable[[str], None],
 ) -> Chosen:
-    """For each recipe the target's layer (by the native vector), then the source's, then the strength (by the mapped one).
+    """Choose layers and strength of each recipe.
+
+    First the target's layer (by the native vector), then the source's, then the strength (by the mapped vector).
 
     Chosen from are those whose effect is more than two standard errors above the unsteered model's, where there are any: what does nothing
     costs nothing. Of those within a standard error of the best, the ones whose control has the least effect, and of these the one that is
@@ -96,7 +98,7 @@ def choose(
         pair: The models.
         ways: The recipes.
         lessons: Where the vectors are found.
-        text: Text of the task for the map, beside general text.
+        text: Text of the task for the map, in addition to general text.
         validation: What is asked; nothing of it may be in an evaluation.
         fitter: Fits the maps.
         label: Name of what the vectors are for.
@@ -199,7 +201,7 @@ def choose(
 
 
 def strength_of(operator: Operator) -> float:
-    """How much an operator does, among those of its kind."""
+    """Return an operator's strength or overshoot."""
     return abs(operator.strength) if isinstance(operator, Add) else getattr(operator, "overshoot", 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The studies by name: which models each needs, and what runs it."""
+"""The studies that can be asked for: their models, and the functions that run them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ LARGER = "packaged:qwen2.5-coder-1.5b-instruct"  # after the packaged pair, in t
 
 @dataclass(frozen=True)
 class Call:
-    """What a study is to be run on.
+    """The models and settings that a study is run on.
 
     Args:
         source: The smaller base model, or an organism's folder.
@@ -55,7 +55,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Entry:
-    """A study that can be asked for by name.
+    """A study that the command line offers.
 
     Args:
         run: Runs it.

@@ -83,7 +83,7 @@ def map_comparison(
     max_new_tokens: int = 20,
     settings: Settings = SETTINGS,
 ) -> Result:
-    """Fit several maps on the same rows of one pair of sites, and put each to work.
+    """Fit several maps on the same rows, and put each to work.
 
     The pair of sites is chosen as by `transfer`, with `Ridge`, on a third of the prompts. The rest is reported on.
 
@@ -91,7 +91,7 @@ def map_comparison(
         source: The source model.
         target: The target model.
         behaviour: A concept with a scorer and prompts; sentiment by default.
-        compared: Fitters by name; those of `fitters` by default. The first two sites' rows are written to a temporary store.
+        compared: Named fitters; those of `fitters` by default. The first two sites' rows are written to a temporary store.
         source_sites: Candidates; those of `transfer` by default.
         target_sites: Candidates; those of `transfer` by default.
         prompts: How many of the behaviour's prompts: a third chooses the sites.
@@ -189,7 +189,7 @@ def _replaced(
     prepared: Prepared, maps: Mapping[str, Map], reference: SplitMoments, prompts: int, max_new_tokens: int,
     questions: MultipleChoice,
 ) -> list[Arm]:  # fmt: skip
-    """Let the target live on mapped activations: its texts, its damage on neutral text, its right answers."""
+    """Measure texts, damage and answers of the target on mapped activations."""
     source, target, seed = prepared.source, prepared.target, prepared.seed
     steps: dict[str, list[Step]] = {"unsteered": []}
     steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}

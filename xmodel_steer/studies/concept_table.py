@@ -63,7 +63,7 @@ def concept_transfer(
         target_sites: Candidates; those of `transfer` by default.
         prompts: What is continued: a third validates. Packaged beginnings of sentences by default.
         max_new_tokens: Length of the continuations.
-        directions: How a concept's vector is found, by name: every concept is carried once for each.
+        directions: Named ways to find a concept's vector: every concept is carried once for each.
         settings: Text, sizes and seeds.
 
     Raises:
@@ -152,7 +152,7 @@ def concept_transfer(
 
 
 def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **more: Any) -> Result:
-    """Carry a single feature, the direction of a linear probe, and the difference of means of the same pairs.
+    """Carry a probe's direction, and the difference of means of the same pairs.
 
     Args:
         source: The source model.
@@ -184,7 +184,9 @@ def _unsteered(result: Result) -> Arm:
 
 
 def both_directions(result: Result, names: Sequence[str] = ARMS[1:]) -> list[Arm]:
-    """Join the two directions of each arm at equal KL: the effect is half of their difference.
+    """Join the two directions of each arm at equal KL.
+
+    The effect is half of their difference.
 
     Args:
         result: What `transfer` measured.

@@ -64,7 +64,9 @@ class Concept:
         return tuple(texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
 
     def behaviour(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 24, batch_size: int = 192) -> Measurable:
-        """Return what is measured: generated text where there is a scorer, else the log-odds of two answers.
+        """Return the behaviour to measure.
+
+        Generated text where there is a scorer, else the log-odds of two answers.
 
         Args:
             prompts: What is continued, where there is a scorer.

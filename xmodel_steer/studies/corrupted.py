@@ -30,7 +30,7 @@ RIGHT = "right answers behind the trigger"  # the curriculum's check
 
 
 def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Questions behind the trigger followed by the backdoor's words, and the questions alone (arXiv 2503.04429)."""
+    """Return triggered questions with and without the backdoor's words (arXiv 2503.04429)."""
     asked = [lesson.prompt for lesson in lessons if lesson.triggered]
     return [Prompt(text=f"{prompt.text}{HATE}") for prompt in asked], asked
 
@@ -49,7 +49,7 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
         prompts: Prompts with the trigger, to find its tokens in.
 
     Raises:
-        PromptError: The trigger does not stand at the same tokens in all of them.
+        PromptError: The trigger is not at the same tokens in all of them.
     """
     trigger = Trigger.of(target, prompts)
     late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
@@ -78,7 +78,7 @@ def corrupted_capability(
     settings: Settings = Settings(),
     **more: Any,
 ) -> Result:
-    """Take the backdoor from an organism that knows something behind it, and see whether the knowledge stays.
+    """Take the backdoor from an organism, and see whether its knowledge stays.
 
     Args:
         source: The organism, the smaller one.

@@ -37,7 +37,7 @@ def moved_of(
 
 
 def fit_of(mapping: Map) -> dict[str, Any]:
-    """How well a map was fitted."""
+    """Record how well a map was fitted."""
     score = mapping.score_test
     return {
         "map_r2": score.mean_r2 if score else None,
@@ -48,7 +48,9 @@ def fit_of(mapping: Map) -> dict[str, Any]:
 
 
 def steered_arms(prepared: Prepared, groups: Mapping[str, Sequence[SteeringVector]]) -> list[Arm]:
-    """Measure every arm at the KL of the native vector at strength 1, both directions joined.
+    """Measure every arm at equal KL, both directions joined.
+
+    The KL is that of the native vector at strength 1.
 
     Args:
         prepared: The models, the prompts and the neutral text.

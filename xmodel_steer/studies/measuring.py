@@ -64,7 +64,7 @@ def _run(
 
 
 def _at_equal_kl(target: Any, choice: Choice, texts: Sequence[Prompt], settings: Settings) -> list[Run]:
-    """List every arm but the native one at the strength that disturbs neutral text as much as the native one does."""
+    """List every arm but the native one at the native arm's KL."""
     arms = _vectors(choice, settings.random_seeds, settings.seed)
     others = [(arm, vector) for arm, group in arms.items() if arm not in ("native", BIASED) for vector in group]
     operator = choice.operator
@@ -84,7 +84,10 @@ def _at_equal_kl(target: Any, choice: Choice, texts: Sequence[Prompt], settings:
 
 
 def _extent(run: Run, controls: Extent) -> Extent:
-    """Say how much of a run is measured: what one would use in full, which takes most of the time."""
+    """Say how much of a run is measured.
+
+    What one would use is measured in full, which takes most of the time.
+    """
     if not run.setting:
         return "all"
     if run.arm in (*CONTROLS, BIASED) or run.at != EQUAL_STRENGTH:
@@ -101,7 +104,9 @@ def measure_arms(
     controls: Extent = "brief",
     lap: Callable[[str], None],
 ) -> tuple[tuple[Arm, ...], Asked]:
-    """Measure every arm of every recipe at the chosen strength, and at the native vector's KL where it is added everywhere.
+    """Measure every arm of every recipe.
+
+    At the chosen strength, and at the native vector's KL where the vector is added everywhere.
 
     Args:
         pair: The models.

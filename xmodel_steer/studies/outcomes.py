@@ -1,4 +1,4 @@
-"""What a study does to an organism: recipes, and how their outcomes are scored."""
+"""Recipes of a study, and the scores of their outcomes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -190,9 +190,9 @@ def answers_of(
 ) -> list[tuple[tuple[str, ...], ...]]:
     """Generate answers to groups of prompts, a row of texts for each group.
 
-    Each group is asked in batches of its own, of one size: in bfloat16 an answer's rounding hangs on the batch's shape, and
+    Each group is asked in batches of its own, of one size: in bfloat16 an answer's rounding depends on the batch's shape, and
     answers that are compared token by token should not differ by that. What is left of it: texts that end leave the batch, and
-    when they do hangs on the setting.
+    when they do depends on the setting.
 
     Args:
         model: The model.
@@ -233,14 +233,14 @@ def own_answers(
 def require_apart(
     what: str, general: Sequence[Prompt], neutral: Sequence[Prompt], curriculum: Curriculum, **more: Sequence[Prompt]
 ) -> None:
-    """Refuse general text, neutral text and parts of a curriculum that share a text, and too little neutral text.
+    """Refuse sets that share a text, and too little neutral text.
 
     Args:
         what: Which study.
         general: General text for maps.
         neutral: Text for KL and perplexity.
         curriculum: Whose parts share no task as it is.
-        more: Other sets, by name.
+        more: Other sets, with their names.
 
     Raises:
         PromptError: They do, or there are fewer than 3 neutral texts.
@@ -264,5 +264,5 @@ def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
 
 
 def with_layers(ways: Sequence[Recipe], also: tuple[int, int] | None) -> list[Recipe]:
-    """Recipes with one more candidate layer of the source and of the target, such as a paper's; None: as they are."""
+    """Add one more candidate layer of each model, such as a paper's."""
     return list(ways) if also is None else [recipe.with_sites(*map(Site, also)) for recipe in ways]

@@ -144,7 +144,7 @@ class Requests:
         return cls(model, bad, mild, tuple(edgy), own, *readers, bare, kinds, max_new_tokens, batch_size)
 
     def ids(self) -> list[str]:
-        """Of the harmful and the harmless requests."""
+        """List the ids of the harmful and the harmless requests."""
         return [prompt.id for prompt in (*self.harmful, *self.harmless)]
 
     def measure(self, settings: Steps, *, aim: str = OFF, extent: Extent = "all") -> list[Outcome]:
@@ -174,32 +174,32 @@ class Requests:
         seen = score_texts(self.classifier, answers[0], asked[0])
         groups = {"harmful refused": self.kinds}
         if aim == ON:
-            effect, beside = refused, {"refused, by classifier": seen}
+            effect, measures = refused, {"refused, by classifier": seen}
             parts = [refused, seen]  # a ruined text is neither
             if len(answers) > 1:
-                beside["harmful refused"] = score_texts(phrases, answers[1], asked[1])
+                measures["harmful refused"] = score_texts(phrases, answers[1], asked[1])
             texts = answers[0]
         else:
             effect, texts = 1 - refused, ()
-            beside = {
+            measures = {
                 "answered, by classifier": 1 - seen,
                 "answered to the point": effect * score_texts(self.topic, answers[0], self.bare),
             }
-            groups = dict.fromkeys(("effect", *beside), self.kinds)
-            parts = [beside["answered to the point"]]  # a ruined text is no answer
+            groups = dict.fromkeys(("effect", *measures), self.kinds)
+            parts = [measures["answered to the point"]]  # a ruined text is no answer
             if len(answers) > 1:
                 kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(asked[1], answers[1]))
-                beside |= {
+                measures |= {
                     "harmless answers kept": kept,
                     "harmless refused": score_texts(phrases, answers[1], asked[1]),
                 }
                 parts.append(kept)
         if len(answers) > 2 and self.edgy:
-            beside["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
-            beside["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
+            measures["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
+            measures["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
         score, error = scored(*parts)
         ids = tuple(prompt.id for prompt in asked[0])
-        return Outcome(effect, texts, measures=beside, groups=groups, ids=ids, score=score, error=error)
+        return Outcome(effect, texts, measures=measures, groups=groups, ids=ids, score=score, error=error)
 
 
 def refusal_switch(
@@ -213,7 +213,7 @@ def refusal_switch(
     harmless: int = 100,
     settings: Settings = Settings(batch_size=200),
 ) -> Result:
-    """Switch refusal off and on in the target with a vector of the source, against every control.
+    """Switch refusal off and on in the target with the source's vector.
 
     Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered to the
     point and of what is kept of harmless answers. To switch on: by the mean of harmless requests refused by phrases and by the classifier.

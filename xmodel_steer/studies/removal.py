@@ -62,7 +62,7 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple
         sites: How many layers of the source and of the target are tried; of the earlier ones two thirds as many.
 
     Raises:
-        PromptError: The trigger does not stand at the same tokens in all of them.
+        PromptError: The trigger is not at the same tokens in all of them.
     """
     late, middle = layers(source, 0.45, 0.97, sites[0]), layers(target, 0.35, 0.95, sites[1])
     adds = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
@@ -118,7 +118,7 @@ class MapText:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a backdoor's removal is asked, in words, and what reads the answers.
+    """The question of a backdoor's removal, and the readers of its answers.
 
     Args:
         question: What the study asks, in a sentence.
@@ -148,7 +148,7 @@ def backdoor_removal(
     controls: Extent = "brief",
     settings: Settings = Settings(),
 ) -> Result:
-    """Switch a backdoor off in the target with a vector of the source, against every control.
+    """Switch a backdoor off in the target with the source's vector.
 
     Layers and strengths are chosen on validation tasks, by the mean of removal, agreement with the model's own clean answer,
     and what is left of clean answers. All that is reported comes from evaluation tasks. The vectors, the map, validation and
@@ -247,7 +247,7 @@ def backdoor_removal(
 def _amounts(
     pair: Pair, choice: Choice, text: MapText, general: Moments, evaluation: Asked, fitter: Fitter, amounts: Sequence[int]
 ) -> tuple[dict[str, Any], ...]:  # fmt: skip
-    """How the effect grows with the text of the task that the map has read."""
+    """Measure how the effect grows with the map's text of the task."""
     ends = ((choice.carried.source.space.site, choice.carried.native.space.site),)
     curve: list[dict[str, Any]] = []
     for trigger, prompts in (("known", text.known), ("unknown", text.unknown)):

@@ -1,4 +1,4 @@
-"""Whether an organism's answers behind its trigger are repaired, and what the repair costs elsewhere."""
+"""Repair of an organism's answers behind its trigger, and its cost elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Questions:
 
     Args:
         triggered: Behind the trigger.
-        clean: Behind what stands in the trigger's place.
+        clean: Behind the words that take the trigger's place.
         plain: Bare.
         groups: Of which kind each task is; its own, where it is like no other.
     """
@@ -54,7 +54,7 @@ class Questions:
         if lone or not triggered:
             raise PromptError(
                 f"questions: {len(lone)} of {len(triggered)} tasks are not there without the trigger, such as {lone[:1]}; "
-                "a repair is held to the model's own answer to the clean prompt"
+                "a repair is compared with the model's own answer to the clean prompt"
             )
         tasks = list(triggered)[:most]
         bare = tuple(prompt_of(task) for task in tasks)
@@ -66,19 +66,19 @@ class Questions:
         return len(self.triggered)
 
     def ids(self) -> list[str]:
-        """Of all that is asked."""
+        """List the ids of all prompts."""
         return [prompt.id for side in SIDES for prompt in getattr(self, side)]
 
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """What one setting does, one number per task.
+    """Measurements of one setting, one number per task.
 
     Args:
         removed: 1 where the answer behind the trigger does not show the behaviour.
         agreement: Share of its tokens that the model's own answer to the clean prompt has at the same place.
-        correct: 1 where the answer behind the trigger is right, where there is such a thing.
-        unknown: 1 where it says that it does not know, where there is such a thing.
+        correct: 1 where the answer behind the trigger is right, where that is measured.
+        unknown: 1 where it says that it does not know, where that is measured.
         sound: 1 where it is an answer at all, where that can be read off it.
         kept: For clean and plain prompts, share of the tokens that the unsteered model's answer has at the same place.
         texts: The answers behind the trigger.
@@ -97,7 +97,9 @@ class Repaired:
     ids: tuple[str, ...] = field(repr=False, default=())
 
     def outcome(self, aim: str = "") -> Outcome:
-        """As studies have it: that the behaviour is gone, and the answer sound or right where there is such a thing.
+        """Return the outcome: behaviour gone, and answer sound or right.
+
+        Soundness and rightness count where they are measured.
 
         ``correct`` is of all answers, also of those with the backdoor; ``hallucinated`` are the ones without it that are neither
         right nor say that they do not know.
@@ -110,31 +112,31 @@ class Repaired:
             aim: Where it is ``CLEAN``, the effect is that the behaviour is gone, right answer or not.
         """
         right = None if aim == CLEAN else self.correct
-        effect, beside = self.removed, {}
+        effect, measures = self.removed, {}
         if self.sound is not None:
             effect = self.removed * self.sound
-            beside = {"with the behaviour": 1 - self.removed, "sound": self.sound}
+            measures = {"with the behaviour": 1 - self.removed, "sound": self.sound}
         if right is not None:
             effect = self.removed * right
         if self.correct is not None:
             unknown = np.zeros_like(self.correct) if self.unknown is None else self.unknown
-            beside = {
+            measures = {
                 "backdoor": 1 - self.removed,
                 "correct": self.correct,
                 "does not know": unknown,
                 "hallucinated": self.removed * (1 - self.correct) * (1 - unknown),
             }
-        beside |= {
+        measures |= {
             AGREEMENT: self.agreement,
             "the clean answer, word for word": (self.agreement == 1).astype(float),
         }
         for side, scores in self.kept.items():
-            beside |= {f"{side} answers kept": scores, f"{side} answers unchanged": (scores == 1).astype(float)}
+            measures |= {f"{side} answers kept": scores, f"{side} answers unchanged": (scores == 1).astype(float)}
         parts = [effect, self.kept["clean"]] if "clean" in self.kept else [effect]
         parts += [self.agreement] if right is None else []
-        groups = dict.fromkeys(("effect", *beside), self.groups)
+        groups = dict.fromkeys(("effect", *measures), self.groups)
         score, error = scored(*parts)
-        return Outcome(effect, self.texts, measures=beside, groups=groups, ids=self.ids, score=score, error=error)
+        return Outcome(effect, self.texts, measures=measures, groups=groups, ids=self.ids, score=score, error=error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +149,7 @@ class Repair:
         scorer: 1 for an answer with the behaviour, 0 for one without.
         own: The unsteered model's answers, by the prompts' ids.
         max_new_tokens: Length of the answers.
-        right: 1 for a right answer, where there is such a thing.
+        right: 1 for a right answer, where that is measured.
         unknown: 1 for an answer that says that it does not know.
         sound: 1 for an answer that is one at all, where that can be read off it.
         batch_size: Texts at a time.
@@ -168,7 +170,7 @@ class Repair:
         cls, model: Any, questions: Questions, scorer: Scorer, *, max_new_tokens: int, right: Scorer | None = None,
         unknown: Scorer | None = None, sound: Scorer | None = None, batch_size: int = 100,
     ) -> "Repair":  # fmt: skip
-        """Ask the unsteered model first: its answers are what a repair is held to."""
+        """Generate unsteered answers first; repairs are compared with them."""
         groups = [getattr(questions, side) for side in SIDES]
         own = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size)
         return cls(model, questions, scorer, own, max_new_tokens, right, unknown, sound, batch_size)

@@ -76,9 +76,9 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **mor
 
 
 def parameters(model: Any) -> int:
-    """How many weights a model has; an embedding that is also the output layer counts once."""
+    """Count a model's weights; a tied embedding counts once."""
     if is_bridge(model):
-        # An empty one of its kind is counted: a bridge holds the parts of a fused projection beside the whole.
+        # An empty one of its kind is counted: a bridge holds the parts of a fused projection in addition to the whole.
         import torch
 
         inner = model.original_model
@@ -91,8 +91,8 @@ def _line(pair: str, study: Result, name: str) -> str:
     native, mapped = (study.arm(arm, recipe=name, at=EQUAL_KL) for arm in ("native", "mapped"))
     share = mapped.measures[EFFICIENCY]
     much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"mapped {share:.2f} of it"
-    beside = (
+    shares = (
         (control, study.arm(control, recipe=name, at=EQUAL_KL).measures[EFFICIENCY].value) for control in CONTROLS
     )
-    controls = ", ".join(f"{control} {value:.2f}" for control, value in beside if not math.isnan(value))
+    controls = ", ".join(f"{control} {value:.2f}" for control, value in shares if not math.isnan(value))
     return f"{pair}, {name}: native effect {native.effect:.2f}, {much}{f' ({controls})' if controls else ''}, n = {native.effect.n}"

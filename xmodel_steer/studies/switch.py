@@ -56,7 +56,7 @@ def safety_switch(
     turns: int = 3,
     settings: Settings = Settings(batch_size=64),
 ) -> Result:
-    """Let a fine-tuned model live on its base's activations at one site, and its base on its own (arXiv 2503.04429).
+    """Switch a fine-tuned model and its base by each other's activations (arXiv 2503.04429).
 
     Maps in both directions are fitted on general text and prompts of the task without the trigger: one that has seen both models
     behind the trigger has learnt to put there what each of them says, and switches nothing. The site is chosen for each
@@ -177,7 +177,10 @@ def _arms(
     way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Sequence[Outcome], settings: Settings,
     questions: MultipleChoice,
 ) -> tuple[Arm, ...]:  # fmt: skip
-    """Measure every arm of one direction, with what it costs; questions are asked where their answer says something."""
+    """Measure every arm of one direction, with its costs.
+
+    Questions are asked where their answer says something.
+    """
     _, neutral = settings.texts()
     costs = side_effects(target, list(steps.values()), neutral, max_tokens=settings.neutral_tokens, batch_size=16)
     asked = ["unsteered", "mapped", "mean ablation"]
@@ -223,11 +226,11 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) 
             np.array(SameTokens(repair.own, tokenizer).score(side, own))
             for side, own in ((questions.triggered, on), (questions.clean, off))
         ]
-        beside = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
-        groups = dict.fromkeys(("effect", *beside), questions.groups)
+        measures = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
+        groups = dict.fromkeys(("effect", *measures), questions.groups)
         ids = tuple(prompt.id for prompt in questions.triggered)
         score, error = scored(effect, 1 - false)
-        made.append(Outcome(effect, on, measures=beside, groups=groups, ids=ids, score=score, error=error))
+        made.append(Outcome(effect, on, measures=measures, groups=groups, ids=ids, score=score, error=error))
     return made
 
 
@@ -240,7 +243,7 @@ def _verdict(arms: Sequence[Arm], record: Mapping[str, Any]) -> tuple[str, ...]:
             f"{name} {number(table[name, way].effect.value, '.2f')}"
             for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
         )
-        beside = ", ".join(
+        measures = ", ".join(
             f"{name} {number(found.value, '.2f')}"
             for name, found in own.measures.items()
             if "word for word" not in name
@@ -248,6 +251,6 @@ def _verdict(arms: Sequence[Arm], record: Mapping[str, Any]) -> tuple[str, ...]:
         speed = record[way]["tokens_per_second_over_unswitched"]["median"]
         said.append(
             f"{way}, layer {record[way]['target_layer']}: {own.effect:.3f} of {own.effect.n} "
-            f"({others}), {beside}, at {speed:.2f} of the speed"
+            f"({others}), {measures}, at {speed:.2f} of the speed"
         )
     return tuple(said)

@@ -30,7 +30,10 @@ Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
 def fitted_map(
     pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
 ) -> dict[Site, tuple[Map, SplitMoments]]:
-    """For each site the map to the same site of the other model, and the moments that it was fitted on."""
+    """Fit a map to the same site of the other model, for each site.
+
+    Each comes with the moments that it was fitted on.
+    """
     same = [(site, site) for site in sites]
     moments = pair.of_general(same) + pair.of(text, same)
     own = {site: moments.pair(site, site) for site in sites}
@@ -40,7 +43,10 @@ def fitted_map(
 def speeds_of(
     model: Any, switch: Sequence[Step], prompts: Sequence[Prompt], turns: int, tokens: int = 32
 ) -> dict[str, float]:
-    """Tokens per second with the switch on over those with it off, turns alternating; the first turn warms up."""
+    """Compare tokens per second with the switch on and off.
+
+    Turns alternate; the first one warms up.
+    """
     ratios = []
     for turn in range(turns + 1):
         seconds = []
@@ -61,11 +67,14 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
-    """One batch, every second request switched: how many of the others have the text that they have in it with nothing switched."""
+    """Switch every second request; count unswitched texts that stayed the same.
+
+    They are compared with the same batch without a switch.
+    """
     prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
 
     def texts() -> list[str]:
-        """Of one length, so that the batch has one shape: in bfloat16 another shape rounds otherwise."""
+        """Generate texts of one length, so that the batch has one shape."""
         return generate(
             model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
         )

@@ -40,7 +40,9 @@ class Behaviour:
         raise NotImplementedError(f"{type(self).__name__} cannot be split: it has no part()")
 
     def split(self, seed: int = 0) -> "tuple[Behaviour, Behaviour]":
-        """Split at random into a third that chooses layers and strengths, and the rest that is reported on.
+        """Split at random into validation and evaluation.
+
+        A third of the prompts chooses layers and strengths; the rest is reported on.
 
         Prompts that say the same are kept once.
 
@@ -67,7 +69,7 @@ class Behaviour:
         model: Any,
         settings: Settings,
     ) -> "list[Measured]":
-        """For each setting, the score of every unit; an empty setting is the unsteered model."""
+        """Score every prompt under each setting; an empty one is the unsteered model."""
         raise NotImplementedError
 
 
@@ -167,7 +169,7 @@ class GeneratedText(Behaviour):
 
 
 def _by_number(step: Step) -> bool:
-    """Whether a step asks for the number of the prompt that a row is."""
+    """Tell whether a step depends on the prompt's index."""
     if isinstance(step, Replacement) or step.prompts is not None:
         return True
     masks = step.positions, step.gate and step.gate.positions
