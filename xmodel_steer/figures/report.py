@@ -94,8 +94,8 @@ def summary(result: Result) -> list[str]:
     ]
     lines = [" → ".join(ends)]
     for recipe, choice in result.chosen.items():
-        head = f"{recipe}: " if len(result.chosen) > 1 else ""
-        lines += [head + line for line in _choice(choice)]
+        facts = _choice(choice)
+        lines += [f"{recipe}: {'; '.join(facts)}"] if len(result.chosen) > 1 and facts else facts
     if any(arm.at == EQUAL_KL for arm in result.arms):
         lines.append(
             "rows marked =KL are at the strengths that disturb neutral text as much as the native vector does at the chosen strength"
