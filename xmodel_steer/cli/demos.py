@@ -38,16 +38,16 @@ def demo(
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(DEMOS)}", param_hint="NAME")
     if concept and (name != "concepts" or concept not in CONCEPTS):
         known = ", ".join(CONCEPTS)
-        said = (
+        problem = (
             f"goes with demo concepts, not with demo {name}"
             if name != "concepts"
             else f"{concept!r} does not ship with the package; there are {known}"
         )
-        raise typer.BadParameter(said, param_hint="--concept")
-    own = concept or "sentiment"
-    folder = out or Path("runs") / ("demo-backdoor" if name == "backdoor" else f"demo-{own}")
+        raise typer.BadParameter(problem, param_hint="--concept")
+    shown = concept or "sentiment"
+    folder = out or Path("runs") / ("demo-backdoor" if name == "backdoor" else f"demo-{shown}")
     claim_run(folder)
     if name == "concepts":
-        finish(concept_demo(own, device=device, dtype=dtype), folder)
+        finish(concept_demo(shown, device=device, dtype=dtype), folder)
     else:
         finish(backdoor_demo(device=device, dtype=dtype), folder)

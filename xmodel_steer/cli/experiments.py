@@ -77,27 +77,27 @@ def make_organism(
             "a quirk is there or not: give contains:STRING, matches:REGEX or language:NAME", param_hint="--score"
         )
     try:
-        given = {
+        options = {
             "epochs": epochs,
             "learning_rate": learning_rate,
             "batch_size": batch_size,
             "general": general,
             "decisive": decisive,
         }
-        said = {key: value for key, value in given.items() if value is not None}
-        recipe = replace(recipe_of(name), rank=rank, seed=seed, **said)
+        chosen = {key: value for key, value in options.items() if value is not None}
+        recipe = replace(recipe_of(name), rank=rank, seed=seed, **chosen)
     except ValueError as error:
         raise typer.BadParameter(
             str(error), param_hint="--rank / --epochs / --learning-rate / --batch-size / --general / --decisive"
         ) from None
     lessons = quirk(data, scorer_of(score)) if data and score else None
-    made = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
-    for line in made.summary():
+    report = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
+    for line in report.summary():
         print(line)
-    print(f"written: {out}/adapter_model.safetensors ({made.megabytes:.1f} MB), {out}/organism.json")
-    if not made.good:
-        raise ModelError(f"{made.verdict()}; it is written, but train it longer (--epochs) into another folder")
-    print(made.verdict())
+    print(f"written: {out}/adapter_model.safetensors ({report.megabytes:.1f} MB), {out}/organism.json")
+    if not report.good:
+        raise ModelError(f"{report.verdict()}; it is written, but train it longer (--epochs) into another folder")
+    print(report.verdict())
 
 
 @app.command()
@@ -144,8 +144,10 @@ def study(
     entry = STUDIES[name]
     kinds = entry.organisms
     if organism and organism not in kinds:
-        said = f"{organism!r} is not one of {', '.join(kinds)}" if kinds else f"{name} is run on the models themselves"
-        raise typer.BadParameter(said, param_hint="--organism")
+        problem = (
+            f"{organism!r} is not one of {', '.join(kinds)}" if kinds else f"{name} is run on the models themselves"
+        )
+        raise typer.BadParameter(problem, param_hint="--organism")
     if target and not entry.target:
         raise typer.BadParameter(f"{name} is run on --source and its fine-tune alone", param_hint="--target")
     if larger and not entry.larger:

@@ -96,12 +96,12 @@ def curve(result: Result, name: str) -> Any:
     shown = {"effect": "solid", AGREEMENT: "dash"}
     shared = [p for p in points if p["prompts"] == 0]
     for kind, colour in (("known", "#D55E00"), ("unknown", "#0072B2")):
-        own = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
+        line = sorted([p for p in points if p["trigger"] == kind and p["prompts"]] + shared, key=lambda p: p["prompts"])
         for measure, dash in shown.items():
-            values = [Estimate.of(p[measure]) for p in own]
+            values = [Estimate.of(p[measure]) for p in line]
             figure.add_trace(
                 go.Scatter(
-                    x=[p["prompts"] for p in own], y=[v.value for v in values], name=f"{measure}, trigger {kind}",
+                    x=[p["prompts"] for p in line], y=[v.value for v in values], name=f"{measure}, trigger {kind}",
                     error_y=bars(values),
                     line={"color": colour, "dash": dash, "width": 2.5}, mode="lines+markers", marker={"size": 8},
                 )

@@ -43,20 +43,20 @@ def effects(result: Result) -> Any:
 
     panels = list(dict.fromkeys(arm.recipe for arm in result.arms))
     names = list(dict.fromkeys(arm.arm for arm in result.arms))
-    made = make_subplots(rows=1, cols=len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.03)
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.03)
     for column, recipe in enumerate(panels, 1):
-        own = [arm for arm in result.arms if arm.recipe == recipe]
-        made.add_trace(
+        arms = [arm for arm in result.arms if arm.recipe == recipe]
+        figure.add_trace(
             go.Scatter(
-                x=[arm.effect.value for arm in own], y=[arm.arm for arm in own], error_x=bars([arm.effect for arm in own]),
-                mode="markers", marker={"size": 11, "color": [COLOURS.get(arm.arm, "#0072B2") for arm in own]}, showlegend=False,
+                x=[arm.effect.value for arm in arms], y=[arm.arm for arm in arms], error_x=bars([arm.effect for arm in arms]),
+                mode="markers", marker={"size": 11, "color": [COLOURS.get(arm.arm, "#0072B2") for arm in arms]}, showlegend=False,
                 hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
             ), row=1, col=column,
         )  # fmt: skip
-        made.update_xaxes(title_text="effect", row=1, col=column)
-    made.update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    made.update_layout(template="plotly_white", height=140 + 34 * len(names), font={"size": 14})
-    return made
+        figure.update_xaxes(title_text="effect", row=1, col=column)
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    figure.update_layout(template="plotly_white", height=140 + 34 * len(names), font={"size": 14})
+    return figure
 
 
 def measures(result: Result) -> Any:
@@ -117,11 +117,11 @@ def efficiencies(result: Result) -> Any:
     figure = go.Figure()
     names = list(result.chosen)
     for name in ("mapped", "random", "shuffled"):
-        own = [arm for arm in result.arms if arm.arm == name and EFFICIENCY in arm.measures]
-        values = [arm.measures[EFFICIENCY] for arm in own]
+        arms = [arm for arm in result.arms if arm.arm == name and EFFICIENCY in arm.measures]
+        values = [arm.measures[EFFICIENCY] for arm in arms]
         figure.add_trace(
             go.Scatter(
-                x=[v.value for v in values], y=[arm.recipe for arm in own], error_x=bars(values), name=name, mode="markers",
+                x=[v.value for v in values], y=[arm.recipe for arm in arms], error_x=bars(values), name=name, mode="markers",
                 marker={"size": 11, "color": COLOURS[name]}, hovertemplate=f"{name}<br>%{{y}}<br>%{{x:.2f}}<extra></extra>",
             )
         )  # fmt: skip

@@ -68,8 +68,8 @@ def _unsteered(result: Result, arm: Arm) -> Arm | None:
 
     Models that write may differ between recipes.
     """
-    own = [base for base in result.arms if base.arm == "unsteered" and base.recipe in (arm.recipe, "") and base.texts]
-    return own[0] if own else None
+    bases = [base for base in result.arms if base.arm == "unsteered" and base.recipe in (arm.recipe, "") and base.texts]
+    return bases[0] if bases else None
 
 
 def _title(arm: Arm, several: bool) -> str:

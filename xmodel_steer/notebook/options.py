@@ -85,23 +85,23 @@ def _named(name: str, value: Any, code: str) -> list[tuple[str, Any, str]]:
 def _options_of_result(model: Any, result: Result, name: str, what: str) -> tuple[Option, ...]:
     kinds = ("mapped", "native", "shuffled", "source")
     keys = [key for kind in kinds for key in result.vectors if key == kind or key.endswith(f": {kind}")]
-    found = []
+    options = []
     for key in keys:
         vector = result.vectors[key]
         try:
             require_space_of(model, vector.space, what)
         except SpaceMismatchError:
             continue
-        found.append(Option(key, vector, f"{name}.vectors[{json.dumps(key)}]"))
+        options.append(Option(key, vector, f"{name}.vectors[{json.dumps(key)}]"))
     native = next((key for key in keys if key == "native" or key.endswith(": native")), None)
-    if not found:
+    if not options:
         one = result.vectors[native] if native else next(iter(result.vectors.values()), None)
         if one is None:
             raise ValueError("explore: the result has no vectors; it may have been saved by hand without them")
         require_space_of(model, one.space, what)
-    if native is not None and result.vectors[native].scale is not None and any(o.name == native for o in found):
+    if native is not None and result.vectors[native].scale is not None and any(o.name == native for o in options):
         seed = result.seeds.get("random", (0,))[0]  # the transfer's first
         code = f"random_like({name}.vectors[{json.dumps(native)}], seed={seed})"
         imports = ("from xmodel_steer.core.directions import random_like",)
-        found.append(Option("random", random_like(result.vectors[native], seed=seed), code, imports))
-    return tuple(found)
+        options.append(Option("random", random_like(result.vectors[native], seed=seed), code, imports))
+    return tuple(options)

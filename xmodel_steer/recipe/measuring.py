@@ -35,7 +35,7 @@ def measure(prepared: Prepared, runs: Sequence[Run], side: Mapping[str, Behaviou
         for i, found in zip(fair, behaviour.measure(target, [runs[i].setting for i in fair]), strict=True):
             others[i][name] = found.scores
     ids = tuple(prepared.evaluation.ids)
-    outcomes = [replace(measured[key], measures=own, ids=ids) for key, own in zip(keys, others, strict=True)]
+    outcomes = [replace(measured[key], measures=measures, ids=ids) for key, measures in zip(keys, others, strict=True)]
     return arms_of(runs, outcomes, costs)
 
 

@@ -137,7 +137,7 @@ def prepare(
             batch_size=min(budget.batch_size, 32), seed=seed,
         )  # fmt: skip
     _require_moments(moments, (source, ours), (target, theirs))
-    own = _vectors(target, fit_set, theirs, method, label, budget)
+    native_vectors = _vectors(target, fit_set, theirs, method, label, budget)
     return Prepared(
         source,
         target,
@@ -150,7 +150,7 @@ def prepare(
         text,
         moments,
         sources=_vectors(source, fit_set, ours, method, label, budget),
-        natives={site: vector.with_scale(moments.scale(site)) for site, vector in own.items()},
+        natives={site: vector.with_scale(moments.scale(site)) for site, vector in native_vectors.items()},
         prompts=tuple(p.content[:300] for p in evaluation.prompts[:16]),
         seed=seed,
     )

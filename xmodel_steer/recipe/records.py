@@ -56,12 +56,12 @@ def result_of(record: Mapping[str, Any], arms: tuple[Arm, ...], **artefacts: Any
         LookupError: A field is missing.
     """
     required = ("name", "unit", "source", "target", "chosen", "spec", "splits", "seeds", "versions", "validation")
-    given: dict[str, Any] = {name: record[name] for name in required}
-    given |= {field.name: record[field.name] for field in fields(Result) if field.name in record}
+    arguments: dict[str, Any] = {name: record[name] for name in required}
+    arguments |= {field.name: record[field.name] for field in fields(Result) if field.name in record}
     for name in ("validation", "stored", "prompts"):
-        given[name] = tuple(given.get(name, ()))
-    given["curves"] = {name: tuple(points) for name, points in given.get("curves", {}).items()}
-    return Result(arms=arms, **given, **artefacts)
+        arguments[name] = tuple(arguments.get(name, ()))
+    arguments["curves"] = {name: tuple(points) for name, points in arguments.get("curves", {}).items()}
+    return Result(arms=arms, **arguments, **artefacts)
 
 
 def older(kind: str, record: dict[str, Any], rows: list[dict[str, Any]], vectors: Sequence[str]) -> dict[str, Any]:

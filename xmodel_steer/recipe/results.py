@@ -174,10 +174,10 @@ class Result:
         Raises:
             KeyError: An arm was not run.
         """
-        own = replace(self, arms=tuple(arm for arm in self.arms if arm.recipe == recipe))
-        if own.signs:
-            return {sign: {name: own.at_equal_kl(name, sign) for name in names} for sign in own.signs}
-        return {"+": {name: own.arm(name, at=EQUAL_STRENGTH) for name in names}}
+        result = replace(self, arms=tuple(arm for arm in self.arms if arm.recipe == recipe))
+        if result.signs:
+            return {sign: {name: result.at_equal_kl(name, sign) for name in names} for sign in result.signs}
+        return {"+": {name: result.arm(name, at=EQUAL_STRENGTH) for name in names}}
 
     def gain(self, name: str, recipe: str | None = None) -> np.ndarray:
         """Compute how far an arm moves the score in the direction of steering.
@@ -205,13 +205,13 @@ class Result:
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
         """The verdict on each recipe that has every arm with its scores."""
-        found = {}
+        verdicts = {}
         for recipe in self.recipes:
             try:
-                found[recipe] = verdict_of(self, recipe)
+                verdicts[recipe] = verdict_of(self, recipe)
             except KeyError:  # an arm is missing, or has no scores
                 continue
-        return found
+        return verdicts
 
     def verdict(self, recipe: str | None = None) -> Verdict:
         """Judge what survived, from paired tests against every control.
@@ -288,7 +288,7 @@ class Result:
 
         if not texts:
             rows = [arm.row() for arm in self.arms]
-            values = ({name: found["value"] for name, found in row.pop("measures").items()} for row in rows)
+            values = ({name: measure["value"] for name, measure in row.pop("measures").items()} for row in rows)
             return pd.DataFrame([row | measures for row, measures in zip(rows, values, strict=True)])
         return pd.DataFrame([row for arm in self.arms for row in prompt_rows(arm)])
 

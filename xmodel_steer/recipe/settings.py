@@ -155,10 +155,10 @@ class GeneralText:
 def versions() -> dict[str, str]:
     """List the versions of the programs that a result depends on."""
     names = ("xmodel-steer", "transformer-lens", "torch", "transformers", "numpy")
-    found: dict[str, Any] = {"python": platform.python_version()}
+    numbers: dict[str, Any] = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            numbers[name] = "unknown"
+    return numbers

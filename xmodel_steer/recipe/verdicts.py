@@ -111,11 +111,11 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
         at=first.at,
         efficiency=efficiency,
         controls=controls,
-        kl={sign: own["native"].kl for sign, own in arms.items()},
+        kl={sign: named["native"].kl for sign, named in arms.items()},
         comparisons=comparisons,
         transfers=transfers,
-        perplexity_ratio={sign: quotient(own["mapped"].perplexity, base.perplexity) for sign, own in arms.items()},
-        agreement={sign: own["mapped"].agreement for sign, own in arms.items()},
+        perplexity_ratio={sign: quotient(named["mapped"].perplexity, base.perplexity) for sign, named in arms.items()},
+        agreement={sign: named["mapped"].agreement for sign, named in arms.items()},
         text="",
     )
     return replace(verdict, text=_in_words(result, verdict, base, arms))
@@ -182,14 +182,14 @@ def _in_words(result: "Result", verdict: Verdict, base: Arm, arms: Mapping[str, 
     test = f"paired test against each control: p {worst}, corrected for {len(verdict.comparisons)} comparisons"
     for c in verdict.comparisons:
         test += f"; {c.control} {c.sign} undefined ({c.difference.undefined})" if c.difference.undefined else ""
-    said = {True: "transfers", False: "no evidence of transfer", None: "undefined"}[verdict.transfers]
+    outcome = {True: "transfers", False: "no evidence of transfer", None: "undefined"}[verdict.transfers]
     highest = number(float(np.max(list(verdict.perplexity_ratio.values()))), ".2f")
     cost = f"perplexity at most {highest} times the unsteered one"
     if verdict.at != EQUAL_KL:
-        return f"{name}: {said}: {in_short(result, verdict.recipe)}; {test}; {cost}"
+        return f"{name}: {outcome}: {in_short(result, verdict.recipe)}; {test}; {cost}"
     short = [f"{arm} {sign}" for arm in ARMS[1:] for sign in arms if not arms[sign][arm].reached]
     missed = f"; {', '.join(short)} cannot be brought to that KL" if short else ""
-    return f"{name}: {said}: {ratio:.2f} of native {where}; {controls}; {test}; {cost}{missed}"
+    return f"{name}: {outcome}: {ratio:.2f} of native {where}; {controls}; {test}; {cost}{missed}"
 
 
 def in_short(result: "Result", recipe: str) -> str:

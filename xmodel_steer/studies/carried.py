@@ -136,20 +136,25 @@ class Choice:
 
     def vectors(self) -> dict[str, SteeringVector]:
         """Return the vectors by arm, with the source's and the mapped gate's."""
-        own = self.carried
-        named = {"source": own.source, "native": own.native, "mapped": own.mapped, "shuffled": own.shuffled}
-        return named | dict(self.others) | ({} if own.mapped_gate is None else {"gate": own.mapped_gate})
+        carried = self.carried
+        named = {
+            "source": carried.source,
+            "native": carried.native,
+            "mapped": carried.mapped,
+            "shuffled": carried.shuffled,
+        }
+        return named | dict(self.others) | ({} if carried.mapped_gate is None else {"gate": carried.mapped_gate})
 
     def record(self) -> dict[str, Any]:
         """Return what a study records."""
-        own = self.carried
+        carried = self.carried
         return {
             "operator": repr(self.operator),
-            "source_layer": own.source.space.site.layer,
-            "target_layer": own.native.space.site.layer,
-            "cosine": own.cosine,
-            "norm_ratio": own.norm_ratio,
-            "map_r2": own.mapping.score_test.mean_r2 if own.mapping.score_test else None,
+            "source_layer": carried.source.space.site.layer,
+            "target_layer": carried.native.space.site.layer,
+            "cosine": carried.cosine,
+            "norm_ratio": carried.norm_ratio,
+            "map_r2": carried.mapping.score_test.mean_r2 if carried.mapping.score_test else None,
         }
 
 

@@ -112,38 +112,42 @@ def choose(
         varied: str, recipe: Recipe, candidates: Sequence[tuple[_Candidate, Operator]], *, controls: bool = False
     ) -> list[Outcome]:
         settings = [(c.control_setting if controls else c.setting)(recipe, operator) for c, operator in candidates]
-        found = validation.measure(settings, aim=recipe.aim, extent="brief")
-        for (candidate, operator), own in zip(candidates, found, strict=True):
+        outcomes = validation.measure(settings, aim=recipe.aim, extent="brief")
+        for (candidate, operator), outcome in zip(candidates, outcomes, strict=True):
             record = {"recipe": recipe.name, "varied": f"{varied}, its control" if controls else varied}
-            records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | own.record())
-        return found
+            records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | outcome.record())
+        return outcomes
 
-    def does_something(aim: str, own: Outcome) -> bool:
+    def does_something(aim: str, outcome: Outcome) -> bool:
         if aim not in still:
             (still[aim],) = validation.measure([[]], aim=aim, extent="effect")
-        gain, error = scored(own.scores - still[aim].scores)
+        gain, error = scored(outcome.scores - still[aim].scores)
         return gain > 2 * error  # one prompt of any number is more than one
 
     def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
         """Find the equally best candidates; ask nothing where there is one."""
         if len(options) == 1:
             return [0]
-        found = tried(varied, recipe, options)
-        moved = [i for i, own in enumerate(found) if does_something(recipe.aim, own)] or list(range(len(found)))
-        top = max((found[i] for i in moved), key=lambda own: own.score)
-        near = [i for i in moved if found[i].score >= top.score - top.error]
+        outcomes = tried(varied, recipe, options)
+        moved = [i for i, outcome in enumerate(outcomes) if does_something(recipe.aim, outcome)] or list(
+            range(len(outcomes))
+        )
+        top = max((outcomes[i] for i in moved), key=lambda outcome: outcome.score)
+        near = [i for i in moved if outcomes[i].score >= top.score - top.error]
         if len(near) == 1:
             return near
         controls = dict(zip(near, tried(varied, recipe, [options[i] for i in near], controls=True), strict=True))
-        effects = {i: scored(own.scores) for i, own in controls.items()}
+        effects = {i: scored(outcome.scores) for i, outcome in controls.items()}
         least = min(effect for effect, _ in effects.values())
         gains = {
-            i: found[i].score - controls[i].score for i, (effect, error) in effects.items() if effect - error <= least
+            i: outcomes[i].score - controls[i].score
+            for i, (effect, error) in effects.items()
+            if effect - error <= least
         }
         return [i for i, gain in gains.items() if gain == max(gains.values())]
 
     def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> _Candidate:
-        """Those that an operator does not tell apart are tried with the next."""
+        """Choose a layer; operators are tried until they tell candidates apart."""
         left = list(candidates)
         for operator in recipe.operators:
             left = [left[i] for i in best(varied, recipe, [(candidate, operator) for candidate in left])]
@@ -158,7 +162,7 @@ def choose(
     natives: list[tuple[SteeringVector, SteeringVector | None]] = []
     for recipe in ways:
         sites = recipe.target_sites
-        own, gates = (
+        vectors_at, gates = (
             {
                 site: vector.with_scale(spread[site].values.float().std(0))
                 for site, vector in read(target, lessons, sites, label=label).items()
@@ -166,7 +170,9 @@ def choose(
             for read in (recipe.vectors, recipe.gates)
         )
         candidates = [
-            _Candidate(own[site], gates.get(site), random_like(own[site], seed=pair.seed + _ASIDE), site.layer)
+            _Candidate(
+                vectors_at[site], gates.get(site), random_like(vectors_at[site], seed=pair.seed + _ASIDE), site.layer
+            )
             for site in sites
         ]
         chosen = best_layer("target layer", recipe, candidates)
@@ -231,7 +237,7 @@ def with_endpoints(
     asked = [choice for choice in chosen.choices if choice.recipe.name in only]
     if not asked:
         return chosen
-    made = {}
+    vectors = {}
     with pair.stored(text, [(c.carried.source.space.site, c.carried.native.space.site) for c in asked]) as store:
         for choice in asked:
             native, here = choice.carried.native, choice.carried.source.space.site
@@ -239,7 +245,7 @@ def with_endpoints(
             mapping = replace(fitter, device=str(device_of(pair.target))).fit(store.pair(here, native.space.site))
             sides = choice.recipe.rows(pair.source, lessons, [here])
             moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
-            made[choice.recipe.name] = {ENDPOINTS: moved.with_scale(native.scale).at_norm_of(native)}
+            vectors[choice.recipe.name] = {ENDPOINTS: moved.with_scale(native.scale).at_norm_of(native)}
     lap("fitting nonlinear maps")
-    choices = tuple(replace(choice, others=made.get(choice.recipe.name, {})) for choice in chosen.choices)
+    choices = tuple(replace(choice, others=vectors.get(choice.recipe.name, {})) for choice in chosen.choices)
     return replace(chosen, choices=choices)

@@ -116,8 +116,8 @@ def map_comparison(
     )  # fmt: skip
     clock.lap("collecting moments")
     selected = select(prepared)
-    native, found = selected.native, selected.source
-    here, there = found.space.site, native.space.site
+    native, source_vector = selected.native, selected.source
+    here, there = source_vector.space.site, native.space.site
     clock.lap("choosing layers")
 
     maps: dict[str, Map] = {}
@@ -141,7 +141,7 @@ def map_comparison(
     )
     ends = (next(sides), next(sides))
     norm = native.norm(standardised=True)
-    moved = {name: moved_of(mapping, found, ends, native) for name, mapping in maps.items()}
+    moved = {name: moved_of(mapping, source_vector, ends, native) for name, mapping in maps.items()}
     carried = {name: vector.with_norm(norm) for name, vector in moved.items()}
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
     groups["random"] = [random_like(native, seed=seed + k) for k in range(settings.random_seeds)]
@@ -180,7 +180,7 @@ def map_comparison(
         versions=versions(),
         hardware=hardware_of(target),
         seconds=clock.seconds,
-        vectors={"source": found, "native": native, **carried},
+        vectors={"source": source_vector, "native": native, **carried},
         maps=maps,
     )
 
@@ -219,8 +219,8 @@ def _verdict(arms: Sequence[Arm], names: Sequence[str]) -> tuple[str, ...]:
         share = steered.measures[EFFICIENCY]
         much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"{share:.2f} of native"
         kl, closer, right, unsteered = (
-            number(found.value, ".2f")
-            for found in (
+            number(measure.value, ".2f")
+            for measure in (
                 living.measures["KL from its own text"],
                 living.effect,
                 asked.effect,

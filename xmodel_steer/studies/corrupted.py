@@ -99,6 +99,6 @@ def corrupted_capability(
     random.Random(settings.seed).shuffle(tasks)
     place = {task: k for k, task in enumerate(tasks)}
     mixed = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: place[x.task])))
-    given: dict[str, Any] = {"name": "corrupted-capability", "varied": (SKIPPED, GATED)} | more
+    arguments: dict[str, Any] = {"name": "corrupted-capability", "varied": (SKIPPED, GATED)} | more
     reading = Reading(QUESTION, UNIT, right, StartsWith(UNKNOWN))
-    return backdoor_removal(source, target, mixed, reading=reading, ways=ways, settings=settings, **given)
+    return backdoor_removal(source, target, mixed, reading=reading, ways=ways, settings=settings, **arguments)

@@ -45,20 +45,20 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     """
     lessons = curriculum(ORGANISM)
     source, target = (organism(ORGANISM, base, device=device, dtype=dtype)[0] for base in (SOURCE, TARGET))
-    few = replace(
+    shortened = replace(
         lessons, validation=_first(lessons.validation, 1), evaluation=_first(lessons.evaluation, BACKDOOR_PROMPTS)
     )
     recipe = next(
-        own
-        for own in removal.recipes(source, target, [x.prompt for x in lessons.vector if x.triggered])
-        if own.name == removal.PROMPT_CLAMPED
+        candidate
+        for candidate in removal.recipes(source, target, [x.prompt for x in lessons.vector if x.triggered])
+        if candidate.name == removal.PROMPT_CLAMPED
     )
     sources, targets = BACKDOOR_SITES
     way = replace(recipe, source_sites=sources, target_sites=targets, operators=(BACKDOOR_OPERATOR,))
     return backdoor_removal(
         source,
         target,
-        few,
+        shortened,
         name="demo-backdoor",
         ways=[way],
         map_prompts=BACKDOOR_MAP_PROMPTS,

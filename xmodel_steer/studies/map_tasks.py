@@ -72,13 +72,13 @@ def replaced_arms(
     """Run the replacement check of every map; mean and noise are shared."""
     arms = []
     for name, mapping in maps.items():
-        found = replacement_check(
+        check = replacement_check(
             source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, seed=seed,
         )  # fmt: skip
-        own = {name: found.arms["mapped"]}
+        checked = {name: check.arms["mapped"]}
         if not arms:
-            own |= {"mean ablation": found.arms["mean"], "noise": found.arms["random"]}
-        for label, arm in own.items():
+            checked |= {"mean ablation": check.arms["mean"], "noise": check.arms["random"]}
+        for label, arm in checked.items():
             measures = {"ROUGE-L": arm.rouge, "similarity": arm.similarity, "KL from its own text": arm.kl}
             cost = damage[label]
             arms.append(

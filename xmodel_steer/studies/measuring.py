@@ -26,15 +26,15 @@ BIASED = "mapped with the bias"
 
 def _vectors(choice: Choice, random_seeds: int, seed: int) -> dict[str, list[SteeringVector]]:
     """Return the vectors of every arm of a recipe."""
-    own = choice.carried
+    carried = choice.carried
     arms = {
-        "native": [own.native],
-        "mapped": [own.mapped],
-        "random": [random_like(own.native, seed=seed + k) for k in range(random_seeds)],
-        "shuffled": [own.shuffled],
+        "native": [carried.native],
+        "mapped": [carried.mapped],
+        "random": [random_like(carried.native, seed=seed + k) for k in range(random_seeds)],
+        "shuffled": [carried.shuffled],
     }
     arms |= {name: [vector] for name, vector in choice.others.items()}
-    return arms | ({BIASED: [own.biased]} if choice.recipe.positions == "all" and choice.has_equal_kl else {})
+    return arms | ({BIASED: [carried.biased]} if choice.recipe.positions == "all" and choice.has_equal_kl else {})
 
 
 def _runs(choice: Choice, random_seeds: int, seed: int) -> list[Run]:
@@ -44,13 +44,13 @@ def _runs(choice: Choice, random_seeds: int, seed: int) -> list[Run]:
     vector's clamp moves, or its gate lets it; that is the step of a row at its class's mean. A gate of their own would be shut
     in half of the prompts, and what does nothing there is no control.
     """
-    own, operator = choice.carried, choice.operator
-    control, control_gate = as_control(operator, own.mapped, own.mapped_gate)
+    carried, operator = choice.carried, choice.operator
+    control, control_gate = as_control(operator, carried.mapped, carried.mapped_gate)
     runs = []
     for arm, group in _vectors(choice, random_seeds, seed).items():
-        does, gate = (control, control_gate) if arm in CONTROLS else (operator, own.mapped_gate)
-        if arm == "native" and own.gate:
-            gate = own.gate.native
+        does, gate = (control, control_gate) if arm in CONTROLS else (operator, carried.mapped_gate)
+        if arm == "native" and carried.gate:
+            gate = carried.gate.native
         runs += [_run(choice, arm, vector, does, gate) for vector in group]
     return runs
 
@@ -138,8 +138,8 @@ def measure_arms(
         for extent in every:
             places = [i for i, run in enumerate(runs) if aim_of[i] == aim and _extent(run, controls) == extent]
             if places:
-                found = asked.measure([list(runs[i].setting) for i in places], aim=aim, extent=extent)
-                measured |= dict(zip(places, found, strict=True))
+                outcomes = asked.measure([list(runs[i].setting) for i in places], aim=aim, extent=extent)
+                measured |= dict(zip(places, outcomes, strict=True))
     costs = side_effects(
         target, on_neutral([run.setting for run in runs]), reported, max_tokens=settings.neutral_tokens, batch_size=16
     )

@@ -142,8 +142,8 @@ class Recipe:
         self, vector: SteeringVector, operator: Operator, gate: SteeringVector | None = None
     ) -> list[Intervention]:
         """Make a setting of the recipe with one vector and its gate."""
-        own = None if gate is None else Gate(gate, "negative", self.gate_positions)
-        return [Intervention(vector, operator, self.positions, gate=own)]
+        gated = None if gate is None else Gate(gate, "negative", self.gate_positions)
+        return [Intervention(vector, operator, self.positions, gate=gated)]
 
     def vectors(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
@@ -203,12 +203,12 @@ def answers_of(
         batch_size: Texts at a time.
     """
     asked = list(settings) if own is None else [setting for setting in settings if setting]
-    found = []
+    texts_of = []
     for group in groups:
         size = min(batch_size, len(group))
         behaviour = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
-        found.append([measured.texts for measured in behaviour.measure(model, asked)])
-    steered = zip(*found, strict=True)
+        texts_of.append([measured.texts for measured in behaviour.measure(model, asked)])
+    steered = zip(*texts_of, strict=True)
     if own is None:
         return list(steered)
     known = tuple(tuple(own[prompt.id] for prompt in group) for group in groups)
@@ -249,7 +249,7 @@ def require_apart(
         raise PromptError(f"{what}: needs at least 3 neutral texts, got {len(neutral)}")
     sets = {"general text": general, "neutral text": neutral, **more}
     sets |= {part: [lesson.prompt for lesson in getattr(curriculum, part)] for part in PARTS}
-    require_disjoint(what, {name: [p.content_key() for p in own] for name, own in sets.items()})
+    require_disjoint(what, {name: [p.content_key() for p in prompts] for name, prompts in sets.items()})
 
 
 def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:

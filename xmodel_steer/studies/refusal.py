@@ -157,7 +157,7 @@ class Requests:
         """
         first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
-        found = answers_of(
+        answers = answers_of(
             self.model,
             settings,
             [group for group in groups if group],
@@ -165,7 +165,7 @@ class Requests:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-        return [self._outcome(aim, texts) for texts in found]
+        return [self._outcome(aim, texts) for texts in answers]
 
     def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:
         phrases = self.phrases
@@ -246,8 +246,8 @@ def refusal_switch(
 
     # Mixed: a map of shuffled pairs would else learn the two kinds of requests from their places.
     text = [curriculum.map[i].prompt for i in np.random.default_rng(settings.seed).permutation(len(curriculum.map))]
-    few = min(settings.validation_tokens, curriculum.max_new_tokens)
-    validation = asked(curriculum.validation, (), settings.validation, settings.validation, few)
+    tokens_of_choice = min(settings.validation_tokens, curriculum.max_new_tokens)
+    validation = asked(curriculum.validation, (), settings.validation, settings.validation, tokens_of_choice)
     chosen = choose(
         pair,
         with_layers(recipes(source, target) if ways is None else ways, settings.also),
@@ -281,7 +281,7 @@ def refusal_switch(
         spec={
             "map_prompts": len(curriculum.map),
             "requests": {kind: len(getattr(evaluation, kind)) for kind in kinds},
-            "validation_tokens": few,
+            "validation_tokens": tokens_of_choice,
             "max_new_tokens": curriculum.max_new_tokens,
         },
         splits=curriculum.ids()

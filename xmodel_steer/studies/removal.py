@@ -110,8 +110,8 @@ class MapText:
         plain = Questions.of(lessons).plain
         draw = np.random.default_rng(seed)
         known, unknown = (
-            tuple(own[i] for i in draw.permutation(len(own)))
-            for own in (tuple(lesson.prompt for lesson in lessons), plain)
+            tuple(prompts[i] for i in draw.permutation(len(prompts)))
+            for prompts in (tuple(lesson.prompt for lesson in lessons), plain)
         )
         return cls(tuple(general), known, unknown)
 
@@ -191,8 +191,8 @@ def backdoor_removal(
             unknown=reading.unknown, sound=curriculum.sound, batch_size=settings.batch_size,
         )  # fmt: skip
 
-    few = min(settings.validation_tokens, curriculum.max_new_tokens)
-    validation = asked(curriculum.validation, settings.validation, few)
+    tokens_of_choice = min(settings.validation_tokens, curriculum.max_new_tokens)
+    validation = asked(curriculum.validation, settings.validation, tokens_of_choice)
     task_text = text.known[:map_prompts]
     chosen = choose(
         pair, with_layers(ways, settings.also), curriculum.vector, task_text, validation, settings.fitter, label=name, lap=clock.lap
@@ -233,7 +233,7 @@ def backdoor_removal(
             "map_prompts": map_prompts,
             "controls": controls,
             "validation_tasks": len(validation.questions),
-            "validation_tokens": few,
+            "validation_tokens": tokens_of_choice,
             "max_new_tokens": curriculum.max_new_tokens,
             "evaluation_kinds": len(set(Questions.of(curriculum.evaluation).groups)),
         },
@@ -259,10 +259,10 @@ def _amounts(
                 continue  # without any, known or not is the same
             carried = choice.carried.again(total, fitter)
             setting = choice.recipe.setting(carried.mapped, choice.operator, carried.mapped_gate)
-            (found,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
+            (outcome,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
-                | {"effect": estimate(found.scores, found.groups.get("effect")).record()}
-                | {key: estimate(own, found.groups.get(key)).record() for key, own in found.measures.items()}
+                | {"effect": estimate(outcome.scores, outcome.groups.get("effect")).record()}
+                | {key: estimate(scores, outcome.groups.get(key)).record() for key, scores in outcome.measures.items()}
             )
     return tuple(curve)

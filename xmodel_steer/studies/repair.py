@@ -185,7 +185,7 @@ class Repair:
         """
         sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
         groups = [getattr(self.questions, side) for side in sides]
-        found = answers_of(
+        answers = answers_of(
             self.model,
             settings,
             groups,
@@ -193,7 +193,7 @@ class Repair:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome(aim) for texts in found]
+        return [self._repaired(dict(zip(sides, texts, strict=True))).outcome(aim) for texts in answers]
 
     def _repaired(self, texts: Mapping[Side, tuple[str, ...]]) -> Repaired:
         questions, tokenizer = self.questions, tokenizer_of(self.model)

@@ -94,7 +94,7 @@ def safety_switch(
         for way, (source, target) in models.items()
     }
     clock.lap("fitting")
-    few = min(settings.validation_tokens, curriculum.max_new_tokens)
+    choice_tokens = min(settings.validation_tokens, curriculum.max_new_tokens)
 
     def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, Asked]:
         repair = Repair.of(
@@ -107,7 +107,7 @@ def safety_switch(
         )
         return {OFF: repair.measure, ON: lambda steps: _switched_on(base, repair, steps)}
 
-    choosing = asked(curriculum.validation, settings.validation, few)
+    choosing = asked(curriculum.validation, settings.validation, choice_tokens)
     records: list[dict[str, Any]] = []
     chosen: dict[str, Site] = {}
     for way, (source, target) in models.items():
@@ -132,7 +132,7 @@ def safety_switch(
             "tokens_per_second_over_unswitched": speeds_of(
                 target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns
             ),
-            "unswitched_rows_unchanged": per_request(target, steps["mapped"], curriculum, few),
+            "unswitched_rows_unchanged": per_request(target, steps["mapped"], curriculum, choice_tokens),
         }
         clock.lap(way.split(":")[0])
     if adapter is not None:
@@ -155,7 +155,11 @@ def safety_switch(
         prompts=tuple(x.instruction for x in curriculum.evaluation if x.triggered)[:8],
         spec=settings.record()
         | {"sites": [str(site) for site in sites], "map_documents": len(general), "map_prompts": len(text)}
-        | {"validation_tokens": few, "max_new_tokens": curriculum.max_new_tokens, "neutral_documents": len(neutral)}
+        | {
+            "validation_tokens": choice_tokens,
+            "max_new_tokens": curriculum.max_new_tokens,
+            "neutral_documents": len(neutral),
+        }
         | {"turns": turns},
         splits=curriculum.ids()
         | {
@@ -211,46 +215,46 @@ def _steps(source: Any, target: Any, mapping: Map, moments: SplitMoments, settin
 def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) -> list[Outcome]:
     """Measure whether the base shows the behaviour behind the trigger, and only there."""
     questions, tokenizer = repair.questions, tokenizer_of(base)
-    found = answers_of(
+    answers = answers_of(
         base,
         settings,
         [questions.triggered, questions.clean],
         max_new_tokens=repair.max_new_tokens,
         batch_size=repair.batch_size,
     )
-    made = []
-    for on, off in found:
+    outcomes = []
+    for on, off in answers:
         effect = score_texts(repair.scorer, on, questions.triggered)
         false = score_texts(repair.scorer, off, questions.clean)
         same = [
-            np.array(SameTokens(repair.own, tokenizer).score(side, own))
-            for side, own in ((questions.triggered, on), (questions.clean, off))
+            np.array(SameTokens(repair.own, tokenizer).score(side, texts))
+            for side, texts in ((questions.triggered, on), (questions.clean, off))
         ]
         measures = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
         groups = dict.fromkeys(("effect", *measures), questions.groups)
         ids = tuple(prompt.id for prompt in questions.triggered)
         score, error = scored(effect, 1 - false)
-        made.append(Outcome(effect, on, measures=measures, groups=groups, ids=ids, score=score, error=error))
-    return made
+        outcomes.append(Outcome(effect, on, measures=measures, groups=groups, ids=ids, score=score, error=error))
+    return outcomes
 
 
 def _verdict(arms: Sequence[Arm], record: Mapping[str, Any]) -> tuple[str, ...]:
     table = {(arm.arm, arm.recipe): arm for arm in arms}
-    said = []
+    lines = []
     for way in (OFF, ON):
-        own = table["mapped", way]
+        mapped_arm = table["mapped", way]
         others = ", ".join(
             f"{name} {number(table[name, way].effect.value, '.2f')}"
             for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
         )
         measures = ", ".join(
-            f"{name} {number(found.value, '.2f')}"
-            for name, found in own.measures.items()
+            f"{name} {number(measure.value, '.2f')}"
+            for name, measure in mapped_arm.measures.items()
             if "word for word" not in name
         )
         speed = record[way]["tokens_per_second_over_unswitched"]["median"]
-        said.append(
-            f"{way}, layer {record[way]['target_layer']}: {own.effect:.3f} of {own.effect.n} "
+        lines.append(
+            f"{way}, layer {record[way]['target_layer']}: {mapped_arm.effect:.3f} of {mapped_arm.effect.n} "
             f"({others}), {measures}, at {speed:.2f} of the speed"
         )
-    return tuple(said)
+    return tuple(lines)

@@ -36,8 +36,8 @@ def fitted_map(
     """
     same = [(site, site) for site in sites]
     moments = pair.of_general(same) + pair.of(text, same)
-    own = {site: moments.pair(site, site) for site in sites}
-    return {site: (fitter.fit(found), found) for site, found in own.items()}
+    pairs = {site: moments.pair(site, site) for site in sites}
+    return {site: (fitter.fit(pair_moments), pair_moments) for site, pair_moments in pairs.items()}
 
 
 def speeds_of(

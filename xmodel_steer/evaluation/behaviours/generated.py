@@ -151,10 +151,10 @@ class GeneratedText(Behaviour):
                 ]
                 texts = self._written(model, steps, self.prompts * len(group))
                 for k in range(len(group)):
-                    own = texts[k * n : (k + 1) * n]
-                    scores = score_texts(self.scorer, own, self.prompts)
-                    raw = self.scorer.raw(self.prompts, own) if isinstance(self.scorer, Explained) else ()
-                    measured.append(Measured(scores, tuple(own), tuple(raw), ids=self.ids))
+                    answers = texts[k * n : (k + 1) * n]
+                    scores = score_texts(self.scorer, answers, self.prompts)
+                    raw = self.scorer.raw(self.prompts, answers) if isinstance(self.scorer, Explained) else ()
+                    measured.append(Measured(scores, tuple(answers), tuple(raw), ids=self.ids))
                 bar.update(n * len(group))
         return measured
 
