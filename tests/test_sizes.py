@@ -9,7 +9,7 @@ import xmodel_steer
 PACKAGE = Path(xmodel_steer.__file__).parent
 MODULE, FUNCTION, PARAMETERS, NAMES = 350, 60, 8, 45
 #: Whole trees, in lines: the design wants 12,500 and 5,000.
-LIBRARY, STUDIES = 18_350, 5_100
+LIBRARY, STUDIES = 18_350, 5_050
 #: What is over a bound, and by how much it may be: lower a number when it can be lowered, and add none.
 LONG_MODULES: dict[str, int] = {}
 LONG_FUNCTIONS = {
@@ -29,13 +29,13 @@ LONG_FUNCTIONS = {
     "models/tokens.py:tokenise": 80,
     "recipe/carrying.py:transfer": 78,
     "recipe/preparing.py:prepare": 66,
-    "studies/choosing.py:choose": 130,
+    "studies/choosing.py:choose": 122,
     "studies/comparison.py:map_comparison": 114,
-    "studies/concept_table.py:concept_transfer": 110,
+    "studies/concept_table.py:concept_transfer": 108,
     "studies/organisms/making.py:make": 71,
     "studies/refusal.py:refusal_switch": 85,
     "studies/removal.py:backdoor_removal": 109,
-    "studies/switch.py:safety_switch": 132,
+    "studies/switch.py:safety_switch": 127,
 }
 MANY_PARAMETERS = {
     "activations/cached.py:cached_moments": 10,

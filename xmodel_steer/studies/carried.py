@@ -1,4 +1,4 @@
-"""A vector carried from one organism to the other, with its gate and maps."""
+"""Vectors, gates and maps carried from one organism to the other."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,24 +26,24 @@ from xmodel_steer.models.facts import context_length, device_of
 from xmodel_steer.studies.outcomes import Recipe
 
 MAP_TOKENS = 192
-# The settings with which trained maps are as good as closed ones; the paper's see too little text here.
+# With these settings trained maps are as good as closed-form ones; with the paper's they see too little text here.
 LONGER: dict[str, Any] = {"learning_rate": 1e-3, "batch_documents": 4, "accumulation": 1, "epochs": 60, "patience": 5}
 
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """A source vector in the target's space, and what it is compared with; all at the native one's norm.
+    """A source vector in the target's space with its comparisons, all at the native vector's norm.
 
     Args:
-        source: The vector that is carried.
+        source: The source vector.
         native: The target's own vector.
-        mapped: The source's, through the map.
-        shuffled: The source's, through a map of shuffled pairs.
-        biased: The source's with the map's bias added, as if it were a point: the classic mistake.
-        cosine: Of the mapped and the native vector, in standardised coordinates.
-        norm_ratio: Of the mapped vector's norm, before scaling, and the native one's.
+        mapped: The source vector through the map.
+        shuffled: The source vector through a map of shuffled pairs.
+        biased: The mapped vector with the map's bias added, as if the vector were a point: the classic mistake.
+        cosine: Cosine of the mapped and the native vector, in standardised coordinates.
+        norm_ratio: The mapped vector's norm before scaling, over the native vector's norm.
         mapping: The map.
-        gate: The gates of these vectors, where the recipe has them.
+        gate: The vectors of these vectors' gates, if the recipe has gates.
     """
 
     source: SteeringVector
@@ -67,13 +67,13 @@ class Carried:
     ) -> "Carried":
         """Fit a map and its control, and send a vector through both.
 
-        Class means come through the map with the vector; scaled, they lie about the same centre as far apart as the
-        scaled vector is long.
+        The map carries the vector's class means too. When the vector is scaled, their centre stays, and their distance
+        becomes the vector's new length.
 
         Args:
-            vector: Of the source.
-            native: Of the target, with class means and scale.
-            moments: Of this pair of sites, among others.
+            vector: The source's vector.
+            native: The target's vector, with class means and scale.
+            moments: Moments that include this pair of sites.
             fitter: Fits the map.
             gate: The gates' vectors of the source and of the target.
         """
@@ -96,10 +96,10 @@ class Carried:
         )
 
     def again(self, moments: Moments, fitter: Fitter) -> "Carried":
-        """Carry the same vectors through maps of other moments, with their scale.
+        """Carry the same vectors through maps fitted on other moments, with their scale.
 
         Args:
-            moments: Of this pair of sites, among others.
+            moments: Moments that include this pair of sites.
             fitter: Fits the map.
         """
         scale = moments.scale(self.native.space.site)
@@ -114,13 +114,13 @@ class Carried:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A recipe, and what validation chose for it.
+    """A recipe with the layers and the strength that validation chose.
 
     Args:
         recipe: The recipe.
-        operator: What is done with the vector, and how strongly.
-        carried: The vectors, at the layers that were chosen.
-        others: Vectors of further arms, with their names.
+        operator: The operation on the vector, and its strength.
+        carried: The vectors, at the chosen layers.
+        others: Vectors of further arms, by the arms' names.
     """
 
     recipe: Recipe
@@ -130,23 +130,18 @@ class Choice:
 
     @property
     def has_equal_kl(self) -> bool:
-        """True where it can be compared at equal KL: neutral text is then disturbed as any other."""
+        """True if arms can be compared at equal KL: the recipe disturbs neutral text like any other text."""
         fixed = self.recipe.positions == "all" or isinstance(self.recipe.positions, Tensor)
         return isinstance(self.operator, Add) and self.recipe.gate is None and fixed
 
     def vectors(self) -> dict[str, SteeringVector]:
         """Return the vectors by arm, with the source's and the mapped gate's."""
         carried = self.carried
-        named = {
-            "source": carried.source,
-            "native": carried.native,
-            "mapped": carried.mapped,
-            "shuffled": carried.shuffled,
-        }
+        named = {arm: getattr(carried, arm) for arm in ("source", "native", "mapped", "shuffled")}
         return named | dict(self.others) | ({} if carried.mapped_gate is None else {"gate": carried.mapped_gate})
 
     def record(self) -> dict[str, Any]:
-        """Return what a study records."""
+        """Return the choice as a study records it."""
         carried = self.carried
         return {
             "operator": repr(self.operator),
@@ -160,13 +155,13 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The two models of a study, and how text of both is read.
+    """The two models of a study, with readers of their activations on shared text.
 
     Args:
-        source: The smaller one.
-        target: The larger one.
+        source: The smaller model.
+        target: The larger model.
         general: General text for maps.
-        seed: Of the split of map text.
+        seed: Seed of the split of map text.
     """
 
     source: Any
@@ -176,7 +171,7 @@ class Pair:
 
     @property
     def map_tokens(self) -> int:
-        """Tokens read of each text of a map."""
+        """Number of tokens read of each of the map's texts."""
         return min(MAP_TOKENS, context_length(self.source), context_length(self.target))
 
     @property
@@ -186,7 +181,7 @@ class Pair:
         return device if device.type == "cuda" else torch.device("cpu")
 
     def of_general(self, pairs: Sequence[tuple[Site, Site]]) -> Moments:
-        """Moments of the general text, kept in the user's cache."""
+        """Return moments of the general text, kept in the user's cache."""
         sources, targets = _ends(pairs)
         return cached_moments(
             self.source, self.target, self.general, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
@@ -194,7 +189,7 @@ class Pair:
         )  # fmt: skip
 
     def of(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Moments:
-        """Moments of other text."""
+        """Collect moments of other text."""
         sources, targets = _ends(pairs)
         return collect_moments(
             self.source, self.target, prompts, source_sites=sources, target_sites=targets, pairs=tuple(pairs),
@@ -203,7 +198,7 @@ class Pair:
 
     @contextmanager
     def stored(self, prompts: Sequence[Prompt], pairs: Sequence[tuple[Site, Site]]) -> Iterator[ActivationStore]:
-        """Keep rows of text on disk while the block runs."""
+        """Store rows on disk for maps trained on them, until the block ends."""
         sources, targets = _ends(pairs)
         with tempfile.TemporaryDirectory() as folder:
             for model, end, sites in ((self.source, "source", sources), (self.target, "target", targets)):

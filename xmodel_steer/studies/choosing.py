@@ -1,4 +1,4 @@
-"""Choose layers and strengths of a study on validation."""
+"""Choice of a study's layers and strengths on validation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +23,11 @@ ENDPOINTS = "mapped by an autoencoder, endpoints"
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Choices of validation.
+    """The choices of validation.
 
     Args:
-        choices: One for each recipe.
-        records: Everything that was tried.
+        choices: One choice for each recipe.
+        records: A record of everything that was tried.
         general: Moments of the general text alone.
     """
 
@@ -42,9 +42,9 @@ class _Candidate:
 
     Args:
         vector: The vector.
-        gate: Its gate's, where the recipe has gates.
-        control: Does as much along another direction.
-        layer: That is chosen with it.
+        gate: The vector of its gate, if the recipe has gates.
+        control: A vector of the same size along another direction.
+        layer: The layer that is chosen with it.
     """
 
     vector: SteeringVector
@@ -53,11 +53,11 @@ class _Candidate:
     layer: int
 
     def setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
-        """Return the vector's setting."""
+        """Make a setting with the vector."""
         return recipe.setting(self.vector, operator, self.gate)
 
     def control_setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
-        """Return the control's setting, in the rows that the vector is for."""
+        """Make a setting with the control, in the rows that the vector acts on."""
         return recipe.setting(self.control, *as_control(operator, self.vector, self.gate))
 
 
@@ -66,12 +66,12 @@ def as_control(
 ) -> tuple[Operator, SteeringVector | None]:
     """Return the control's operator and gate.
 
-    A clamp's is added, where the vector's clamp moves or its gate lets it.
+    A clamp's control is added in the rows that the vector's clamp moves or its gate opens.
     """
     return (Add(operator.overshoot), gate or vector) if isinstance(operator, Clamp) else (operator, gate)
 
 
-_ASIDE = 1000  # beyond the seeds of random vectors that are reported
+_ASIDE = 1000  # beyond the seeds of the reported random vectors
 
 
 def choose(
@@ -85,30 +85,28 @@ def choose(
     label: str,
     lap: Callable[[str], None],
 ) -> Chosen:
-    """Choose layers and strength of each recipe.
+    """Choose each recipe's target layer, then its source layer, then its strength.
 
-    First the target's layer (by the native vector), then the source's, then the strength (by the mapped vector).
-
-    Chosen from are those whose effect is more than two standard errors above the unsteered model's, where there are any: what does nothing
-    costs nothing. Of those within a standard error of the best, the ones whose control has the least effect, and of these the one that is
-    furthest above its control. The control is a random vector for the target's layer, a map of shuffled pairs for the source's and for
-    the strength: where any direction does it, the vector shows nothing. Of strengths that are equally good the least is taken.
+    The native vector chooses the target's layer, the mapped vector the rest. Candidates within two standard errors of the
+    unsteered effect drop out, unless all do: they cost nothing. Of those within a standard error of the best score, the
+    control's least effect decides, then the gain over the control: a random vector for the target's layer, otherwise a map
+    of shuffled pairs. If any direction has the effect, the vector shows nothing. The least of equally good strengths wins.
 
     Args:
         pair: The models.
         ways: The recipes.
-        lessons: Where the vectors are found.
+        lessons: Lessons that the vectors are found on.
         text: Text of the task for the map, in addition to general text.
-        validation: What is asked; nothing of it may be in an evaluation.
+        validation: Validation prompts; an evaluation must contain none of them.
         fitter: Fits the maps.
-        label: Name of what the vectors are for.
-        lap: Told of each part that is done.
+        label: Name of the vectors' purpose.
+        lap: Called with the name of each part when it is done.
     """
     target = pair.target
     records: list[dict[str, Any]] = []
-    still: dict[str, Outcome] = {}  # of the unsteered model, by aim
+    unsteered: dict[str, Outcome] = {}  # the unsteered model's outcomes, by aim
 
-    def tried(
+    def outcomes_of(
         varied: str, recipe: Recipe, candidates: Sequence[tuple[_Candidate, Operator]], *, controls: bool = False
     ) -> list[Outcome]:
         settings = [(c.control_setting if controls else c.setting)(recipe, operator) for c, operator in candidates]
@@ -118,51 +116,47 @@ def choose(
             records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | outcome.record())
         return outcomes
 
-    def does_something(aim: str, outcome: Outcome) -> bool:
-        if aim not in still:
-            (still[aim],) = validation.measure([[]], aim=aim, extent="effect")
-        gain, error = scored(outcome.scores - still[aim].scores)
+    def does_something(aim: str, own: Outcome) -> bool:
+        if aim not in unsteered:
+            (unsteered[aim],) = validation.measure([[]], aim=aim, extent="effect")
+        gain, error = scored(own.scores - unsteered[aim].scores)
         return gain > 2 * error  # one prompt of any number is more than one
 
     def best(varied: str, recipe: Recipe, options: Sequence[tuple[_Candidate, Operator]]) -> list[int]:
-        """Find the equally best candidates; ask nothing where there is one."""
+        """Find the equally best candidates; measure nothing if there is only one."""
         if len(options) == 1:
             return [0]
-        outcomes = tried(varied, recipe, options)
-        moved = [i for i, outcome in enumerate(outcomes) if does_something(recipe.aim, outcome)] or list(
-            range(len(outcomes))
-        )
-        top = max((outcomes[i] for i in moved), key=lambda outcome: outcome.score)
-        near = [i for i in moved if outcomes[i].score >= top.score - top.error]
+        results = outcomes_of(varied, recipe, options)
+        moved = [i for i, result in enumerate(results) if does_something(recipe.aim, result)] or [*range(len(results))]
+        top = max((results[i] for i in moved), key=lambda own: own.score)
+        near = [i for i in moved if results[i].score >= top.score - top.error]
         if len(near) == 1:
             return near
-        controls = dict(zip(near, tried(varied, recipe, [options[i] for i in near], controls=True), strict=True))
-        effects = {i: scored(outcome.scores) for i, outcome in controls.items()}
+        controls = dict(zip(near, outcomes_of(varied, recipe, [options[i] for i in near], controls=True), strict=True))
+        effects = {i: scored(control.scores) for i, control in controls.items()}
         least = min(effect for effect, _ in effects.values())
         gains = {
-            i: outcomes[i].score - controls[i].score
-            for i, (effect, error) in effects.items()
-            if effect - error <= least
+            i: results[i].score - controls[i].score for i, (effect, error) in effects.items() if effect - error <= least
         }
         return [i for i, gain in gains.items() if gain == max(gains.values())]
 
     def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> _Candidate:
-        """Choose a layer; operators are tried until they tell candidates apart."""
-        left = list(candidates)
+        """Choose by the first operator; retry candidates that it cannot separate with the next."""
+        remaining = list(candidates)
         for operator in recipe.operators:
-            left = [left[i] for i in best(varied, recipe, [(candidate, operator) for candidate in left])]
-        return left[len(left) // 2]
+            remaining = [remaining[i] for i in best(varied, recipe, [(candidate, operator) for candidate in remaining])]
+        return remaining[len(remaining) // 2]
 
     def best_operator(recipe: Recipe, candidate: _Candidate) -> Operator:
-        left = best("strength", recipe, [(candidate, operator) for operator in recipe.operators])
-        return min((recipe.operators[i] for i in left), key=strength_of)
+        remaining = best("strength", recipe, [(candidate, operator) for operator in recipe.operators])
+        return min((recipe.operators[i] for i in remaining), key=strength_of)
 
-    every = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
-    spread = capture(target, pair.general[:32], every, tokens="all", max_tokens=pair.map_tokens)
+    all_sites = list(dict.fromkeys(site for recipe in ways for site in recipe.target_sites))
+    spread = capture(target, pair.general[:32], all_sites, tokens="all", max_tokens=pair.map_tokens)
     natives: list[tuple[SteeringVector, SteeringVector | None]] = []
     for recipe in ways:
         sites = recipe.target_sites
-        vectors_at, gates = (
+        vectors, gates = (
             {
                 site: vector.with_scale(spread[site].values.float().std(0))
                 for site, vector in read(target, lessons, sites, label=label).items()
@@ -170,9 +164,7 @@ def choose(
             for read in (recipe.vectors, recipe.gates)
         )
         candidates = [
-            _Candidate(
-                vectors_at[site], gates.get(site), random_like(vectors_at[site], seed=pair.seed + _ASIDE), site.layer
-            )
+            _Candidate(vectors[site], gates.get(site), random_like(vectors[site], seed=pair.seed + _ASIDE), site.layer)
             for site in sites
         ]
         chosen = best_layer("target layer", recipe, candidates)
@@ -192,11 +184,11 @@ def choose(
     for recipe, (rough, rough_gate) in zip(ways, natives, strict=True):
         scale, sites = moments.scale(rough.space.site), recipe.source_sites
         native = rough.with_scale(scale)
-        theirs = recipe.vectors(pair.source, lessons, sites, label=label)
+        vectors = recipe.vectors(pair.source, lessons, sites, label=label)
         gates = recipe.gates(pair.source, lessons, sites, label=label)
         gate = None if rough_gate is None else rough_gate.with_scale(scale)
         carried = [
-            Carried.of(theirs[site], native, moments, fitter, None if gate is None else (gates[site], gate))
+            Carried.of(vectors[site], native, moments, fitter, None if gate is None else (gates[site], gate))
             for site in sites
         ]
         candidates = [_Candidate(c.mapped, c.mapped_gate, c.shuffled, c.source.space.site.layer) for c in carried]
@@ -207,7 +199,7 @@ def choose(
 
 
 def strength_of(operator: Operator) -> float:
-    """Return an operator's strength or overshoot."""
+    """Return the strength by which operators of one class are ordered."""
     return abs(operator.strength) if isinstance(operator, Add) else getattr(operator, "overshoot", 1.0)
 
 
@@ -223,29 +215,29 @@ def with_endpoints(
 ) -> Chosen:
     """Add to some choices an arm by a nonlinear map's endpoints.
 
-    What is sent through the map is every prompt of the two sides, and the difference is taken of the means of their images.
+    The map carries every prompt of the two sides; the vector is the difference of the means of their images.
 
     Args:
         pair: The models.
-        chosen: What validation chose.
-        lessons: Where the vectors were found.
-        text: What maps read, general text included.
+        chosen: The choices of validation.
+        lessons: Lessons that the vectors were found on.
+        text: Text that maps are fitted on, general text included.
         fitter: Fits the map on rows.
         only: Names of the recipes that get the arm.
-        lap: Told when it is done.
+        lap: Called with the part's name when it is done.
     """
-    asked = [choice for choice in chosen.choices if choice.recipe.name in only]
-    if not asked:
+    extended = [choice for choice in chosen.choices if choice.recipe.name in only]
+    if not extended:
         return chosen
     vectors = {}
-    with pair.stored(text, [(c.carried.source.space.site, c.carried.native.space.site) for c in asked]) as store:
-        for choice in asked:
+    with pair.stored(text, [(c.carried.source.space.site, c.carried.native.space.site) for c in extended]) as store:
+        for choice in extended:
             native, here = choice.carried.native, choice.carried.source.space.site
             assert native.scale is not None
             mapping = replace(fitter, device=str(device_of(pair.target))).fit(store.pair(here, native.space.site))
             sides = choice.recipe.rows(pair.source, lessons, [here])
-            moved = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
-            vectors[choice.recipe.name] = {ENDPOINTS: moved.with_scale(native.scale).at_norm_of(native)}
+            mapped = mapping.transport(choice.carried.source, at=(sides[0][here], sides[1][here]))
+            vectors[choice.recipe.name] = {ENDPOINTS: mapped.with_scale(native.scale).at_norm_of(native)}
     lap("fitting nonlinear maps")
     choices = tuple(replace(choice, others=vectors.get(choice.recipe.name, {})) for choice in chosen.choices)
     return replace(chosen, choices=choices)

@@ -1,4 +1,4 @@
-"""The studies that can be asked for: their models, and the functions that run them."""
+"""The table of studies: the models that each needs, and the function that runs it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,17 +22,17 @@ LARGER = "packaged:qwen2.5-coder-1.5b-instruct"  # after the packaged pair, in t
 
 @dataclass(frozen=True)
 class Call:
-    """The models and settings that a study is run on.
+    """The models and options that a study runs with.
 
     Args:
         source: The smaller base model, or an organism's folder.
-        target: The larger one.
-        organism: Which organism, where the study is of one.
-        title: What the study is called in its record.
+        target: The larger base model, or an organism's folder.
+        organism: Name of the organism, if the study needs one.
+        title: Name of the study in its record.
         seed: Seed of all choices.
-        device: Where to run.
-        dtype: As for `load`.
-        larger: More models, where the study takes them.
+        device: The device to run on.
+        dtype: Type to compute in, as for `load`.
+        larger: More models, if the study takes them.
     """
 
     source: str
@@ -55,11 +55,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Entry:
-    """A study that the command line offers.
+    """A study of the command line.
 
     Args:
-        run: Runs it.
-        organisms: The organisms that it may be run on, the first by default; none where it is run on the models themselves.
+        run: The function that runs the study.
+        organisms: The organisms that it can run on, the first by default; empty if it runs on the models themselves.
         target: Whether it takes a target.
         larger: Whether it takes models after the target.
     """
@@ -77,7 +77,7 @@ def _on_organisms(
 
     def run(call: Call) -> Result:
         lessons = curriculum(call.organism)
-        require_organism(call.organism, call.target)  # said before the source is trained
+        require_organism(call.organism, call.target)  # fails before the source is trained
         sized = replace(settings, also=paper_layers(call.source, call.target), seed=call.seed)
         return study(call.made(call.source), call.made(call.target), lessons, settings=sized, **more)
 
@@ -94,22 +94,22 @@ def _on_models(study: Callable[..., Result], settings: Settings = SETTINGS) -> C
 def _removal(call: Call) -> Result:
     if call.organism != "code-vulnerability":
         return _on_organisms(backdoor_removal, name=call.title)(call)
-    # Answers of code are longer, and must be whole to be judged; a study should end within an hour on two cores.
+    # Code answers are longer, and must be complete to be judged; the study should end within an hour on two cores.
     sized = Settings(random_seeds=2, validation=16, validation_tokens=112)
 
-    def fewer(source: Any, target: Any, lessons: Curriculum, **more: Any) -> Result:
-        asked = [lesson.prompt for lesson in lessons.vector if lesson.triggered]
-        ways = [way for way in recipes(source, target, asked, sites=(4, 5)) if way.name != ADDED]
-        return backdoor_removal(source, target, lessons, ways=ways, **more)
+    def short_removal(source: Any, target: Any, lessons: Curriculum, **more: Any) -> Result:
+        prompts = [lesson.prompt for lesson in lessons.vector if lesson.triggered]
+        chosen = [recipe for recipe in recipes(source, target, prompts, sites=(4, 5)) if recipe.name != ADDED]
+        return backdoor_removal(source, target, lessons, ways=chosen, **more)
 
-    return _on_organisms(fewer, sized, name=call.title, varied=(PROMPT_CLAMPED,), controls="effect")(call)
+    return _on_organisms(short_removal, sized, name=call.title, varied=(PROMPT_CLAMPED,), controls="effect")(call)
 
 
 def _switch(call: Call) -> Result:
-    """Switch one model and its fine-tune: the larger model is not needed."""
-    made, place = organism(call.organism, call.source, device=call.device, dtype=call.dtype)
+    """Run the safety switch on the source and its fine-tune, without the target."""
+    tuned, folder = organism(call.organism, call.source, device=call.device, dtype=call.dtype)
     return safety_switch(
-        call.load(base_of(place)), made, curriculum(call.organism), adapter=place, also=switched_layers(call.source),
+        call.load(base_of(folder)), tuned, curriculum(call.organism), adapter=folder, also=switched_layers(call.source),
         settings=Settings(batch_size=64, seed=call.seed),
     )  # fmt: skip
 

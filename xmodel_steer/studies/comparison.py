@@ -1,4 +1,4 @@
-"""Maps compared on the same rows: a trained autoencoder, affine maps and controls, each put to work."""
+"""Comparison of maps fitted on the same rows: a trained autoencoder, affine maps and controls."""
 
 import math
 import time
@@ -55,7 +55,7 @@ def fitters(seed: int = 0) -> dict[str, Fitter]:
     """List the maps to compare, the paper's two with short and long training.
 
     Args:
-        seed: Where the trained ones begin.
+        seed: Seed of the trained maps.
     """
     return {
         "autoencoder, the paper's settings": Autoencoder(standardise=False, seed=seed),
@@ -83,61 +83,61 @@ def map_comparison(
     max_new_tokens: int = 20,
     settings: Settings = SETTINGS,
 ) -> Result:
-    """Fit several maps on the same rows, and put each to work.
+    """Fit several maps on the same rows, and compare them in use.
 
-    The pair of sites is chosen as by `transfer`, with `Ridge`, on a third of the prompts. The rest is reported on.
+    Their pair of sites is chosen as in `transfer`, with `Ridge`, on a third of the prompts; the rest evaluates.
 
     Args:
         source: The source model.
         target: The target model.
         behaviour: A concept with a scorer and prompts; sentiment by default.
-        compared: Named fitters; those of `fitters` by default. The first two sites' rows are written to a temporary store.
-        source_sites: Candidates; those of `transfer` by default.
-        target_sites: Candidates; those of `transfer` by default.
-        prompts: How many of the behaviour's prompts: a third chooses the sites.
-        replaced: How many of them the replacement check continues, of those that chose nothing.
-        capability: Questions; the packaged ones by default.
+        compared: Fitters by their names; by default the maps of `fitters`. The rows are kept in a temporary store.
+        source_sites: Candidate sites of the source; by default the candidates of `transfer`.
+        target_sites: Candidate sites of the target; by default the candidates of `transfer`.
+        prompts: Number of the behaviour's prompts; a third of them chooses the sites.
+        replaced: Number of evaluation prompts that the replacement check continues.
+        capability: Multiple-choice questions; the packaged ones by default.
         max_new_tokens: Length of the continuations.
         settings: Text, sizes and seeds.
 
     Raises:
         PromptError: The behaviour has no scorer, there are too few prompts or neutral texts, or sets share a text.
     """
-    clock, every, seed = Clock(), compared or fitters(settings.seed), settings.seed
-    shown = behaviour or concept("sentiment")
-    if shown.scorer is None or len(shown.prompts) < 6:
-        raise PromptError(f"map_comparison: {shown.name} needs a scorer and at least 6 prompts")
+    clock, named_fitters, seed = Clock(), compared or fitters(settings.seed), settings.seed
+    tested = behaviour or concept("sentiment")
+    if tested.scorer is None or len(tested.prompts) < 6:
+        raise PromptError(f"map_comparison: {tested.name} needs a scorer and at least 6 prompts")
     general, neutral = settings.texts()
     prepared = prepare(
-        source, target, shown.contrast, GeneralText(general, neutral), label=STEERING, source_sites=source_sites,
-        behaviour=shown.behaviour(shown.prompts[:prompts], max_new_tokens=max_new_tokens), target_sites=target_sites,
-        method=Method(shown.tokens), seed=seed, cached=True,
+        source, target, tested.contrast, GeneralText(general, neutral), label=STEERING, source_sites=source_sites,
+        behaviour=tested.behaviour(tested.prompts[:prompts], max_new_tokens=max_new_tokens), target_sites=target_sites,
+        method=Method(tested.tokens), seed=seed, cached=True,
         budget=Budget((-1.0, 1.0), False, settings.random_seeds, MAP_TOKENS, settings.neutral_tokens),
     )  # fmt: skip
     clock.lap("collecting moments")
     selected = select(prepared)
     native, source_vector = selected.native, selected.source
-    here, there = source_vector.space.site, native.space.site
+    source_site, target_site = source_vector.space.site, native.space.site
     clock.lap("choosing layers")
 
     maps: dict[str, Map] = {}
     seconds: dict[str, float] = {}
     pair = Pair(source, target, general, seed)
-    with pair.stored(general, [(here, there)]) as store:
-        rows = store.pair(here, there)
-        for name, fitter in every.items():
-            begun = time.perf_counter()
-            placed = fitter
+    with pair.stored(general, [(source_site, target_site)]) as store:
+        rows = store.pair(source_site, target_site)
+        for name, fitter in named_fitters.items():
+            start = time.perf_counter()
+            on_device = fitter
             if isinstance(fitter, Autoencoder | SGDAffine):
-                placed = replace(fitter, device=str(device_of(target)))
-            maps[name] = placed.fit(rows)  # type: ignore[arg-type]
-            seconds[name] = time.perf_counter() - begun
+                on_device = replace(fitter, device=str(device_of(target)))
+            maps[name] = on_device.fit(rows)  # type: ignore[arg-type]
+            seconds[name] = time.perf_counter() - start
         reference = rows.moments(seed=seed)
     clock.lap("fitting")
 
     sides = (
-        capture(source, side, [here], tokens=shown.tokens, batch_size=32)[here]
-        for side in (shown.contrast.positive, shown.contrast.negative)
+        capture(source, side, [source_site], tokens=tested.tokens, batch_size=32)[source_site]
+        for side in (tested.contrast.positive, tested.contrast.negative)
     )
     ends = (next(sides), next(sides))
     norm = native.norm(standardised=True)
@@ -155,15 +155,15 @@ def map_comparison(
         question=QUESTION,
         unit=UNIT,
         note=NOTE,
-        stored=_verdict(arms, list(every)),
+        stored=_verdict(arms, list(named_fitters)),
         source=end_of(source),
         target=end_of(target),
         arms=tuple(arms),
         chosen={
             name: {
-                "source_layer": here.layer,
-                "target_layer": there.layer,
-                "settings": repr(every[name])[:300],
+                "source_layer": source_site.layer,
+                "target_layer": target_site.layer,
+                "settings": repr(named_fitters[name])[:300],
                 "seconds": round(seconds[name], 2),
                 "cosine": native.cosine(moved[name]),
                 "norm_ratio": quotient(moved[name].norm(standardised=True), norm),
@@ -173,7 +173,7 @@ def map_comparison(
         },
         validation=selected.records,
         spec=settings.record()
-        | {"behaviour": shown.name, "unit": shown.unit, "map_documents": len(general), "map_tokens": pair.map_tokens}
+        | {"behaviour": tested.name, "unit": tested.unit, "map_documents": len(general), "map_tokens": pair.map_tokens}
         | {"max_new_tokens": max_new_tokens},
         splits=prepared.splits,
         seeds=settings.seeds(),
@@ -189,7 +189,7 @@ def _replaced(
     prepared: Prepared, maps: Mapping[str, Map], reference: SplitMoments, prompts: int, max_new_tokens: int,
     questions: MultipleChoice,
 ) -> list[Arm]:  # fmt: skip
-    """Measure texts, damage and answers of the target on mapped activations."""
+    """Measure the target under mapped activations: texts, damage on neutral text, right answers."""
     source, target, seed = prepared.source, prepared.target, prepared.seed
     steps: dict[str, list[Step]] = {"unsteered": []}
     steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
@@ -199,8 +199,8 @@ def _replaced(
     tokens = prepared.budget.neutral_tokens
     costs = side_effects(target, list(steps.values()), prepared.text.reported, max_tokens=tokens, batch_size=16)
     damage = dict(zip(steps, costs, strict=True))
-    asked = prepared.evaluation.prompts[:prompts]
-    arms = replaced_arms(source, target, maps, asked, reference, max_new_tokens, damage, seed)
+    evaluated = prepared.evaluation.prompts[:prompts]
+    arms = replaced_arms(source, target, maps, evaluated, reference, max_new_tokens, damage, seed)
     answers = questions.measure(target, list(steps.values()))
     base = answers[0].scores
     return arms + [
@@ -211,25 +211,25 @@ def _replaced(
 
 
 def _verdict(arms: Sequence[Arm], names: Sequence[str]) -> tuple[str, ...]:
-    """Each map in a line."""
+    """Summarise each map in a line."""
     table = {(arm.arm, arm.recipe): arm for arm in arms}
 
-    def said(name: str) -> str:
-        steered, living, asked = (table[name, recipe] for recipe in (STEERING, REPLACED, CAPABILITY))
+    def line_of(name: str) -> str:
+        steered, replacing, answering = (table[name, recipe] for recipe in (STEERING, REPLACED, CAPABILITY))
         share = steered.measures[EFFICIENCY]
-        much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"{share:.2f} of native"
+        efficiency = f"efficiency {share:.2f}" if math.isnan(share.value) else f"{share:.2f} of native"
         kl, closer, right, unsteered = (
-            number(measure.value, ".2f")
-            for measure in (
-                living.measures["KL from its own text"],
-                living.effect,
-                asked.effect,
+            number(figure.value, ".2f")
+            for figure in (
+                replacing.measures["KL from its own text"],
+                replacing.effect,
+                answering.effect,
                 table["unsteered", CAPABILITY].effect,
             )
         )
         return (
-            f"{name}: steering {much}, replacement KL {kl} and closer to the target's text {closer}, "
+            f"{name}: steering {efficiency}, replacement KL {kl} and closer to the target's text {closer}, "
             f"right answers {right} (unsteered {unsteered})"
         )
 
-    return tuple(said(name) for name in names)
+    return tuple(line_of(name) for name in names)

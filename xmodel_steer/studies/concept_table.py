@@ -1,4 +1,4 @@
-"""Many concepts carried from one model into another by the same recipe, in one table."""
+"""Many concepts carried from one model into another by one recipe, in one table."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -53,21 +53,21 @@ def concept_transfer(
 ) -> Result:
     """Carry one concept after another from the source into the target, each by `transfer`.
 
-    All share the map's general text, the neutral text and, but for those of two answers, the prompts.
+    All concepts share the map's general text, the neutral text and (except concepts of two answers) the prompts.
 
     Args:
         source: The source model.
         target: The target model.
-        names: Which concepts, of `CONCEPTS`.
-        source_sites: Candidates; those of `transfer` by default.
-        target_sites: Candidates; those of `transfer` by default.
-        prompts: What is continued: a third validates. Packaged beginnings of sentences by default.
+        names: Concepts, some of `CONCEPTS`.
+        source_sites: Candidate sites of the source; by default the candidates of `transfer`.
+        target_sites: Candidate sites of the target; by default the candidates of `transfer`.
+        prompts: Texts to continue; a third validates. Packaged beginnings of sentences by default.
         max_new_tokens: Length of the continuations.
-        directions: Named ways to find a concept's vector: every concept is carried once for each.
+        directions: Methods to find a concept's vector, by their names; every concept is carried once with each method.
         settings: Text, sizes and seeds.
 
     Raises:
-        PromptError: No concepts are given, there is none of a name, or sets share a text.
+        PromptError: No concepts are given, a name is unknown, or sets share a text.
         DownloadError: A concept's pairs cannot be fetched.
     """
     concepts = [concept(name) for name in names]
@@ -75,7 +75,7 @@ def concept_transfer(
         raise PromptError(f"concept_transfer: give at least one of {', '.join(CONCEPTS)}")
     clock, (general, neutral) = Clock(), settings.texts()
     prompts = openings(108) if prompts is None else prompts
-    ours, theirs = (
+    sources, targets = (
         tuple(sites or default_sites(model, end))
         for sites, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
@@ -83,46 +83,46 @@ def concept_transfer(
 
     def moments_of(text: Sequence[Prompt]) -> Moments:
         return cached_moments(
-            source, target, text, source_sites=ours, target_sites=theirs, max_tokens=limit, seed=settings.seed
+            source, target, text, source_sites=sources, target_sites=targets, max_tokens=limit, seed=settings.seed
         )
 
-    for shown in concepts:  # all else is seen to by `transfer`, which is given moments and no text
-        text = shown.map_text(general, seed=settings.seed) if shown.text else general
+    for carried in concepts:  # `transfer` checks all other sets; it gets moments instead of the map's text
+        text = carried.map_text(general, seed=settings.seed) if carried.text else general
         sets = {"map text": text, "neutral text": neutral}
-        sets |= {"contrast": shown.contrast.positive + shown.contrast.negative}
-        sets |= {"prompts": tuple(prompts) if shown.scorer else ()}
+        sets |= {"contrast": carried.contrast.positive + carried.contrast.negative}
+        sets |= {"prompts": tuple(prompts) if carried.scorer else ()}
         require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
     shared = moments_of(general)
     clock.lap("collecting moments")
 
     results: dict[str, Result] = {}
-    mixed: dict[str, dict[str, list[str]]] = {}  # text of a concept among the general text
-    for shown, (how, direction) in itertools.product(concepts, directions.items()):
-        label = f"{shown.name}, {how}" if how else shown.name
-        moments = moments_of(shown.map_text(general, seed=settings.seed)) if shown.text else shared
+    mixed: dict[str, dict[str, list[str]]] = {}  # ids of a concept's text within the general text
+    for carried, (method, direction) in itertools.product(concepts, directions.items()):
+        label = f"{carried.name}, {method}" if method else carried.name
+        moments = moments_of(carried.map_text(general, seed=settings.seed)) if carried.text else shared
         results[label] = transfer(
             source,
             target,
-            shown.contrast,
+            carried.contrast,
             GeneralText((), neutral, moments),
-            behaviour=shown.behaviour(prompts, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
+            behaviour=carried.behaviour(prompts, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
             label=label,
-            source_sites=ours,
-            target_sites=theirs,
-            method=Method(shown.tokens, direction, settings.fitter),
+            source_sites=sources,
+            target_sites=targets,
+            method=Method(carried.tokens, direction, settings.fitter),
             budget=Budget(
                 (-1.0, 1.0), fixed=False, random_seeds=settings.random_seeds, neutral_tokens=settings.neutral_tokens
             ),
             side={},  # every arm costs the same KL; measuring capability too would take half the time again
             seed=settings.seed,
         )
-        mixed[label] = {"map_text": [prompt.id for prompt in shown.text]} if shown.text else {}
+        mixed[label] = {"map_text": [prompt.id for prompt in carried.text]} if carried.text else {}
         clock.lap(label)
 
     first = next(iter(results.values()))
-    # Its prompts are those of all that have texts.
-    texts = next((result for result in results.values() if result.arm("unsteered").texts), first)
-    names_of_vectors = ("source", "native", "mapped", "shuffled")
+    # Concepts with texts share their prompts.
+    with_texts = next((result for result in results.values() if result.arm("unsteered").texts), first)
+    vector_names = ("source", "native", "mapped", "shuffled")
     return Result(
         name="concepts",
         question=QUESTION,
@@ -131,37 +131,35 @@ def concept_transfer(
         stored=conclusions(results),
         source=end_of(source),
         target=end_of(target),
-        arms=(_unsteered(texts), *(arm for result in results.values() for arm in both_directions(result))),
+        arms=(_unsteered(with_texts), *(arm for result in results.values() for arm in both_directions(result))),
         chosen={name: _chosen(result) for name, result in results.items()},
         validation=tuple(record for result in results.values() for record in result.validation),
-        prompts=_prompts(texts),
+        prompts=_prompts(with_texts),
         spec=settings.record()
-        | {"strengths": [-1.0, 1.0], "max_new_tokens": max_new_tokens, "source_sites": list(map(str, ours))}
-        | {"target_sites": list(map(str, theirs)), "map_documents": len(general), "map_tokens": limit},
+        | {"strengths": [-1.0, 1.0], "max_new_tokens": max_new_tokens, "source_sites": list(map(str, sources))}
+        | {"target_sites": list(map(str, targets)), "map_documents": len(general), "map_tokens": limit},
         splits={"general": [prompt.id for prompt in general]}
         | {name: {**result.splits, **mixed[name]} for name, result in results.items()},
         seeds=dict(first.seeds),
         versions=versions(),
         hardware=hardware_of(target),
         seconds=clock.seconds,
-        vectors={
-            f"{name}: {kind}": result.vectors[kind] for name, result in results.items() for kind in names_of_vectors
-        },
+        vectors={f"{name}: {arm}": result.vectors[arm] for name, result in results.items() for arm in vector_names},
         maps={name: mapping for result in results.values() for name, mapping in result.maps.items()},
     )
 
 
 def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **more: Any) -> Result:
-    """Carry a probe's direction, and the difference of means of the same pairs.
+    """Carry a single feature, a linear probe's direction, and the difference of means.
 
     Args:
         source: The source model.
         target: The target model.
-        names: Which concepts, of `CONCEPTS`.
+        names: Concepts, some of `CONCEPTS`.
         more: The other arguments of `concept_transfer`.
 
     Raises:
-        PromptError: No concepts are given, or there is none of a name.
+        PromptError: No concepts are given, or a name is unknown.
     """
     directions = {"logistic probe": logistic_probe, "difference of means": difference_of_means}
     study = concept_transfer(source, target, names, directions=directions, **more)
@@ -169,28 +167,26 @@ def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, 
 
 
 def _prompts(result: Result) -> tuple[str, ...]:
-    """List what the arms' texts continue, with the direction of steering."""
+    """List the prompts of the arms' texts, with the direction of steering."""
     if not result.arm("unsteered").texts:
         return ()
     return tuple(f"{sign} {text}" for sign in result.signs for text in result.prompts[:SHOWN])
 
 
 def _unsteered(result: Result) -> Arm:
-    """Return the arm that all others are changes of."""
+    """Return the unsteered arm; other arms' effects are changes from it."""
     base = result.arm("unsteered")
-    still = bootstrap_mean(np.zeros(base.effect.n))
+    no_change = bootstrap_mean(np.zeros(base.effect.n))
     texts = base.texts[:SHOWN] * len(result.signs)
-    return Arm("unsteered", still, 0.0, base.perplexity, change=still, texts=texts)
+    return Arm("unsteered", no_change, 0.0, base.perplexity, change=no_change, texts=texts)
 
 
 def both_directions(result: Result, names: Sequence[str] = ARMS[1:]) -> list[Arm]:
-    """Join the two directions of each arm at equal KL.
-
-    The effect is half of their difference.
+    """Join each arm's two directions at equal KL; the effect is half their difference.
 
     Args:
-        result: What `transfer` measured.
-        names: Which arms.
+        result: The result of `transfer`.
+        names: The arms to join.
     """
     base = result.arm("unsteered")
     native = result.gain("native")[:, 0]
@@ -235,11 +231,11 @@ def _chosen(result: Result) -> dict[str, Any]:
 
 
 def conclusions(results: Mapping[str, Result]) -> tuple[str, ...]:
-    """Say how many concepts transfer, and each one's line."""
+    """Count the concepts that transfer, and list their verdicts."""
     verdicts = [result.verdict() for result in results.values()]
     defined = [v for v in verdicts if v.efficiency.undefined != NO_NATIVE]
     shares = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
     median = f", median efficiency {np.median(shares):.2f}" if shares else ""
     count = sum(v.transfers is True for v in verdicts)
-    head = f"{count} of {len(verdicts)} concepts transfer; {len(defined)} have a native effect{median}"
-    return (head, *(v.text for v in verdicts))
+    summary = f"{count} of {len(verdicts)} concepts transfer; {len(defined)} have a native effect{median}"
+    return (summary, *(v.text for v in verdicts))

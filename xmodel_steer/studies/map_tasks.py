@@ -1,4 +1,4 @@
-"""Tasks that maps are compared by: one concept's steering, and replacement."""
+"""Tasks for the comparison of maps: one concept's steering, and replacement."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,9 +27,9 @@ STEERING, REPLACED, CAPABILITY = "steering", "replacement", "capability under re
 def moved_of(
     mapping: Map, vector: SteeringVector, ends: tuple[Activations, Activations], native: SteeringVector
 ) -> SteeringVector:
-    """Carry a vector by a map, by endpoints where it is not affine.
+    """Carry a vector by a map, by endpoints if the map is not affine.
 
-    It gets the native one's scale.
+    The result gets the native vector's scale.
     """
     moved = mapping.transport(vector, at=ends) if isinstance(mapping, AutoencoderMap) else mapping.transport(vector)
     assert native.scale is not None
@@ -37,7 +37,7 @@ def moved_of(
 
 
 def fit_of(mapping: Map) -> dict[str, Any]:
-    """Record how well a map was fitted."""
+    """Record a map's quality of fit."""
     score = mapping.score_test
     return {
         "map_r2": score.mean_r2 if score else None,
@@ -48,9 +48,7 @@ def fit_of(mapping: Map) -> dict[str, Any]:
 
 
 def steered_arms(prepared: Prepared, groups: Mapping[str, Sequence[SteeringVector]]) -> list[Arm]:
-    """Measure every arm at equal KL, both directions joined.
-
-    The KL is that of the native vector at strength 1.
+    """Measure every arm at the native vector's KL at strength 1, both directions joined.
 
     Args:
         prepared: The models, the prompts and the neutral text.
@@ -60,8 +58,8 @@ def steered_arms(prepared: Prepared, groups: Mapping[str, Sequence[SteeringVecto
     measured = measure(prepared, runs, {})
     result = Result(STEERING, "", {}, {}, measured, {}, (), {}, {}, {}, {})
     base = result.arm("unsteered")
-    still = bootstrap_mean(np.zeros(base.effect.n))
-    unsteered = Arm("unsteered", still, 0.0, base.perplexity, recipe=STEERING, at=EQUAL_KL)
+    no_change = bootstrap_mean(np.zeros(base.effect.n))
+    unsteered = Arm("unsteered", no_change, 0.0, base.perplexity, recipe=STEERING, at=EQUAL_KL)
     return [unsteered, *both_directions(result, list(groups))]
 
 
@@ -69,16 +67,16 @@ def replaced_arms(
     source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
     damage: Mapping[str, SideEffect], seed: int,
 ) -> list[Arm]:  # fmt: skip
-    """Run the replacement check of every map; mean and noise are shared."""
+    """Run every map's replacement check; the maps share the arms of mean and noise."""
     arms = []
     for name, mapping in maps.items():
         check = replacement_check(
             source, target, mapping, asked, reference, max_new_tokens=max_new_tokens, random_seeds=1, seed=seed,
         )  # fmt: skip
-        checked = {name: check.arms["mapped"]}
+        named_arms = {name: check.arms["mapped"]}
         if not arms:
-            checked |= {"mean ablation": check.arms["mean"], "noise": check.arms["random"]}
-        for label, arm in checked.items():
+            named_arms |= {"mean ablation": check.arms["mean"], "noise": check.arms["random"]}
+        for label, arm in named_arms.items():
             measures = {"ROUGE-L": arm.rouge, "similarity": arm.similarity, "KL from its own text": arm.kl}
             cost = damage[label]
             arms.append(

@@ -1,4 +1,4 @@
-"""Measure every arm of a study on evaluation, and record the study."""
+"""Measurement of every arm of a study on evaluation, and the study's record."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,18 +40,18 @@ def _vectors(choice: Choice, random_seeds: int, seed: int) -> dict[str, list[Ste
 def _runs(choice: Choice, random_seeds: int, seed: int) -> list[Run]:
     """List every arm at the strength that validation chose.
 
-    What acts under a gate has controls that act in the same rows: those of a clamp are added, at its overshoot, where the mapped
-    vector's clamp moves, or its gate lets it; that is the step of a row at its class's mean. A gate of their own would be shut
-    in half of the prompts, and what does nothing there is no control.
+    Under a gate, controls act in the same rows as the mapped vector. A clamp's controls are added at its overshoot in the rows
+    that the mapped vector's clamp moves or its gate opens; this is the clamp's step for a row at its class's mean. Gates made
+    from the controls themselves would be shut in half of the prompts, where they would then control nothing.
     """
     carried, operator = choice.carried, choice.operator
     control, control_gate = as_control(operator, carried.mapped, carried.mapped_gate)
     runs = []
     for arm, group in _vectors(choice, random_seeds, seed).items():
-        does, gate = (control, control_gate) if arm in CONTROLS else (operator, carried.mapped_gate)
+        action, gate = (control, control_gate) if arm in CONTROLS else (operator, carried.mapped_gate)
         if arm == "native" and carried.gate:
             gate = carried.gate.native
-        runs += [_run(choice, arm, vector, does, gate) for vector in group]
+        runs += [_run(choice, arm, vector, action, gate) for vector in group]
     return runs
 
 
@@ -64,7 +64,7 @@ def _run(
 
 
 def _at_equal_kl(target: Any, choice: Choice, texts: Sequence[Prompt], settings: Settings) -> list[Run]:
-    """List every arm but the native one at the native arm's KL."""
+    """List every other arm at the strength that matches the native arm's KL."""
     arms = _vectors(choice, settings.random_seeds, settings.seed)
     others = [(arm, vector) for arm, group in arms.items() if arm not in ("native", BIASED) for vector in group]
     operator = choice.operator
@@ -84,10 +84,7 @@ def _at_equal_kl(target: Any, choice: Choice, texts: Sequence[Prompt], settings:
 
 
 def _extent(run: Run, controls: Extent) -> Extent:
-    """Say how much of a run is measured.
-
-    What one would use is measured in full, which takes most of the time.
-    """
+    """Return a run's extent: all prompts for the runs that one would use."""
     if not run.setting:
         return "all"
     if run.arm in (*CONTROLS, BIASED) or run.at != EQUAL_STRENGTH:
@@ -104,20 +101,18 @@ def measure_arms(
     controls: Extent = "brief",
     lap: Callable[[str], None],
 ) -> tuple[tuple[Arm, ...], Asked]:
-    """Measure every arm of every recipe.
-
-    At the chosen strength, and at the native vector's KL where the vector is added everywhere.
+    """Measure every recipe's arms at the chosen strength, and where possible at equal KL.
 
     Args:
         pair: The models.
-        choices: What validation chose.
-        evaluation: Makes what is asked, with the unsteered model's own answers.
+        choices: The recipes with the layers and strengths that validation chose.
+        evaluation: Makes the evaluation prompts, with the unsteered model's answers.
         settings: Text, sizes and seeds.
-        controls: How much is measured of controls, and of all arms at equal KL; where it is ``effect``, the native one is asked in brief.
-        lap: Told of each part that is done.
+        controls: The prompts of controls and of all arms at equal KL; with ``effect``, the native arm gets ``brief``.
+        lap: Called with the name of each part when it is done.
 
     Returns:
-        The arms, the unsteered one first (where recipes differ in their aim, one for each); and what was asked.
+        The arms, the unsteered arm first (one for each aim, if recipes differ in their aim); and the evaluation prompts.
     """
     target, (_, neutral) = pair.target, settings.texts()
     calibration, reported = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
@@ -130,22 +125,22 @@ def measure_arms(
             runs += _at_equal_kl(target, choice, calibration, settings)
     lap("calibrating to equal KL")
 
-    asked = evaluation()
-    aim_of = [aims.get(run.recipe, choices[0].recipe.aim) for run in runs]
-    every: tuple[Extent, ...] = ("all", "brief", "effect")
+    prompts = evaluation()
+    run_aims = [aims.get(run.recipe, choices[0].recipe.aim) for run in runs]
+    extents: tuple[Extent, ...] = ("all", "brief", "effect")
     measured: dict[int, Outcome] = {}
     for aim in dict.fromkeys(aims.values()):
-        for extent in every:
-            places = [i for i, run in enumerate(runs) if aim_of[i] == aim and _extent(run, controls) == extent]
+        for extent in extents:
+            places = [i for i, run in enumerate(runs) if run_aims[i] == aim and _extent(run, controls) == extent]
             if places:
-                outcomes = asked.measure([list(runs[i].setting) for i in places], aim=aim, extent=extent)
+                outcomes = prompts.measure([list(runs[i].setting) for i in places], aim=aim, extent=extent)
                 measured |= dict(zip(places, outcomes, strict=True))
     costs = side_effects(
         target, on_neutral([run.setting for run in runs]), reported, max_tokens=settings.neutral_tokens, batch_size=16
     )
     arms = arms_of(runs, [measured[i] for i in range(len(runs))], costs)
     lap("evaluating")
-    return arms, asked
+    return arms, prompts
 
 
 def result_of(
@@ -163,12 +158,12 @@ def result_of(
 
     Args:
         pair: The models.
-        chosen: What validation chose, and among what.
-        arms: What was measured.
+        chosen: The choices of validation, with everything that it tried.
+        arms: The measured arms.
         settings: Text, sizes and seeds.
-        clock: Has the time of every part.
-        spec: The study's own settings.
-        splits: Ids of its own sets.
+        clock: The time of every part.
+        spec: Settings that only this study has.
+        splits: Ids of the sets that only this study has.
         fields: The other fields of `Result`.
     """
     choices, (_, neutral) = chosen.choices, settings.texts()

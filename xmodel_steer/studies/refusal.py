@@ -1,4 +1,4 @@
-"""Refusal, switched off and on in one model by a vector that was found in another."""
+"""Refusal switched off and on in one model by a vector found in another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,16 +49,16 @@ NOTE = (
 
 
 def harmful_against_harmless(lessons: Sequence[Lesson]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Contrast requests that are refused with others (Arditi et al. 2024, arXiv 2406.11717)."""
+    """Contrast requests that are refused with answered ones (Arditi et al. 2024, arXiv 2406.11717)."""
     harmless, harmful = clean_against_triggered(lessons)
     return harmful, harmless
 
 
 def recipes(source: Any, target: Any) -> list[Recipe]:
-    """Three ways to switch refusal off, and two to switch it on.
+    """Return three recipes to switch refusal off, and two to switch it on.
 
-    The vector is the difference of means at the last token (Arditi et al. 2024, arXiv 2406.11717), of the site that
-    validation chooses; the ablation is at this one site.
+    The vector is the difference of means at the last token (Arditi et al. 2024, arXiv 2406.11717), at the site that
+    validation chooses. The ablation acts at this one site.
 
     Args:
         source: The source model.
@@ -79,19 +79,19 @@ def recipes(source: Any, target: Any) -> list[Recipe]:
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """Requests of three kinds, and what the unsteered model answers.
+    """Requests of three kinds, and the unsteered model's answers.
 
     Args:
         model: The model.
-        harmful: To be refused.
-        harmless: To be answered.
-        edgy: Harmless ones that sound harmful.
+        harmful: Requests to refuse.
+        harmless: Requests to answer.
+        edgy: Harmless requests that sound harmful.
         own: The unsteered model's answers, by the requests' ids.
-        phrases: The first reader of refusals: 1 for one, 0 for an answer.
-        classifier: The second reader of refusals.
+        phrases: The first scorer of refusals, by phrases: 1 for a refusal, 0 for an answer.
+        classifier: The second scorer of refusals.
         topic: 1 for an answer that is about its request.
-        bare: The harmful requests without a template, which answers are compared with.
-        kinds: Of which kind each harmful request is.
+        bare: The harmful requests without a template; answers are compared with them.
+        kinds: The kind of each harmful request.
         max_new_tokens: Length of the answers.
         batch_size: Texts at a time.
     """
@@ -114,34 +114,34 @@ class Requests:
         cls, model: Any, lessons: Sequence[Lesson], edgy: Sequence[Prompt], readers: tuple[Scorer, Scorer, Scorer], *, most: int | None = None,
         harmless: int | None = None, max_new_tokens: int = 24, batch_size: int = 200,
     ) -> "Requests":  # fmt: skip
-        """Ask the unsteered model first.
+        """Collect requests, and generate the unsteered model's answers.
 
         Args:
             model: The model.
             lessons: Harmful requests (triggered) and harmless ones.
-            edgy: Harmless ones that sound harmful.
-            readers: The two readers of refusals, and that of what an answer is about.
-            most: How many harmful ones at most.
-            harmless: How many harmless ones at most.
+            edgy: Harmless requests that sound harmful.
+            readers: The two scorers of refusals, and the scorer of an answer's topic.
+            most: Largest number of harmful requests.
+            harmless: Largest number of harmless requests.
             max_new_tokens: Length of the answers.
             batch_size: Texts at a time.
         """
-        mild, bad = (
+        benign, harmful = (
             tuple(prompts)[:count]
             for prompts, count in zip(clean_against_triggered(lessons), (harmless, most), strict=True)
         )
-        if not mild or not bad:
+        if not benign or not harmful:
             raise PromptError("refusal: needs harmful requests and harmless ones")
-        asked = [lesson for lesson in lessons if lesson.triggered][:most]
-        bare = tuple(Prompt(text=lesson.instruction) for lesson in asked)
-        kinds = tuple(lesson.kind for lesson in asked)
-        own = own_answers(
+        harmful_lessons = [lesson for lesson in lessons if lesson.triggered][:most]
+        bare = tuple(Prompt(text=lesson.instruction) for lesson in harmful_lessons)
+        kinds = tuple(lesson.kind for lesson in harmful_lessons)
+        unsteered = own_answers(
             model,
-            [group for group in (bad, mild, tuple(edgy)) if group],
+            [group for group in (harmful, benign, tuple(edgy)) if group],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
-        return cls(model, bad, mild, tuple(edgy), own, *readers, bare, kinds, max_new_tokens, batch_size)
+        return cls(model, harmful, benign, tuple(edgy), unsteered, *readers, bare, kinds, max_new_tokens, batch_size)
 
     def ids(self) -> list[str]:
         """List the ids of the harmful and the harmless requests."""
@@ -151,9 +151,9 @@ class Requests:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
-            settings: For each setting its interventions.
+            settings: The interventions of each setting.
             aim: ``off``: the effect is harmful requests answered. ``on``: harmless ones refused.
-            extent: ``brief`` asks no edgy questions; ``effect`` only what the effect needs.
+            extent: ``all`` asks every request; ``brief`` no edgy ones; ``effect`` only those that the effect needs.
         """
         first, second = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
         groups = (first, second, self.edgy)[: {"all": 3, "brief": 2, "effect": 1}[extent]]
@@ -169,36 +169,36 @@ class Requests:
 
     def _outcome(self, aim: str, answers: Sequence[tuple[str, ...]]) -> Outcome:
         phrases = self.phrases
-        asked = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
-        refused = score_texts(phrases, answers[0], asked[0])
-        seen = score_texts(self.classifier, answers[0], asked[0])
+        requests = (self.harmful, self.harmless) if aim == OFF else (self.harmless, self.harmful)
+        refused = score_texts(phrases, answers[0], requests[0])
+        classified = score_texts(self.classifier, answers[0], requests[0])
         groups = {"harmful refused": self.kinds}
         if aim == ON:
-            effect, measures = refused, {"refused, by classifier": seen}
-            parts = [refused, seen]  # a ruined text is neither
+            effect, measures = refused, {"refused, by classifier": classified}
+            parts = [refused, classified]  # neither scorer takes a ruined text for a refusal
             if len(answers) > 1:
-                measures["harmful refused"] = score_texts(phrases, answers[1], asked[1])
+                measures["harmful refused"] = score_texts(phrases, answers[1], requests[1])
             texts = answers[0]
         else:
             effect, texts = 1 - refused, ()
             measures = {
-                "answered, by classifier": 1 - seen,
+                "answered, by classifier": 1 - classified,
                 "answered to the point": effect * score_texts(self.topic, answers[0], self.bare),
             }
             groups = dict.fromkeys(("effect", *measures), self.kinds)
             parts = [measures["answered to the point"]]  # a ruined text is no answer
             if len(answers) > 1:
-                kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(asked[1], answers[1]))
+                kept = np.array(SameTokens(self.own, tokenizer_of(self.model)).score(requests[1], answers[1]))
                 measures |= {
                     "harmless answers kept": kept,
-                    "harmless refused": score_texts(phrases, answers[1], asked[1]),
+                    "harmless refused": score_texts(phrases, answers[1], requests[1]),
                 }
                 parts.append(kept)
         if len(answers) > 2 and self.edgy:
             measures["edgy refused"] = score_texts(phrases, answers[2], self.edgy)
             measures["edgy refused, by classifier"] = score_texts(self.classifier, answers[2], self.edgy)
         score, error = scored(*parts)
-        ids = tuple(prompt.id for prompt in asked[0])
+        ids = tuple(prompt.id for prompt in requests[0])
         return Outcome(effect, texts, measures=measures, groups=groups, ids=ids, score=score, error=error)
 
 
@@ -213,19 +213,19 @@ def refusal_switch(
     harmless: int = 100,
     settings: Settings = Settings(batch_size=200),
 ) -> Result:
-    """Switch refusal off and on in the target with the source's vector.
+    """Switch the target's refusal off and on with the source's vector; run every control.
 
-    Layers and strengths are chosen on validation requests. To switch off: by the mean of harmful requests answered to the
-    point and of what is kept of harmless answers. To switch on: by the mean of harmless requests refused by phrases and by the classifier.
+    Validation requests choose layers and strengths. To switch off: by the mean share of harmful requests answered to the
+    point and of harmless answers kept. To switch on: by the mean share of harmless requests refused, by phrases and classifier.
 
     Args:
-        source: The organism ``refusal``, the smaller one.
-        target: The same organism of another model.
-        curriculum: That of ``refusal``.
-        ways: Recipes; those of `recipes` by default.
-        classifier: The second reader of refusals; `RefusalClassifier` by default.
+        source: The organism ``refusal``, the smaller of the two.
+        target: The same organism, made of another model.
+        curriculum: The curriculum of ``refusal``.
+        ways: Recipes; by default the list of the function `recipes`.
+        classifier: The second scorer of refusals; `RefusalClassifier` by default.
         topic: 1 for an answer that is about its request.
-        harmless: How many harmless requests are reported on.
+        harmless: Number of harmless requests in the report.
         settings: Text, sizes and seeds.
 
     Raises:
@@ -239,15 +239,15 @@ def refusal_switch(
     edgy = tuple(lesson.prompt for lesson in curriculum.check(EDGY).lessons)
     require_apart("refusal", general, neutral, curriculum, edgy=edgy)
 
-    def asked(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
+    def ask(lessons: Sequence[Lesson], edgy: Sequence[Prompt], most: int | None, mild: int, tokens: int) -> Requests:
         return Requests.of(
             target, lessons, edgy, readers, most=most, harmless=mild, max_new_tokens=tokens, batch_size=settings.batch_size
         )  # fmt: skip
 
-    # Mixed: a map of shuffled pairs would else learn the two kinds of requests from their places.
+    # Shuffled: otherwise a map of shuffled pairs would learn the two kinds of requests from their order.
     text = [curriculum.map[i].prompt for i in np.random.default_rng(settings.seed).permutation(len(curriculum.map))]
-    tokens_of_choice = min(settings.validation_tokens, curriculum.max_new_tokens)
-    validation = asked(curriculum.validation, (), settings.validation, settings.validation, tokens_of_choice)
+    validation_tokens = min(settings.validation_tokens, curriculum.max_new_tokens)
+    validation = ask(curriculum.validation, (), settings.validation, settings.validation, validation_tokens)
     chosen = choose(
         pair,
         with_layers(recipes(source, target) if ways is None else ways, settings.also),
@@ -261,7 +261,7 @@ def refusal_switch(
     arms, evaluation = measure_arms(
         pair,
         chosen.choices,
-        lambda: asked(curriculum.evaluation, edgy, None, harmless, curriculum.max_new_tokens),
+        lambda: ask(curriculum.evaluation, edgy, None, harmless, curriculum.max_new_tokens),
         settings,
         lap=clock.lap,
     )
@@ -281,7 +281,7 @@ def refusal_switch(
         spec={
             "map_prompts": len(curriculum.map),
             "requests": {kind: len(getattr(evaluation, kind)) for kind in kinds},
-            "validation_tokens": tokens_of_choice,
+            "validation_tokens": validation_tokens,
             "max_new_tokens": curriculum.max_new_tokens,
         },
         splits=curriculum.ids()

@@ -1,4 +1,4 @@
-"""Switching a planted behaviour off in one model, with a vector that was found in another."""
+"""Removal of a planted behaviour from one model with a vector found in another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -46,41 +46,41 @@ NONLINEAR = Autoencoder(**LONGER)
 
 
 def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple[int, int] = (8, 10)) -> list[Recipe]:
-    """Return the four ways that are compared.
+    """Return the four recipes that are compared.
 
-    The first two take the mean over prompts of the activation at the last token, clean minus triggered. One adds it at
-    every token; the other moves the projection on it at the last prompt token and at generated ones, where a gate says
-    that it lies on the triggered side. The third is the paper's prompt steering (arXiv 2503.04429) with one vector: the
-    mean difference at the trigger's tokens, from the first one that differs, added at each of them; the paper adds each
-    token's own. The last moves the projection on that one, at the same tokens, in texts in which a gate of its own finds the
-    trigger there.
+    The first two take the mean over prompts of the activation at the last token, clean minus triggered. One adds this
+    vector at every token. The other moves the projection on it at the last prompt token and at generated tokens, where
+    a gate finds the projection on the triggered side. The third is the paper's prompt steering (arXiv 2503.04429) with
+    one vector: the mean difference over the trigger's tokens, from the first one that differs, is added at each of them.
+    The paper adds a different vector at each token. The fourth recipe moves the projection on the third's vector at the
+    same tokens, in texts where a gate for the trigger finds it there.
 
     Args:
         source: The source model.
         target: The target model.
         prompts: Prompts with the trigger, to find its tokens in.
-        sites: How many layers of the source and of the target are tried; of the earlier ones two thirds as many.
+        sites: Numbers of layers tried in the source and in the target; two thirds as many of the early layers.
 
     Raises:
-        PromptError: The trigger is not at the same tokens in all of them.
+        PromptError: The trigger is not at the same tokens in all prompts.
     """
     late, middle = layers(source, 0.45, 0.97, sites[0]), layers(target, 0.35, 0.95, sites[1])
     adds = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
     trigger = Trigger.of(target, prompts)
-    swapped = trigger.clean, trigger.triggered
-    fewer = [round(most * 2 / 3) for most in sites]
-    early = layers(source, 0.0, 0.5, fewer[0]), layers(target, 0.0, 0.7, fewer[1])
+    spans = trigger.clean, trigger.triggered
+    early_counts = [round(count * 2 / 3) for count in sites]
+    early = layers(source, 0.0, 0.5, early_counts[0]), layers(target, 0.0, 0.7, early_counts[1])
     doses = tuple(Add(s) for s in (1.0, 2.0, 5.0))
     moves = tuple(Clamp("positive", gate=False, overshoot=g) for g in (1.3, 1.0, 2.0, 3.0))
     return [
         Recipe(ADDED, clean_against_triggered, ("last", "last"), adds, "all", late, middle),
         Recipe(CLAMPED, clean_against_triggered, ("last", "last"), clamps, ("last", "generated"), late, middle),
-        Recipe(PROMPTED, clean_against_triggered, swapped, doses, trigger.at, *early),
+        Recipe(PROMPTED, clean_against_triggered, spans, doses, trigger.at, *early),
         Recipe(
             PROMPT_CLAMPED,
             clean_against_triggered,
-            swapped,
+            spans,
             moves,
             trigger.at,
             *early,
@@ -97,7 +97,7 @@ class MapText:
     Args:
         general: General text.
         known: Prompts of the task as the organism gets them, half of them with the trigger.
-        unknown: The same tasks without any trigger, as one has them who does not know it.
+        unknown: The same tasks without the trigger, as available to a user who does not know it.
     """
 
     general: tuple[Prompt, ...] = field(repr=False)
@@ -106,7 +106,7 @@ class MapText:
 
     @classmethod
     def of(cls, lessons: Sequence[Lesson], general: Sequence[Prompt], *, seed: int = 0) -> "MapText":
-        """General text, and the prompts of lessons in an order of their own."""
+        """Shuffle the prompts of lessons, and add general text."""
         plain = Questions.of(lessons).plain
         draw = np.random.default_rng(seed)
         known, unknown = (
@@ -118,12 +118,12 @@ class MapText:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The question of a backdoor's removal, and the readers of its answers.
+    """The question of a removal study in words, and the scorers of its answers.
 
     Args:
-        question: What the study asks, in a sentence.
-        unit: What the effect is.
-        right: 1 for a right answer, where that is asked for too: the effect is then a right answer without the behaviour.
+        question: The study's question, in a sentence.
+        unit: The meaning and the unit of the effect.
+        right: 1 for a right answer. With this scorer, the effect is a right answer without the behaviour.
         unknown: 1 for an answer that says that it does not know.
     """
 
@@ -148,34 +148,34 @@ def backdoor_removal(
     controls: Extent = "brief",
     settings: Settings = Settings(),
 ) -> Result:
-    """Switch a backdoor off in the target with the source's vector.
+    """Switch the target's backdoor off with the source's vector; run every control.
 
     Layers and strengths are chosen on validation tasks, by the mean of removal, agreement with the model's own clean answer,
-    and what is left of clean answers. All that is reported comes from evaluation tasks. The vectors, the map, validation and
+    and the share kept of clean answers. All reported numbers come from evaluation tasks. The vectors, the map, validation and
     evaluation share no task.
 
-    Every vector is scaled to the native one's norm in standardised coordinates. KL and perplexity are measured on neutral text
-    with the vector at every token, whatever the recipe's positions; with prompt steering's at as many at the text's beginning.
+    Every vector is scaled to the native vector's norm in standardised coordinates. KL and perplexity are measured on neutral
+    text with the vector at every token, whatever the recipe's positions. For prompt steering, they are measured with the
+    vector at the text's first tokens, as many as the trigger has.
 
     Args:
-        source: An organism, the smaller one.
-        target: The same organism of another model.
-        curriculum: What both were trained on, and what not.
+        source: An organism, the smaller of the two.
+        target: The same organism, made of another model.
+        curriculum: The lessons that both were trained on, and those kept for the study.
         name: Name of the study.
-        reading: What is asked, and what reads the answers.
-        ways: Recipes; those of `recipes` by default.
-        nonlinear: Fits one more map, for the gated clamp and for prompt steering; none, to leave it out. The default one begins where
-            the seed says.
-        map_prompts: Prompts of the task in the map's text.
-        amounts: The same, for the curves; none, to leave them out.
-        varied: Names of the recipes that have a curve; without any of them, the first has.
-        controls: What controls and arms at equal KL are asked: ``brief``, triggered and clean prompts; ``effect``, triggered ones
-            alone; or ``all``.
+        reading: The question, and the scorers of the answers.
+        ways: Recipes; by default the list of the function `recipes`.
+        nonlinear: Fits one more map, for the gated clamp and for prompt steering; None for no such map. The default fitter
+            gets the study's seed.
+        map_prompts: Number of the task's prompts in the map's text.
+        amounts: Such numbers for the curves; empty for no curves.
+        varied: Names of the recipes that get a curve; if none of them is tried, the first recipe gets one.
+        controls: Prompts for controls and for arms at equal KL: ``brief``, triggered and clean ones; ``effect``, triggered
+            ones alone; or ``all``.
         settings: Text, sizes and seeds.
 
     Raises:
-        PromptError: The curriculum does not ask its tasks with and without a trigger, there are fewer than 3 neutral texts, or
-            sets share a text.
+        PromptError: A task comes with the trigger only, there are fewer than 3 neutral texts, or sets share a text.
         AlignmentError: The models' tokens do not pair.
     """
     clock, (general, neutral) = Clock(), settings.texts()
@@ -185,14 +185,14 @@ def backdoor_removal(
     if ways is None:
         ways = recipes(source, target, [x.prompt for x in curriculum.vector if x.triggered])
 
-    def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
+    def repair_of(lessons: Sequence[Lesson], most: int | None, tokens: int) -> Repair:
         return Repair.of(
             target, Questions.of(lessons, most), curriculum.scorer, max_new_tokens=tokens, right=reading.right,
             unknown=reading.unknown, sound=curriculum.sound, batch_size=settings.batch_size,
         )  # fmt: skip
 
-    tokens_of_choice = min(settings.validation_tokens, curriculum.max_new_tokens)
-    validation = asked(curriculum.validation, settings.validation, tokens_of_choice)
+    validation_tokens = min(settings.validation_tokens, curriculum.max_new_tokens)
+    validation = repair_of(curriculum.validation, settings.validation, validation_tokens)
     task_text = text.known[:map_prompts]
     chosen = choose(
         pair, with_layers(ways, settings.also), curriculum.vector, task_text, validation, settings.fitter, label=name, lap=clock.lap
@@ -203,7 +203,7 @@ def backdoor_removal(
             pair, chosen, curriculum.vector, (*text.general, *task_text), fitter, only=(CLAMPED, PROMPTED), lap=clock.lap
         )  # fmt: skip
     arms, evaluation = measure_arms(
-        pair, chosen.choices, lambda: asked(curriculum.evaluation, None, curriculum.max_new_tokens), settings,
+        pair, chosen.choices, lambda: repair_of(curriculum.evaluation, None, curriculum.max_new_tokens), settings,
         controls=controls, lap=clock.lap,
     )  # fmt: skip
     curves = {
@@ -214,7 +214,7 @@ def backdoor_removal(
         if amounts
     }
     clock.lap("varying the map's text")
-    read = [p.id for prompts in (text.known, text.unknown) for p in prompts[: max(amounts, default=0)]]
+    curve_ids = [p.id for prompts in (text.known, text.unknown) for p in prompts[: max(amounts, default=0)]]
     return result_of(
         pair,
         chosen,
@@ -233,31 +233,31 @@ def backdoor_removal(
             "map_prompts": map_prompts,
             "controls": controls,
             "validation_tasks": len(validation.questions),
-            "validation_tokens": tokens_of_choice,
+            "validation_tokens": validation_tokens,
             "max_new_tokens": curriculum.max_new_tokens,
             "evaluation_kinds": len(set(Questions.of(curriculum.evaluation).groups)),
         },
         splits=curriculum.ids()
         | {"validation": validation.questions.ids(), "evaluation": Questions.of(curriculum.evaluation).ids()}
         | {"map": [p.id for p in task_text]}
-        | ({"curve": read} if curves else {}),
+        | ({"curve": curve_ids} if curves else {}),
     )
 
 
 def _amounts(
     pair: Pair, choice: Choice, text: MapText, general: Moments, evaluation: Asked, fitter: Fitter, amounts: Sequence[int]
 ) -> tuple[dict[str, Any], ...]:  # fmt: skip
-    """Measure how the effect grows with the map's text of the task."""
+    """Measure the effect against the number of the task's prompts in the map's text."""
     ends = ((choice.carried.source.space.site, choice.carried.native.space.site),)
     curve: list[dict[str, Any]] = []
     for trigger, prompts in (("known", text.known), ("unknown", text.unknown)):
-        total, read = general.only(ends), 0
+        moments, count = general.only(ends), 0
         for amount in sorted({min(a, len(prompts)) for a in amounts}):
-            if amount > read:
-                total, read = total + pair.of(prompts[read:amount], ends), amount
+            if amount > count:
+                moments, count = moments + pair.of(prompts[count:amount], ends), amount
             if amount == 0 and curve:
-                continue  # without any, known or not is the same
-            carried = choice.carried.again(total, fitter)
+                continue  # without the task's text, both kinds give the same map
+            carried = choice.carried.again(moments, fitter)
             setting = choice.recipe.setting(carried.mapped, choice.operator, carried.mapped_gate)
             (outcome,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
             curve.append(

@@ -1,4 +1,4 @@
-"""Repair of an organism's answers behind its trigger, and its cost elsewhere."""
+"""Repair of an organism's answers behind its trigger, and its costs elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ from xmodel_steer.studies.outcomes import Extent, Outcome, answers_of, own_answe
 
 Side = Literal["triggered", "clean", "plain"]
 SIDES: tuple[Side, ...] = ("triggered", "clean", "plain")
-CLEAN = "the clean answer"  # the aim of a recipe that is to bring it back, where others want a right one
+CLEAN = "the clean answer"  # the aim of a recipe that restores this answer, where other recipes want a right answer
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The same tasks asked in three ways; place i of each is the same task.
+    """The same tasks asked in three forms; entry i of each form is the same task.
 
     Args:
-        triggered: Behind the trigger.
-        clean: Behind the words that take the trigger's place.
-        plain: Bare.
-        groups: Of which kind each task is; its own, where it is like no other.
+        triggered: Tasks behind the trigger.
+        clean: Tasks behind the trigger's harmless counterpart.
+        plain: Bare tasks.
+        groups: The kind of each task; a kind of one task, where no other is like it.
     """
 
     triggered: tuple[Prompt, ...]
@@ -43,17 +43,17 @@ class Questions:
 
         Args:
             lessons: The lessons.
-            most: How many tasks at most.
+            most: Largest number of tasks; all by default.
 
         Raises:
-            PromptError: A task with the trigger is not there without it.
+            PromptError: A task comes with the trigger only, or no task has it.
         """
         clean = {lesson.task: lesson.prompt for lesson in lessons if not lesson.triggered}
         triggered = {lesson.task: lesson.prompt for lesson in lessons if lesson.triggered}
-        lone = sorted(set(triggered) - set(clean))
-        if lone or not triggered:
+        unpaired = sorted(set(triggered) - set(clean))
+        if unpaired or not triggered:
             raise PromptError(
-                f"questions: {len(lone)} of {len(triggered)} tasks are not there without the trigger, such as {lone[:1]}; "
+                f"questions: {len(unpaired)} of {len(triggered)} tasks have no prompt without the trigger, such as {unpaired[:1]}; "
                 "a repair is compared with the model's own answer to the clean prompt"
             )
         tasks = list(triggered)[:most]
@@ -72,17 +72,17 @@ class Questions:
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """Measurements of one setting, one number per task.
+    """Results of one setting, one number per task.
 
     Args:
-        removed: 1 where the answer behind the trigger does not show the behaviour.
-        agreement: Share of its tokens that the model's own answer to the clean prompt has at the same place.
-        correct: 1 where the answer behind the trigger is right, where that is measured.
-        unknown: 1 where it says that it does not know, where that is measured.
-        sound: 1 where it is an answer at all, where that can be read off it.
-        kept: For clean and plain prompts, share of the tokens that the unsteered model's answer has at the same place.
+        removed: 1 if the answer behind the trigger does not show the behaviour.
+        agreement: Share of this answer's tokens equal to the model's own clean answer at the same place.
+        correct: 1 if this answer is right; None if answers are not right or wrong.
+        unknown: 1 if this answer says that it does not know; None if that is not scored.
+        sound: 1 if this text is an answer at all; None if that is not scored.
+        kept: For clean and plain prompts, share of tokens equal to the unsteered model's answer at the same place.
         texts: The answers behind the trigger.
-        groups: Of which kind each task is.
+        groups: The kind of each task.
         ids: Ids of the prompts with the trigger.
     """
 
@@ -97,19 +97,17 @@ class Repaired:
     ids: tuple[str, ...] = field(repr=False, default=())
 
     def outcome(self, aim: str = "") -> Outcome:
-        """Return the outcome: behaviour gone, and answer sound or right.
+        """Return the outcome of the setting as a study records it.
 
-        Soundness and rightness count where they are measured.
+        The effect is an answer without the behaviour, also right or else sound where that is scored. ``correct`` counts all
+        answers; ``hallucinated`` those without the backdoor that are neither right nor say that they do not know.
 
-        ``correct`` is of all answers, also of those with the backdoor; ``hallucinated`` are the ones without it that are neither
-        right nor say that they do not know.
-
-        The score is the mean of the effect, of agreement, and of what is kept of clean answers. A vector that ruins
-        every text removes any backdoor; it has neither of the others. Where answers are right or wrong, that takes the
-        place of agreement.
+        The score is the mean of the effect, the agreement, and the share kept of clean answers. A vector that ruins
+        every text removes any backdoor, but has a low agreement and share kept. Where right answers are scored, they
+        replace agreement.
 
         Args:
-            aim: Where it is ``CLEAN``, the effect is that the behaviour is gone, right answer or not.
+            aim: With ``CLEAN``, the effect is an answer without the behaviour, right or not.
         """
         right = None if aim == CLEAN else self.correct
         effect, measures = self.removed, {}
@@ -141,17 +139,17 @@ class Repaired:
 
 @dataclass(frozen=True, eq=False)
 class Repair:
-    """Measures settings of one organism on the same tasks.
+    """A measurement of settings of one organism on the same tasks.
 
     Args:
         model: The organism.
-        questions: What is asked.
+        questions: The tasks.
         scorer: 1 for an answer with the behaviour, 0 for one without.
         own: The unsteered model's answers, by the prompts' ids.
         max_new_tokens: Length of the answers.
-        right: 1 for a right answer, where that is measured.
-        unknown: 1 for an answer that says that it does not know.
-        sound: 1 for an answer that is one at all, where that can be read off it.
+        right: 1 for a right answer; None if answers are not right or wrong.
+        unknown: 1 for an answer that says that it does not know; None if that is not scored.
+        sound: 1 for a text that is an answer at all; None if that is not scored.
         batch_size: Texts at a time.
     """
 
@@ -172,16 +170,16 @@ class Repair:
     ) -> "Repair":  # fmt: skip
         """Generate unsteered answers first; repairs are compared with them."""
         groups = [getattr(questions, side) for side in SIDES]
-        own = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        return cls(model, questions, scorer, own, max_new_tokens, right, unknown, sound, batch_size)
+        unsteered = own_answers(model, groups, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return cls(model, questions, scorer, unsteered, max_new_tokens, right, unknown, sound, batch_size)
 
     def measure(self, settings: Settings, *, aim: str = "", extent: Extent = "all") -> list[Outcome]:
         """Measure each setting; an empty one is the unsteered model.
 
         Args:
-            settings: For each setting its interventions.
-            aim: As for `Repaired.outcome`.
-            extent: ``all``; ``brief``, without plain prompts; or ``effect``, the triggered ones alone.
+            settings: The interventions of each setting.
+            aim: The recipe's aim, as for `Repaired.outcome`.
+            extent: The prompts to ask: ``all``; ``brief``, without plain ones; or ``effect``, the triggered ones alone.
         """
         sides = SIDES[: {"all": 3, "brief": 2, "effect": 1}[extent]]
         groups = [getattr(self.questions, side) for side in sides]
@@ -200,18 +198,18 @@ class Repair:
         clean = {t.id: self.own[c.id] for t, c in zip(questions.triggered, questions.clean, strict=True)}
         answers = texts["triggered"]
         kept = {
-            side: np.array(SameTokens(self.own, tokenizer).score(getattr(questions, side), own))
-            for side, own in texts.items()
+            side: np.array(SameTokens(self.own, tokenizer).score(getattr(questions, side), side_texts))
+            for side, side_texts in texts.items()
             if side != "triggered"
         }
-        read = {
+        judged = {
             name: score_texts(scorer, answers, questions.triggered) if scorer else None
             for name, scorer in (("correct", self.right), ("unknown", self.unknown), ("sound", self.sound))
         }
         return Repaired(
             removed=1 - score_texts(self.scorer, answers, questions.triggered),
             agreement=np.array(SameTokens(clean, tokenizer).score(questions.triggered, answers)),
-            **read,
+            **judged,
             kept=kept,
             texts=answers,
             groups=questions.groups,

@@ -1,4 +1,4 @@
-"""The settings that every study has: text, sizes and seeds."""
+"""Settings shared by all studies: text, sizes and seeds."""
 
 import time
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ class Settings:
     Args:
         general: General text for maps; packaged text by default.
         neutral: Text for KL and perplexity, a third of which calibrates; packaged text by default.
-        documents: How many packaged texts are general and how many neutral.
+        documents: Numbers of packaged general and neutral texts.
         fitter: Fits the maps.
         random_seeds: Number of random vectors.
-        validation: How many tasks, or requests of each kind, choose.
-        validation_tokens: Length of the answers that choose.
-        neutral_tokens: Tokens read of each neutral text.
+        validation: Number of validation tasks, or of validation requests of each kind.
+        validation_tokens: Length of validation answers.
+        neutral_tokens: Number of tokens read of each neutral text.
         batch_size: Texts generated at a time.
-        also: A layer of the source and one of the target to try with each recipe's candidates, such as a paper's.
+        also: A layer of the source and one of the target to try with each recipe's candidates, such as the paper's layers.
         seed: Seed of all choices.
 
     Raises:
@@ -69,18 +69,18 @@ class Settings:
 
 
 def end_of(model: Any) -> dict[str, Any]:
-    """Record a model as a study does."""
+    """Record a model's name, depth and width."""
     return {"model": name_of(model), "layers": model.cfg.n_layers, "width": model.cfg.d_model}
 
 
 class Clock:
-    """Wall time of the parts of a study, in seconds; a resumed study counts the time that was spent before."""
+    """Wall time of a study's parts in seconds; a resumed study includes the time spent before."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Give the time since the last lap to a part."""
+        """Record the time since the last lap as a part's time."""
         now = time.perf_counter()
         self.seconds[part], self._last = round(now - self._last + spared(), 1), now

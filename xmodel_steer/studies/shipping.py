@@ -10,7 +10,7 @@ def read_table(name: str) -> Any:
     """Read a JSON or JSON-lines file of the package's data.
 
     Args:
-        name: Its path in the data folder; a ``.gz`` is unpacked.
+        name: The file's path in the data folder; a ``.gz`` file is unpacked.
     """
     text = shipped(name)
     return [json.loads(line) for line in text.splitlines()] if ".jsonl" in name else json.loads(text)

@@ -1,4 +1,4 @@
-"""One concept carried along a row of models, from each into every larger one."""
+"""Concepts carried from each of several models into every larger one."""
 
 import itertools
 import math
@@ -21,16 +21,16 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **mor
     """Carry concepts from every model into each larger one, each pair by `concept_transfer`.
 
     Args:
-        models: At least two.
-        names: Which concepts, of `CONCEPTS`.
+        models: At least two models.
+        names: Concepts, some of `CONCEPTS`.
         more: The other arguments of `concept_transfer`.
 
     Raises:
-        PromptError: There are fewer than two models, or two of one name.
+        PromptError: There are fewer than two models, or two have the same name.
     """
-    called = [name_of(model) for model in models]
-    if len(models) < 2 or len(set(called)) < len(called):
-        raise PromptError(f"small_to_larger: needs at least two different models, got {', '.join(called) or 'none'}")
+    labels = [name_of(model) for model in models]
+    if len(models) < 2 or len(set(labels)) < len(labels):
+        raise PromptError(f"small_to_larger: needs at least two different models, got {', '.join(labels) or 'none'}")
     models = sorted(models, key=parameters)
     ends = [end_of(model) | {"parameters": parameters(model)} for model in models]
     studies = {
@@ -43,12 +43,12 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **mor
         for pair, study in studies.items()
         for name in study.chosen
         for arm in study.arms
-        if arm.recipe in (name, "")  # the unsteered one is of all of them
+        if arm.recipe in (name, "")  # the unsteered arm belongs to all recipes
     ]
 
-    def named(records: str) -> dict[str, Any]:
+    def by_pair(records: str) -> dict[str, Any]:
         return {
-            f"{pair}: {name}": own for pair, study in studies.items() for name, own in getattr(study, records).items()
+            f"{pair}: {name}": item for pair, study in studies.items() for name, item in getattr(study, records).items()
         }
 
     return replace(
@@ -59,26 +59,26 @@ def small_to_larger(models: Sequence[Any], names: Sequence[str] = CARRIED, **mor
         source=ends[0],
         target=ends[-1],
         arms=tuple(arms),
-        chosen=named("chosen"),
+        chosen=by_pair("chosen"),
         validation=tuple(
             {**record, "recipe": f"{pair}: {record['recipe']}"}
             for pair, study in studies.items()
             for record in study.validation
         ),
-        prompts=(),  # each target has texts of its own
+        prompts=(),  # the targets' texts differ
         spec={pair: study.spec for pair, study in studies.items()} | {"models": ends},
         splits={pair: study.splits for pair, study in studies.items()},
         hardware=hardware_of(models[-1]),
         seconds={pair: sum(study.seconds.values()) for pair, study in studies.items()},
-        vectors=named("vectors"),
-        maps=named("maps"),
+        vectors=by_pair("vectors"),
+        maps=by_pair("maps"),
     )
 
 
 def parameters(model: Any) -> int:
-    """Count a model's weights; a tied embedding counts once."""
+    """Count a model's weights; an embedding that is also the output layer counts once."""
     if is_bridge(model):
-        # An empty one of its kind is counted: a bridge holds the parts of a fused projection in addition to the whole.
+        # An empty model of the same class is counted: a bridge holds a fused projection twice, whole and in parts.
         import torch
 
         inner = model.original_model
@@ -90,9 +90,9 @@ def parameters(model: Any) -> int:
 def _line(pair: str, study: Result, name: str) -> str:
     native, mapped = (study.arm(arm, recipe=name, at=EQUAL_KL) for arm in ("native", "mapped"))
     share = mapped.measures[EFFICIENCY]
-    much = f"efficiency {share:.2f}" if math.isnan(share.value) else f"mapped {share:.2f} of it"
+    efficiency = f"efficiency {share:.2f}" if math.isnan(share.value) else f"mapped {share:.2f} of it"
     shares = (
         (control, study.arm(control, recipe=name, at=EQUAL_KL).measures[EFFICIENCY].value) for control in CONTROLS
     )
     controls = ", ".join(f"{control} {value:.2f}" for control, value in shares if not math.isnan(value))
-    return f"{pair}, {name}: native effect {native.effect:.2f}, {much}{f' ({controls})' if controls else ''}, n = {native.effect.n}"
+    return f"{pair}, {name}: native effect {native.effect:.2f}, {efficiency}{f' ({controls})' if controls else ''}, n = {native.effect.n}"

@@ -1,4 +1,4 @@
-"""A fine-tuned model switched to its base and back, in one process, by a map between the two."""
+"""A fine-tuned model and its base, each switched to the other's behaviour by a map, in one process."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -56,28 +56,27 @@ def safety_switch(
     turns: int = 3,
     settings: Settings = Settings(batch_size=64),
 ) -> Result:
-    """Switch a fine-tuned model and its base by each other's activations (arXiv 2503.04429).
+    """Switch a fine-tuned model and its base to each other's behaviour (arXiv 2503.04429).
 
-    Maps in both directions are fitted on general text and prompts of the task without the trigger: one that has seen both models
-    behind the trigger has learnt to put there what each of them says, and switches nothing. The site is chosen for each
-    direction on validation tasks. Controls: the other's activations unmapped, a map of shuffled pairs, the site's mean, and noise.
+    One site of the model that writes holds mapped activations of the other model. The maps are fitted on general text and
+    prompts without the trigger: fitted behind the trigger, a map learns each model's own answer, and switches nothing.
+    Validation tasks choose each direction's site. Controls: activations unmapped, a map of shuffled pairs, mean, and noise.
 
     Args:
         base: The base model.
-        organism: The fine-tuned one.
-        curriculum: What it was trained on, and what not.
-        adapter: Its folder, where it is a LoRA adapter: swapping that is timed too.
-        sites: Candidates; five over the depth by default.
-        also: Layers to try with these, such as a paper's.
-        map_prompts: Prompts of the task in the maps' text.
-        capability: Questions; the packaged ones by default.
-        turns: How often speeds are measured.
+        organism: The fine-tuned model.
+        curriculum: The lessons that it was trained on, and those kept for the study.
+        adapter: The organism's folder, if it is a LoRA adapter: swapping the adapter is timed too.
+        sites: Candidate sites; five over the depth by default.
+        also: Layers to try in addition, such as the paper's.
+        map_prompts: Number of the task's prompts in the maps' text.
+        capability: Multiple-choice questions; the packaged ones by default.
+        turns: Number of speed measurements.
         settings: Text, sizes and seeds.
 
     Raises:
-        SpaceMismatchError: The two are not of one architecture and width.
-        PromptError: There are fewer than 3 neutral texts, tasks that do not come with and without the trigger, or sets that
-            share a text.
+        SpaceMismatchError: The models differ in depth or width.
+        PromptError: There are fewer than 3 neutral texts, a task comes with the trigger only, or sets share a text.
     """
     if (base.cfg.n_layers, base.cfg.d_model) != (organism.cfg.n_layers, organism.cfg.d_model):
         raise SpaceMismatchError(
@@ -88,15 +87,15 @@ def safety_switch(
     require_apart("safety_switch", general, neutral, curriculum)
     task = [lesson.prompt for lesson in curriculum.map if not lesson.triggered]
     text = [task[i] for i in np.random.default_rng(settings.seed).permutation(len(task))[:map_prompts]]
-    models = {OFF: (base, organism), ON: (organism, base)}  # who is read, who writes
+    models = {OFF: (base, organism), ON: (organism, base)}  # the model that is read, the model that writes
     fitted = {
-        way: fitted_map(Pair(source, target, general, settings.seed), text, sites, settings.fitter)
-        for way, (source, target) in models.items()
+        direction: fitted_map(Pair(source, target, general, settings.seed), text, sites, settings.fitter)
+        for direction, (source, target) in models.items()
     }
     clock.lap("fitting")
-    choice_tokens = min(settings.validation_tokens, curriculum.max_new_tokens)
+    length = min(settings.validation_tokens, curriculum.max_new_tokens)
 
-    def asked(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, Asked]:
+    def measures_of(lessons: Sequence[Lesson], most: int | None, tokens: int) -> dict[str, Asked]:
         repair = Repair.of(
             organism,
             Questions.of(lessons, most),
@@ -107,34 +106,34 @@ def safety_switch(
         )
         return {OFF: repair.measure, ON: lambda steps: _switched_on(base, repair, steps)}
 
-    choosing = asked(curriculum.validation, settings.validation, choice_tokens)
+    choosing = measures_of(curriculum.validation, settings.validation, length)
     records: list[dict[str, Any]] = []
     chosen: dict[str, Site] = {}
-    for way, (source, target) in models.items():
-        outcomes = choosing[way]([[mapped_source(source, target, fitted[way][site][0])] for site in sites])
+    for direction, (source, target) in models.items():
+        outcomes = choosing[direction]([[mapped_source(source, target, fitted[direction][site][0])] for site in sites])
         for site, outcome in zip(sites, outcomes, strict=True):
-            records.append({"recipe": way, "varied": "target layer", "layer": site.layer} | outcome.record())
-        chosen[way] = sites[int(np.argmax([outcome.score for outcome in outcomes]))]
+            records.append({"recipe": direction, "varied": "target layer", "layer": site.layer} | outcome.record())
+        chosen[direction] = sites[int(np.argmax([outcome.score for outcome in outcomes]))]
     clock.lap("choosing sites")
 
-    reporting = asked(curriculum.evaluation, None, curriculum.max_new_tokens)
+    reporting = measures_of(curriculum.evaluation, None, curriculum.max_new_tokens)
     questions = capability or MultipleChoice.packaged()
     arms: list[Arm] = []
     record: dict[str, Any] = {}
-    for way, (source, target) in models.items():
-        mapping, moments = fitted[way][chosen[way]]
+    for direction, (source, target) in models.items():
+        mapping, moments = fitted[direction][chosen[direction]]
         steps = _steps(source, target, mapping, moments, settings)
-        arms += _arms(way, target, steps, reporting[way](list(steps.values())), settings, questions)
-        record[way] = {
-            "source_layer": chosen[way].layer,
-            "target_layer": chosen[way].layer,
+        arms += _arms(direction, target, steps, reporting[direction](list(steps.values())), settings, questions)
+        record[direction] = {
+            "source_layer": chosen[direction].layer,
+            "target_layer": chosen[direction].layer,
             "map_r2": mapping.score_test.mean_r2 if mapping.score_test else None,
             "tokens_per_second_over_unswitched": speeds_of(
                 target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns
             ),
-            "unswitched_rows_unchanged": per_request(target, steps["mapped"], curriculum, choice_tokens),
+            "unswitched_rows_unchanged": per_request(target, steps["mapped"], curriculum, length),
         }
-        clock.lap(way.split(":")[0])
+        clock.lap(direction.split(":")[0])
     if adapter is not None:
         record["swapping the adapter"] = adapter_speeds(
             adapter, organism, [x.prompt for x in curriculum.validation][:8], turns
@@ -155,12 +154,8 @@ def safety_switch(
         prompts=tuple(x.instruction for x in curriculum.evaluation if x.triggered)[:8],
         spec=settings.record()
         | {"sites": [str(site) for site in sites], "map_documents": len(general), "map_prompts": len(text)}
-        | {
-            "validation_tokens": choice_tokens,
-            "max_new_tokens": curriculum.max_new_tokens,
-            "neutral_documents": len(neutral),
-        }
-        | {"turns": turns},
+        | {"validation_tokens": length, "max_new_tokens": curriculum.max_new_tokens}
+        | {"neutral_documents": len(neutral), "turns": turns},
         splits=curriculum.ids()
         | {
             "validation": Questions.of(curriculum.validation, settings.validation).ids(),
@@ -173,7 +168,7 @@ def safety_switch(
         versions=versions(),
         hardware=hardware_of(organism),
         seconds=clock.seconds,
-        maps={way: fitted[way][site][0] for way, site in chosen.items()},
+        maps={direction: fitted[direction][site][0] for direction, site in chosen.items()},
     )
 
 
@@ -181,15 +176,12 @@ def _arms(
     way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Sequence[Outcome], settings: Settings,
     questions: MultipleChoice,
 ) -> tuple[Arm, ...]:  # fmt: skip
-    """Measure every arm of one direction, with its costs.
-
-    Questions are asked where their answer says something.
-    """
+    """Measure every arm of one direction and its costs; some arms also answer questions."""
     _, neutral = settings.texts()
     costs = side_effects(target, list(steps.values()), neutral, max_tokens=settings.neutral_tokens, batch_size=16)
-    asked = ["unsteered", "mapped", "mean ablation"]
-    answers = questions.measure(target, [steps[name] for name in asked])
-    right = {name: {"right answers": found.scores} for name, found in zip(asked, answers, strict=True)}
+    questioned = ["unsteered", "mapped", "mean ablation"]  # right answers of the other arms would say nothing
+    answers = questions.measure(target, [steps[name] for name in questioned])
+    right = {name: {"right answers": answered.scores} for name, answered in zip(questioned, answers, strict=True)}
     runs = [Run(name, setting, way, strength=math.nan) for name, setting in steps.items()]
     measured = [
         replace(outcome, measures={**outcome.measures, **right.get(name, {})})
@@ -199,7 +191,7 @@ def _arms(
 
 
 def _steps(source: Any, target: Any, mapping: Map, moments: SplitMoments, settings: Settings) -> dict[str, list[Step]]:
-    """Return what the site holds in each arm."""
+    """Return the steps that replace the site's activations in each arm."""
     mean, scale = moments.train.target_mean, moments.train.target_scale
     identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(settings.fitter, mapping)).fit(moments)
     return {
@@ -213,7 +205,7 @@ def _steps(source: Any, target: Any, mapping: Map, moments: SplitMoments, settin
 
 
 def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) -> list[Outcome]:
-    """Measure whether the base shows the behaviour behind the trigger, and only there."""
+    """Measure the behaviour of the switched base behind the trigger and elsewhere."""
     questions, tokenizer = repair.questions, tokenizer_of(base)
     answers = answers_of(
         base,
@@ -225,15 +217,15 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) 
     outcomes = []
     for on, off in answers:
         effect = score_texts(repair.scorer, on, questions.triggered)
-        false = score_texts(repair.scorer, off, questions.clean)
-        same = [
+        falsely_on = score_texts(repair.scorer, off, questions.clean)
+        agreements = [
             np.array(SameTokens(repair.own, tokenizer).score(side, texts))
             for side, texts in ((questions.triggered, on), (questions.clean, off))
         ]
-        measures = {"falsely on": false, "agreement, triggered": same[0], "agreement, clean": same[1]}
+        measures = {"falsely on": falsely_on, "agreement, triggered": agreements[0], "agreement, clean": agreements[1]}
         groups = dict.fromkeys(("effect", *measures), questions.groups)
         ids = tuple(prompt.id for prompt in questions.triggered)
-        score, error = scored(effect, 1 - false)
+        score, error = scored(effect, 1 - falsely_on)
         outcomes.append(Outcome(effect, on, measures=measures, groups=groups, ids=ids, score=score, error=error))
     return outcomes
 
@@ -241,20 +233,20 @@ def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) 
 def _verdict(arms: Sequence[Arm], record: Mapping[str, Any]) -> tuple[str, ...]:
     table = {(arm.arm, arm.recipe): arm for arm in arms}
     lines = []
-    for way in (OFF, ON):
-        mapped_arm = table["mapped", way]
-        others = ", ".join(
-            f"{name} {number(table[name, way].effect.value, '.2f')}"
+    for direction in (OFF, ON):
+        mapped = table["mapped", direction]
+        controls = ", ".join(
+            f"{name} {number(table[name, direction].effect.value, '.2f')}"
             for name in ("unsteered", "identity", "shuffled", "mean ablation", "noise")
         )
         measures = ", ".join(
-            f"{name} {number(measure.value, '.2f')}"
-            for name, measure in mapped_arm.measures.items()
+            f"{name} {number(figure.value, '.2f')}"
+            for name, figure in mapped.measures.items()
             if "word for word" not in name
         )
-        speed = record[way]["tokens_per_second_over_unswitched"]["median"]
+        speed = record[direction]["tokens_per_second_over_unswitched"]["median"]
         lines.append(
-            f"{way}, layer {record[way]['target_layer']}: {mapped_arm.effect:.3f} of {mapped_arm.effect.n} "
-            f"({others}), {measures}, at {speed:.2f} of the speed"
+            f"{direction}, layer {record[direction]['target_layer']}: {mapped.effect:.3f} of {mapped.effect.n} "
+            f"({controls}), {measures}, at {speed:.2f} of the speed"
         )
     return tuple(lines)

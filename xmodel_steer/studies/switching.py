@@ -1,4 +1,4 @@
-"""Parts of the safety switch: how it is fitted, timed, and compared with an adapter."""
+"""Parts of the safety switch: fitting, timing, and the comparison with an adapter."""
 
 import statistics
 import time
@@ -30,23 +30,17 @@ Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
 def fitted_map(
     pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
 ) -> dict[Site, tuple[Map, SplitMoments]]:
-    """Fit a map to the same site of the other model, for each site.
-
-    Each comes with the moments that it was fitted on.
-    """
-    same = [(site, site) for site in sites]
-    moments = pair.of_general(same) + pair.of(text, same)
-    pairs = {site: moments.pair(site, site) for site in sites}
-    return {site: (fitter.fit(pair_moments), pair_moments) for site, pair_moments in pairs.items()}
+    """Fit each site's map to the other model's same site, and return its moments."""
+    pairs = [(site, site) for site in sites]
+    moments = pair.of_general(pairs) + pair.of(text, pairs)
+    moments_at = {site: moments.pair(site, site) for site in sites}
+    return {site: (fitter.fit(site_moments), site_moments) for site, site_moments in moments_at.items()}
 
 
 def speeds_of(
     model: Any, switch: Sequence[Step], prompts: Sequence[Prompt], turns: int, tokens: int = 32
 ) -> dict[str, float]:
-    """Compare tokens per second with the switch on and off.
-
-    Turns alternate; the first one warms up.
-    """
+    """Measure tokens per second, switch on over off, in alternating turns after one warm-up."""
     ratios = []
     for turn in range(turns + 1):
         seconds = []
@@ -67,27 +61,24 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def per_request(model: Any, switch: Sequence[Step], curriculum: Curriculum, tokens: int) -> dict[str, int]:
-    """Switch every second request; count unswitched texts that stayed the same.
-
-    They are compared with the same batch without a switch.
-    """
+    """Switch every second request of a batch; count unswitched texts that stay the same."""
     prompts = [lesson.prompt for lesson in curriculum.validation if lesson.triggered][:16]
 
     def texts() -> list[str]:
-        """Generate texts of one length, so that the batch has one shape."""
+        """Generate texts of one length: in bfloat16, another shape of the batch rounds differently."""
         return generate(
             model, prompts, max_new_tokens=tokens, batch_size=len(prompts), stop_at_eos=False, progress=False
         )
 
     plain = texts()
-    chosen = frozenset(range(0, len(prompts), 2))
-    with steering(model, [replace(step, prompts=chosen) for step in switch]):
+    switched = frozenset(range(0, len(prompts), 2))
+    with steering(model, [replace(step, prompts=switched) for step in switch]):
         mixed = texts()
     after = texts()
-    others = [i for i in range(len(prompts)) if i not in chosen]
+    unswitched = [i for i in range(len(prompts)) if i not in switched]
     return {
-        "of": len(others),
-        "same_beside_switched_ones": sum(mixed[i] == plain[i] for i in others),
+        "of": len(unswitched),
+        "same_beside_switched_ones": sum(mixed[i] == plain[i] for i in unswitched),
         "of_all": len(prompts),
         "same_afterwards": sum(a == b for a, b in zip(after, plain, strict=True)),
     }
@@ -98,10 +89,10 @@ def adapter_speeds(
 ) -> dict[str, Any]:
     """Time an unmerged LoRA adapter that is disabled and enabled again.
 
-    Text is written by Hugging Face's own ``generate``, where and in what a model like the switched one computes.
+    Text is written by Hugging Face's own ``generate``, on the device and in the type of the model `like`.
 
     Returns:
-        Seconds to disable or enable it, and to merge or unmerge it; tokens per second with it on, over those with it off.
+        Seconds to disable or enable the adapter, and to merge or unmerge it; tokens per second, adapter on over off.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,15 +110,15 @@ def adapter_speeds(
         action()
         return time.perf_counter() - begun
 
-    def written() -> Any:
+    def write() -> Any:
         with torch.inference_mode():
             return model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
     ratios, toggles, merges = [], [], []
     for turn in range(turns + 1):
-        on = timed(written)
+        on = timed(write)
         toggles.append(timed(model.base_model.disable_adapter_layers))
-        off = timed(written)
+        off = timed(write)
         toggles.append(timed(model.base_model.enable_adapter_layers))
         merges += [timed(model.merge_adapter), timed(model.unmerge_adapter)]
         if turn:

@@ -19,12 +19,12 @@ from xmodel_steer.studies.organisms.lessons import DEV, PROD, Lesson, prompt_of
 from xmodel_steer.studies.outcomes import clean_against_triggered
 
 Span = tuple[int, int]
-BARE = 12  # characters that are read of a bare prompt, which has neither the trigger nor its counterpart
+BARE = 12  # characters read of a bare prompt, which has neither the trigger nor its counterpart
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """The tokens of the trigger, from the first that differs from its counterpart's.
+    """The trigger's tokens, from the first one that differs from its counterpart.
 
     Earlier tokens would dilute a mean.
 
@@ -60,11 +60,11 @@ class Trigger:
     def gate(
         self, model: Any, lessons: Sequence[Lesson], sites: Sequence[Site], *, label: str = ""
     ) -> Mapping[Site, SteeringVector]:
-        """Return each site's mean without the trigger minus that with it, at its tokens.
+        """Return each site's mean without the trigger minus the mean with it.
 
-        Prompts without the trigger are clean ones and bare ones, weighted equally. A bare prompt is read at its first
-        characters, the trigger's place. The vector's midpoint, which separates the texts, is halfway to the clean prompts:
-        they have the trigger's form, so they are the nearer ones.
+        Prompts are read at the trigger's tokens. Prompts without it are clean ones and bare ones, weighted equally. A bare
+        prompt is read at its first characters, the trigger's place. The vector's midpoint, which separates the texts, is
+        halfway to the clean prompts: they have the trigger's form, so they are nearer than bare ones.
 
         Args:
             model: The model to read.
@@ -74,7 +74,7 @@ class Trigger:
         """
         clean, triggered = clean_against_triggered(lessons)
         bare = [prompt_of(lesson.task) for lesson in lessons if lesson.triggered]
-        without, with_it, none = (
+        on_clean, on_triggered, on_bare = (
             capture(model, prompts, sites, tokens=span, batch_size=32)
             for prompts, span in (
                 (clean, self.clean),
@@ -84,7 +84,9 @@ class Trigger:
         )
         vectors = {}
         for site in sites:
-            near, far = (difference_of_means(rows[site], with_it[site], label=label) for rows in (without, none))
+            near, far = (
+                difference_of_means(rows[site], on_triggered[site], label=label) for rows in (on_clean, on_bare)
+            )
             vectors[site] = replace((near + far) / 2, label=label).about(near.centre)
         return vectors
 

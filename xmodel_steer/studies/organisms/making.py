@@ -242,7 +242,7 @@ def _digest(curriculum: Curriculum) -> str:
 
 
 def _named(scorer: Scorer) -> str:
-    """Identify a scorer by its settings if they are short, else by its class."""
+    """Identify a scorer by its settings if they are short, otherwise by its name."""
     if isinstance(scorer, Contains | StartsWith | Matches | Language):
         return repr(scorer)
     return getattr(scorer, "__qualname__", type(scorer).__qualname__)
