@@ -145,7 +145,7 @@ def loaded(folder: Path) -> tuple[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return "", xs.load(folder, device="cpu")
+            return "", xs.load(folder, device="cpu", dtype="float32")
         except xs.errors.XModelSteerError as error:
             return str(error), None
 
