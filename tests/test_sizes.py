@@ -25,7 +25,7 @@ LONG_FUNCTIONS = {
     "evaluation/patching.py:patching_grid": 76,
     "evaluation/replacing.py:replacement_check": 84,
     "figures/doses.py:dose_response": 67,
-    "models/loading.py:load": 85,
+    "models/loading.py:load": 92,
     "models/tokens.py:tokenise": 80,
     "recipe/carrying.py:transfer": 78,
     "recipe/preparing.py:prepare": 66,

@@ -547,3 +547,16 @@ def test_a_folder_with_parts_of_a_model_is_refused(whole, tmp_path, kept, says):
         shutil.copy(source, tmp_path / name)
     with pytest.raises(ModelError, match=f"{tmp_path.name}: {says}"):
         get(tmp_path)
+
+
+def test_a_model_that_does_not_run_in_its_dtype_is_told(whole, monkeypatch):
+    """As CodeGen in bfloat16, whose attention stays in float32."""
+
+    def fail(_):
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr("xmodel_steer.models.loading.prove", fail)
+    with pytest.raises(
+        ModelError, match=r"loads, but does not run in bfloat16 \(expected m1 .*\); try dtype='float32'"
+    ):
+        load(whole, dtype="bfloat16")

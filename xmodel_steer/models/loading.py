@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.core.bars import progress_bar, with_progress
-from xmodel_steer.core.errors import ModelError
+from xmodel_steer.core.errors import ModelError, XModelSteerError
 from xmodel_steer.models.adapters import adapter_of, base_named_by, with_adapter
 from xmodel_steer.models.bridges import prepare
 from xmodel_steer.models.causal import causal_class, logits_of, read_by, require_causal
@@ -160,10 +160,17 @@ def load(
         if str(hooked.cfg.device) == "meta":  # its embeddings are offloaded
             hooked.cfg.device = str(device_of(hooked))
         know(hooked, name=source.label, tokenizer=tokenizer, revision=revision or "", weights=weights)
-        check_sites(hooked)
-        require_causal(hooked, plain)
-        prepare(hooked)
-        prove(hooked)
+        try:
+            check_sites(hooked)
+            require_causal(hooked, plain)
+            prepare(hooked)
+            prove(hooked)
+        except RuntimeError as error:  # some architectures compute in float32 alone
+            if isinstance(error, XModelSteerError):
+                raise
+            raise ModelError(
+                f"{source.label}: loads, but does not run in {str(number).removeprefix('torch.')} ({error}); try dtype='float32'"
+            ) from error
         bar.update()
     return hooked
 
