@@ -6,8 +6,9 @@ alone. Hooks return new tensors; leaving the block restores the model.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention, Replacement, Step
 from xmodel_steer.interventions.tracking import Tracker
 from xmodel_steer.models.facts import is_bridge, name_of
+from xmodel_steer.models.hooking import Block, attached, block, replaced
 from xmodel_steer.models.sites import space_of
 
 
@@ -60,14 +62,16 @@ def steering(
         require_space_of(model, step.space, f"steering {name_of(model)}")
 
     def attach(writes: Sequence[tuple[Site, Write]]) -> AbstractContextManager[Any]:
-        hooks = [(site.hook_name, lambda value, hook, w=write: w(value)) for site, write in writes]
-        return model.hooks(fwd_hooks=hooks)
+        return attached(model, [(site.hook_name, write) for site, write in writes])
 
     if not steps:
         yield model
         return
     inner = model.original_model if is_bridge(model) else model
-    with _uncached_generate_refused(model, steps), steered(inner, steps, attach, name=name_of(model)):
+    with (
+        steered(inner, steps, attach, name=name_of(model)) as entered,
+        _uncached_generate_refused(entered, model, steps),
+    ):
         yield model
 
 
@@ -105,16 +109,15 @@ def steered(
     *,
     name: str,
     wrapper: Any = None,
-) -> Iterator[None]:
+) -> Iterator[Block]:
     """Steer the forward passes of any kind of model, after the spaces are checked.
 
     A forward pass is a call of ``inner``, or of a ``wrapper`` that may bypass it. ``attach`` puts functions at sites, in
     order, while its context lasts.
 
     Raises:
-        SiteError: On leaving, a site did not fire although the model ran.
+        SiteError: On leaving, a site did not fire although the model ran, or the model ran in other threads alone.
     """
-    tracker = Tracker()
     fired: set[Site] = set()
 
     def writer(step: Step) -> Write:
@@ -124,6 +127,8 @@ def steered(
         sees_all = isinstance(step, Replacement) or (step.gate is not None and step.gate.positions is not None)
 
         def write(value: Tensor) -> Tensor:
+            if not tracker.block.here:
+                return value
             fired.add(step.space.site)
             where = tracker.selected(step.positions, step.prompts, value)
             if not sees_all and not bool(where.any()):
@@ -139,14 +144,22 @@ def steered(
 
         return write
 
-    writes = [(step.space.site, writer(step)) for step in steps]
     modules = (inner,) if wrapper is None or wrapper is inner else (inner, wrapper)
     with ExitStack() as hooks:
+        tracker = Tracker(hooks.enter_context(block()))
+        writes = [(step.space.site, writer(step)) for step in steps]
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(tracker.before, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(tracker.after, always_call=True).remove)
-        with _generate_tells_prompts(inner, tracker), attach(writes):
-            yield
+        hooks.enter_context(_generate_tells_prompts(inner, tracker))
+        hooks.enter_context(attach(writes))
+        yield tracker.block
+    if tracker.foreign and not tracker.passes:
+        raise SiteError(
+            f"{name}: nothing was steered; the model ran {tracker.foreign} times in other threads or tasks and never in the one "
+            "that entered the block. Enter steering in the thread that runs the model, or start it with asyncio.to_thread, "
+            "or contextvars.copy_context().run"
+        )
     silent = {site for site, _ in writes} - fired
     if tracker.passes and silent:
         raise SiteError(
@@ -180,10 +193,11 @@ def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
     margin, positions = gate.prepare(), gate.positions
     if positions is None:
         return lambda rows: margin(rows) > 0
-    state = _GateState.after((), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    unread = _GateState.after((), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    key = object()
 
     def opened(rows: Tensor) -> Tensor:
-        nonlocal state
+        state = tracker.block.recall(key, unread)
         # 1. Select the new tokens that the gate reads: at its positions, inside the prompt.
         now, prompts = tracker.running(rows)
         place, length = now.position.to(rows.device), now.prompt_lengths.to(rows.device)
@@ -206,38 +220,33 @@ def _opened(gate: Gate, tracker: Tracker) -> Callable[[Tensor], Tensor]:
         # 3. Add the new margins; a text that begins starts from 0. The mean's sign is the sum's, so no count is kept.
         sums = torch.where(begins, 0.0, total)[:, None] + torch.where(read, margin(rows), 0.0).cumsum(1)
         # 4. Keep sum and position for the next pass; each token opens by what was read up to it.
-        state = _GateState.after(prompts, sums[:, -1].detach(), torch.where(real.any(1), place.amax(1), reached))
+        reached = torch.where(real.any(1), place.amax(1), reached)
+        tracker.block.remember(key, _GateState.after(prompts, sums[:, -1].detach(), reached))
         return sums > 0
 
     return opened
 
 
-@contextmanager
-def _generate_tells_prompts(inner: Any, tracker: Tracker) -> Iterator[None]:
+def _generate_tells_prompts(inner: Any, tracker: Tracker) -> AbstractContextManager[None]:
     """Tell the tracker the prompts of Hugging Face's own generate while it runs.
 
     A forward pass does not: without a cache each one looks like a new prompt, and beams look like prompts.
     """
     if not hasattr(inner, "generation_config"):
-        yield
-        return
-    original = inner.generate
+        return nullcontext()
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-        prompts = next((v for v in inputs if isinstance(v, Tensor)), None)
-        tracker.prompts = None if prompts is None else (prompts.shape[0], prompts.shape[1])
-        try:
-            return original(*args, **kwargs)
-        finally:
-            tracker.prompts = None
+    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+            with tracker.generating(next((v for v in inputs if isinstance(v, Tensor)), None)):
+                return original(*args, **kwargs)
 
-    with _generating_by(inner, generate):
-        yield
+        return generate
+
+    return replaced(tracker.block, inner, "generate", telling)
 
 
-@contextmanager
-def _uncached_generate_refused(model: Any, steps: Sequence[Step]) -> Iterator[None]:
+def _uncached_generate_refused(entered: Block, model: Any, steps: Sequence[Step]) -> AbstractContextManager[None]:
     """Refuse TransformerLens' own generate without a cache, where positions depend on the prompt's end.
 
     It does not report where its prompts end, and without a cache each pass looks like a new prompt.
@@ -245,32 +254,17 @@ def _uncached_generate_refused(model: Any, steps: Sequence[Step]) -> Iterator[No
     gates = [s.gate.positions for s in steps if isinstance(s, Intervention) and s.gate is not None]
     named = [p for p in (*(s.positions for s in steps), *gates) if isinstance(p, (str, tuple)) and p != "all"]
     if not named or not hasattr(model, "generate"):
-        yield
-        return
-    original = model.generate
-    signature = inspect.signature(original)
+        return nullcontext()
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if not signature.bind(*args, **kwargs).arguments.get("use_past_kv_cache", True):
-            raise SiteError(
-                f"steering: positions {named[0]!r} cannot be found by the model's own generate without a cache; "
-                "leave use_past_kv_cache on, or use xmodel_steer.generate(use_cache=False)"
-            )
-        return original(*args, **kwargs)
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if not inspect.signature(original).bind(*args, **kwargs).arguments.get("use_past_kv_cache", True):
+                raise SiteError(
+                    f"steering: positions {named[0]!r} cannot be found by the model's own generate without a cache; "
+                    "leave use_past_kv_cache on, or use xmodel_steer.generate(use_cache=False)"
+                )
+            return original(*args, **kwargs)
 
-    with _generating_by(model, generate):
-        yield
+        return wraps(original)(generate)
 
-
-@contextmanager
-def _generating_by(model: Any, generate: Callable[..., Any]) -> Iterator[None]:
-    """Replace a model's ``generate`` while the block lasts."""
-    before = vars(model).get("generate")
-    model.generate = generate
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.generate
-        else:
-            model.generate = before
+    return replaced(entered, model, "generate", refusing)

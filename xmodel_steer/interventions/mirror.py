@@ -44,9 +44,13 @@ def mapped_source(
 
     Raises:
         SpaceMismatchError: The map is not between these models.
-        ModelError: The source cannot read texts of different lengths together.
+        ModelError: The source cannot read texts of different lengths together, or is the target itself.
     """
     require_map_between(source, target, mapping, "mapped_source")
+    if source is target:
+        raise ModelError(
+            "mapped_source: source and target are one model, which cannot run inside its own pass; load it twice"
+        )
     conduct = conduct_of(source)
     if not conduct.padded:
         raise ModelError(
@@ -54,7 +58,17 @@ def mapped_source(
             "texts at once; take another source"
         )
     cached = use_cache and is_bridge(source) and conduct.cached and conduct.dropping
-    return Replacement(mapping.target, _Mirror(source, target, mapping, cached), positions)
+    key = object()
+
+    def values(rows: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+        assert reading.block is not None
+        mirror = reading.block.recall(key)
+        if mirror is None or bool((reading.position == 0).any()):  # a new batch, or a pass without a cache
+            mirror = _Mirror(source, target, mapping, cached)
+            reading.block.remember(key, mirror)
+        return mirror(rows, reading)
+
+    return Replacement(mapping.target, values, positions)
 
 
 def require_map_between(source: Any, target: Any, mapping: Map, what: str) -> None:
@@ -122,7 +136,7 @@ class _Row:
 
 
 class _Mirror:
-    """The values of `mapped_source`: the source reads what the target reads, pass by pass."""
+    """The values of `mapped_source` for one batch: the source reads what the target reads, pass by pass."""
 
     def __init__(self, source: Any, target: Any, mapping: Map, use_cache: bool) -> None:
         self._source, self._target, self._mapping, self._use_cache = source, target, mapping, use_cache
@@ -160,9 +174,9 @@ class _Mirror:
         Raises:
             SiteError: The target continues texts that were not read from their beginning.
         """
-        if any(0 in row for row in places):  # a new batch, or a pass without a cache: every text from its start
+        if any(0 in row for row in places):  # every text from its start
             self._rows = [_Row() for _ in places]
-            self._cache, self._mask = None, torch.zeros(len(places), 0, dtype=torch.long)
+            self._mask = torch.zeros(len(places), 0, dtype=torch.long)
         elif self._prompts is not None and reading.rows is not None and set(reading.rows) < set(self._prompts):
             # Texts that have ended left the target's batch: they leave the source's cache too.
             kept = torch.tensor([self._prompts.index(row) for row in reading.rows])

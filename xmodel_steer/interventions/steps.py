@@ -11,6 +11,7 @@ from xmodel_steer.core.spaces import Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.operators import Add, Gate, Operator
 from xmodel_steer.interventions.positions import Positions, check_positions
+from xmodel_steer.models.hooking import Block
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +63,14 @@ class Reading:
         ids: Ids of the new tokens.
         position: The text position of each token, -1 at padding.
         rows: The prompt of each row, where known. While generating, rows whose texts have ended leave the batch.
+        block: The block of `steering`: what a function remembers of a text it must keep there, since several threads
+            and tasks may be inside.
     """
 
     ids: Int[Tensor, "batch new"]
     position: Int[Tensor, "batch new"]
     rows: tuple[int, ...] | None = None
+    block: Block | None = None
 
 
 # From rows (batch, new, d) in float32 and the pass's tokens: new rows, and a mask of those that hold (None: all).

@@ -1,6 +1,8 @@
 """The text position of every row that passes a hook."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Reading
+from xmodel_steer.models.hooking import Block
 from xmodel_steer.models.passes import CACHES, LAYOUT, READING, counts_tokens
 
 
@@ -24,21 +27,43 @@ class Pass:
 
 
 class Tracker:
-    """The text positions of each forward pass, derived from its mask and cache."""
+    """The text positions of each forward pass, derived from its mask and cache.
 
-    def __init__(self) -> None:
-        self.now: Pass | None = None
+    All that it knows of a pass is kept in the block's memory, which each thread and task has for itself.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
         self.passes = 0
-        self.prompts: tuple[int, int] | None = None  # (number, width) of prompts, while Hugging Face's generate runs
-        self._prompt_lengths: Tensor | None = None  # of the last pass, which a pass with a cache continues
+        self.foreign = 0  # passes of other contexts
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Describe the pass that begins: a forward pre-hook of the called model."""
+    @property
+    def now(self) -> Pass | None:
+        """The running pass of this context."""
+        return self.block.recall("pass")
+
+    @contextmanager
+    def generating(self, prompts: Tensor | None) -> Iterator[None]:
+        """Tell the prompts ``(number, width)`` of Hugging Face's generate while it runs."""
+        self.block.remember("prompts", None if prompts is None else (prompts.shape[0], prompts.shape[1]))
+        try:
+            yield
+        finally:
+            self.block.remember("prompts", None)
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Describe the pass that begins: a forward pre-hook of the called model.
+
+        PyTorch leaves out ``kwargs`` in a pass of another thread where the hook is removed meanwhile.
+        """
+        if not self.block.here or kwargs is None:
+            self.foreign += 1
+            return
         # 1. Find the new tokens in the call.
         arguments = self._arguments(module, args, kwargs)
         inputs = (arguments.get("input_ids"), arguments.get("inputs_embeds"), arguments.get("input"))
         ids = next((v for v in inputs if isinstance(v, Tensor)), None)
-        self.now = None
+        self.block.remember("pass", None)
         if ids is None:
             return
         if ids.ndim == 1:  # TransformerLens takes a bare row of tokens
@@ -64,22 +89,23 @@ class Tracker:
         known = LAYOUT.get()
         if known is not None and len(known.rows) != batch:  # of another pass
             known = None
-        lengths = self._prompt_lengths
+        lengths = self.block.recall("prompt lengths")  # of the last pass, which a pass with a cache continues
+        generated = self.block.recall("prompts")
         if known is not None and known.prompt_lengths is not None:  # xs.generate, capture and others state it
             lengths = known.prompt_lengths.to(ids.device)
-        elif self.prompts is not None:  # Hugging Face's generate pads on the left: a chunk's unread rest is real
-            width = self.prompts[1]
+        elif generated is not None:  # Hugging Face's generate pads on the left: a chunk's unread rest is real
+            width = generated[1]
             lengths = mask[:, :width].sum(1) + max(0, width - mask.shape[1])
         elif mask.shape[1] == new:  # no cache: the whole text is the prompt
             lengths = mask.sum(1)
         elif lengths is None or len(lengths) != batch:  # the cache comes from outside this block
             lengths = mask[:, :-new].sum(1)
-        self._prompt_lengths = lengths
+        self.block.remember("prompt lengths", lengths)
         # 5. Name each row's prompt; Hugging Face's generate keeps the beams and samples of a prompt together.
         rows = known.rows if known else None
-        if rows is None and self.prompts is not None:
-            rows = tuple(row * self.prompts[0] // batch for row in range(batch))
-        self.now = Pass(position, lengths[:, None], rows, ids)
+        if rows is None and generated is not None:
+            rows = tuple(row * generated[0] // batch for row in range(batch))
+        self.block.remember("pass", Pass(position, lengths[:, None], rows, ids))
         self.passes += 1
 
     @staticmethod
@@ -94,14 +120,15 @@ class Tracker:
 
     def after(self, *_: Any) -> None:
         """Forget the pass that has ended: a forward hook."""
-        self.now = None
+        self.block.remember("pass", None)
 
     def reading(self) -> Reading:
         """Return the running pass's tokens."""
-        assert self.now is not None
-        if self.now.ids.ndim != 2:
+        now = self.now
+        assert now is not None
+        if now.ids.ndim != 2:
             raise SiteError("steering: a replacement needs token ids to know the text, got embeddings")
-        return Reading(self.now.ids, self.now.position, self.now.rows)
+        return Reading(now.ids, now.position, now.rows, self.block)
 
     def running(self, like: Tensor) -> tuple[Pass, tuple[int, ...]]:
         """Return the running pass, and each row's prompt (its index if unknown)."""

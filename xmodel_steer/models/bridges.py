@@ -5,7 +5,6 @@ a quarter of the time when small batches are decoded. Where no component of a bl
 part itself. `prepare` allows this only where the numbers are the same bit by bit.
 """
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 
+from xmodel_steer.models.hooking import LOCK
+
 #: The off switch: with False, every pass goes through every component.
 enabled = True
-_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ _BLOCKS: "weakref.WeakKeyDictionary[Any, tuple[_Block, ...]]" = weakref.WeakKeyD
 
 
 @contextmanager
-def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
+def own_parts(model: Any, *, whole_blocks: bool = True) -> Iterator[None]:
     """Exchange components of unhooked blocks for the Hugging Face model's parts.
 
     They return at the end of the context. A bridge that was not prepared stays as it is. Blocks hooked only at their
@@ -54,9 +54,9 @@ def own_parts(model: Any, *, whole_blocks: bool) -> Iterator[None]:
 
     Args:
         model: A bridge whose weights were not processed; components hold processed weights.
-        whole_blocks: Replace whole blocks too; not for a pass that stops early, which a block's component does.
+        whole_blocks: Replace whole blocks too.
     """
-    with _LOCK:
+    with LOCK:
         free = [e for block in _BLOCKS.get(model, ()) for e in _free(block, whole_blocks)] if enabled else []
         exchanges = [e for e in free if e.modules.get(e.name) is e.component]
         try:

@@ -62,7 +62,7 @@ def identity_of(model: Any) -> tuple[Any, ...]:
     hooks = [
         hook
         for module in model.modules()
-        for hook in module._forward_hooks.values()
+        for hook in list(module._forward_hooks.values())  # another thread may add one
         if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
     ]
     if is_bridge(model):

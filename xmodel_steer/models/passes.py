@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xmodel_steer.models.bridges import own_parts
 from xmodel_steer.models.facts import device_of, is_bridge
+from xmodel_steer.models.hooking import LOCK, block
 from xmodel_steer.models.identity import processing_of
 
 
@@ -89,16 +90,11 @@ def forward(
         with reading(model, mask):
             out = model(ids, attention_mask=mask[:, -new:], past_kv_cache=cache, stop_at_layer=stop)
         return (None if stop is not None else out[:, -kept:] if kept else out), cache
-    if logits == "none" or stop_at_layer is not None:
-        if use_cache or cache is not None:
-            raise ValueError("forward: a pass that stops early has no cache")
-        stop = stop_at_layer if stop_at_layer is not None else model.cfg.n_layers
-        last = stop >= model.cfg.n_layers  # no layer to stop at: skip the logits instead
-        extra = {"logits_to_keep": 1} if last and _accepts(model, "logits_to_keep") else {}
-        where = {} if last else {"stop_at_layer": stop}
-        with _short_cut(model, whole_blocks=last), reading(model.original_model, mask):
-            model(ids, attention_mask=mask, return_type="logits", use_cache=False, **where, **extra)
-        return None, None
+    nothing = logits == "none" or stop_at_layer is not None
+    if nothing and (use_cache or cache is not None):
+        raise ValueError("forward: a pass that stops early has no cache")
+    if nothing and (stop_at_layer is None or stop_at_layer >= model.cfg.n_layers):
+        kept, stop_at_layer = 1, None  # no layer to stop at: skip the logits instead
     extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = text_positions(mask)[:, -new:]
@@ -107,10 +103,19 @@ def forward(
         extra[name] = cache
         if not counts_tokens(cache):
             extra["attention_mask"] = mask[:, -new:]  # a recurrent state needs no mask of the tokens before
-    with _short_cut(model, whole_blocks=True), _rows_together(model), reading(model.original_model, mask):
+    out = None
+    with (
+        LOCK,
+        _stopping(model, stop_at_layer),
+        _short_cut(model),
+        _rows_together(model),
+        reading(model.original_model, mask),
+    ):
         out = model.original_model(
             **{"input_ids": ids, "attention_mask": mask, "use_cache": use_cache, "return_dict": True, **extra}
         )
+    if nothing or out is None:
+        return None, None
     return out.logits[:, -kept:] if kept else out.logits, getattr(out, name) if use_cache else None
 
 
@@ -154,8 +159,36 @@ def text_positions(mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch toke
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _short_cut(model: Any, *, whole_blocks: bool) -> AbstractContextManager[None]:
-    return own_parts(model, whole_blocks=whole_blocks) if processing_of(model) == "none" else nullcontext()
+def _short_cut(model: Any) -> AbstractContextManager[None]:
+    return own_parts(model) if processing_of(model) == "none" else nullcontext()
+
+
+class _StopError(Exception):
+    """The pass has reached the block where it ends."""
+
+
+@contextmanager
+def _stopping(model: Any, layer: int | None) -> Iterator[None]:
+    """End this context's pass before a block runs.
+
+    TransformerLens' ``stop_at_layer`` marks the blocks, and so ends other threads' passes too.
+    """
+    if layer is None:
+        yield
+        return
+    with block() as entered:
+
+        def stop(*_: Any) -> None:
+            if entered.here:
+                raise _StopError
+
+        handle = model.blocks[layer].register_forward_pre_hook(stop)
+        try:
+            yield
+        except _StopError:
+            pass
+        finally:
+            handle.remove()
 
 
 @contextmanager

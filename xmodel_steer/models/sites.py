@@ -1,6 +1,6 @@
 """Sites of a model: places that can be read and written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import STREAMS, Site, SiteLike, Sites, Space, as_site, as_sites
 from xmodel_steer.models.facts import device_of, facts_of, is_bridge
+from xmodel_steer.models.hooking import Block, attached, block
 from xmodel_steer.models.identity import processing_of
 from xmodel_steer.models.passes import forward
 
@@ -88,15 +89,16 @@ def recording(model: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
     """
     streams: dict[Site, Tensor] = {}
 
-    def hook(site: Site) -> Any:
-        def read(value: Tensor, hook: Any) -> None:
-            streams[site] = value.detach()
+    def reader(entered: Block, site: Site) -> Callable[[Tensor], None]:
+        def read(value: Tensor) -> None:
+            if entered.here:
+                streams[site] = value.detach()
 
         return read
 
     for site in sites:
         space_of(model, site)  # refuses a missing layer or stream
-    with model.hooks(fwd_hooks=[(site.hook_name, hook(site)) for site in sites]):
+    with block() as entered, attached(model, [(site.hook_name, reader(entered, site)) for site in sites]):
         yield streams
     silent = [str(site) for site in sites if site not in streams]
     if silent:
