@@ -1,6 +1,5 @@
 """A run that was cut off goes on where it stopped, and takes up nothing that would come out otherwise now."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation import damage
 from xmodel_steer.evaluation.behaviours import generated
 from xmodel_steer.files import resume
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.files.resume import once, resumable
 from xmodel_steer.interventions.mirror import mean_of
 from xmodel_steer.models import generation
@@ -198,7 +198,7 @@ def test_what_a_hash_cannot_tell_apart_is_not_kept(llama: toys.Toy, written: lis
         assert len(written) == 2 and not (tmp_path / "u").exists()
 
 
-@pytest.mark.parametrize("rest", ["", "{", '{"schema": 1}', "[1, 2]"])
+@pytest.mark.parametrize("rest", ["", "{", '{"schema": 2}', "[1, 2]"])
 def test_a_damaged_file_is_made_anew(rest: str, tmp_path: Path) -> None:
     made: list[int] = []
 
@@ -216,7 +216,7 @@ def test_a_damaged_file_is_made_anew(rest: str, tmp_path: Path) -> None:
 def test_a_clock_counts_what_was_spent_before(tmp_path: Path) -> None:
     cut_off(tmp_path / "u", lambda: once(lambda: "a", lambda: 1))
     (file,) = (tmp_path / "u").iterdir()
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 500.0}))
+    write_record(file, read_record(file) | {"seconds": 500.0})
     with resumable(tmp_path / "u"):
         clock = Clock()
         once(lambda: "a", lambda: 1)

@@ -1,6 +1,7 @@
 """Files come back bit-exact, or are refused by name and reason; nothing is ever half written."""
 
 import errno
+import hashlib
 import html
 import io
 import json
@@ -22,10 +23,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sample_results import MAP_RECORD, SMALL, mapping, moments, result, same, vector
 
-from xmodel_steer.core.errors import ArtifactError, UndefinedWarning
+from xmodel_steer.core.errors import ArtifactError, UncheckedWarning, UndefinedWarning
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.figures.report import summary, tables, write_report
-from xmodel_steer.files.records import dump_json, read_record, read_tensors, write_tensors
+from xmodel_steer.files.records import digest_of, read_record, read_tensors, write_tensors
+from xmodel_steer.files.strict import dump_json
 from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, undefined
 from xmodel_steer.recipe.arms import AGREEMENT, EFFICIENCY, Arm, joined_arm
@@ -77,7 +79,8 @@ def test_names_that_no_file_system_takes_come_back(tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_is_read() -> None:
     """It was written before `Result` took the place of two kinds."""
-    back, now = read(ROOT / "tests" / "data" / "run_of_0.1.0"), result()
+    with pytest.warns(UncheckedWarning, match="before files carried checksums"):
+        back, now = read(ROOT / "tests" / "data" / "run_of_0.1.0"), result()
     for old, new in zip(back.arms, now.arms, strict=True):
         assert (old.recipe, old.at, old.seeds, old.texts, old.raw) == (
             new.recipe,
@@ -117,7 +120,7 @@ def test_the_studies_of_earlier_versions_are_read_drawn_and_told(folder: Path, t
 
 def test_result_json_has_the_schema_that_readers_of_it_rely_on(tmp_path: Path) -> None:
     record = json.loads((save(result(), tmp_path / "run") / "result.json").read_text())
-    assert (record["schema"], record["kind"]) == (1, "Result")
+    assert (record["schema"], record["kind"]) == (2, "Result")
     assert {"source", "target", "chosen", "arms", "versions", "seeds", "verdicts", "conclusions"} <= record.keys()
     assert len(record["arms"]) == 17
     for arm in record["arms"]:
@@ -168,7 +171,9 @@ def edited(file: Path, **changes: Any) -> Path:
 
     with safe_open(str(file), "pt") as opened:
         header = json.loads(opened.metadata()["xmodel_steer"])
-    save_file(load_file(file), file, metadata={"xmodel_steer": json.dumps(header | changes)})
+    text = json.dumps(header | changes)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_file(load_file(file), file, metadata={"xmodel_steer": text, "sha256": digest})
     return file
 
 
@@ -180,7 +185,7 @@ def edited(file: Path, **changes: Any) -> Path:
         (lambda f: f.write_bytes(b""), "cut short"),
         (lambda f: f.write_text("hello"), "not a whole safetensors file"),
         (lambda f: save_file({"w": torch.ones(2)}, f), "not one of xmodel_steer"),
-        (lambda f: edited(f, schema=2), "newer version"),
+        (lambda f: edited(f, schema=9), "newer version"),
         (lambda f: edited(f, schema="x"), "ever wrote"),
         (lambda f: edited(f, kind="Poem"), "'Poem'"),
         (lambda f: edited(f, space={"model": "x"}), "damaged"),
@@ -208,7 +213,11 @@ def test_nan_is_neither_written_nor_read(tmp_path: Path) -> None:
 
     with safe_open(str(file), "pt") as opened:
         metadata = opened.metadata()
+    header = json.loads(metadata["xmodel_steer"])
     save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ArtifactError, match="weight does not match its checksum"):
+        read(file)
+    edited(file, tensors=header["tensors"] | {"weight": digest_of(tensors["weight"])})
     with pytest.raises(ArtifactError, match="'weight' has NaN"):
         read(file)
 
@@ -250,7 +259,8 @@ def test_what_json_does_not_have_never_stops_a_record(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(text.encode())
     assert strict(text)["undefined"] == [{"at": ["odd", "d", 0], "was": "NaN"}]
-    back = read_record(file)["odd"]
+    with pytest.warns(UncheckedWarning, match="before files carried checksums"):
+        back = read_record(file)["odd"]
     assert math.isnan(back.pop("d")[0])
     assert back == {"a": 0.5, "b": [1, 2], "c": "{1}", "3": [True, repr(Path)], "e": "\ud800"}
     assert dump_json({"a": 1.5}, tmp_path) == '{"a": 1.5}', "where there is nothing to say, nothing is said"
@@ -370,17 +380,17 @@ def test_a_full_disk_or_ctrl_c_leaves_the_older_file_and_no_scratch(
     ("damage", "reason"),
     [
         (lambda run: (run / "result.json").unlink(), "not a run folder"),
-        (lambda run: (run / "generations.jsonl").unlink(), "incomplete"),
+        (lambda run: (run / "generations.jsonl").unlink(), "no such file"),
         (lambda run: (run / "maps" / "joy.safetensors").unlink(), "no such file"),
         (lambda run: (run / "vectors" / "native.safetensors").unlink(), "no such file"),
         (lambda run: (run / "result.json").write_text("{"), "damaged or foreign"),
         (lambda run: (run / "result.json").write_text('{"schema": 9}'), "newer version"),
-        (lambda run: (run / "result.json").write_text('{"schema": 1, "kind": "Poem"}'), "not a Result"),
+        (lambda run: (run / "result.json").write_text('{"schema": 2, "kind": "Poem"}'), "was edited"),
         (
             lambda run: (run / "generations.jsonl").write_text(
                 "\n".join((run / "generations.jsonl").read_text().split("\n")[:-2])
             ),
-            "5 of 6 scores",
+            "is not the file that this run wrote",
         ),
     ],
 )
@@ -446,8 +456,8 @@ def test_vectors_and_maps_come_back_however_they_lay_in_memory(kind, tmp_path):
         target=space,
         weight=square,
         bias=one,
-        source_scale=one,
-        target_scale=one,
+        source_scale=one.detach().abs(),
+        target_scale=one.detach().abs(),
     )
     back = read(save(affine, tmp_path / "map.safetensors"))
     assert torch.equal(back.weight, square) and torch.equal(back.bias, one.detach())

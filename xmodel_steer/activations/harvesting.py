@@ -15,7 +15,8 @@ from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
 from xmodel_steer.core.spaces import Site, Sites
 from xmodel_steer.files.claiming import claim
-from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
+from xmodel_steer.files.places import locked
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.facts import context_length, dtype_of, facts_of, name_of, tokenizer_of
 from xmodel_steer.models.sites import sites_of, space_of
@@ -105,14 +106,13 @@ def harvest(
     if not names:
         raise PromptError("harvest: no texts were given")
     if all((place / name).is_file() for name in names):  # other jobs may still be writing
-        write_atomically(place / "end.json", dump_json({**record, "shards": len(names)}, place, indent=1))
+        write_record(place / "end.json", {**record, "shards": len(names)}, indent=1)
     return ActivationStore(folder)
 
 
 def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, settings: Mapping[str, Any]) -> dict:
     tokenizer = tokenizer_of(model)
     return {
-        "schema": SCHEMA,
         "kind": "ActivationStore",
         "model": name_of(model),
         "revision": facts_of(model).revision,
@@ -128,10 +128,11 @@ def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, se
 def _open_end(place: Path, record: Mapping[str, Any]) -> None:
     """Begin an end of a store, or continue the same one."""
     file = claim(place, "ActivationStore") / "end.json"
-    if not file.is_file():
-        write_atomically(file, dump_json(record, file, indent=1))
-        return
-    known = read_record(file)
+    with locked(file):  # two jobs may begin together
+        if not file.is_file():
+            write_record(file, record, indent=1)
+            return
+        known = read_record(file)
     now = json.loads(json.dumps(record))
     differing = [key for key in now if key != "model" and unnamed(known.get(key)) != unnamed(now[key])]
     if differing:

@@ -45,6 +45,10 @@ class UndefinedWarning(UserWarning):
     """NaN or infinity in a record, written as null with its place and value."""
 
 
+class UncheckedWarning(UserWarning):
+    """File from before checksums, whose damage cannot be told."""
+
+
 class ModelError(XModelSteerError, RuntimeError):
     """Model that cannot be loaded, or lacks something that the library needs."""
 

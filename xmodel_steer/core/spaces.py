@@ -104,6 +104,9 @@ class Space:
     def __post_init__(self) -> None:
         require_type("Space.site", Site, self.site)
         require_type("Space.width", Integral, self.width, takes="a number of dimensions")
+        require_type("Space: model, fingerprint and processing", str, self.model, self.fingerprint, self.processing)
+        if self.width < 1:
+            raise ValueError(f"Space: width counts dimensions, got {self.width}")
 
     def __str__(self) -> str:
         processed = "" if self.processing == "none" else f", {self.processing}"

@@ -4,18 +4,19 @@ Every file names its schema. Nothing is pickled. A file that has its name is who
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xmodel_steer.core.errors import ArtifactError, XModelSteerError
+from xmodel_steer.core.errors import ArtifactError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.files.claiming import claim
-from xmodel_steer.files.records import read_tensors, write_tensors
+from xmodel_steer.files.fields import counts_of, expect, tensor_of
+from xmodel_steer.files.records import MEASURED, read_tensors, reading, refuse_nan, write_tensors
 from xmodel_steer.maps.affine import AffineMap, Map, MapScore
 from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.curves import DataCurve
@@ -32,21 +33,26 @@ def save_artefact(value: SteeringVector | Map | Moments | LayerGrid | DataCurve,
     kind = type(value).__name__
     if kind not in _KINDS:
         raise TypeError(f"save: cannot save {kind}; vectors, maps, moments, grids, curves and results can be saved")
-    write_tensors(claim(path, kind), kind, *_KINDS[kind][0](value))
+    claim(path, kind)
+    tensors, record = _KINDS[kind][0](value)
+    if kind not in MEASURED:
+        refuse_nan(tensors, path)
+    try:
+        _KINDS[kind][1]({"kind": kind, **record}, tensors)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: not written, since it could not be read again: {error}") from error
+    write_tensors(path, kind, tensors, record)
     return path
 
 
 def read_artefact(path: Path) -> Any:
     """Read a file that `save_artefact` wrote; see `read`."""
     header, tensors = read_tensors(path)
-    if header["kind"] not in _KINDS:
-        raise ArtifactError(f"{path}: holds a {header['kind']!r}, which this version cannot read")
-    try:
-        return _KINDS[header["kind"]][1](header, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, XModelSteerError):
-            raise ArtifactError(f"{path}: {error}") from error
-        raise ArtifactError(f"{path}: is damaged, {header['kind']} lacks or misstates {error}") from error
+    kind = header.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ArtifactError(f"{path}: holds a {kind!r}, which this version cannot read")
+    with reading(path):
+        return _KINDS[kind][1](header, tensors)
 
 
 def _fields(value: Any, *names: str) -> Record:
@@ -68,10 +74,15 @@ def _vector_parts(vector: SteeringVector) -> tuple[Tensors, Record]:
 
 
 def _vector_from(header: Record, tensors: Tensors) -> SteeringVector:
+    expect(header, label=str, origin=str)
+    positive, negative = counts_of(header, "counts", 2)
+    space = Space.from_dict(header["space"])
+    for name in tensors.keys() & set(_VECTOR_TENSORS):
+        tensor_of(tensors, name, (space.width,), least=0.0 if name == "scale" else None)
     return SteeringVector(
         direction=tensors["direction"],
-        space=Space.from_dict(header["space"]),
-        counts=(header["counts"][0], header["counts"][1]),
+        space=space,
+        counts=(positive, negative),
         label=header["label"],
         origin=header["origin"],
         **{name: tensors.get(name) for name in _VECTOR_TENSORS[1:]},
@@ -79,11 +90,15 @@ def _vector_from(header: Record, tensors: Tensors) -> SteeringVector:
 
 
 # --- maps -------------------------------------------------------------------------------------
-_SCALES = ("source_scale", "target_scale")
+# The tensors of each kind of map, with their sizes: the source's width, the target's, the hidden layer's.
+_SCALES = {"source_scale": "s", "target_scale": "t"}
 _MAP_TENSORS = {
-    AffineMap: ("weight", "bias", *_SCALES),
-    AutoencoderMap: ("encoder", "encoder_bias", "decoder", "decoder_bias", "source_mean", "target_mean", *_SCALES),
-}
+    AffineMap: {"weight": "st", "bias": "t", **_SCALES},
+    AutoencoderMap: {
+        "encoder": "sh", "encoder_bias": "h", "decoder": "ht", "decoder_bias": "t", "source_mean": "s", "target_mean": "t",
+        **_SCALES,
+    },
+}  # fmt: skip
 
 
 def _map_parts(mapping: Map) -> tuple[Tensors, Record]:
@@ -103,12 +118,26 @@ def _map_parts(mapping: Map) -> tuple[Tensors, Record]:
 
 def _map_from(header: Record, tensors: Tensors) -> Map:
     kind = {kind.__name__: kind for kind in _MAP_TENSORS}[header["kind"]]
+    expect(header, info=dict)
+    source, target = (Space.from_dict(header[end]) for end in ("source", "target"))
+    sizes = {"s": source.width, "t": target.width}
+    extra = {}
+    if kind is AutoencoderMap:
+        expect(header, standardised=bool)
+        extra, sizes["h"] = {"standardised": header["standardised"]}, tensors["encoder_bias"].numel()
+    score = None
+    if "score" in header:
+        expect(header["score"], cosine=float, norm_ratio=float, count=int, documents=int)
+        score = MapScore(r2=tensor_of(tensors, "score.r2", (target.width,)), **header["score"])
     return kind(
-        **{name: tensors[name] for name in _MAP_TENSORS[kind]},
-        **({"standardised": header["standardised"]} if kind is AutoencoderMap else {}),
-        source=Space.from_dict(header["source"]),
-        target=Space.from_dict(header["target"]),
-        score_test=MapScore(r2=tensors["score.r2"], **header["score"]) if "score" in header else None,
+        **{
+            name: tensor_of(tensors, name, [sizes[s] for s in shape], least=0.0 if name in _SCALES else None)
+            for name, shape in _MAP_TENSORS[kind].items()
+        },
+        **extra,
+        source=source,
+        target=target,
+        score_test=score,
         info=header["info"],
     )
 
@@ -151,14 +180,26 @@ def _moments_from(header: Record, tensors: Tensors) -> Moments:
         **{"cross": pairs, "shuffled": pairs if header.get("shuffled", True) else (), "sketch": every},
     }
 
+    def shape(kind: str, key: Sequence[Site]) -> tuple[int, ...]:
+        if kind in _BY_SITE:
+            width = (source if kind.startswith("source") else target)[key[0]].width
+            return (width,) if kind.endswith("means") else (width, width)
+        return source[key[0]].width, len(header["sketch"]) if kind == "sketch" else target[key[1]].width
+
     def part(name: str) -> PartMoments:
-        count, documents = header["counts"][name]
+        count, documents = counts_of(header["counts"], name, 2)
         values: dict[str, Any] = {
-            kind: {(key if len(key) > 1 else key[0]): tensors[_name(name, kind, *key)] for key in keys}
+            kind: {
+                (key if len(key) > 1 else key[0]): tensor_of(tensors, _name(name, kind, *key), shape(kind, key))
+                for key in keys
+            }
             for kind, keys in kept.items()
         }
+        if any(bool((m.diagonal() < 0).any()) for side in _BY_SITE[2:] for m in values[side].values()):
+            raise ValueError(f"{name} has a negative variance")
         return PartMoments(count=count, documents=documents, **values)
 
+    expect(header, paired=int, eligible=int, settings=dict)
     return Moments(
         source,
         target,
@@ -190,15 +231,25 @@ def _grid_from(header: Record, tensors: Tensors) -> LayerGrid:
     def part(name: str) -> Record:
         return {key.split("/")[1]: value.numpy() for key, value in tensors.items() if key.startswith(f"{name}/")}
 
+    source, target = (tuple(map(Space.from_dict, header[end])) for end in ("source", "target"))
+    layers, penalties = (len(source), len(target)), header["penalties"]
+    expect(header, sketch=int, counts=dict, penalties=list)
+
+    if not all(isinstance(penalty, int | float) for penalty in penalties):
+        raise ValueError(f"penalties must be numbers, got {str(penalties)[:60]}")
+    for name in tensors:
+        tensor_of(tensors, name, (*layers, len(penalties)) if "/" in name else layers)
     return LayerGrid(
-        tuple(map(Space.from_dict, header["source"])),
-        tuple(map(Space.from_dict, header["target"])),
-        tuple(header["penalties"]),
+        source,
+        target,
+        tuple(penalties),
         *map(part, _GRID_PARTS),
         cka=tensors["cka"].numpy(),
         sketch=header["sketch"],
         r2_error=tensors["r2_error"].numpy(),
-        counts={name: (rows, documents) for name, (rows, documents) in header["counts"].items()},
+        counts={
+            name: (counts_of(header["counts"], name, 2)[0], header["counts"][name][1]) for name in header["counts"]
+        },
     )
 
 
@@ -214,10 +265,14 @@ def _curve_parts(curve: DataCurve) -> tuple[Tensors, Record]:
 
 
 def _curve_from(header: Record, tensors: Tensors) -> DataCurve:
+    expect(header, recommended=int, growing=(float, type(None)), test_tokens=int, fitters=list)
+    tokens = counts_of(header, "tokens")
+    for name in header["fitters"]:
+        tensor_of(tensors, f"r2/{name}", (len(tokens),))
     return DataCurve(
         Space.from_dict(header["source"]),
         Space.from_dict(header["target"]),
-        tuple(header["tokens"]),
+        tokens,
         {name: tuple(tensors[f"r2/{name}"].tolist()) for name in header["fitters"]},
         *(header[name] for name in ("recommended", "growing", "test_tokens")),
     )

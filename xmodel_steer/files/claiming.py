@@ -1,11 +1,13 @@
 """Claims on places: checks before the work that its result may be written."""
 
 import tempfile
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 from xmodel_steer.core.errors import ArtifactError
-from xmodel_steer.files.records import disk_trouble, read_header, read_record
+from xmodel_steer.files.places import disk_trouble, sweep
+from xmodel_steer.files.records import read_header, read_record
 
 #: Kinds that are folders, each with the file that names the kind.
 FOLDERS = {
@@ -34,6 +36,8 @@ def claim(path: str | Path, kind: str, *, also: Collection[str] = ()) -> Path:
         ArtifactError: Something else is in the way, or the place cannot be written.
     """
     path = Path(path)
+    for folder in (path, path.absolute().parent):
+        sweep(folder)
     try:
         if kind not in FOLDERS and path.is_dir():
             example = path / f"{kind.lower()}.safetensors"
@@ -62,7 +66,8 @@ def _is_free(path: Path, kind: str, also: Collection[str]) -> bool:
 def kind_at(path: Path, kind: str) -> str | None:
     """Read the kind of a record; None for a foreign or damaged one."""
     try:
-        record = read_record(path / FOLDERS[kind]) if kind in FOLDERS else read_header(path)
+        with warnings.catch_warnings(action="ignore"):
+            record = read_record(path / FOLDERS[kind]) if kind in FOLDERS else read_header(path)
     except (ArtifactError, OSError):
         return None
     there = record.get("kind")

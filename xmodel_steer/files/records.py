@@ -1,41 +1,40 @@
 """Files that are whole or absent: JSON records and safetensors with a schema number, never pickle.
 
-A file is written under a scratch name and renamed in one step, so that a file with its final name is whole.
+Each carries the SHA-256 of its record and of each tensor, which every read compares.
 """
 
-import errno
-import json
-import math
-import os
-import tempfile
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xmodel_steer.core.errors import ArtifactError, UndefinedWarning
+from xmodel_steer.core.errors import ArtifactError, UncheckedWarning, XModelSteerError
 from xmodel_steer.core.finite import is_finite
+from xmodel_steer.files.places import whole_file
+from xmodel_steer.files.strict import dump_json, load_json, restored
 
-SCHEMA = 1
-KEY = "xmodel_steer"
+SCHEMA = 2
+CHECKED = 2  # the first schema with checksums
+KEY, DIGEST, TENSORS = "xmodel_steer", "sha256", "tensors"
+_NO_DIGEST = "0" * 64  # in the text that is hashed
 MEASURED = ("LayerGrid", "DataCurve")  # their numbers may be undefined
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write tensors and a record of them to a safetensors file.
+    """Write tensors and a record of them, with the SHA-256 of each and of the record, to a safetensors file.
 
     Raises:
         ArtifactError: A value of a tensor is NaN, unless it was measured, or the file cannot be written.
     """
     if kind not in MEASURED:
         refuse_nan(tensors, path)
-    header = {"schema": SCHEMA, "kind": kind, **record}
     plain: dict[str, Tensor] = {}
     held: set[int] = set()
     for name, tensor in tensors.items():
@@ -44,8 +43,20 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
         # safetensors refuses tensors that share memory
         plain[name] = values.clone() if memory in held else values
         held.add(memory)
-    metadata = {KEY: dump_json(header, path)}
-    _whole(path, lambda scratch: save_file(plain, scratch, metadata=metadata))
+    hashes = {name: digest_of(tensor) for name, tensor in plain.items()}
+    text = dump_json({"schema": SCHEMA, "kind": kind, **record, TENSORS: hashes}, path)
+    metadata = {KEY: text, DIGEST: sha256_of_text(text)}
+    whole_file(path, lambda scratch: save_file(plain, scratch, metadata=metadata))
+
+
+def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
+    """Write a record, with the SHA-256 of the text, to a JSON file.
+
+    Raises:
+        ArtifactError: The folder cannot be written, or the disk is full.
+    """
+    text = dump_json({DIGEST: _NO_DIGEST, **record, "schema": SCHEMA}, path, indent)
+    write_atomically(path, text.replace(_NO_DIGEST, sha256_of_text(text), 1))
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -55,114 +66,20 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         ArtifactError: The folder cannot be written, or the disk is full.
     """
     data = content.encode() if isinstance(content, str) else content
-    _whole(path, lambda scratch: scratch.write_bytes(data))
+    whole_file(path, lambda scratch: scratch.write_bytes(data))
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a scratch name; rename it once it is on disk."""
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        scratch = Path(name)
-        os.close(handle)
-        write(scratch)
-        with scratch.open("r+b") as written:
-            os.fsync(written.fileno())
-        scratch.chmod(0o644)
-        os.replace(scratch, path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(disk_trouble(path, error)) from error
-    finally:
-        if scratch is not None and scratch.exists():
-            scratch.unlink()
+def digest_of(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bits, in hexadecimal."""
+    values = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
+    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def disk_trouble(path: Path, error: OSError | SafetensorError) -> str:
-    """Say why a file could not be written, and what to do."""
-    full = os.strerror(errno.ENOSPC)
-    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):  # safetensors passes on the words alone
-        return f"{path}: no space left on the device, nothing was written; free some or choose another place"
-    return f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another place"
-
-
-def dump_json(record: Any, path: Path, indent: int | None = None) -> str:
-    """Return a record as strict JSON, whatever its numbers are.
-
-    A number that is NaN or infinite becomes null. The record then gets a list ``undefined`` with the place and the
-    value of each such number, and the reason where an estimate gives one; `parse_record` restores it. A value that
-    JSON lacks is written as its ``repr``.
-
-    Args:
-        record: The record; numbers and arrays of NumPy and torch are written as Python's.
-        path: The file, for messages.
-        indent: Spaces of indentation.
-
-    Raises:
-        ArtifactError: The record contains itself.
-    """
-    gone: list[dict[str, Any]] = []
-    try:
-        plain = _plain(record, (), "", gone)
-    except RecursionError as error:
-        raise ArtifactError(f"{path}: not written, the record holds itself") from error
-    if gone:
-        plain["undefined"] = gone
-    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair needs an escape
-        text = json.dumps(plain, allow_nan=False, indent=indent)
-    return text
-
-
-def _plain(value: Any, at: tuple[str | int, ...], reason: str, gone: list[dict[str, Any]]) -> Any:
-    """Convert a value to JSON's kinds, and list numbers that JSON lacks."""
-    if isinstance(value, Mapping):
-        why = value.get("undefined")
-        names = {key: key if isinstance(key, str) else str(_plain(key, (), "", [])) for key in value}
-        why = why if isinstance(why, str) else ""
-        return {names[key]: _plain(item, (*at, names[key]), why, gone) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, (*at, i), reason, gone) for i, item in enumerate(value)]
-    if isinstance(value, np.generic | np.ndarray | Tensor):
-        return _plain(value.tolist(), at, reason, gone)
-    if isinstance(value, float) and not math.isfinite(value):
-        was = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        gone.append({"at": list(at), "was": was, **({"reason": reason} if reason else {})})
-        return None
-    return value if value is None or isinstance(value, str | int | float) else repr(value)
-
-
-def tell_undefined(path: Path) -> None:
-    """Warn of numbers that a written record lacks without a reason.
-
-    Args:
-        path: The JSON file.
-    """
-    listed = json.loads(path.read_text(encoding="utf-8")).get("undefined", ())
-    names = [".".join(map(str, gone["at"])) for gone in listed if "reason" not in gone]
-    if names:
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        warnings.warn(f"{path}: NaN or infinite, and written as null: {shown}", UndefinedWarning, stacklevel=4)
-
-
-def restored(record: Any) -> Any:
-    """Restore the numbers that `dump_json` replaced with null.
-
-    Args:
-        record: A record as it was read; it loses its list ``undefined``.
-
-    Raises:
-        LookupError: The list names a missing place.
-    """
-    listed = record.pop("undefined", ()) if isinstance(record, dict) else ()
-    for gone in listed:
-        place = record
-        for step in gone["at"][:-1]:
-            place = place[step]
-        place[gone["at"][-1]] = float(gone["was"])
-    return record
+def sha256_of_text(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -179,48 +96,91 @@ def refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the record and the tensors of a file that `write_tensors` wrote.
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn every fault of a file that is read in the block into an error that names it.
 
     Raises:
-        ArtifactError: The file is missing, foreign, truncated, of a newer schema, or has NaN.
+        ArtifactError: The file is missing, or damaged, or of another program.
     """
-    with _opened(path) as opened:
-        header = _header(opened, path)
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    try:
+        yield
+    except (ArtifactError, Warning):  # a warning, where the user makes errors of them
+        raise
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file ({error.filename})") from error
+    except XModelSteerError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"
+        ) from error
+    except Exception as error:  # a damaged file may fail in any way
+        says = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArtifactError(f"{path}: is damaged or foreign ({says}); make or copy it again") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the record and the tensors of a file that `write_tensors` wrote, and compare all their hashes.
+
+    Raises:
+        ArtifactError: The file is missing, foreign, damaged, of a newer schema, or has NaN.
+    """
+    with opened(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        hashes = header.pop(TENSORS, None)
+        if hashes is not None and hashes.keys() != tensors.keys():
+            raise ArtifactError(f"{path}: is damaged, its tensors are not those of its record")
+        for name, digest in (hashes or {}).items():
+            require_digest(path, name, tensors[name], digest)
     if header.get("kind") not in MEASURED:
         refuse_nan(tensors, path)
     return header, tensors
+
+
+def require_digest(path: Path, name: str, tensor: Tensor, digest: str) -> None:
+    """Refuse a tensor whose bits have changed.
+
+    Raises:
+        ArtifactError: Names the tensor.
+    """
+    if digest_of(tensor) != digest:
+        raise ArtifactError(f"{path}: is damaged, {name} does not match its checksum; make or copy it again")
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """Read the record of a file that `write_tensors` wrote, without its tensors.
 
     Raises:
-        ArtifactError: The file is missing, foreign, truncated, or of a newer schema.
+        ArtifactError: The file is missing, foreign, damaged, or of a newer schema.
     """
-    with _opened(path) as opened:
-        return _header(opened, path)
-
-
-def _header(opened: Any, path: Path) -> dict[str, Any]:
-    metadata = opened.metadata() or {}
-    if KEY not in metadata:
-        raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
-    return parse_record(metadata[KEY], path)
+    with opened(path) as (_, header):
+        return header
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file that `write_tensors` wrote; yield its handle and its record, whose hash was compared.
+
+    Raises:
+        ArtifactError: As for `read_header`.
+    """
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"
-        ) from error
+    with reading(path), safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if KEY not in metadata:
+            raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
+        yield file, parse_checked(metadata[KEY], metadata.get(DIGEST), path)
+
+
+def parse_checked(text: str, digest: str | None, path: Path) -> dict[str, Any]:
+    """Parse a record and compare its hash, which the file holds too.
+
+    Raises:
+        ArtifactError: As for `parse_record`; or the record was changed.
+    """
+    return _checked(parse_record(text, path), digest, sha256_of_text(text), path)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -229,10 +189,26 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: The file is damaged, foreign, or of a newer schema.
     """
-    try:
-        return parse_record(path.read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: is damaged or foreign, it is no text ({error})") from error
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+        record = parse_record(text, path)
+        digest = record.pop(DIGEST, None)
+        return _checked(record, digest, sha256_of_text(text.replace(str(digest), _NO_DIGEST, 1)), path)
+
+
+def _checked(record: dict[str, Any], kept: Any, digest: str, path: Path) -> dict[str, Any]:
+    """Compare a record's hash with the one that was kept; warn of a file older than hashes."""
+    if record["schema"] < CHECKED:
+        warnings.warn(
+            f"{path}: was written before files carried checksums, so damage may show as other numbers; save it again to add them",
+            UncheckedWarning,
+            stacklevel=4,
+        )
+    elif kept != digest:
+        raise ArtifactError(
+            f"{path}: is damaged or was edited, its record does not match its checksum; make or copy it again"
+        )
+    return record
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
@@ -241,12 +217,10 @@ def parse_record(text: str, path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: The record is damaged, foreign or of a newer schema.
     """
-    try:
-        header = restored(json.loads(text))
+    with reading(path):
+        header = restored(load_json(text))
         schema = header["schema"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ArtifactError(f"{path}: is damaged or foreign, its record cannot be read ({error})") from error
-    if not isinstance(schema, int) or schema < 1:
+    if type(schema) is not int or schema < 1:
         raise ArtifactError(f"{path}: xmodel_steer never wrote schema {schema!r}")
     if schema > SCHEMA:
         raise ArtifactError(

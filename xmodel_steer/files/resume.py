@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.core.errors import ArtifactError
-from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
+from xmodel_steer.files.records import read_record, write_record
 
 T = TypeVar("T")
 
@@ -103,8 +103,7 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
             file.unlink()
     start = time.perf_counter()
     result = make()
-    record = {"schema": SCHEMA, "seconds": time.perf_counter() - start, "made": result}
-    write_atomically(file, dump_json(record, file))
+    write_record(file, {"seconds": time.perf_counter() - start, "made": result})
     kept.counted.add(file.name)
     return result
 

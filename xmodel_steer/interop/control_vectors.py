@@ -12,7 +12,15 @@ from torch import Tensor
 from xmodel_steer.core.errors import ArtifactError, SiteError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.files.records import SCHEMA, dump_json, parse_record, write_atomically
+from xmodel_steer.files.records import (
+    SCHEMA,
+    digest_of,
+    parse_checked,
+    require_digest,
+    sha256_of_text,
+    write_atomically,
+)
+from xmodel_steer.files.strict import dump_json
 from xmodel_steer.interop.spaces import RECORD, one_per_block, space_for
 
 
@@ -52,8 +60,16 @@ def write_control_vector(
             "write_control_vector: llama.cpp steers the output of blocks 1 and later, got a vector of block 0; "
             "find the vector at another layer, or leave this one out"
         )
+    directions = [v.direction.detach().to("cpu", torch.float32).contiguous() for v in per_block]
     rows = [
-        {"space": v.space.to_dict(), "label": v.label, "counts": list(v.counts), "origin": v.origin} for v in per_block
+        {
+            "space": v.space.to_dict(),
+            "label": v.label,
+            "counts": list(v.counts),
+            "origin": v.origin,
+            "sha256": digest_of(row),
+        }
+        for v, row in zip(per_block, directions, strict=True)
     ]
     record = dump_json({"schema": SCHEMA, "vectors": rows}, path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,9 +79,9 @@ def write_control_vector(
             "controlvector.model_hint", model_hint if model_hint is not None else per_block[0].space.model
         )
         writer.add_uint32("controlvector.layer_count", len(per_block))
-        writer.add_string(RECORD, record)  # llama.cpp and repeng ignore it
-        for vector in per_block:
-            direction = vector.direction.detach().to("cpu", torch.float32).contiguous()
+        writer.add_string(RECORD, record)  # llama.cpp and repeng ignore both
+        writer.add_string(f"{RECORD}.sha256", sha256_of_text(record))
+        for vector, direction in zip(per_block, directions, strict=True):
             writer.add_tensor(f"direction.{vector.space.site.layer}", direction.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -146,11 +162,15 @@ def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]
     if RECORD not in fields:
         return tensors, {}
     try:
-        records = {row["space"]["layer"]: row for row in parse_record(fields[RECORD], path)["vectors"]}
+        record = parse_checked(fields[RECORD], fields.get(f"{RECORD}.sha256"), path)
+        records = {row["space"]["layer"]: row for row in record["vectors"]}
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: is damaged, its record lacks or misstates {error}") from error
     if records.keys() != tensors.keys():
         raise ArtifactError(
             f"{path}: is damaged, its record is about blocks {sorted(records)}, it holds {sorted(tensors)}"
         )
+    for block, row in records.items():
+        if "sha256" in row:  # absent before schema 2
+            require_digest(path, f"direction.{block}", tensors[block], row["sha256"])
     return tensors, records

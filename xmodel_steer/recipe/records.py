@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from xmodel_steer.maps.statistics import Estimate, undefined
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, NOT_RECORDED, Arm
 from xmodel_steer.recipe.results import Result
@@ -40,6 +42,29 @@ def arm_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Arm:
         table=tuple(tuple(r["seeds"]) for r in rows if "seeds" in r),
         **columns,
     )
+
+
+def require_recomputed(arms: Sequence[Arm]) -> None:
+    """Refuse effects that their scores do not give.
+
+    Raises:
+        ValueError: An effect, or a change from the unsteered model, is another one.
+    """
+    bases = {arm.recipe: arm.scores for arm in arms if arm.arm == "unsteered" and arm.scores}
+    for arm in arms:
+        if not arm.scores:
+            continue
+        scores, base = arm.per_seed(), bases.get(arm.recipe, bases.get(""))
+        with np.errstate(all="ignore"):  # what overflows is not compared
+            means = [(arm.effect.value, scores.mean(), "effect")]
+            rounding = 1e-9 * float(np.abs(scores).max())
+            if base is not None and len(base) == len(scores) and arm.arm != "unsteered":
+                means.append((arm.change.value, (scores.mean(1) - base).mean(), "change"))
+                rounding = max(rounding, 1e-9 * float(np.abs(base).max()))
+        for stated, computed, what in means:
+            known = math.isfinite(stated) and math.isfinite(computed)
+            if known and not math.isclose(stated, computed, rel_tol=1e-6, abs_tol=rounding):
+                raise ValueError(f"{arm!r}: states the {what} {stated:.6g}, and its scores give {computed:.6g}")
 
 
 def _estimate(row: Mapping[str, Any], *names: str) -> Estimate:

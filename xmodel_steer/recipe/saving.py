@@ -1,39 +1,31 @@
 """Save and read: artefacts as files, results as folders."""
 
-import json
-import os
 import re
-import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.core.errors import ArtifactError, CacheWarning, XModelSteerError
+from xmodel_steer.core.errors import ArtifactError, CacheWarning
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.files.artefacts import read_artefact, save_artefact
+from xmodel_steer.files.cache import sha256_of
 from xmodel_steer.files.claiming import claim
-from xmodel_steer.files.records import (
-    SCHEMA,
-    disk_trouble,
-    dump_json,
-    read_record,
-    restored,
-    tell_undefined,
-    write_atomically,
-)
+from xmodel_steer.files.places import disk_trouble, locked, whole_folder
+from xmodel_steer.files.records import CHECKED, read_record, reading, write_atomically, write_record
+from xmodel_steer.files.strict import dump_json, load_json, restored, tell_undefined
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.curves import DataCurve
 from xmodel_steer.maps.layers import LayerGrid
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.recipe.records import arm_of, older, result_of
+from xmodel_steer.recipe.records import arm_of, older, require_recomputed, result_of
 from xmodel_steer.recipe.results import Result, prompt_rows
 
 RESULT, TEXTS, REPORT = "result.json", "generations.jsonl", "report.html"
 UNFINISHED = "unfinished"  # in the folder of a run that was cut off
 KINDS = ("Result", "TransferResult", "study")  # the last two were written by earlier versions
-_RUN = {RESULT, TEXTS, REPORT, "vectors", "maps", "map.safetensors"}
+_NAME = re.compile(r"((vectors|maps|\.)/)?[\w~-][\w.~-]*")  # of a file in a run's folder
 
 
 def save(value: SteeringVector | Map | Moments | LayerGrid | DataCurve | Result, path: str | Path) -> Path:
@@ -97,7 +89,6 @@ def _save_result(result: Result, folder: Path) -> Path:
     claim(folder, "Result", also={UNFINISHED})
     files = {"vectors": _files(result.vectors), "maps": _files(result.maps)}
     record = {
-        "schema": SCHEMA,
         "kind": "Result",
         **{name: value for name, value in vars(result).items() if name in result.__dataclass_fields__},
         "conclusions": list(result.conclusions),
@@ -106,24 +97,17 @@ def _save_result(result: Result, folder: Path) -> Path:
         **files,
     }
     rows = [{"number": i} | row for i, arm in enumerate(result.arms) for row in prompt_rows(arm)]
-    scratch = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        write_atomically(scratch / RESULT, dump_json(record, folder, indent=1))
-        write_atomically(scratch / TEXTS, "".join(dump_json(row, folder) + "\n" for row in rows))
-        for kind, named in files.items():
-            for name, file in named.items():
-                save_artefact(getattr(result, kind)[name], scratch / kind / file)
-        os.chmod(scratch, 0o755)
-        _swap(scratch, folder)
+        with locked(folder), whole_folder(folder, _replaced(folder)) as scratch:
+            write_atomically(scratch / TEXTS, "".join(dump_json(row, folder) + "\n" for row in rows))
+            for kind, named in files.items():
+                for name, file in named.items():
+                    save_artefact(getattr(result, kind)[name], scratch / kind / file)
+            # The record binds the files, so that none of another run is read with it.
+            hashes = {place: sha256_of(scratch / place) for place in _bound(files)}
+            write_record(scratch / RESULT, record | {"files": hashes}, indent=1)
     except OSError as error:
-        if isinstance(error, XModelSteerError):
-            raise
         raise ArtifactError(disk_trouble(folder, error)) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
     tell_undefined(folder / RESULT)
     return folder
 
@@ -138,54 +122,91 @@ def _files(named: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
-def _swap(scratch: Path, folder: Path) -> None:
-    """Put a finished folder in place of an older one.
+def _bound(files: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """List the files that a record binds, as places in the folder.
 
-    The older one is only removed afterwards; other files in it are kept.
+    Raises:
+        ArtifactError: A name leads out of the folder.
     """
-    if not folder.exists():
-        scratch.rename(folder)
-        return
-    older_run = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    folder.rename(older_run / folder.name)
+    places = [TEXTS, *(place for kind in files for place in _places(files[kind], kind).values())]
+    if wrong := [place for place in places if not _NAME.fullmatch(place)]:
+        raise ArtifactError(f"{wrong[0][:200]!r} is no name of a file in the folder of a run")
+    return places
+
+
+def _replaced(folder: Path) -> list[str]:
+    """List the files of an older run, which a new one replaces; all others are the user's."""
+    own = [RESULT, TEXTS, REPORT, "map.safetensors"]
     try:
-        scratch.rename(folder)
-    except OSError:
-        (older_run / folder.name).rename(folder)
-        older_run.rmdir()
-        raise
-    for file in (older_run / folder.name).iterdir():
-        if file.name not in _RUN:
-            file.rename(folder / file.name)
-    shutil.rmtree(older_run, ignore_errors=True)
+        with warnings.catch_warnings(action="ignore"):
+            record = read_record(folder / RESULT)
+        named = {kind: record[kind] for kind in ("vectors", "maps") if isinstance(record.get(kind), dict)}
+        older_run = [f"vectors/{name}.safetensors" for name in record.get("vectors", ()) if "vectors" not in named]
+        return [*own, *_bound(named), *older_run]
+    except (ArtifactError, TypeError):
+        return own
 
 
 def _read_result(folder: Path) -> Result:
     file = folder / RESULT
+    for _ in range(5):
+        stamp = _stamp(file)
+        try:
+            return _read_once(folder)
+        except ArtifactError:
+            if _stamp(file) == stamp:  # else the folder was replaced meanwhile
+                raise
+    return _read_once(folder)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        return file.stat().st_ino, file.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _read_once(folder: Path) -> Result:
+    file = folder / RESULT
     if not file.is_file():
         raise ArtifactError(f"{folder}: has no result.json, it is not a run folder")
-    record = read_record(file)
-    kind = record.pop("kind", None)
-    if kind not in KINDS:
-        raise ArtifactError(f"{file}: is a {kind!r}, not a Result")
-    try:
+    with reading(folder):
+        record = read_record(file)
+        kind = record.pop("kind", None)
+        if kind not in KINDS:
+            raise ArtifactError(f"{file}: is a {kind!r}, not a Result")
         texts = folder / TEXTS
-        lines = texts.read_text(encoding="utf-8").split("\n") if texts.is_file() or kind != "study" else []
-        rows = [restored(json.loads(line)) for line in lines if line]
+        rows = list(_rows(texts)) if texts.is_file() or kind != "study" else []
         if kind != "Result":
             record = older(kind, record, rows, [f.stem for f in sorted((folder / "vectors").glob("*.safetensors"))])
-        arms = tuple(
-            arm_of(arm, [row for row in rows if row.get("number") == i]) for i, arm in enumerate(record.pop("arms"))
-        )
+        named = {what: record.pop(what) for what in ("vectors", "maps")}
+        places = _bound(named)
+        hashes = record.pop("files", {})
+        if record["schema"] >= CHECKED and kind == "Result" and hashes.keys() != set(places):
+            raise ArtifactError(f"{file}: is damaged, it binds other files than it names")
+        for place, digest in hashes.items():
+            if sha256_of(folder / place) != digest:
+                raise ArtifactError(
+                    f"{folder / place}: is not the file that this run wrote; copy the whole folder again, or run it again"
+                )
+        by_arm: dict[Any, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_arm.setdefault(row.get("number"), []).append(row)
+        arms = tuple(arm_of(arm, by_arm.get(i, [])) for i, arm in enumerate(record.pop("arms")))
+        require_recomputed(arms)
         read_all = {
-            what: {name: read_artefact(folder / place) for name, place in _places(record.pop(what), what).items()}
-            for what in ("vectors", "maps")
+            what: {name: read_artefact(folder / place) for name, place in _places(files, what).items()}
+            for what, files in named.items()
         }
         return result_of(record, arms, **read_all)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{folder}: is damaged or incomplete ({type(error).__name__}: {error})") from error
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Read one record per line."""
+    with reading(file):
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            if line:
+                yield restored(load_json(line))
 
 
 def _places(files: Mapping[str, str], kind: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from xmodel_steer.evaluation.scorers.languages import Language
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
 from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
 from xmodel_steer.files.claiming import claim
-from xmodel_steer.files.records import SCHEMA, dump_json, read_record, write_atomically
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.models.facts import hardware_of
 from xmodel_steer.models.loading import load
@@ -133,7 +133,7 @@ def make(
     """
     lessons, folder = curriculum or curriculum_of(name), Path(out)
     recipe = recipe or recipe_of(name)
-    spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons), "schema": SCHEMA}
+    spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons)}
     scorer = _named(lessons.scorer)
     if (folder / RECORD).is_file():
         report, record = read_report(folder), _record(folder)
@@ -167,7 +167,7 @@ def make(
         **vars(rates),
     )
     record = {**spec, "scorer": scorer, **asdict(report), "good": report.good, "kind": "organism"}
-    write_atomically(folder / RECORD, dump_json(record, folder / RECORD, indent=1))
+    write_record(folder / RECORD, record, indent=1)
     for file in (folder / BEGUN, folder / TRAINED):
         file.unlink(missing_ok=True)
     return report
@@ -194,20 +194,20 @@ def _trained(
     begun, done = folder / BEGUN, folder / TRAINED
     if begun.is_file():
         started = done.is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
-        if started and read_record(begun) != spec:
+        if started and {k: v for k, v in read_record(begun).items() if k != "schema"} != spec:
             raise ArtifactError(
                 f"{folder}: an organism of another recipe was begun here; give the same settings to resume it, or another folder"
             )
     else:
         claim(folder, "organism")
-    write_atomically(begun, dump_json(spec, begun))
+    write_record(begun, spec)
 
     start = time.perf_counter()
     if not done.is_file():
         trained = train(base, lessons.train, folder, recipe, device=device, dtype=dtype)
         gc.collect()  # the trainer and the model refer to each other
         seconds = time.perf_counter() - start
-        write_atomically(done, dump_json({"schema": SCHEMA, **trained, "seconds": seconds}, done))
+        write_record(done, {**trained, "seconds": seconds})
     return {k: v for k, v in read_record(done).items() if k != "schema"}
 
 
