@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from xmodel_steer.core.texts import visible
 from xmodel_steer.figures.choices import curve, effect_by_layer, layers_varied
 from xmodel_steer.figures.doses import frontier
 from xmodel_steer.figures.overviews import colours_of, overview
@@ -22,7 +23,6 @@ from xmodel_steer.recipe.results import Result
 def tables(result: Result) -> list[Any]:
     """Return a ``rich`` table of all arms for each recipe."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -30,22 +30,22 @@ def tables(result: Result) -> list[Any]:
     for recipe in result.recipes:
         arms = [arm for arm in result.arms if arm.recipe in (recipe, "")]
         between = "" if "models" in result.spec else f": {result.between}"
-        # A name such as [/b] is no markup.
         called = recipe if len(result.recipes) > 1 else result.name
-        title = Text(f"{called}{between}, n = {arms[-1].effect.n}")
+        # Texts, not strings: a name such as [/b] is no markup, on whichever console.
+        title = Text(visible(f"{called}{between}, n = {arms[-1].effect.n}"))
         table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         cells = [cells_of(arm, short=True) for arm in arms]
         names = [name for name in dict.fromkeys(n for row in cells for n in row) if any(row.get(name) for row in cells)]
         for name in names:
             table.add_column(
-                escape(name),
+                Text(visible(name)),
                 justify="left" if name == "arm" else "right",
                 no_wrap=name in ("arm", "strength", "effect", "change"),
-                min_width=max(map(len, name.split())),
+                min_width=max(map(len, visible(name).split()), default=0),
             )
         for arm, row in zip(arms, cells, strict=True):
             style = "bold" if arm.arm == "mapped" else "dim" if arm.arm in ("random", "shuffled") else ""
-            table.add_row(*(escape(row.get(name, "")) for name in names), style=style)
+            table.add_row(*(Text(visible(row.get(name, ""))) for name in names), style=style)
         shown.append(table)
     return shown
 
