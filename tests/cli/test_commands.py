@@ -525,11 +525,12 @@ def test_a_warning_and_others_texts_obey_no_name(command: Any, monkeypatch: pyte
     def fail(*_: object, **__: object) -> Result:
         warnings.warn(HOSTILE, CacheWarning, stacklevel=1)
         print(f"another library: {HOSTILE}", file=sys.stderr)
-        raise ZeroDivisionError(HOSTILE)
+        raise ZeroDivisionError(f"{HOSTILE} of https://anna:s3cret@host")
 
     monkeypatch.setattr("xmodel_steer.studies.demo.concept_demo", fail)
     code, _, errors = command("demo", "concepts", "--out", "/tmp/nowhere-to-be-written")
     warning, *other, error = errors.split("\n")[:-1]
+    assert "https://***@host" in error and "s3cret" not in errors
     assert code == 1 and SHOWN in warning and is_inert(warning) and is_inert(error) and r"\x1b[2J" in error
     assert is_inert(re.sub(r"\x1b\[31m|\r", "", "".join(other)))  # colours stay
 

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from xmodel_steer.core.errors import XModelSteerError
-from xmodel_steer.core.texts import visible
+from xmodel_steer.core.texts import redacted, visible
 
 
 def say(line: str, *, error: bool = False) -> None:
@@ -16,8 +16,8 @@ def say(line: str, *, error: bool = False) -> None:
 
 
 def in_a_line(error: Exception) -> str:
-    """Return an error as one line."""
-    text = " ".join(str(error).split())
+    """Return an error as one line, without passwords in URLs and tokens in headers."""
+    text = redacted(" ".join(str(error).split()))
     if isinstance(error, XModelSteerError):
         return text
     return f"{type(error).__name__}: {text[:400]} (run xmodel-steer --debug ... for the traceback)"

@@ -20,10 +20,9 @@ def layers_varied(result: Result) -> list[str]:
 def effect_by_layer(result: Result) -> Any:
     """Plot the validation score by layer, a line for each recipe.
 
-    Each model has a panel.
-
-    In a transfer the score is half the difference between the two signs. The layer that was taken has the large marker; where
-    there is one recipe, the perplexity of neutral text over the unsteered one is written above each point.
+    Each model has a panel. In a transfer the score is half the difference between the two signs. The layer that was
+    taken has the large marker; where there is one recipe, the perplexity of neutral text over the unsteered one is
+    written above each point.
 
     Args:
         result: A result that chose layers.

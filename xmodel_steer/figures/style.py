@@ -36,7 +36,7 @@ def interval(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def plain(text: object) -> str:
-    """Escape a text of users or models: Plotly reads tags, ``%{...}`` and ``$...$`` in every text.
+    """Escape tags, ``%{...}`` and ``$...$``, which Plotly reads in every text.
 
     Example:
         >>> plain("<b>joy</b>")

@@ -78,12 +78,13 @@ def _key_in(variable: str) -> str:
             "Endpoint: key_variable must be the name of an environment variable, such as OPENAI_API_KEY, not a key"
         )
     key = os.environ.get(variable, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise JudgeError(
-            f"{variable}: the key holds a line end, a control character or a letter that is not ASCII; "
-            "put the key alone into the variable"
-        )
-    return key
+    if key.isascii() and key.isprintable():
+        return key
+    del key  # tools that report errors show local variables
+    raise JudgeError(
+        f"{variable}: the key holds a line end, a control character or a letter that is not ASCII; "
+        "put the key alone into the variable"
+    )
 
 
 @dataclass(frozen=True)
