@@ -242,6 +242,7 @@ def test_no_name_is_markup_in_the_report_or_a_table(signs: bool, tmp_path: Path)
     made = hostile_result(signs=signs)
     page = write_report(made, tmp_path / "report.html").read_text()
     assert "<img" not in page and "<a " not in page and page.count("</script>") == 1 and "&lt;img" in page
+    assert "\x1b" not in page and "\u202e" not in page and "\\x1b[2J\\u202e" in page
     for markup in (True, False):
         output = io.StringIO()
         Console(file=output, width=2000, markup=markup).print(*tables(made))

@@ -49,12 +49,13 @@ def test_the_page_numbers_each_pair_in_both_rows_and_escapes_the_text(llama: toy
 
 
 def test_names_are_no_markup() -> None:
-    name = '<img src=x onerror="alert(1)">\x1b[2J'
+    name = '<img src=x onerror="alert(1)">\x1b[2J\u202e'
     one = AlignmentView((name, name), ((name,), (name, "")), ((0, 0),), 1)
     two = ProjectionView(name, (name, name), (0.0, 1.0))
     for view in (one, two):
-        assert "<img" not in view._repr_html_() and "&lt;img" in view._repr_html_()
-        assert "\x1b" not in str(view)
+        page = view._repr_html_()
+        assert "<img" not in page and "&lt;img" in page and "\x1b" not in page + str(view)
+        assert "\u202e" not in page
     parts = [text_html(name, "red", name, name), bars_html([NextToken(name, 0.5, 0.5)], "red"), code_html(name)]
     assert all("<img" not in part and "&lt;img" in part for part in parts)
 

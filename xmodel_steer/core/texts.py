@@ -31,6 +31,14 @@ def visible(text: str, *, lines: bool = False) -> str:
     return _CONTROLS.sub(escaped, text)
 
 
+def on_page(text: str) -> str:
+    """Escape a text for HTML; write its control characters as escapes.
+
+    A character that turns the direction of text would turn the page's own words too.
+    """
+    return html.escape(visible(text, lines=True))
+
+
 def redacted(text: str, secrets: Iterable[str] = (), *, answer: bool = False) -> str:
     """Replace secrets in a text, in every encoding, by ``***``.
 

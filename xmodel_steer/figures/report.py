@@ -1,6 +1,5 @@
 """A result for people: tables for the terminal, and one HTML file that needs no network."""
 
-import html
 import json
 import math
 from base64 import b64encode
@@ -9,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from xmodel_steer.core.texts import visible
+from xmodel_steer.core.texts import on_page, visible
 from xmodel_steer.figures.choices import curve, effect_by_layer, layers_varied
 from xmodel_steer.figures.doses import frontier
 from xmodel_steer.figures.overviews import colours_of, overview
@@ -159,18 +158,16 @@ def write_report(result: Result, path: str | Path) -> Path:
     figures += [curve(result, name) for name in result.curves]
     names = ("chosen", "spec", "seeds", "versions", "hardware", "seconds", "command")
     page = _PAGE.format(
-        title=html.escape(f"{result.name}: {result.between}"),
-        question=f"<p>{html.escape(result.question)}</p>" if result.question else "",
-        verdict="".join(f"<p>{html.escape(line)}</p>" for line in result.conclusions),
-        facts="".join(f"<li>{html.escape(line)}</li>" for line in summary(result)),
+        title=on_page(f"{result.name}: {result.between}"),
+        question=f"<p>{on_page(result.question)}</p>" if result.question else "",
+        verdict="".join(f"<p>{on_page(line)}</p>" for line in result.conclusions),
+        facts="".join(f"<li>{on_page(line)}</li>" for line in summary(result)),
         figures=figures_html(figures),
         table=_table(result),
         texts=texts_html(result),
-        unit=html.escape(result.unit),
-        note=html.escape(result.note),
-        record=html.escape(
-            json.dumps({n: getattr(result, n) for n in names}, indent=1, ensure_ascii=False, default=repr)
-        ),
+        unit=on_page(result.unit),
+        note=on_page(result.note),
+        record=on_page(json.dumps({n: getattr(result, n) for n in names}, indent=1, ensure_ascii=False, default=repr)),
     )
     write_atomically(path, page.encode(errors="replace"))
     return path
@@ -219,11 +216,11 @@ def _table(result: Result) -> str:
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if any(row.get(name) for row in rows)]
     if len(result.recipes) == 1:
         names.remove("recipe") if "recipe" in names else None
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    head = "".join(f"<th>{on_page(name)}</th>" for name in names)
     body = ""
     for arm, row in zip(result.arms, rows, strict=True):
         mark = f'<span style="color:{colours[arm.arm]}">■</span> '
-        cells = (f"{mark if name == 'arm' else ''}{html.escape(row.get(name, ''))}" for name in names)
+        cells = (f"{mark if name == 'arm' else ''}{on_page(row.get(name, ''))}" for name in names)
         body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
