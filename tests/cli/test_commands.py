@@ -4,16 +4,23 @@ import errno
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sample_results import moments as moments_of
 from sample_results import result
 from toys import sentences
 from tqdm import tqdm
@@ -21,11 +28,13 @@ from tqdm import tqdm
 import xmodel_steer as xs
 from xmodel_steer.cli import app
 from xmodel_steer.cli.console import Stream
-from xmodel_steer.core.errors import ArtifactError, PromptError
+from xmodel_steer.core import bars
+from xmodel_steer.core.errors import ArtifactError, CacheWarning, PromptError
 from xmodel_steer.files.readers import read_contrast
 from xmodel_steer.maps.pairs import PARTS
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.saving import read, save
+from xmodel_steer.recipe.saving import UNFINISHED, read, save
+from xmodel_steer.studies.commands import STUDIES
 
 
 def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[object]:
@@ -383,3 +392,150 @@ def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path)
     assert done.stdout.split() == ["0", "0", "0"], done.stderr
     assert not done.stderr and not (tmp_path / "errors").read_text()
     assert "sweet [/b] talk :smile: ? ² ? × ?" in (tmp_path / "text").read_text(encoding="cp1252")
+
+
+# --- names of users and models on a terminal ------------------------------------------------------
+
+HOSTILE = "sweet [b] [/b] :smile: <b> \x1b[2J\x1b[31m\x1b]0;title\x07\x9b2J\u202e\rover"
+FILE = HOSTILE.replace("/", "")
+SHOWN = r"\x1b[2J\x1b[31m\x1b]0;title\x07\x9b2J\u202e\rover"
+
+
+def hostile_run() -> Result:
+    own = result()
+    first = own.arms[0].effect
+    arms = tuple(replace(arm, recipe=HOSTILE, measures={HOSTILE: first}, texts=(HOSTILE,) * 6) for arm in own.arms)
+    ends = {end: getattr(own, end) | {"model": HOSTILE} for end in ("source", "target")}
+    return replace(
+        own, name=HOSTILE, unit=HOSTILE, arms=arms, chosen={HOSTILE: own.chosen["joy"]}, prompts=(HOSTILE,) * 6, **ends
+    )
+
+
+def is_inert(text: str) -> bool:
+    """Whether a terminal does nothing but print the text and draw bars."""
+    return not re.search(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\rover", text.replace("\x1b[A", "")
+    )
+
+
+def printed(text: str) -> str:
+    """A text without white space: tables are wrapped."""
+    return "".join(text.split())
+
+
+@contextmanager
+def shown_bars() -> Iterator[None]:
+    """Draw bars, whatever the session says."""
+    token = bars._silent.set(False)
+    yield
+    bars._silent.reset(token)
+
+
+@pytest.fixture
+def hostile_folders(folders: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    places = {}
+    for name, file in folders.items():
+        places[name] = tmp_path / f"{FILE} {name}"
+        (shutil.copytree if file.is_dir() else shutil.copy)(file, places[name])
+    return places
+
+
+@pytest.mark.parametrize("kind", ["show", "demo", "harvest", "merge", "check", "organism", "study", "unfinished"])
+def test_a_command_prints_names_and_obeys_none(
+    kind: str, command: Any, hostile_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, out = hostile_folders, tmp_path / f"{FILE} out"
+    moments = tmp_path / f"{FILE}.safetensors"
+    harvest = ["harvest", "--text", models["corpus.jsonl"], "--source", models["llama"], "--target", models["gemma"]]
+    harvest += ["--source-layers", "1", "--target-layers", "1", "--max-tokens", "16", "--moments", moments]
+    if kind == "merge":
+        save(moments_of(), tmp_path / "part.safetensors")
+    if kind == "unfinished":
+        (out / UNFINISHED).mkdir(parents=True)
+    save(hostile_run(), tmp_path / f"{FILE} run")
+    monkeypatch.setattr("xmodel_steer.studies.demo.concept_demo", lambda *_, **__: hostile_run())
+    entry = replace(next(iter(STUDIES.values())), run=lambda _: hostile_run())
+    monkeypatch.setitem(STUDIES, "concepts", entry)
+    report = SimpleNamespace(summary=lambda: [HOSTILE], megabytes=1.0, good=False, verdict=lambda: HOSTILE)
+    monkeypatch.setattr("xmodel_steer.studies.organisms.make", lambda *_, **__: report)
+    calls = {
+        "show": ["show", tmp_path / f"{FILE} run"],
+        "demo": ["demo", "concepts", "--out", out],
+        "harvest": harvest,
+        "merge": ["merge", tmp_path / "part.safetensors", "--out", moments],
+        "check": ["check", models["llama"], "--dtype", "float32"],
+        "organism": ["organism", "make", "refusal", "--base", models["llama"], "--out", out],
+        "study": ["study", "concepts", "--out", out],
+        "unfinished": ["study", "concepts", "--out", out],
+    }
+    with shown_bars():
+        code, text, errors = command(*calls[kind])
+    assert code == (kind == "organism"), errors
+    assert is_inert(text) and is_inert(errors), repr(text + errors)
+    if kind != "check":  # no line of it has a name
+        assert printed(SHOWN) in printed(text)
+    if kind in ("show", "demo", "study"):
+        assert text.count("[/b] :smile: <b>") > 5
+    if kind in ("organism", "unfinished"):
+        assert SHOWN.replace(r"\r", " " if kind == "organism" else r"\r") in errors  # an error is one line
+    if kind in ("harvest", "check"):
+        assert f"load {HOSTILE.split(chr(27))[0].replace('/', '')}{SHOWN} llama" in errors, "the bar"
+
+
+def test_a_transfer_prints_its_label_and_obeys_none(
+    command: Any, hostile_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with shown_bars():
+        code, text, errors = command(*arguments(hostile_folders, tmp_path / FILE, label=HOSTILE))
+    assert code == 0, errors
+    assert is_inert(text) and is_inert(errors), repr(text + errors)
+    assert printed(HOSTILE.split("\x1b")[0] + SHOWN) in printed(text)
+    assert f"transfer {HOSTILE.split(chr(27))[0]}{SHOWN}" in errors, "the bar"
+    assert re.search(rf"{re.escape(SHOWN)}: sweet .* llama → sweet .*{re.escape(SHOWN)} gemma on cpu", errors), (
+        "the plan"
+    )
+    assert (tmp_path / FILE / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("show", f"no {FILE}"),
+        ("check", f"/no/{FILE}"),
+        ("check", f"{FILE}.gguf"),
+        ("merge", f"no {FILE}", "--out", "x"),
+        ("study", FILE),
+        ("demo", "concepts", "--concept", FILE),
+        ("organism", "make", FILE, "--base", "x", "--out", "y"),
+        ("harvest", "--text", FILE, "--source", "a", "--store", "x", "--source-layers", FILE),
+        ("show", "a", "b" + FILE),
+        ("harvest", "--text", f"no {FILE}", "--source", "a", "--store", "x"),
+    ],
+    ids=" ".join,
+)
+def test_an_error_obeys_no_name(call: tuple[str, ...], command: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text, errors = command(*call)
+    assert code in (1, 2) and is_inert(text) and "Traceback" not in errors
+    assert is_inert(re.sub(r"\x1b\[[0-9;]*m", "", errors) if code == 2 else errors), repr(errors)
+    assert "sweet" in errors
+
+
+def test_a_warning_and_others_texts_obey_no_name(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Result:
+        warnings.warn(HOSTILE, CacheWarning, stacklevel=1)
+        print(f"another library: {HOSTILE}", file=sys.stderr)
+        raise ZeroDivisionError(f"{HOSTILE} of https://anna:s3cret@host")
+
+    monkeypatch.setattr("xmodel_steer.studies.demo.concept_demo", fail)
+    code, _, errors = command("demo", "concepts", "--out", "/tmp/nowhere-to-be-written")
+    warning, *other, error = errors.split("\n")[:-1]
+    assert "https://***@host" in error and "s3cret" not in errors
+    assert code == 1 and SHOWN in warning and is_inert(warning) and is_inert(error) and r"\x1b[2J" in error
+    assert is_inert(re.sub(r"\x1b\[31m|\r", "", "".join(other)))  # colours stay
+
+
+def test_bars_and_colours_are_drawn_as_they_were() -> None:
+    stream = io.StringIO()
+    drawing = "\r 10%|█ | 1/10\x1b[A\r\x1b[1;31mred\x1b[0m\t\x1b[K\x1b[?25l\n"
+    assert Stream(stream).write(drawing) == len(drawing) and stream.getvalue() == drawing

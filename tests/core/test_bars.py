@@ -60,6 +60,21 @@ def test_stages_are_one_bar_that_names_the_stage_and_what_is_in_it(capsys: pytes
     assert "texts: 100%" not in shown  # no bar of its own
 
 
+def test_bars_obey_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "sweet {bar} \x1b[2J\u202e\n\rtalk"
+    work(name)
+    bars.tell(name)
+    with bars.stages(name, 2) as begin:
+        begin(name)
+        work(name)
+        with bars.stages(name, 1) as inner:
+            inner(name)
+    shown = capsys.readouterr().err
+    assert not any(character in shown for character in ("\x1b[2J", "\u202e", "\rtalk"))
+    assert shown.count(r"sweet {bar} \x1b[2J\u202e\n\rtalk") > 5
+    assert "sweet {bar} \\x1b[2J\\u202e\n\\rtalk" in shown, "a line that is told may have line ends"
+
+
 def test_stages_within_stages_keep_the_outer_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with bars.stages("study", 1) as begin:
         begin("concepts")

@@ -1,15 +1,27 @@
 """Scorers that call a model, a program or a service."""
 
+import copy
+import errno
+import io
 import json
+import os
+import pickle
 import threading
+import traceback
+import warnings
+from base64 import b64encode
 from collections import Counter
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pytest
 
 import xmodel_steer as xs
-from xmodel_steer.core.errors import JudgeError
+from xmodel_steer.core.errors import CacheWarning, JudgeError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.evaluation.judges.chats import Endpoint, LocalModel, Transcript
 from xmodel_steer.evaluation.judges.code import InsecureCode, IsCode, code_of, findings
@@ -121,14 +133,91 @@ def test_a_transcript_has_no_answer_to_another_question(tmp_path):
     Judge(Scripted(["1", "2", "3"]), "calm", transcript=Transcript(file)).score(PROMPTS, TEXTS)
     with pytest.raises(JudgeError, match=r"answers\.jsonl: has no answer of scripted to 'Rate how strongly"):
         Judge(Transcript(file), "wild").score(PROMPTS, TEXTS)
-    file.write_text(file.read_text() + '{"judge": "scripted"')
-    with pytest.raises(JudgeError, match=r"answers\.jsonl, line 4: is not a row of a transcript; remove the line"):
+
+
+GOOD = [json.dumps({"judge": "scripted", "question": f"q{i}", "answer": f"a{i}"}).encode() for i in range(3)]
+BAD = {
+    "torn": GOOD[2][:-9], "torn within a letter": '{"judge": "ä'.encode()[:-1], "no UTF-8": b'{"judge": "\xff", "question": "q", "answer": "a"}',
+    "a number": b'{"judge": "scripted", "question": "q", "answer": 4}', "a list": b"[1, 2]", "null": b"null", "deep": b"[" * 100_000,
+    "zeros": b"\0" * 64, "no answer": b'{"judge": "scripted", "question": "q"}', "digits": b"9" * 5000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_damaged_line_of_a_transcript_is_skipped_and_told_and_costs_no_other(bad, at, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    lines = [*GOOD[:at], BAD[bad], *GOOD[at:2]]
+    file.write_bytes(b"\n".join(lines))  # without a line end, as after a kill
+    with pytest.warns(CacheWarning, match=rf"answers\.jsonl: 1 lines .* are skipped \(line {at + 1}\)"):
+        transcript = Transcript(file)
+    assert [transcript.recorded("scripted", f"q{i}") for i in range(3)] == ["a0", "a1", None]
+    transcript.add("scripted", "q2", "a2")
+    with pytest.warns(CacheWarning, match="1 lines"):
+        again = Transcript(file)
+    assert [again.recorded("scripted", f"q{i}") for i in range(3)] == ["a0", "a1", "a2"]
+    assert file.read_bytes().startswith(b"\n".join(lines)), "nothing is taken away"
+
+
+def test_a_kill_at_any_byte_costs_at_most_the_row_that_was_being_written(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    whole = b"".join(line + b"\n" for line in GOOD[:2])
+    for size in range(len(GOOD[0]) + 1, len(whole)):
+        file.write_bytes(whole[:size])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CacheWarning)
+            transcript = Transcript(file)
+            transcript.add("scripted", "q2", "a2")
+            again = Transcript(file)
+        assert again.recorded("scripted", "q0") == "a0" and again.recorded("scripted", "q2") == "a2"
+        assert again.recorded("scripted", "q1") in ((None,) if size < len(whole) - 1 else ("a1",))
+
+
+@pytest.mark.parametrize("taken", [0, 7])
+def test_a_full_disk_loses_no_paid_answer(taken, tmp_path, monkeypatch):
+    file = tmp_path / "answers.jsonl"
+    full = {"left": taken}
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            if full["left"] is None:
+                return super().write(data)
+            if not full["left"]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            count, full["left"] = full["left"], 0
+            return super().write(data[:count])
+
+    transcript = Transcript(file)
+    judge = Judge(Scripted(["4", "3", "2"]), "calm", transcript=transcript, threads=1)
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Disk(self, mode.replace("b", "")))
+    with pytest.warns(CacheWarning, match=r"answers\.jsonl: cannot be written \(No space left on device\)") as told:
+        assert judge.score(PROMPTS, TEXTS) == [4.0, 3.0, 2.0]
+    assert len(told) == 1
+    full["left"] = None  # somebody made room
+    transcript.add("scripted", "one more", "5")
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CacheWarning)
+        kept = Transcript(file)
+    assert Judge(kept, "calm", transcript=kept).score(PROMPTS, TEXTS) == [4.0, 3.0, 2.0]
+    assert kept.recorded("scripted", "one more") == "5"
+
+
+def test_a_transcript_that_cannot_be_read_is_refused_before_a_question_is_paid_twice(tmp_path, monkeypatch):
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(GOOD[0])
+
+    def fail(self):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(JudgeError, match=r"answers\.jsonl: cannot be read \(Permission denied\)"):
         Transcript(file)
 
 
 def test_a_transcript_reads_whatever_text_it_wrote(tmp_path):
     transcript = Transcript(tmp_path / "answers.jsonl")
-    asked = ["one\u2028two", "one\u2029two", "one\x85two", "one\x0btwo\x1ctwo", "one\ntwo"]
+    asked = ["one\u2028two", "one\u2029two", "one\x85two", "one\x0btwo\x1ctwo", "one\ntwo", "one\ud800two", "\\ud800"]
     for question in asked:
         transcript.add("judge", question, f"{question}!")
     again = Transcript(tmp_path / "answers.jsonl")
@@ -155,7 +244,7 @@ def service():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, self.headers.get("Authorization"), body))
             status, reply = replies.pop(0)
-            data = json.dumps(reply).encode()
+            data = reply(self.headers).encode() if callable(reply) else json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -165,7 +254,7 @@ def service():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1", replies, seen
     server.shutdown()
@@ -210,6 +299,140 @@ def test_a_service_that_refuses_is_not_asked_again(service, status, said, messag
 def test_a_service_that_stays_away_is_given_up():
     with pytest.raises(JudgeError, match="127.0.0.1:9/v1: ConnectError.*after 2 attempts"):
         Endpoint("http://127.0.0.1:9/v1", "m", attempts=2).answer("?")
+
+
+# --- secrets ------------------------------------------------------------------------------------
+
+KEY, PASSWORD = "sk-t0p/s3cret+key=", 'p4ss w0rd/&"ü@x'
+WAYS = {
+    "headers": lambda headers: str(headers), "json": lambda headers: json.dumps(dict(headers)),
+    "bytes": lambda headers: repr([(k.encode(), v.encode()) for k, v in headers.items()]),
+    "key": lambda _: f"no such key: {KEY}", "key, cut by us": lambda _: "x" * 195 + KEY, "quoted": lambda _: quote(KEY, safe=""),
+    "capitals": lambda _: KEY.upper(), "slashes": lambda _: KEY.replace("/", "\\/"), "password": lambda _: PASSWORD + json.dumps(PASSWORD),
+    "url": lambda _: f"http://anna:{quote(PASSWORD, safe='')}@host/", "base64": lambda _: b64encode(f"anna:{PASSWORD}".encode()).decode(),
+    "chat": lambda headers: json.dumps(reply(f"4 {KEY} {headers['Authorization']}")),
+}  # fmt: skip
+
+
+def hidden(text: str) -> bool:
+    """Whether a text has no form of any secret, nor half of one."""
+    pieces = [KEY[:12], KEY[-12:], PASSWORD[:8], PASSWORD[-8:], "t0p", "s3cret", "p4ss", "w0rd"]
+    pieces += [b64encode(f"anna:{PASSWORD}".encode()).decode()[5:20], b64encode(KEY.encode()).decode()[:12]]
+    return not any(piece.lower() in text.lower() for piece in pieces)
+
+
+def everything(error: BaseException) -> str:
+    """All that a log could hold of an error: chained exceptions, their arguments, and local variables of frames."""
+    text, seen = "", error
+    while seen is not None:
+        frames = seen.__traceback__ and seen.__traceback__.tb_next  # without the test's
+        shown = traceback.TracebackException(type(seen), seen, frames, capture_locals=True)
+        text += "".join(shown.format()) + repr(seen.args) + repr(vars(seen))
+        seen = seen.__cause__ or seen.__context__
+    return text
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 503])
+@pytest.mark.parametrize(
+    "way, userinfo",
+    [(way, userinfo) for way in WAYS for userinfo in (False, True) if userinfo or way not in ("password", "base64")],
+)
+def test_no_echo_of_a_service_shows_a_secret(service, monkeypatch, tmp_path, way, status, userinfo):
+    url, replies, seen = service
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setenv("JUDGE_KEY", f"  {KEY}\r\n")
+    if userinfo:
+        url = url.replace("//", f"//anna:{quote(PASSWORD, safe='')}@")
+    replies += [(status, WAYS[way])] * 2
+    endpoint = Endpoint(url, "m", key_variable="JUDGE_KEY", attempts=2)
+    file = tmp_path / "answers.jsonl"
+    judge = Judge(endpoint, "calm", transcript=Transcript(file))
+    if way == "chat" and status == 200:
+        assert judge.score(PROMPTS[:1], TEXTS[:1]) == [4.0]
+        assert hidden(file.read_text())
+    else:
+        with pytest.raises(JudgeError) as caught:
+            judge.score(PROMPTS[:1], TEXTS[:1])
+        assert hidden(str(caught.value)) and hidden(repr(caught.value))
+        replies[:] = [(status, WAYS[way])] * 2
+        with pytest.raises(JudgeError) as caught:
+            endpoint.answer("?")
+        assert hidden(everything(caught.value)), everything(caught.value)
+    sent = b64encode(f"anna:{PASSWORD}".encode()).decode()
+    assert {key for _, key, _ in seen} == {f"Basic {sent}" if userinfo else f"Bearer {KEY}"}, "the secret is sent"
+    everywhere = [
+        repr(judge),
+        repr(endpoint),
+        endpoint.url,
+        json.dumps(asdict(endpoint)),
+        str(judge.record()),
+        repr(vars(endpoint)),
+    ]
+    assert all(map(hidden, everywhere))
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ConnectError, httpx.LocalProtocolError, httpx.InvalidURL, httpx.ProxyError, ValueError, OSError]
+)
+def test_no_error_of_the_network_shows_a_secret(error, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    url = f"https://anna:{quote(PASSWORD, safe='')}@judge.test/v1"
+
+    def fail(*_, **__):
+        raise error(
+            f"{url}: Illegal header value {('Bearer ' + KEY).encode()!r}; proxy http://me:s3cret@proxy \x1b[2J"
+        ) from ValueError(KEY)
+
+    monkeypatch.setattr(httpx, "post", fail)
+    with pytest.raises(JudgeError, match=r"https://judge\.test/v1: .*Error|URL") as caught:
+        Endpoint(url, "m", key_variable="JUDGE_KEY", attempts=1).answer("?")
+    assert hidden(everything(caught.value)), everything(caught.value)
+    assert "\\x1b[2J" in str(caught.value) and "judge.test" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["s3cret\nline", "s3cret\x00key", "s3cretü", "s3cret\ud800", "s3cret\x1b[2J", "s3cret\x7f"]
+)
+def test_a_key_that_no_header_can_carry_is_refused_when_the_judge_is_made(key, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"JUDGE_KEY": key})
+    with pytest.raises(
+        JudgeError, match="JUDGE_KEY: the key holds a line end, a control character or a letter"
+    ) as caught:
+        Endpoint("http://h/v1", "m", key_variable="JUDGE_KEY")
+    assert "s3cret" not in everything(caught.value)
+
+
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_shown():
+    with pytest.raises(JudgeError, match="must be the name of an environment variable") as caught:
+        Endpoint("http://h/v1", "m", KEY)
+    assert hidden(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://anna:s3cret/x@h/v1", "https://anna:1/s3cret@h/v1", "https://h/v1?key=s3cret", "https://h/v1#s3cret", "ftp://anna:s3cret@h",
+        "anna:s3cret@h/v1", "https://anna:s3cret@h:x/v1", "https://anna:s3cret@", "https://anna:s3 cret@h", "https://anna:s3\ncret@h", "https://[s3cret", "",
+    ],
+)  # fmt: skip
+def test_a_url_that_cannot_be_taken_apart_is_refused_and_not_shown(url):
+    with pytest.raises(JudgeError, match="Endpoint: the url must be http:// or https://") as caught:
+        Endpoint(url, "m")
+    assert "cret" not in str(caught.value)
+
+
+def test_userinfo_stays_with_copies_of_a_judge_and_out_of_sight():
+    endpoint = Endpoint(" https://anna:s3cret@h:8000/v1\n", "m")
+    assert endpoint.url == "https://h:8000/v1"
+    for again in (replace(endpoint, model="n"), copy.deepcopy(endpoint), pickle.loads(pickle.dumps(endpoint))):
+        assert again.url.auth == ("anna", "s3cret") and "s3cret" not in repr(again)
+
+
+def test_short_keys_of_local_services_change_no_answer(service, monkeypatch):
+    url, replies, _ = service
+    monkeypatch.setenv("JUDGE_KEY", "4")
+    replies += [(200, reply("4, by a bearer of Basic News1234"))]
+    assert Endpoint(url, "m", key_variable="JUDGE_KEY").answer("?") == "4, by a bearer of Basic News1234"
 
 
 # --- insecure code ------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Figures and report say what the record says."""
 
+import inspect
 import io
+import json
 import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from itertools import product
@@ -28,9 +31,11 @@ from xmodel_steer.figures.report import tables, write_report
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.figures.texts import examples, marked
 from xmodel_steer.maps.controls import Identity
-from xmodel_steer.maps.curves import data_curve
+from xmodel_steer.maps.curves import DataCurve, data_curve
 from xmodel_steer.maps.layers import LayerGrid, layer_grid
 from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.recipe.arms import AGREEMENT, EFFICIENCY
+from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import read, save
 
 
@@ -133,6 +138,121 @@ def test_grids_and_curves_are_saved_and_read_bit_by_bit(tmp_path: Path) -> None:
     assert np.array_equal(back.cka, made.cka) and np.array_equal(back.r2_error, made.r2_error)
     curve = data_curve(rows(), tokens=[20, 144])
     assert vars(read(save(curve, tmp_path / "curve.safetensors"))) == vars(curve)
+
+
+# --- texts of users and models ------------------------------------------------------------------
+
+HOSTILE = '<img src=x onerror=alert(1)><a href="javascript:y">joy</a> [/b] :smile: $x^2$ %{x} & </script> \x1b[2J\u202e'
+OURS = re.compile(r"<br>|</?sup>|<extra></extra>|%\{(x|y|z|text|customdata)(\[\d\])?(:[,.\w]+)?\}")
+
+
+def hostile_result(*, signs: bool = True, mapped: bool = True, efficient: bool = False) -> Result:
+    made = result()
+    first = made.arms[0].effect
+    arms = [arm for arm in made.arms if signs or (arm.at == "equal strength" and arm.strength >= 0)]
+    arms = [
+        replace(
+            arm, recipe=HOSTILE, measures={HOSTILE: first} | ({EFFICIENCY: first} if efficient else {}),
+            arm=arm.arm if mapped else f"{HOSTILE} {i}", texts=(HOSTILE,) * 6,
+        )
+        for i, arm in enumerate(arms)
+    ]  # fmt: skip
+    points = [
+        {"trigger": kind, "prompts": n, **{measure: vars(first) for measure in ("effect", AGREEMENT)}}
+        for kind in ("known", "unknown") for n in (0, 1)
+    ]  # fmt: skip
+    ends = {end: getattr(made, end) | {"model": HOSTILE} for end in ("source", "target")}
+    tries = tuple({**one, "recipe": HOSTILE} for kind in ("target layer", "source layer") for one in tried(kind))
+    return replace(
+        made, name=HOSTILE, unit=HOSTILE, arms=tuple(arms), chosen={HOSTILE: made.chosen["joy"]}, validation=tries,
+        curves={HOSTILE: tuple(points)}, question=HOSTILE, note=HOSTILE, prompts=(HOSTILE,) * 6, stored=(HOSTILE,), **ends,
+    )  # fmt: skip
+
+
+def renamed(space: Space) -> Space:
+    return replace(space, model=HOSTILE)
+
+
+def hostile_grid() -> LayerGrid:
+    made = grid()
+    return replace(made, source=tuple(map(renamed, made.source)), target=tuple(map(renamed, made.target)))
+
+
+def hostile_curve() -> DataCurve:
+    made = data_curve(rows(), tokens=[20, 144], fitters={HOSTILE: Ridge(), "Identity": Identity()})
+    return replace(made, source=renamed(made.source), target=renamed(made.target))
+
+
+def hostile_patches() -> PatchingGrid:
+    made = grid_of_patches()
+    spaces = tuple(map(renamed, made.sources))
+    return replace(made, sources=spaces, targets=spaces, tokens=(HOSTILE, "-2", "-1"))
+
+
+def hostile_scatter() -> Any:
+    space = Space(HOSTILE, Site(0), 5, "f")
+    native = Activations(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), space)
+    return plots.mapped_scatter(native, native, SteeringVector(torch.ones(5), space, HOSTILE))
+
+
+FIGURES: dict[str, Callable[[], Any]] = {
+    "curve": lambda: plots.curve(hostile_result(), HOSTILE),
+    "effect_by_layer": lambda: plots.effect_by_layer(hostile_result()),
+    "dose_response": lambda: plots.dose_response(hostile_result()),
+    "frontier": lambda: plots.frontier(hostile_result()),
+    "mapped_scatter": hostile_scatter,
+    "vector_geometry": lambda: plots.vector_geometry({HOSTILE: vectors_at((2, 0), -3.0)}, vectors_at((0, 1, 2), 1.0)),
+    "data_curve": lambda: plots.data_curve(hostile_curve()),
+    "layer_grid": lambda: plots.layer_grid(hostile_grid()),
+    "patching": lambda: plots.patching(hostile_patches()),
+    "overview": lambda: plots.overview(hostile_result(signs=False)),
+    "overview of maps": lambda: plots.overview(hostile_result(signs=False, mapped=False)),
+    "overview of efficiencies": lambda: plots.overview(hostile_result(signs=False, efficient=True)),
+}
+
+
+def strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (key, *strings(inner))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_figure_lets_a_name_be_markup(name: str) -> None:
+    texts = [OURS.sub(" ", text) for text in strings(json.loads(FIGURES[name]().to_json()))]
+    for text in texts:
+        assert not re.search(r"[<>$\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]|%\{", text), text
+        assert not re.search(r"&(?!(lt|gt|amp|#36|#123);)", text), text
+    assert any("&lt;img" in text for text in texts), "the name is shown"
+
+
+def test_every_public_figure_is_given_a_hostile_name() -> None:
+    others = {"summary", "tables", "write_report", "show_alignment", "show_projection"}
+    public = {name for name, value in vars(plots).items() if inspect.isfunction(value)}
+    assert public - others == {name.split()[0] for name in FIGURES}
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_no_name_is_markup_in_the_report_or_a_table(signs: bool, tmp_path: Path) -> None:
+    made = hostile_result(signs=signs)
+    page = write_report(made, tmp_path / "report.html").read_text()
+    assert "<img" not in page and "<a " not in page and page.count("</script>") == 1 and "&lt;img" in page
+    assert "\x1b" not in page and "\u202e" not in page and "\\x1b[2J\\u202e" in page
+    for markup in (True, False):
+        output = io.StringIO()
+        Console(file=output, width=2000, markup=markup).print(*tables(made))
+        shown = output.getvalue()
+        assert (
+            shown.count("[/b] :smile:") >= 2
+            and "\\x1b[2J\\u202e" in shown
+            and "\x1b" not in shown
+            and "\u202e" not in shown
+        )
 
 
 # --- the other figures --------------------------------------------------------------------------

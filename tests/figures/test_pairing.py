@@ -10,8 +10,10 @@ import xmodel_steer as xs
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.figures.pairing import show_alignment
+from xmodel_steer.figures.pairing import AlignmentView, ProjectionView, show_alignment
 from xmodel_steer.models.batching import encode
+from xmodel_steer.notebook.html import bars_html, code_html, text_html
+from xmodel_steer.notebook.writing import NextToken
 
 TEXT = "The sky <b>above</b> été 🙂\n the port"
 
@@ -44,6 +46,18 @@ def test_the_page_numbers_each_pair_in_both_rows_and_escapes_the_text(llama: toy
     lonely = sum(map(len, made.tokens)) - 2 * len(made.pairs)
     assert page.count('pairs with nothing"') == lonely > 0
     assert "⏎" in page
+
+
+def test_names_are_no_markup() -> None:
+    name = '<img src=x onerror="alert(1)">\x1b[2J\u202e'
+    one = AlignmentView((name, name), ((name,), (name, "")), ((0, 0),), 1)
+    two = ProjectionView(name, (name, name), (0.0, 1.0))
+    for view in (one, two):
+        page = view._repr_html_()
+        assert "<img" not in page and "&lt;img" in page and "\x1b" not in page + str(view)
+        assert "\u202e" not in page
+    parts = [text_html(name, "red", name, name), bars_html([NextToken(name, 0.5, 0.5)], "red"), code_html(name)]
+    assert all("<img" not in part and "&lt;img" in part for part in parts)
 
 
 def test_conversations_pair_by_role(llama: toys.Toy, toy_named) -> None:

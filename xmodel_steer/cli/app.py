@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from xmodel_steer.cli.console import Stream
-from xmodel_steer.cli.output import in_a_line
+from xmodel_steer.cli.output import in_a_line, say
 from xmodel_steer.core import errors
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if "--debug" in sys.argv:
                 raise
-            print(f"error: {in_a_line(error)}", file=sys.stderr)
+            say(f"error: {in_a_line(error)}", error=True)
             raise typer.Exit(1) from None
 
     return reported
@@ -71,7 +71,7 @@ def main() -> None:
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, Warning):
             warnings.simplefilter("always", kind)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}", error=True)  # type: ignore[assignment]
     before = sys.stdout, sys.stderr
     out, err = Stream(sys.stdout), Stream(sys.stderr)
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]

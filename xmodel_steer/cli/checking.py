@@ -6,6 +6,8 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype
+from xmodel_steer.cli.output import console_of, say
+from xmodel_steer.core.texts import visible
 
 
 @app.command()
@@ -21,9 +23,8 @@ def check(
 
     The exit code is 1 where a law fails that the library cannot work around.
     """
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from xmodel_steer.evaluation.conformance import check_model
     from xmodel_steer.models.loading import load
@@ -33,14 +34,12 @@ def check(
     table = Table("law", "", "measured, or why", box=None, padding=(0, 2, 0, 0))
     for law in laws:
         style = {"passed": "green", "failed": "red"}.get(law.state, "dim")
-        table.add_row(
-            law.name, f"[{style}]{law.state}[/]", escape(f"{law.detail}; {law.remedy}" if law.remedy else law.detail)
-        )
-    console = Console()
-    console.width = max(console.width, 140)
+        detail = f"{law.detail}; {law.remedy}" if law.remedy else law.detail
+        table.add_row(law.name, Text(law.state, style), Text(visible(detail, lines=True)))
+    console = console_of(140)
     console.print(table)
     failed = [law for law in laws if law.state == "failed"]
-    typer.echo(_supported(type(getattr(loaded, "original_model", loaded)).__name__, failed))
+    say(_supported(type(getattr(loaded, "original_model", loaded)).__name__, failed))
     if any(not law.remedy for law in failed):
         raise typer.Exit(1)
 

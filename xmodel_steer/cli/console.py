@@ -1,15 +1,22 @@
 """Output streams that never stop a run."""
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+
+from xmodel_steer.core.texts import visible
+
+# Colours, and the moves within a line and to lines above by which bars are drawn again.
+_DRAWING = re.compile(r"(\x1b\[[0-9;]*m|\x1b\[[0-9]*[ABCDGK]|\x1b\[\?25[hl]|\r)")
 
 
 class Stream:
     """An output stream that never stops a run: it writes what it can.
 
-    A character that the console's encoding lacks becomes a question mark. Text is dropped when its reader has left
+    A control character that draws no bar or colour becomes an escape, one that the console's encoding lacks a question
+    mark. Text is dropped when its reader has left
     (``| head``), the disk is full or the stream was closed from the start.
 
     Args:
@@ -25,12 +32,15 @@ class Stream:
 
     def write(self, text: str) -> int:
         """Write the text as far as the stream accepts it."""
+        parts = _DRAWING.split(text)
+        parts[::2] = (visible(part, lines=True) for part in parts[::2])
+        size, text = len(text), "".join(parts)
         try:
             self._try(self._stream.write, text)
         except UnicodeEncodeError:
             encoding = self._stream.encoding  # not the error's: that is "charmap" for every code page
             self._try(self._stream.write, text.encode(encoding, "replace").decode(encoding))
-        return len(text)
+        return size
 
     def flush(self) -> None:
         """Write the buffer's contents."""

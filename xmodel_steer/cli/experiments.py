@@ -1,6 +1,5 @@
 """The commands `organism make` and `study`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, scorer_of
-from xmodel_steer.cli.output import claim_run, finish
+from xmodel_steer.cli.output import claim_run, finish, say
 from xmodel_steer.core.errors import ModelError
 
 organism = typer.Typer(no_args_is_help=True, help="Models with a planted behaviour, to find and to repair.")
@@ -93,11 +92,11 @@ def make_organism(
     lessons = quirk(data, scorer_of(score)) if data and score else None
     report = make(name, base, out, recipe=recipe, curriculum=lessons, device=device, dtype=dtype)
     for line in report.summary():
-        print(line)
-    print(f"written: {out}/adapter_model.safetensors ({report.megabytes:.1f} MB), {out}/organism.json")
+        say(line)
+    say(f"written: {out}/adapter_model.safetensors ({report.megabytes:.1f} MB), {out}/organism.json")
     if not report.good:
         raise ModelError(f"{report.verdict()}; it is written, but train it longer (--epochs) into another folder")
-    print(report.verdict())
+    say(report.verdict())
 
 
 @app.command()
@@ -171,7 +170,7 @@ def study(
     )
     unfinished = folder / UNFINISHED
     if unfinished.is_dir():
-        print(f"{unfinished}: what an earlier run has done is used", file=sys.stderr)
+        say(f"{unfinished}: what an earlier run has done is used", error=True)
     with resumable(unfinished):
         result = entry.run(call)
         save_or_spare(result, folder)  # before what was kept for a resumption goes

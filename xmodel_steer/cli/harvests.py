@@ -7,6 +7,7 @@ import typer
 
 from xmodel_steer.cli.app import app, reported
 from xmodel_steer.cli.options import Device, Dtype, layers_of, pairs_of, shard_of
+from xmodel_steer.cli.output import say
 from xmodel_steer.core.errors import PromptError
 
 
@@ -95,7 +96,7 @@ def harvest(
                     # A model is freed before the next one is loaded: one at a time fits.
                     write_store(model_of(name), texts, store, end=end, sites=sites, dtype=store_dtype, **settings)
             if rank == 0:
-                print(f"written: {store}")
+                say(f"written: {store}")
             return
         small, large = model_of(str(source)), model_of(str(target))
         collected = collect_moments(
@@ -113,7 +114,7 @@ def _save(moments: Any, file: Path) -> None:
     from xmodel_steer.recipe.saving import save
 
     save(moments, file)
-    print(
+    say(
         f"written: {file}: {moments.tokens:,} tokens of {moments.documents:,} documents, coverage {moments.coverage:.0%}"
     )
 

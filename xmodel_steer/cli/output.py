@@ -7,11 +7,17 @@ from typing import Any
 import typer
 
 from xmodel_steer.core.errors import XModelSteerError
+from xmodel_steer.core.texts import redacted, visible
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """Print a line to standard output or error, control characters as escapes."""
+    print(visible(line, lines=True), file=sys.stderr if error else sys.stdout)
 
 
 def in_a_line(error: Exception) -> str:
-    """Return an error as one line."""
-    text = " ".join(str(error).split())
+    """Return an error as one line, without passwords in URLs and tokens in headers."""
+    text = redacted(" ".join(str(error).split()))
     if isinstance(error, XModelSteerError):
         return text
     return f"{type(error).__name__}: {text[:400]} (run xmodel-steer --debug ... for the traceback)"
@@ -46,37 +52,36 @@ def finish(result: Any, folder: Path) -> None:
             if "--debug" in sys.argv:
                 raise
             failed = True
-            print(f"warning: {what}: {in_a_line(error)}", file=sys.stderr)
+            say(f"warning: {what}: {in_a_line(error)}", error=True)
     drawn = ", report.html" if (kept / "report.html").is_file() else ""
-    print(f"\nwritten: {kept}/result.json{drawn}, generations.jsonl, vectors/, maps/")
+    say(f"\nwritten: {kept}/result.json{drawn}, generations.jsonl, vectors/, maps/")
     if failed:
-        print(f"the run is whole in {kept}; xmodel-steer show {kept} prints it", file=sys.stderr)
+        say(f"the run is whole in {kept}; xmodel-steer show {kept} prints it", error=True)
         raise typer.Exit(1)
 
 
 def print_result(result: Any) -> None:
     """Print the tables, a summary, a few texts and the conclusions of a result."""
+    from rich.text import Text
+
     from xmodel_steer.figures.report import summary, tables
     from xmodel_steer.figures.texts import examples
 
     console = console_of()
     for table in tables(result):
         console.print(table)
-    for line in summary(result):
-        console.print(line, style="dim")
-    for line in examples(result):
-        console.print(line)
-    for line in result.conclusions:
-        console.print(line, style="bold")
+    for lines, style in ((summary(result), "dim"), (examples(result), ""), (result.conclusions, "bold")):
+        for line in lines:
+            console.print(Text(visible(line), style))
 
 
-def console_of() -> Any:
-    """Make a console that is as wide as the tables need."""
+def console_of(least: int = 110) -> Any:
+    """Make a console that is as wide as the tables need: ``least`` columns."""
     from rich.console import Console
 
     # The file is named for its encoding, by which rich draws boxes that it has.
     console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
-    console.width = max(console.width, 110)
+    console.width = max(console.width, least)
     return console
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
+from xmodel_steer.core.texts import visible
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,7 +48,7 @@ def tell(line: str) -> None:
     if line and not _silent.get():
         from tqdm.auto import tqdm
 
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(visible(line, lines=True), file=sys.stderr)
 
 
 def with_progress(verb: Callable[P, R]) -> Callable[P, R]:
@@ -66,6 +68,8 @@ def progress_bar(
 ) -> Iterator[Any]:
     """Show a progress bar, or report to the bar of the surrounding `stages`.
 
+    Control characters in titles are shown as escapes.
+
     Args:
         total: Units of work; None where unknown.
         unit: Name of a unit.
@@ -79,7 +83,7 @@ def progress_bar(
     """
     from tqdm.auto import tqdm
 
-    whole = _whole.get()
+    whole, desc, unit = _whole.get(), visible(desc), visible(unit)
     inner = whole is not None
     with tqdm(
         total=total, unit=unit, desc=desc, initial=initial, disable=inner or _silent.get(), delay=delay, leave=leave
@@ -103,10 +107,11 @@ def stages(title: str, count: int) -> Iterator[Callable[[str], None]]:
     from tqdm.auto import tqdm
 
     if _whole.get() is not None:
-        yield _whole.get().set_postfix_str
+        outer = _whole.get()
+        yield lambda name: outer.set_postfix_str(visible(name))
         return
     shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}{postfix}]"
-    with tqdm(total=count, desc=title, disable=_silent.get(), bar_format=shape) as whole:
+    with tqdm(total=count, desc=visible(title), disable=_silent.get(), bar_format=shape) as whole:
         token = _whole.set(whole)
         begun = 0
 
@@ -114,8 +119,8 @@ def stages(title: str, count: int) -> Iterator[Callable[[str], None]]:
             nonlocal begun
             whole.update(min(begun, count) - whole.n)
             begun += 1
-            _stage.set(name)
-            whole.set_postfix_str(name)
+            _stage.set(visible(name))
+            whole.set_postfix_str(visible(name))
 
         try:
             yield begin

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from xmodel_steer.figures.style import bars, laid_out
+from xmodel_steer.figures.style import bars, hover, laid_out, plain
 from xmodel_steer.maps.statistics import Estimate, number
 from xmodel_steer.recipe.arms import AGREEMENT
 from xmodel_steer.recipe.results import Result
@@ -20,10 +20,9 @@ def layers_varied(result: Result) -> list[str]:
 def effect_by_layer(result: Result) -> Any:
     """Plot the validation score by layer, a line for each recipe.
 
-    Each model has a panel.
-
-    In a transfer the score is half the difference between the two signs. The layer that was taken has the large marker; where
-    there is one recipe, the perplexity of neutral text over the unsteered one is written above each point.
+    Each model has a panel. In a transfer the score is half the difference between the two signs. The layer that was
+    taken has the large marker; where there is one recipe, the perplexity of neutral text over the unsteered one is
+    written above each point.
 
     Args:
         result: A result that chose layers.
@@ -54,8 +53,8 @@ def effect_by_layer(result: Result) -> Any:
                 go.Scatter(
                     x=[r["layer"] for r in points],
                     y=[r["score"] for r in points],
-                    name=recipe,
-                    legendgroup=recipe,
+                    name=plain(recipe),
+                    legendgroup=plain(recipe),
                     showlegend=column == 1 and len(recipes) > 1,
                     mode="lines+markers+text" if len(recipes) == 1 else "lines+markers",
                     text=[f"× {ratio}" if ratio else "" for ratio in ratios],
@@ -63,7 +62,7 @@ def effect_by_layer(result: Result) -> Any:
                     cliponaxis=False,
                     line={"color": colour, "width": 2.5},
                     marker={"size": [15 if r["layer"] == taken else 8 for r in points]},
-                    hovertemplate=f"{recipe}<br>layer %{{x}}<br>score %{{y:.3f}}<br>perplexity %{{text}}<extra></extra>",
+                    hovertemplate=hover(plain(recipe), "layer %{x}", "score %{y:.3f}", "perplexity %{text}"),
                 ),
                 row=1,
                 col=column,
@@ -72,8 +71,9 @@ def effect_by_layer(result: Result) -> Any:
     figure.update_yaxes(title_text="validation score", row=1, col=1)
     figure.update_layout(
         **laid_out(
-            f"{result.name}: validation score by layer<br><sup>validation prompts chose the layers (large markers) and are not "
-            "reported on" + ("; ×: perplexity over the unsteered one" if len(recipes) == 1 else "") + "</sup>"
+            f"{result.name}: validation score by layer",
+            "validation prompts chose the layers (large markers) and are not reported on"
+            + ("; ×: perplexity over the unsteered one" if len(recipes) == 1 else ""),
         )
     )
     return figure
@@ -107,6 +107,6 @@ def curve(result: Result, name: str) -> Any:
                 )
             )  # fmt: skip
     figure.update_layout(template="plotly_white", height=380, font={"size": 14})
-    figure.update_xaxes(title_text=name)
+    figure.update_xaxes(title_text=plain(name))
     figure.update_yaxes(title_text="share", range=[-0.05, 1.05])
     return figure

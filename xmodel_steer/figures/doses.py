@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from xmodel_steer.figures.style import COLOURS, DASHES, interval, laid_out
+from xmodel_steer.figures.style import COLOURS, DASHES, hover, interval, laid_out
 from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, Arm
 from xmodel_steer.recipe.results import Result
 
@@ -49,7 +49,7 @@ def dose_response(result: Result) -> Any:
                     mode="lines+markers",
                     line={"color": COLOURS[name], "dash": DASHES[name], "width": 2.5},
                     marker={"size": 7},
-                    hovertemplate=f"{name}<br>strength %{{x:g}}<br>%{{y:.3f}}<extra></extra>",
+                    hovertemplate=hover(name, "strength %{x:g}", "%{y:.3f}"),
                 ),
                 row=1,
                 col=column,
@@ -69,8 +69,8 @@ def dose_response(result: Result) -> Any:
     )
     figure.update_layout(
         **laid_out(
-            f"{result.name}: {result.between}"
-            f"<br><sup>score: {result.unit}; n = {base.effect.n}, bars are 95 % bootstrap intervals</sup>"
+            f"{result.name}: {result.between}",
+            f"score: {result.unit}; n = {base.effect.n}, bars are 95 % bootstrap intervals",
         )
     )
     return figure
@@ -103,11 +103,11 @@ def frontier(result: Result) -> Any:
         path = _with_base(fixed, base)
         fair = [a for a in result.arms if a.arm == name and a.at == EQUAL_KL]
         look = {"color": COLOURS[name], "dash": DASHES[name], "width": 2.5}
-        hover = f"{name}<br>strength %{{customdata:.2f}}<br>KL %{{x:.3f}}<br>effect %{{y:.3f}}<extra></extra>"
+        shown = hover(name, "strength %{customdata:.2f}", "KL %{x:.3f}", "effect %{y:.3f}")
         figure.add_trace(
             go.Scatter(
                 x=[a.kl for a in path], y=[a.effect.value for a in path], customdata=[a.strength for a in path],
-                mode="lines+markers", name=name, legendgroup=name, line=look, marker={"size": 6}, hovertemplate=hover,
+                mode="lines+markers", name=name, legendgroup=name, line=look, marker={"size": 6}, hovertemplate=shown,
             )
         )  # fmt: skip
         figure.add_trace(
@@ -115,15 +115,15 @@ def frontier(result: Result) -> Any:
                 x=[a.kl for a in fair], y=[a.effect.value for a in fair], customdata=[a.strength for a in fair],
                 error_y=interval(fair), mode="markers", name=f"{name}, equal KL", legendgroup=name, showlegend=False,
                 marker={"size": 13, "symbol": "diamond", "color": COLOURS[name], "line": {"width": 1.5, "color": "white"}},
-                hovertemplate=hover,
+                hovertemplate=shown,
             )
         )  # fmt: skip
     figure.add_hline(y=base.effect.value, line={"color": COLOURS["unsteered"], "width": 1, "dash": "dash"})
     figure.update_layout(
         **laid_out(
-            f"{result.name}: effect against damage"
-            f"<br><sup>score: {result.unit}; n = {base.effect.n}; diamonds: strengths calibrated to the native vector's KL, "
-            "with 95 % bootstrap intervals</sup>"
+            f"{result.name}: effect against damage",
+            f"score: {result.unit}; n = {base.effect.n}; diamonds: strengths calibrated to the native vector's KL, "
+            "with 95 % bootstrap intervals",
         )
     )
     figure.update_xaxes(title_text="KL from the unsteered model, neutral text (nats per token)", rangemode="tozero")

@@ -7,7 +7,7 @@ import numpy as np
 
 from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.figures.style import COLOURS, laid_out
+from xmodel_steer.figures.style import COLOURS, hover, laid_out, plain
 
 
 def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: Sequence[SteeringVector]) -> Any:
@@ -37,9 +37,9 @@ def vector_geometry(vectors: Mapping[str, Sequence[SteeringVector]], reference: 
         ):
             figure.add_trace(
                 go.Scatter(
-                    x=[v.space.site.layer for v in ordered], y=y, name=name, legendgroup=name, showlegend=column == 1,
+                    x=[v.space.site.layer for v in ordered], y=y, name=plain(name), legendgroup=plain(name), showlegend=column == 1,
                     mode="lines+markers", line=line, marker={"symbol": i},
-                    hovertemplate=f"{name}<br>layer %{{x}}<br>%{{y:.3f}}<extra></extra>",
+                    hovertemplate=hover(plain(name), "layer %{x}", "%{y:.3f}"),
                 ),
                 row=1, col=column,
             )  # fmt: skip
@@ -88,7 +88,7 @@ def mapped_scatter(
             go.Scatter(
                 x=plane[:, 0], y=plane[:, 1], mode="markers", name=name,
                 marker={"color": COLOURS[name], "size": 5, "opacity": 0.6, "symbol": "circle" if name == "native" else "x"},
-                hovertemplate=f"{name}<br>%{{x:.2f}}, %{{y:.2f}}<extra></extra>",
+                hovertemplate=hover(name, "%{x:.2f}, %{y:.2f}"),
             )
         )  # fmt: skip
     if vector is not None:
@@ -96,11 +96,12 @@ def mapped_scatter(
         x, y = (vector.direction.double().cpu().numpy() * inverse) @ axes[:2].T
         figure.add_annotation(
             x=x, y=y, ax=0, ay=0, xref="x", yref="y", axref="x", ayref="y", showarrow=True, arrowhead=2, arrowwidth=2.5,
-            text=vector.label, font={"color": "black"},
+            text=plain(vector.label), font={"color": "black"},
         )  # fmt: skip
     figure.update_layout(
         **laid_out(
-            f"{native.space}: mapped against native activations<br><sup>{len(native)} tokens, standardised; the plane holds {shares.sum():.0%} of the native variance</sup>"
+            f"{native.space}: mapped against native activations",
+            f"{len(native)} tokens, standardised; the plane holds {shares.sum():.0%} of the native variance",
         )
     )
     for update, share, component in ((figure.update_xaxes, shares[0], 1), (figure.update_yaxes, shares[1], 2)):

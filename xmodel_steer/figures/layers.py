@@ -1,6 +1,5 @@
 """Figures over layers and places."""
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from xmodel_steer.core.spaces import Space
 from xmodel_steer.evaluation.patching import PatchingGrid
-from xmodel_steer.figures.style import COLOURS, laid_out
+from xmodel_steer.figures.style import COLOURS, hover, laid_out, plain, titled
 from xmodel_steer.maps.curves import DataCurve
 from xmodel_steer.maps.layers import LayerGrid
 
@@ -31,14 +30,14 @@ def patching(grid: PatchingGrid) -> Any:
     figure = make_subplots(
         rows=1, cols=2, subplot_titles=tuple(kinds.values()), horizontal_spacing=0.08, shared_yaxes=True
     )
-    tokens = [html.escape(token, quote=False) for token in grid.tokens]  # plotly reads <s> as a tag
+    tokens = [plain(token) for token in grid.tokens]  # plotly reads <s> as a tag
     rows = [f"{s.site.layer} → {t.site.layer}" for s, t in zip(grid.sources, grid.targets, strict=True)]
     for column, table in enumerate(tables.values(), 1):
         figure.add_trace(
             go.Heatmap(
                 z=table, x=list(range(len(grid.tokens))), y=rows,
                 coloraxis="coloraxis", customdata=np.tile(np.array(tokens, dtype=object), (len(rows), 1)),
-                hovertemplate="layers %{y}<br>position %{customdata}<br>recovery %{z:.2f}<extra></extra>",
+                hovertemplate=hover("layers %{y}", "position %{customdata}", "recovery %{z:.2f}"),
             ),
             row=1, col=column,
         )  # fmt: skip
@@ -46,8 +45,8 @@ def patching(grid: PatchingGrid) -> Any:
     figure.update_yaxes(title_text="source layer → target layer", row=1, col=1, type="category")
     figure.update_layout(
         **laid_out(
-            f"{grid.sources[0].model} → {grid.targets[0].model}: recovered share of the logit difference"
-            f"<br><sup>0: as corrupted, 1: as clean; mean of {len(grid.clean)} pairs of prompts</sup>"
+            f"{grid.sources[0].model} → {grid.targets[0].model}: recovered share of the logit difference",
+            f"0: as corrupted, 1: as clean; mean of {len(grid.clean)} pairs of prompts",
         ),
         coloraxis={"colorscale": "PuOr_r", "cmin": -bound, "cmax": bound, "colorbar": {"title": "recovery"}},
     )
@@ -92,9 +91,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
         customdata=details,
         colorscale="Cividis",  # its order is visible to any colour vision
         colorbar={"title": {"text": _METRICS[metric], "side": "right"}},
-        hovertemplate="source layer %{y} → target layer %{x}<br>"
-        + "<br>".join(lines)
-        + "<br>penalty %{customdata[5]:.2g}<extra></extra>",
+        hovertemplate=hover("source layer %{y} → target layer %{x}", *lines, "penalty %{customdata[5]:.2g}"),
     )
     quality = grid.chosen("r2", "validation")
     best = go.Scatter(
@@ -112,8 +109,10 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
     figure.update_layout(
         template="plotly_white",
         title={
-            "text": f"{grid.source[0].model} → {grid.target[0].model}: {_METRICS[metric]}"
-            f"<br><sup>{rows:,} test tokens of {documents} documents{error}</sup>"
+            "text": titled(
+                f"{grid.source[0].model} → {grid.target[0].model}: {_METRICS[metric]}",
+                f"{rows:,} test tokens of {documents} documents{error}",
+            )
         },
         legend={"orientation": "h", "y": -0.18, "x": 0, "bgcolor": "#888"},
         margin={"t": 90, "b": 90, "l": 70, "r": 20},
@@ -128,7 +127,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
 def _places(spaces: Sequence[Space]) -> list[Any]:
     """Name the places on an axis: layers, or sites of several streams."""
     one_stream = len({space.site.stream for space in spaces}) == 1
-    return [space.site.layer if one_stream else str(space.site) for space in spaces]
+    return [space.site.layer if one_stream else plain(space.site) for space in spaces]
 
 
 def _label_axes(figure: Any, sources: list[Any], targets: list[Any]) -> None:
@@ -161,7 +160,7 @@ def data_curve(curve: DataCurve) -> Any:
             go.Scatter(
                 x=curve.tokens,
                 y=values,
-                name=name,
+                name=plain(name),
                 mode="lines+markers",
                 line={
                     "color": colours[i % len(colours)],
@@ -169,7 +168,7 @@ def data_curve(curve: DataCurve) -> Any:
                     "width": 2.5,
                 },
                 marker={"size": 7},
-                hovertemplate=f"{name}<br>%{{x:,}} tokens<br>R² %{{y:.3f}}<extra></extra>",
+                hovertemplate=hover(plain(name), "%{x:,} tokens", "R² %{y:.3f}"),
             )
             for i, (name, values) in enumerate(curve.r2.items())
         ]
@@ -178,8 +177,10 @@ def data_curve(curve: DataCurve) -> Any:
     figure.update_layout(
         template="plotly_white",
         title={
-            "text": f"{curve.source.model} {curve.source.site} → {curve.target.model} {curve.target.site}"
-            f"<br><sup>{curve.advice}; {curve.test_tokens:,} test tokens</sup>"
+            "text": titled(
+                f"{curve.source.model} {curve.source.site} → {curve.target.model} {curve.target.site}",
+                f"{curve.advice}; {curve.test_tokens:,} test tokens",
+            )
         },
         showlegend=len(curve.r2) > 1,
         margin={"t": 90, "b": 70, "l": 70, "r": 20},

@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 from xmodel_steer.figures.doses import dose_response
-from xmodel_steer.figures.style import COLOURS, bars
+from xmodel_steer.figures.style import COLOURS, bars, hover, plain
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.recipe.arms import EFFICIENCY, EQUAL_STRENGTH, STRICTER, Arm
 from xmodel_steer.recipe.results import Result
@@ -43,18 +43,20 @@ def effects(result: Result) -> Any:
 
     panels = list(dict.fromkeys(arm.recipe for arm in result.arms))
     names = list(dict.fromkeys(arm.arm for arm in result.arms))
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=panels, shared_yaxes=True, horizontal_spacing=0.03)
+    figure = make_subplots(
+        rows=1, cols=len(panels), subplot_titles=list(map(plain, panels)), shared_yaxes=True, horizontal_spacing=0.03
+    )
     for column, recipe in enumerate(panels, 1):
         arms = [arm for arm in result.arms if arm.recipe == recipe]
         figure.add_trace(
             go.Scatter(
-                x=[arm.effect.value for arm in arms], y=[arm.arm for arm in arms], error_x=bars([arm.effect for arm in arms]),
+                x=[arm.effect.value for arm in arms], y=[plain(arm.arm) for arm in arms], error_x=bars([arm.effect for arm in arms]),
                 mode="markers", marker={"size": 11, "color": [COLOURS.get(arm.arm, "#0072B2") for arm in arms]}, showlegend=False,
-                hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
+                hovertemplate=hover("%{y}", "%{x:.3f}"),
             ), row=1, col=column,
         )  # fmt: skip
         figure.update_xaxes(title_text="effect", row=1, col=column)
-    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    figure.update_yaxes(categoryorder="array", categoryarray=[plain(name) for name in names[::-1]])
     figure.update_layout(template="plotly_white", height=140 + 34 * len(names), font={"size": 14})
     return figure
 
@@ -74,7 +76,7 @@ def measures(result: Result) -> Any:
     steered = [arm for arm in result.arms if arm.arm != "unsteered"]
     colours = colours_of(result)
     panels = list(dict.fromkeys((arm.recipe, arm.at) for arm in steered))
-    titles = [recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}" for recipe, at in panels]
+    titles = [plain(recipe if at == EQUAL_STRENGTH else f"{recipe}, {at}") for recipe, at in panels]
     figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.33 / len(panels))
     shown: set[str] = set()
     for row, panel in enumerate(panels, 1):
@@ -83,15 +85,15 @@ def measures(result: Result) -> Any:
             figure.add_trace(
                 go.Scatter(
                     # In lines: turned labels would reach into the next panel.
-                    x=["<br>".join(textwrap.wrap(name, 16)) for name in names],
+                    x=["<br>".join(map(plain, textwrap.wrap(name, 16))) for name in names],
                     y=[v.value for v in values],
                     error_y=bars(values) | {"thickness": 1.5},
-                    name=arm.arm,
-                    legendgroup=arm.arm,
+                    name=plain(arm.arm),
+                    legendgroup=plain(arm.arm),
                     showlegend=arm.arm not in shown,
                     mode="markers",
                     marker={"size": 11, "color": colours[arm.arm], "opacity": 0.85},
-                    hovertemplate=f"{arm.arm}<br>%{{x}}<br>%{{y:.3f}}<extra></extra>",
+                    hovertemplate=hover(plain(arm.arm), "%{x}", "%{y:.3f}"),
                 ),
                 row=row,
                 col=1,
@@ -121,13 +123,15 @@ def efficiencies(result: Result) -> Any:
         values = [arm.measures[EFFICIENCY] for arm in arms]
         figure.add_trace(
             go.Scatter(
-                x=[v.value for v in values], y=[arm.recipe for arm in arms], error_x=bars(values), name=name, mode="markers",
-                marker={"size": 11, "color": COLOURS[name]}, hovertemplate=f"{name}<br>%{{y}}<br>%{{x:.2f}}<extra></extra>",
+                x=[v.value for v in values], y=[plain(arm.recipe) for arm in arms], error_x=bars(values), name=name, mode="markers",
+                marker={"size": 11, "color": COLOURS[name]}, hovertemplate=hover(name, "%{y}", "%{x:.2f}"),
             )
         )  # fmt: skip
     for x, dash in ((0, "solid"), (1, "dash")):
         figure.add_vline(x=x, line={"color": "#666", "width": 1, "dash": dash})
-    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], range=[-0.6, len(names) - 0.4])
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=[plain(name) for name in names[::-1]], range=[-0.6, len(names) - 0.4]
+    )
     figure.update_xaxes(
         title_text="transfer efficiency at equal KL: share of the native vector's effect (1: all of it)"
     )

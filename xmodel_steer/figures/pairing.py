@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.prompts import Prompt, PromptLike
 from xmodel_steer.core.spaces import require_same_space
+from xmodel_steer.core.texts import on_page
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of, tokenizer_of
@@ -58,7 +58,7 @@ class AlignmentView:
                     f'margin:1px;display:inline-block;white-space:pre">{_shown(token)}{mark}</span>'
                 )
             rows.append(
-                f'<div style="margin:6px 0"><b>{escape(name)}</b><div style="line-height:1.9" dir="ltr">{"".join(cells)}</div></div>'
+                f'<div style="margin:6px 0"><b>{on_page(name)}</b><div style="line-height:1.9" dir="ltr">{"".join(cells)}</div></div>'
             )
         share = f"{len(self.pairs)} of {self.eligible} possible pairs"
         return f'<div style="font-family:monospace;font-size:13px">{"".join(rows)}<div>{share}; grey pairs with nothing</div></div>'
@@ -66,7 +66,7 @@ class AlignmentView:
 
 def _shown(token: str) -> str:
     text = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
-    return f"<bdi>{escape(text)}</bdi>" if text else "∅"
+    return f"<bdi>{on_page(text)}</bdi>" if text else "∅"
 
 
 def show_alignment(text: PromptLike, source: Any, target: Any, *, template: bool = True) -> AlignmentView:
@@ -131,7 +131,7 @@ class ProjectionView:
             )
         return (
             f'<div style="font-family:monospace;font-size:14px;line-height:2;background:#fff;color:#000;padding:6px">'
-            f"<b>{escape(self.label)}</b>: orange to +{bound:.2f}, blue to -{bound:.2f}<br>{''.join(cells)}</div>"
+            f"<b>{on_page(self.label)}</b>: orange to +{bound:.2f}, blue to -{bound:.2f}<br>{''.join(cells)}</div>"
         )
 
 

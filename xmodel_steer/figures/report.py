@@ -1,6 +1,5 @@
 """A result for people: tables for the terminal, and one HTML file that needs no network."""
 
-import html
 import json
 import math
 from base64 import b64encode
@@ -9,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from xmodel_steer.core.texts import on_page, visible
 from xmodel_steer.figures.choices import curve, effect_by_layer, layers_varied
 from xmodel_steer.figures.doses import frontier
 from xmodel_steer.figures.overviews import colours_of, overview
@@ -22,7 +22,6 @@ from xmodel_steer.recipe.results import Result
 def tables(result: Result) -> list[Any]:
     """Return a ``rich`` table of all arms for each recipe."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -30,22 +29,22 @@ def tables(result: Result) -> list[Any]:
     for recipe in result.recipes:
         arms = [arm for arm in result.arms if arm.recipe in (recipe, "")]
         between = "" if "models" in result.spec else f": {result.between}"
-        # A name such as [/b] is no markup.
         called = recipe if len(result.recipes) > 1 else result.name
-        title = Text(f"{called}{between}, n = {arms[-1].effect.n}")
+        # Texts, not strings: a name such as [/b] is no markup, on whichever console.
+        title = Text(visible(f"{called}{between}, n = {arms[-1].effect.n}"))
         table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         cells = [cells_of(arm, short=True) for arm in arms]
         names = [name for name in dict.fromkeys(n for row in cells for n in row) if any(row.get(name) for row in cells)]
         for name in names:
             table.add_column(
-                escape(name),
+                Text(visible(name)),
                 justify="left" if name == "arm" else "right",
                 no_wrap=name in ("arm", "strength", "effect", "change"),
-                min_width=max(map(len, name.split())),
+                min_width=max(map(len, visible(name).split()), default=0),
             )
         for arm, row in zip(arms, cells, strict=True):
             style = "bold" if arm.arm == "mapped" else "dim" if arm.arm in ("random", "shuffled") else ""
-            table.add_row(*(escape(row.get(name, "")) for name in names), style=style)
+            table.add_row(*(Text(visible(row.get(name, ""))) for name in names), style=style)
         shown.append(table)
     return shown
 
@@ -159,18 +158,16 @@ def write_report(result: Result, path: str | Path) -> Path:
     figures += [curve(result, name) for name in result.curves]
     names = ("chosen", "spec", "seeds", "versions", "hardware", "seconds", "command")
     page = _PAGE.format(
-        title=html.escape(f"{result.name}: {result.between}"),
-        question=f"<p>{html.escape(result.question)}</p>" if result.question else "",
-        verdict="".join(f"<p>{html.escape(line)}</p>" for line in result.conclusions),
-        facts="".join(f"<li>{html.escape(line)}</li>" for line in summary(result)),
+        title=on_page(f"{result.name}: {result.between}"),
+        question=f"<p>{on_page(result.question)}</p>" if result.question else "",
+        verdict="".join(f"<p>{on_page(line)}</p>" for line in result.conclusions),
+        facts="".join(f"<li>{on_page(line)}</li>" for line in summary(result)),
         figures=figures_html(figures),
         table=_table(result),
         texts=texts_html(result),
-        unit=html.escape(result.unit),
-        note=html.escape(result.note),
-        record=html.escape(
-            json.dumps({n: getattr(result, n) for n in names}, indent=1, ensure_ascii=False, default=repr)
-        ),
+        unit=on_page(result.unit),
+        note=on_page(result.note),
+        record=on_page(json.dumps({n: getattr(result, n) for n in names}, indent=1, ensure_ascii=False, default=repr)),
     )
     write_atomically(path, page.encode(errors="replace"))
     return path
@@ -219,11 +216,11 @@ def _table(result: Result) -> str:
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if any(row.get(name) for row in rows)]
     if len(result.recipes) == 1:
         names.remove("recipe") if "recipe" in names else None
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    head = "".join(f"<th>{on_page(name)}</th>" for name in names)
     body = ""
     for arm, row in zip(result.arms, rows, strict=True):
         mark = f'<span style="color:{colours[arm.arm]}">■</span> '
-        cells = (f"{mark if name == 'arm' else ''}{html.escape(row.get(name, ''))}" for name in names)
+        cells = (f"{mark if name == 'arm' else ''}{on_page(row.get(name, ''))}" for name in names)
         body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 

@@ -1,8 +1,10 @@
 """Colours, layout and error bars of all figures."""
 
+import html
 from collections.abc import Sequence
 from typing import Any
 
+from xmodel_steer.core.texts import visible
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.recipe.arms import Arm
 
@@ -33,11 +35,36 @@ def interval(arms: Sequence[Arm]) -> dict[str, Any]:
     }
 
 
-def laid_out(title: str) -> dict[str, Any]:
-    """Make a layout that suits a notebook, a report and a projector."""
+def plain(text: object) -> str:
+    """Escape tags, ``%{...}`` and ``$...$``, which Plotly reads in every text.
+
+    Example:
+        >>> plain("<b>joy</b>")
+        '&lt;b&gt;joy&lt;/b&gt;'
+    """
+    return html.escape(visible(str(text)), quote=False).replace("%{", "%&#123;").replace("$", "&#36;")
+
+
+def titled(title: str, note: str = "") -> str:
+    """Make a title with a small note below it, both escaped."""
+    return plain(title) + (f"<br><sup>{plain(note)}</sup>" if note else "")
+
+
+def hover(*lines: str) -> str:
+    """Make a hover text; escape with `plain` the texts in its lines."""
+    return "<br>".join(lines) + "<extra></extra>"
+
+
+def laid_out(title: str, note: str = "") -> dict[str, Any]:
+    """Make a layout that suits a notebook, a report and a projector.
+
+    Args:
+        title: The title, as plain text.
+        note: A smaller line below it, as plain text.
+    """
     return {
         "template": "plotly_white",
-        "title": {"text": title, "y": 0.95},
+        "title": {"text": titled(title, note), "y": 0.95},
         "legend": {"orientation": "h", "y": -0.22, "x": 0},
         "margin": {"t": 110, "b": 90, "l": 70, "r": 20},
         "height": 480,

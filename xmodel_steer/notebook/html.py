@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from xmodel_steer.core.texts import on_page
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.notebook.writing import NextToken
 
@@ -11,7 +12,7 @@ def text_html(heading: str, colour: str, prompt: str, text: str) -> str:
     """Render a text under its heading, marked by a colour."""
     return (
         f'<div style="border-left:3px solid {colour};padding-left:8px;line-height:1.45">'
-        f'<div style="font-weight:600">{escape(heading)}</div>'
+        f'<div style="font-weight:600">{on_page(heading)}</div>'
         f'<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">'
         f'<span style="opacity:.6">{escape(prompt)}</span><span class="xs-text">{escape(text)}</span></div></div>'
     )
@@ -40,7 +41,7 @@ def bars_html(tokens: Sequence[NextToken], colour: str) -> str:
 
 def _shown(token: str) -> str:
     """Make white space in a token visible."""
-    return escape(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")) or "∅"
+    return on_page(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")) or "∅"
 
 
 # On pages that are not served safely (http from another host) the browser has no clipboard object.

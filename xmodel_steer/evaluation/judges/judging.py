@@ -84,8 +84,8 @@ class Judge:
         return [answer for q in questions if (answer := self.transcript.recorded(name, q)) is not None]
 
     def _read(self, answer: str) -> float | None:
-        low, high = (re.escape(f"{end:g}") for end in self.scale)
         """Find the score in an answer."""
+        low, high = (re.escape(f"{end:g}") for end in self.scale)
         # "Rating (0-5): 4" and "4 out of 5" repeat the scale.
         bare = re.sub(rf"(?<![\w.]){low}\s*(?:-|–|to|and)\s*{high}(?![\w.]*\d)|(?:/|out of)\s*{high}\b", " ", answer)
         numbers = map(float, re.findall(r"(?<![\w.,])-?\d+(?:\.\d+)?(?!,?\d)", bare))
