@@ -21,8 +21,8 @@ from xmodel_steer.maps.pairs import PARTS, part_of
 from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import context_length, name_of
-from xmodel_steer.models.memory_errors import in_words, memory_of
 from xmodel_steer.models.recorder import residuals
+from xmodel_steer.models.shortage import in_words, memory_of
 from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 
@@ -112,8 +112,7 @@ def collect_moments(
         truncation_side: The side on which longer documents are cut, ``"right"`` or ``"left"``.
         template: Pair the tokens of chat templates that have the same role; see `align`.
         seed: Seed of the split into parts, of the sketch and of the shuffled control.
-        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards merge to the
-            moments of the whole.
+        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th; `merge` adds n shards up.
         device: Device of the products; moments come back on the CPU.
         progress: Show progress bars; see `quiet`.
 
@@ -121,8 +120,7 @@ def collect_moments(
         PromptError: There are no documents.
         AlignmentError: Under 20 % of the tokens pair.
         NonFiniteError: An activation is NaN or infinite.
-        ValueError: The moments would take more memory than the machine has, or a sketch of every combination more than
-            8 GiB at 8 dimensions; nothing was read yet.
+        ValueError: The moments would take more memory than there is, or the smallest sketch more than 8 GiB.
     """
     require_counts(batch_size=batch_size, max_tokens=max_tokens)
     require_side(truncation_side=truncation_side)
@@ -135,8 +133,9 @@ def collect_moments(
     if isinstance(documents, Sequence) and parts > 1:  # shards of different texts must not merge
         settings["texts"] = text_digest(documents)
     widths = int(source.cfg.d_model), int(target.cfg.d_model)
-    sites = sites_of(source, source_sites), sites_of(target, target_sites)
-    plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed)
+    plan = Plan.of(
+        widths, sites_of(source, source_sites), sites_of(target, target_sites), pairs, sketch, shuffled, seed
+    )
     plan.require_memory(widths, shuffled, device)
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},
@@ -150,10 +149,10 @@ def collect_moments(
         device=device,
     )
     total = 2 * len(documents) if isinstance(documents, Sequence) and parts == 1 else None
-    title = f"moments {name_of(source)} → {name_of(target)}"
+    title = f"moments {name_of(source)} → {name_of(target)}, each text in both"
     size, number = window_size(max_tokens), -1  # number: of the last window
     ends = ((source, plan.sources, "source", []), (target, plan.targets, "target", []))
-    with progress_bar(total=total, unit="text", desc=f"{title}, each text in both") as bar:
+    with progress_bar(total=total, unit="text", desc=title) as bar:
         for number, window in enumerate(windows(documents, size)):
             if number % parts != part:
                 continue
@@ -243,12 +242,12 @@ class Plan:
 
 
 def _cross_bytes(widths: tuple[int, int], pairs: int, shuffled: bool = False) -> int:
-    """Count the bytes of the cross moments of layer pairs, in float64, with their control or without."""
+    """Count the bytes of layer pairs' cross moments, in float64."""
     return 8 * len(PARTS) * (1 + shuffled) * pairs * widths[0] * widths[1]
 
 
 def _default_sketch(widths: tuple[int, int], pairs: int) -> int:
-    """Return the number of target dimensions that are sketched where nothing was asked for.
+    """Return the default number of sketched target dimensions.
 
     It depends on the models and the sites alone, not on the machine: shards of several machines must merge.
 

@@ -96,9 +96,9 @@ def _checksum(tensor: Tensor) -> str:
 
 
 def opener() -> Callable[[Path], Any]:
-    """Return a function that maps a shard's file into memory, and keeps many mapped for reads in any order.
+    """Return a function that maps a shard's file into memory.
 
-    Each store has one of its own, so that files of a deleted store do not keep their place on the disk.
+    It keeps many files mapped, for reads in any order. Each store has one of its own, so that files of a deleted store do not keep their place on the disk.
     """
     return lru_cache(maxsize=OPEN_FILES)(lambda file: safe_open(str(file), framework="pt"))
 
@@ -165,7 +165,7 @@ class ShardPair:
 
     @cached_property
     def _pairing(self) -> tuple[Tensor, list[int], list[int]]:
-        """Paired places in their documents ``(2, pairs)``, each document's first pair, and its eligible tokens."""
+        """Paired places ``(2, pairs)``, each document's first pair, and its eligible tokens."""
         aligned = [
             align(TokenEnds(a), TokenEnds(b)) for a, b in zip(self.source.keys(), self.target.keys(), strict=True)
         ]
@@ -182,8 +182,8 @@ class ShardPair:
     @property
     def aligned(self) -> list[Alignment]:
         """The pairing of each document's rows."""
-        sides = ([tuple(places.tolist()) for places in self.places(i)] for i in range(len(self.counts)))
-        return [Alignment(*places, count[1]) for places, count in zip(sides, self.counts, strict=True)]
+        sides = (self.places(i).tolist() for i in range(len(self.counts)))
+        return [Alignment(tuple(a), tuple(b), count[1]) for (a, b), count in zip(sides, self.counts, strict=True)]
 
     def places(self, index: int) -> Tensor:
         """Return the paired places in one document, source and target."""

@@ -22,8 +22,8 @@ from xmodel_steer.interventions.steps import Intervention, Step
 from xmodel_steer.models.batching import Batch, batches, encode
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.models.identity import identity_of
-from xmodel_steer.models.memory_errors import memory_errors
 from xmodel_steer.models.passes import forward, layout
+from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.tokens import Encoding
 
 Settings = Sequence[Sequence[Step]]  # the interventions of each setting; none: the unsteered model

@@ -12,7 +12,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.facts import conduct_of, context_length, device_of, embedding_rows, name_of, tokenizer_of
-from xmodel_steer.models.memory_errors import rows_within
+from xmodel_steer.models.shortage import rows_within
 from xmodel_steer.models.tokens import Encoding, tokenise
 
 

@@ -17,8 +17,8 @@ from xmodel_steer.core.prompts import PromptLike
 from xmodel_steer.models.arguments import require_counts, require_number
 from xmodel_steer.models.batching import Batch, batches, encode, pad_id
 from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
-from xmodel_steer.models.memory_errors import memory_errors
 from xmodel_steer.models.passes import forward, keep_rows, layout
+from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.tokens import Encoding
 
 GOING = 0.75  # finished texts leave a batch when this share of its texts, or less, is unfinished

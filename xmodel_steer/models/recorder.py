@@ -8,8 +8,8 @@ from torch import Tensor
 
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.models.batching import Batch
-from xmodel_steer.models.memory_errors import memory_errors
 from xmodel_steer.models.passes import forward, layout
+from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.sites import recording as recording
 
 

@@ -11,7 +11,7 @@ import xmodel_steer as xs
 from xmodel_steer.core.errors import ModelError, NonFiniteError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.evaluation.damage import losses
-from xmodel_steer.models import memory_errors
+from xmodel_steer.models import shortage
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.passes import forward
 
@@ -52,17 +52,17 @@ def eager(llama, monkeypatch):
     monkeypatch.setattr(llama.model.original_model.config, "_attn_implementation", "eager")
 
 
-@pytest.mark.parametrize("shortage", SHORTAGES)
+@pytest.mark.parametrize("kind", SHORTAGES)
 @pytest.mark.parametrize("call", CALLS)
-def test_out_of_memory_says_what_to_halve(llama, short, tmp_path, call, shortage):
+def test_out_of_memory_says_what_to_halve(llama, short, tmp_path, call, kind):
     ZERO[:] = [llama.vector(1), tmp_path / "store"]
-    short(llama, SHORTAGES[shortage])
+    short(llama, SHORTAGES[kind])
     says = (
         r"llama: out of memory on cpu in a pass over \d rows of \d+ tokens; halve batch_size \(here to \d\) or max_tok"
     )
     with pytest.raises(ModelError, match=says) as raised:
         CALLS[call](llama.model)
-    assert raised.value.__cause__ is SHORTAGES[shortage]
+    assert raised.value.__cause__ is SHORTAGES[kind]
     assert "GPU 0" not in str(raised.value)
 
 
@@ -89,7 +89,7 @@ def test_the_memory_of_a_failed_pass_is_free_while_its_error_is_handled(llama):
         raise MemoryError
 
     held: list = []
-    with pytest.raises(ModelError) as raised, memory_errors.memory_errors(llama.model, 4, 10):
+    with pytest.raises(ModelError) as raised, shortage.memory_errors(llama.model, 4, 10):
         fail()
     gc.collect()
     assert raised.value.__cause__ is not None and held[0]() is None
@@ -101,15 +101,15 @@ def test_the_memory_of_a_failed_pass_is_free_while_its_error_is_handled(llama):
 def test_batches_end_where_their_attention_scores_would_fill_the_memory(llama, eager, monkeypatch):
     encodings = encode(llama.model, as_prompts(TEXTS))
     longest = max(len(e.ids) for e in encodings)
-    row = memory_errors.attention_bytes(llama.model, longest)
+    row = shortage.attention_bytes(llama.model, longest)
     assert row == 10 * 4 * longest**2
     whole = xs.capture(llama.model, TEXTS, [xs.Site(1)], batch_size=8)[xs.Site(1)]
     sizes = [len(batch.rows) for batch in batches(llama.model, encodings, 8)]
-    monkeypatch.setattr(memory_errors, "memory_of", lambda device: 9 * row)  # a quarter: two rows of the longest
+    monkeypatch.setattr(shortage, "memory_of", lambda device: 9 * row)  # a quarter: two rows of the longest
     bounded = batches(llama.model, encodings, 8)
     assert max(sizes) > len(bounded[0].rows) == 2
     for batch in bounded:
-        assert len(batch.rows) * memory_errors.attention_bytes(llama.model, batch.ids.shape[1]) <= 9 * row / 4
+        assert len(batch.rows) * shortage.attention_bytes(llama.model, batch.ids.shape[1]) <= 9 * row / 4
     assert sorted(r for batch in bounded for r in batch.rows) == list(range(len(TEXTS)))
     made = xs.capture(llama.model, TEXTS, [xs.Site(1)], batch_size=8)[xs.Site(1)]
     torch.testing.assert_close(made.values, whole.values, rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_batches_end_where_their_attention_scores_would_fill_the_memory(llama, e
 
 def test_a_text_whose_attention_can_never_fit_is_refused_before_any_pass(llama, eager, short, monkeypatch):
     short(llama, AssertionError("a pass"))
-    monkeypatch.setattr(memory_errors, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(shortage, "memory_of", lambda device: 1000)
     says = r"llama: attention over a text of \d+ tokens takes about 0.1 MiB, over the 0.0 MiB of memory of cpu; give max_tok"
     with pytest.raises(ModelError, match=says):
         xs.capture(llama.model, TEXTS, [xs.Site(1)])
@@ -126,16 +126,16 @@ def test_a_text_whose_attention_can_never_fit_is_refused_before_any_pass(llama, 
 
 
 def test_models_that_keep_no_scores_are_not_bounded(llama, monkeypatch):
-    monkeypatch.setattr(memory_errors, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(shortage, "memory_of", lambda device: 1000)
     monkeypatch.setattr(llama.model.original_model.config, "_attn_implementation", "sdpa")
-    assert memory_errors.rows_within(llama.model, 10**6) > 10**9
+    assert shortage.rows_within(llama.model, 10**6) > 10**9
     monkeypatch.setattr(llama.model.original_model.config, "_attn_implementation", "eager")
-    monkeypatch.setattr(memory_errors, "memory_of", lambda device: 0)  # a system that does not tell
-    assert memory_errors.rows_within(llama.model, 10**6) > 10**9
+    monkeypatch.setattr(shortage, "memory_of", lambda device: 0)  # a system that does not tell
+    assert shortage.rows_within(llama.model, 10**6) > 10**9
 
 
 def test_the_memory_of_this_machine_is_known(llama):
-    assert 2**28 < memory_errors.memory_of() < 2**50
+    assert 2**28 < shortage.memory_of() < 2**50
     ids = torch.ones(1, 3, dtype=torch.long)
-    with memory_errors.memory_errors(llama.model, 1, 3):
+    with shortage.memory_errors(llama.model, 1, 3):
         assert forward(llama.model, ids, ids)[0] is not None

@@ -18,9 +18,9 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def memory_of(device: str | torch.device = "cpu") -> int:
-    """Return the bytes of memory that a device has in all; 0 where the system does not tell.
+    """Return the bytes of memory that a device has in all.
 
-    Of the CPU, a container's limit counts where it is lower. Total memory, unlike free memory, does not depend on what
+    They are 0 where the system does not tell. Of the CPU, a container's limit counts where it is lower. Total memory, unlike free memory, does not depend on what
     else runs: more than it can never fit.
     """
     device = torch.device(device)
@@ -41,7 +41,7 @@ def in_words(size: float) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a GPU or on the CPU."""
+    """Tell whether an error says that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORT_OF_MEMORY)
@@ -83,7 +83,7 @@ ATTENTION_SHARE = 1 / 4
 
 
 def _attention_heads(model: Any) -> int:
-    """Count the heads whose scores are in memory at once; 0 where no scores are kept, as in a recurrent model."""
+    """Count the heads that keep their scores; 0 in fused attention and recurrent models."""
     if not is_bridge(model):
         return int(model.cfg.n_heads)
     config = model.original_model.config
@@ -93,12 +93,12 @@ def _attention_heads(model: Any) -> int:
 
 
 def attention_bytes(model: Any, tokens: int) -> int:
-    """Estimate the memory that one row's attention scores take; it grows with the square of the tokens."""
+    """Estimate the bytes of one row's attention scores, quadratic in the tokens."""
     return SCORE_BYTES * _attention_heads(model) * tokens**2
 
 
 def rows_within(model: Any, tokens: int) -> int:
-    """Return the number of rows of so many tokens whose attention scores fit the device.
+    """Return the number of rows whose attention scores fit the device.
 
     Raises:
         ModelError: The scores of a single row are larger than all memory of the device.
