@@ -213,9 +213,9 @@ def test_where_full_pairs_do_not_fit_every_pair_is_sketched(llama, toy_named, mo
 def planned(layers, width, **given):
     sites = [Site(i) for i in range(layers)]
     given = {"pairs": None, "sketch": None} | given
-    plan = Plan.of((width, width), sites, sites, given["pairs"], given["sketch"], True, 0)
-    plan.require_memory((width, width), True)
-    return plan
+    return Plan.of((width, width), sites, sites, given["pairs"], given["sketch"], True, 0).within_memory(
+        (width, width), True
+    )
 
 
 def test_a_sketch_that_nobody_asked_for_is_bounded(monkeypatch):

@@ -133,10 +133,8 @@ def collect_moments(
     if isinstance(documents, Sequence) and parts > 1:  # shards of different texts must not merge
         settings["texts"] = text_digest(documents)
     widths = int(source.cfg.d_model), int(target.cfg.d_model)
-    plan = Plan.of(
-        widths, sites_of(source, source_sites), sites_of(target, target_sites), pairs, sketch, shuffled, seed
-    )
-    plan.require_memory(widths, shuffled, device)
+    sites = sites_of(source, source_sites), sites_of(target, target_sites)
+    plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed).within_memory(widths, shuffled, device)
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},
         {t: space_of(target, t) for t in plan.targets},
@@ -219,8 +217,8 @@ class Plan:
             sketch_dimensions(width, sketch, seed=seed) if sketch else (),
         )
 
-    def require_memory(self, widths: tuple[int, int], shuffled: bool, device: str | torch.device = "cpu") -> None:
-        """Refuse moments that the machine can never hold, before any work.
+    def within_memory(self, widths: tuple[int, int], shuffled: bool, device: str | torch.device = "cpu") -> "Plan":
+        """Return the plan; refuse moments that the machine can never hold, before any work.
 
         Raises:
             ValueError: Says how much memory they take, and what to give instead.
@@ -239,6 +237,7 @@ class Plan:
                     f"{len(self.pairs)} full pairs, {in_words(sketch)} for the sketch of {len(self.sketch)} dimensions; "
                     "give fewer sites, a smaller sketch=, or fewer pairs="
                 )
+        return self
 
 
 def _cross_bytes(widths: tuple[int, int], pairs: int, shuffled: bool = False) -> int:

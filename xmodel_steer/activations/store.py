@@ -167,7 +167,7 @@ class ActivationStore:
         ]
         widths = [next(iter(spaces[end].values())).width for end in ENDS]
         plan = Plan.of((widths[0], widths[1]), chosen[0], chosen[1], pairs, sketch, shuffled, settings["seed"])
-        plan.require_memory((widths[0], widths[1]), shuffled)
+        plan.within_memory((widths[0], widths[1]), shuffled)
         accumulator = MomentsAccumulator(
             {s: self._require_site("source", s) for s in plan.sources},
             {t: self._require_site("target", t) for t in plan.targets},
