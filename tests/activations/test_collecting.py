@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
-from xmodel_steer.activations.collecting import collect_moments, window_size
+from xmodel_steer.activations.collecting import Plan, collect_moments, window_size
 from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.errors import (
     AlignmentError,
@@ -208,6 +208,46 @@ def test_where_full_pairs_do_not_fit_every_pair_is_sketched(llama, toy_named, mo
         both.pair(Site(2), Site(1)).test.cross_scatter, full.pair(Site(2), Site(1)).test.cross_scatter, **CLOSE
     )
     assert both.pairs == ((Site(2), Site(1)),) and set(both.source) == set(SITES["source_sites"])
+
+
+def planned(layers, width, **given):
+    sites = [Site(i) for i in range(layers)]
+    given = {"pairs": None, "sketch": None} | given
+    return Plan.of((width, width), sites, sites, given["pairs"], given["sketch"], True, 0).within_memory(
+        (width, width), True
+    )
+
+
+def test_a_sketch_that_nobody_asked_for_is_bounded(monkeypatch):
+    module = sys.modules["xmodel_steer.activations.collecting"]
+    monkeypatch.setattr(module, "memory_of", lambda place: 2**50)
+    assert len(planned(32, 4096).sketch) == 64  # 6 GiB
+    assert len(planned(48, 6144).sketch) == 25  # 64 would take 20 GiB
+    assert len(planned(80, 8192, sketch=64).sketch) == 64  # asked for
+    with pytest.raises(ValueError, match="give fewer sites") as refused:
+        planned(80, 8192)
+    assert "of 6400 layer pairs of source width 8192 takes 75.0 GiB at 64 target dimensions" in str(refused.value)
+    assert "9.4 GiB at 8, over the limit of 8.0 GiB; give" in str(refused.value)
+    assert "give sketch=8 to take that much" in str(refused.value)
+
+
+def test_moments_over_the_machines_memory_are_refused_before_any_pass(llama, toy_named, tmp_path, monkeypatch):
+    module = sys.modules["xmodel_steer.activations.collecting"]
+    monkeypatch.setattr(module, "memory_of", lambda place: 256 * 2**30)
+    with pytest.raises(
+        ValueError, match=r"take 315.0 GiB, over the 256.0 GiB of memory of cpu: 240.0 GiB for the sites'"
+    ):
+        planned(80, 8192, sketch=64)
+    assert planned(40, 8192, sketch=64)
+    every = list(product(map(Site, range(40)), repeat=2))
+    with pytest.raises(ValueError, match=r"GiB for 1600 full pairs, 0.0 MiB for the sketch of 0 dim.* fewer pairs="):
+        planned(40, 8192, pairs=every)
+    monkeypatch.setattr(module, "memory_of", lambda place: 2**16)
+    monkeypatch.setattr(module, "rows_at", None)
+    with pytest.raises(ValueError, match=r"take 0\.\d MiB, over the 0.1 MiB of memory of cpu"):
+        collected(llama, toy_named("qwen"))
+    monkeypatch.setattr(module, "memory_of", lambda place: 0)  # a system that does not tell
+    assert planned(80, 8192, sketch=64)
 
 
 def test_seed_deals_documents_to_parts_and_draws_the_sketch(llama, toy_named):

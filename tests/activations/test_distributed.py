@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from sample_moments import PAIRS, accumulator, rows, taken
 
-from xmodel_steer.activations.distributed import all_reduced, process_group, require_same_texts
+from xmodel_steer.activations.distributed import RankError, all_reduced, process_group, require_same_texts
 from xmodel_steer.activations.store import ActivationStore
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt
@@ -80,10 +81,15 @@ def worker(rank: int, size: int, folder: str, what: str) -> None:
         (Path(folder) / f"{rank}.settings").write_text(str(refused.value))
 
 
-def launch(size: int, folder: Path, what: str) -> None:
+def prepare(folder: Path) -> None:
+    """Find a free port for the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
+
+
+def launch(size: int, folder: Path, what: str) -> None:
+    prepare(folder)
     multiprocessing.start_processes(worker, (size, str(folder), what), nprocs=size, start_method="spawn")
 
 
@@ -109,6 +115,38 @@ def test_ranks_that_saw_other_texts_or_settings_are_refused_in_every_process(tmp
     for rank in (0, 1):
         assert f"rank {1 - rank} reads other texts (2 documents" in (tmp_path / f"{rank}.texts").read_text()
         assert "start all with the same arguments" in (tmp_path / f"{rank}.settings").read_text()
+
+
+def waiting(rank: int, size: int, folder: str, asleep: int) -> None:
+    """One rank hangs in its share of the text; the others come to the sum."""
+    import os
+
+    port = (Path(folder) / "port").read_text()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    try:
+        with process_group(timeout=2):
+            require_same_texts([Prompt(text="one")])
+            if rank == asleep:
+                time.sleep(60)
+            all_reduced(share(rank, size))
+    except RankError as error:
+        (Path(folder) / f"{rank}.said").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("asleep", "says"), [(1, "rank 1 did not answer in time: it hangs"), (0, "rank 0 did not answer")]
+)
+def test_a_rank_that_hangs_is_named(tmp_path: Path, asleep: int, says: str) -> None:
+    prepare(tmp_path)
+    running = multiprocessing.start_processes(
+        waiting, (2, str(tmp_path), asleep), nprocs=2, start_method="spawn", join=False
+    )
+    awake = running.processes[1 - asleep]
+    awake.join(50)
+    running.processes[asleep].kill()
+    assert awake.exitcode == 0
+    said = (tmp_path / f"{1 - asleep}.said").read_text()
+    assert said.startswith(f"rank {1 - asleep}: {says}") and "start all processes again" in said
 
 
 def test_without_torchrun_there_is_one_process() -> None:

@@ -1,6 +1,7 @@
 """The store of activations: what it gives back is what was collected, whatever happened while it was written."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -36,6 +39,7 @@ from xmodel_steer.maps.anchors import RelativeAnchors
 from xmodel_steer.maps.controls import ShuffledPairs
 from xmodel_steer.maps.pairs import PARTS, part_of
 from xmodel_steer.maps.ridge import Ridge
+from xmodel_steer.maps.training import SGDAffine
 from xmodel_steer.models.registry import register
 
 SITES = {"source": [Site(0), Site(2)], "target": [Site(1)]}
@@ -185,13 +189,52 @@ def test_a_narrower_dtype_rounds_and_says_so(models, tmp_path):
 
 def test_every_shard_says_what_it_was_made_from(models, tmp_path):
     store = filled(models, tmp_path / "store")
-    shard = store._shards[1][0]
+    shard = store._shards[1].source
     assert shard.header["model"] == "llama" and shard.header["number"] == 1
     assert len(shard.header["documents"]) == 5 and shard.header["documents"][0] == Prompt(text=DOCUMENTS[5]).id
     assert {"revision", "tokenizer", "chat_template", "spaces", "dtype", "settings", "texts", "checksums"} <= set(
         shard.header
     )
-    assert store.verify() == sum(len(shard.rows("keys")) for pair in store._shards for shard in pair) > 100
+    assert (
+        store.verify()
+        == sum(len(shard.rows("keys")) for pair in store._shards for shard in (pair.source, pair.target))
+        > 100
+    )
+
+
+def test_work_on_a_store_grows_with_its_text_alone(models, tmp_path, monkeypatch):
+    """Beyond 64 shards, a cache of 64 pairings and files once did a whole shard's work for each document."""
+    module, work = sys.modules["xmodel_steer.activations.shards"], Counter()
+    for name in ("align", "safe_open"):
+
+        def counted(*args, name=name, real=getattr(module, name), **kwargs):
+            work[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    texts = [text[i:][:12] for i in range(59) for text in CORPUS]
+    rows = filled(models, tmp_path / "store", texts).pair(Site(2), Site(1))
+    shards = -(-len(texts) // 5)
+    assert shards > 70
+    SGDAffine(epochs=3, hidden=4).fit(rows)
+    assert work == {"align": len(texts), "safe_open": 2 * shards}
+    monkeypatch.setattr(module, "OPEN_FILES", 6)  # more files than stay mapped: each read maps its own at most
+    few = ActivationStore(tmp_path / "store").pair(Site(2), Site(1))
+    work.clear()
+    read = [few.documents[i].load() for i in torch.randperm(len(texts)).tolist()]
+    assert work["align"] == 0 and work["safe_open"] <= 2 * len(read)
+    for one, two in zip(rows.documents[::40], few.documents[::40], strict=True):
+        assert all(map(torch.equal, one.load(), two.load()))
+
+
+def test_a_stores_files_are_closed_with_it(models, tmp_path):
+    store = filled(models, tmp_path / "store")
+    assert len(store.pair(Site(2), Site(1)).documents[0].load()) == 2
+    files = weakref.ref(store._shards[0].source.opened)
+    assert files().cache_info().currsize
+    del store
+    gc.collect()
+    assert files() is None
 
 
 # --- interruption ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import context_length, name_of
 from xmodel_steer.models.recorder import residuals
+from xmodel_steer.models.shortage import in_words, memory_of
 from xmodel_steer.models.sites import sites_of, space_of
 from xmodel_steer.models.tokens import Encoding, warn_of_missing
 
@@ -63,7 +64,10 @@ def windows(texts: Prompts, size: int) -> Iterator[tuple[Prompt, ...]]:
 
 #: Bytes of cross moments up to which every layer pair is kept in full.
 FULL_PAIRS_BYTES = 2 * 2**30
-SKETCH = 64
+#: Target dimensions of a sketch that nobody asked for: fewer where it would take more than the bytes, but not under the
+#: least, whose grid is too rough to choose layers by.
+SKETCH, LEAST_SKETCH = 64, 8
+SKETCH_BYTES = 4 * FULL_PAIRS_BYTES
 
 
 @with_progress
@@ -101,15 +105,14 @@ def collect_moments(
             where they take no more than 2 GiB and no ``sketch`` is given, else none.
         sketch: Number of target dimensions, drawn by seed, whose cross moments are kept for every combination of
             sites: enough for `layer_grid`. By default 64 where not every combination is kept in full and no pairs
-            were named, else none.
+            were named, else none; fewer, but at least 8, where 64 would take over 8 GiB.
         shuffled: Keep the moments of the shuffled control for the full pairs.
         max_tokens: Longer documents are cut to this many tokens in each model.
         batch_size: Documents per forward pass.
         truncation_side: The side on which longer documents are cut, ``"right"`` or ``"left"``.
         template: Pair the tokens of chat templates that have the same role; see `align`.
         seed: Seed of the split into parts, of the sketch and of the shuffled control.
-        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th. The n shards merge to the
-            moments of the whole.
+        shard: ``(i, n)``: read only every n-th window of up to 64 documents, from the i-th; `merge` adds n shards up.
         device: Device of the products; moments come back on the CPU.
         progress: Show progress bars; see `quiet`.
 
@@ -117,6 +120,7 @@ def collect_moments(
         PromptError: There are no documents.
         AlignmentError: Under 20 % of the tokens pair.
         NonFiniteError: An activation is NaN or infinite.
+        ValueError: The moments would take more memory than there is, or the smallest sketch more than 8 GiB.
     """
     require_counts(batch_size=batch_size, max_tokens=max_tokens)
     require_side(truncation_side=truncation_side)
@@ -130,7 +134,7 @@ def collect_moments(
         settings["texts"] = text_digest(documents)
     widths = int(source.cfg.d_model), int(target.cfg.d_model)
     sites = sites_of(source, source_sites), sites_of(target, target_sites)
-    plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed)
+    plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed).within_memory(widths, shuffled, device)
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},
         {t: space_of(target, t) for t in plan.targets},
@@ -143,10 +147,10 @@ def collect_moments(
         device=device,
     )
     total = 2 * len(documents) if isinstance(documents, Sequence) and parts == 1 else None
-    title = f"moments {name_of(source)} → {name_of(target)}"
+    title = f"moments {name_of(source)} → {name_of(target)}, each text in both"
     size, number = window_size(max_tokens), -1  # number: of the last window
     ends = ((source, plan.sources, "source", []), (target, plan.targets, "target", []))
-    with progress_bar(total=total, unit="text", desc=f"{title}, each text in both") as bar:
+    with progress_bar(total=total, unit="text", desc=title) as bar:
         for number, window in enumerate(windows(documents, size)):
             if number % parts != part:
                 continue
@@ -198,10 +202,9 @@ class Plan:
         every = tuple(itertools.product(dict.fromkeys(source_sites), dict.fromkeys(target_sites)))
         width = widths[1]
         if pairs is None:
-            size = 8 * len(PARTS) * (1 + shuffled) * len(every) * widths[0] * width
-            fits = size <= FULL_PAIRS_BYTES
+            fits = _cross_bytes(widths, len(every), shuffled) <= FULL_PAIRS_BYTES
             chosen = every if fits and not sketch else ()
-            sketch = sketch if sketch is not None or fits else min(SKETCH, width)
+            sketch = sketch if sketch is not None or fits else _default_sketch(widths, len(every))
         else:
             chosen = tuple((as_site(s), as_site(t)) for s, t in pairs)
         grid = every if sketch else ()
@@ -213,6 +216,54 @@ class Plan:
             chosen,
             sketch_dimensions(width, sketch, seed=seed) if sketch else (),
         )
+
+    def within_memory(self, widths: tuple[int, int], shuffled: bool, device: str | torch.device = "cpu") -> "Plan":
+        """Return the plan; refuse moments that the machine can never hold, before any work.
+
+        Raises:
+            ValueError: Says how much memory they take, and what to give instead.
+        """
+        scatters = 8 * len(PARTS) * (len(self.sources) * widths[0] ** 2 + len(self.targets) * widths[1] ** 2)
+        cross = _cross_bytes(widths, len(self.pairs), shuffled)
+        grid = len(self.sources) * len(self.targets) if self.sketch else 0
+        sketch = _cross_bytes((widths[0], len(self.sketch)), grid)
+        for place in {torch.device(device).type: device, "cpu": "cpu"}.values():  # moments come back on the CPU
+            there = memory_of(place)
+            if there and scatters + cross + sketch > there:
+                raise ValueError(
+                    f"collect_moments: moments of {len(self.sources)} source and {len(self.targets)} target sites (widths "
+                    f"{widths[0]} and {widths[1]}) take {in_words(scatters + cross + sketch)}, over the {in_words(there)} of memory "
+                    f"of {place}: {in_words(scatters)} for the sites' own scatters, {in_words(cross)} for "
+                    f"{len(self.pairs)} full pairs, {in_words(sketch)} for the sketch of {len(self.sketch)} dimensions; "
+                    "give fewer sites, a smaller sketch=, or fewer pairs="
+                )
+        return self
+
+
+def _cross_bytes(widths: tuple[int, int], pairs: int, shuffled: bool = False) -> int:
+    """Count the bytes of layer pairs' cross moments, in float64."""
+    return 8 * len(PARTS) * (1 + shuffled) * pairs * widths[0] * widths[1]
+
+
+def _default_sketch(widths: tuple[int, int], pairs: int) -> int:
+    """Return the default number of sketched target dimensions.
+
+    It depends on the models and the sites alone, not on the machine: shards of several machines must merge.
+
+    Raises:
+        ValueError: So many pairs of such width that even the smallest sketch is over the limit.
+    """
+    size = min(SKETCH, widths[1])
+    room = SKETCH_BYTES // max(1, _cross_bytes((widths[0], 1), pairs))
+    if room < min(LEAST_SKETCH, size):
+        least = min(LEAST_SKETCH, size)
+        raise ValueError(
+            f"collect_moments: a sketch of {pairs} layer pairs of source width {widths[0]} takes "
+            f"{in_words(_cross_bytes((widths[0], size), pairs))} at {size} target dimensions and "
+            f"{in_words(_cross_bytes((widths[0], least), pairs))} at {least}, over the limit of {in_words(SKETCH_BYTES)}; give "
+            f"fewer sites, such as every second layer, name the layer pairs with pairs=, or give sketch={least} to take that much"
+        )
+    return min(size, room)
 
 
 def rows_at(

@@ -5,27 +5,44 @@ number of ranks gives the same moments up to the rounding of sums in float64.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xmodel_steer.core.errors import PromptError, SpaceMismatchError
+from xmodel_steer.core.errors import PromptError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.prompts import Prompt, text_digest
 from xmodel_steer.maps.moments import Moments, PartMoments, recentred
 from xmodel_steer.maps.pairs import PARTS, PRODUCTS
 
+#: Seconds that the processes wait for one another: shares of the text differ in length, machines in speed.
+PATIENCE = 1800.0
+#: The seconds of the present group: PyTorch does not use them in `monitored_barrier`.
+_TIMEOUT: ContextVar[float] = ContextVar("xmodel_steer_timeout", default=PATIENCE)
+
+
+class RankError(XModelSteerError, TimeoutError):
+    """Process of torchrun that hangs, or has ended while others wait for it."""
+
 
 @contextmanager
-def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
+def process_group(device: str | None = None, *, timeout: float = PATIENCE) -> Iterator[tuple[int, int]]:
     """Yield the rank of this process and the number of processes; one without torchrun.
 
     Args:
         device: Device of the tensors; ``nccl`` connects CUDA devices, ``gloo`` CPUs.
+        timeout: Seconds that a process waits for another one.
+
+    Raises:
+        RankError: Another process did not answer in time. With ``gloo`` the error names its rank. ``nccl`` does not tell
+            it, and may end this process instead of raising.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -34,12 +51,50 @@ def process_group(device: str | None = None) -> Iterator[tuple[int, int]]:
     cuda = device is not None and device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    token = _TIMEOUT.set(timeout)
     try:
         yield dist.get_rank(), dist.get_world_size()
-        dist.barrier()  # a process that leaves while another still talks to it may abort gloo's threads
+        _wait_for_all()  # a process that leaves while another still talks to it may abort gloo's threads
     finally:
+        _TIMEOUT.reset(token)
         dist.destroy_process_group()
+
+
+def _wait_for_all() -> None:
+    """Wait until every process has come here.
+
+    Raises:
+        RankError: Names the ranks that have not come within the group's time.
+    """
+    with _answered():
+        if dist.get_backend() == "gloo":
+            dist.monitored_barrier(timeout=timedelta(seconds=_TIMEOUT.get()), wait_all_ranks=True)
+        else:
+            dist.barrier()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Tell in one line which process did not answer."""
+    try:
+        yield
+    except RuntimeError as error:  # dist's own errors among them
+        if isinstance(error, XModelSteerError):
+            raise
+        here, text = dist.get_rank(), str(error)
+        if ranks := re.search(r"Ranks? ([\d, ]+) failed to pass", text):
+            which = f"rank {ranks[1].strip(' ,')} did not answer in time: it hangs, or has ended"
+        elif here and "monitoredBarrier" in text:
+            which = (
+                "rank 0 did not answer: it hangs or has ended, or waits for another rank, which its own message names"
+            )
+        else:
+            which = "another rank stopped answering"
+        raise RankError(
+            f"rank {here}: {which}; look at its output, start all processes again, and harvest into a store to continue "
+            f"where they stopped ({text[:200]})"
+        ) from error
 
 
 def require_same_texts(texts: Sequence[Prompt]) -> None:
@@ -47,6 +102,7 @@ def require_same_texts(texts: Sequence[Prompt]) -> None:
 
     Raises:
         PromptError: They differ.
+        RankError: A process did not answer in time.
     """
     here = (len(texts), text_digest(texts))
     for rank, there in enumerate(_gathered(here)):
@@ -60,8 +116,10 @@ def require_same_texts(texts: Sequence[Prompt]) -> None:
 def _gathered(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
+    _wait_for_all()
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with _answered():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -72,6 +130,7 @@ def all_reduced(moments: Moments) -> Moments:
 
     Raises:
         SpaceMismatchError: The processes used different models, sites or pairs.
+        RankError: A process did not answer in time.
     """
     if not dist.is_initialized():
         return moments
@@ -99,7 +158,8 @@ def all_reduced(moments: Moments) -> Moments:
 def _sum(tensor: Tensor) -> Tensor:
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = tensor.detach().to(device, copy=True)
-    dist.all_reduce(total)
+    with _answered():
+        dist.all_reduce(total)
     return total.cpu()
 
 

@@ -1,9 +1,10 @@
 """Shards of a store: files with one model's rows of a window of documents."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.models.tokens import Encoding
 
+#: Files of a store that stay mapped into memory. Another file is mapped anew for each read (0.1 ms).
+OPEN_FILES = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -92,10 +95,12 @@ def _checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
-@lru_cache(maxsize=64)
-def _opened(file: Path, modified: int) -> Any:
-    """Map a shard's file into memory; keep 64 open for reads in any order."""
-    return safe_open(str(file), framework="pt")
+def opener() -> Callable[[Path], Any]:
+    """Return a function that maps a shard's file into memory.
+
+    It keeps many files mapped, for reads in any order. Each store has one of its own, so that files of a deleted store do not keep their place on the disk.
+    """
+    return lru_cache(maxsize=OPEN_FILES)(lambda file: safe_open(str(file), framework="pt"))
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Shard:
 
     file: Path
     modified: int
+    opened: Callable[[Path], Any] = field(compare=False, repr=False)
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -115,7 +121,7 @@ class Shard:
         try:
             if self.file.stat().st_mtime_ns != self.modified:
                 raise ArtifactError(f"{self.file}: was written anew since the store was opened; open it again")
-            opened = _opened(self.file, self.modified)
+            opened = self.opened(self.file)
             if name not in self._verified:
                 if _checksum(opened.get_tensor(name)) != self.header["checksums"][name]:
                     raise ArtifactError(f"{self.file}: {name} does not match its checksum; delete it and harvest again")
@@ -146,27 +152,58 @@ class Shard:
         return [tuple(keys.tolist()) for keys in self.rows("keys").split(self.rows("counts").tolist())]
 
 
-@lru_cache(maxsize=64)
-def align_documents(source: Shard, target: Shard) -> list[Alignment]:
-    """Pair the rows of each document; few pairings are cached: texts outgrow memory."""
-    return [align(TokenEnds(a), TokenEnds(b)) for a, b in zip(source.keys(), target.keys(), strict=True)]
+@dataclass(frozen=True)
+class ShardPair:
+    """The two shards of one window, with the pairing of their rows.
+
+    All documents are aligned once, and the pairing is kept for as long as the store: 8 bytes a pair. A cache of few
+    pairings would align a whole window again for almost every document that is read in shuffled order.
+    """
+
+    source: Shard
+    target: Shard
+
+    @cached_property
+    def _pairing(self) -> tuple[Tensor, list[int], list[int]]:
+        """Paired places ``(2, pairs)``, each document's first pair, and its eligible tokens."""
+        aligned = [
+            align(TokenEnds(a), TokenEnds(b)) for a, b in zip(self.source.keys(), self.target.keys(), strict=True)
+        ]
+        ends = ([place for a in aligned for place in getattr(a, end)] for end in ("source", "target"))
+        places = torch.tensor(list(ends), dtype=torch.int32)
+        return places, [0, *accumulate(map(len, aligned))], [a.eligible for a in aligned]
+
+    @property
+    def counts(self) -> list[tuple[int, int]]:
+        """Numbers of rows that pair, and that could, for each document."""
+        _, starts, eligible = self._pairing
+        return [(stop - start, possible) for start, stop, possible in zip(starts, starts[1:], eligible, strict=False)]
+
+    @property
+    def aligned(self) -> list[Alignment]:
+        """The pairing of each document's rows."""
+        sides = (self.places(i).tolist() for i in range(len(self.counts)))
+        return [Alignment(tuple(a), tuple(b), count[1]) for (a, b), count in zip(sides, self.counts, strict=True)]
+
+    def places(self, index: int) -> Tensor:
+        """Return the paired places in one document, source and target."""
+        places, starts, _ = self._pairing
+        return places[:, starts[index] : starts[index + 1]].long()
 
 
 @dataclass(frozen=True)
 class Document:
     """The place of one document's paired rows; small, because there are many."""
 
-    source: Shard
-    target: Shard
+    shards: ShardPair
     sites: tuple[Site, Site]
     index: int
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Read the paired rows."""
-        alignment = align_documents(self.source, self.target)[self.index]
-        ends = ((self.source, self.sites[0], alignment.source), (self.target, self.sites[1], alignment.target))
         paired = []
-        for shard, site, places in ends:
+        ends = (self.shards.source, self.shards.target)
+        for shard, site, places in zip(ends, self.sites, self.shards.places(self.index), strict=True):
             start, stop = shard.starts[self.index : self.index + 2]
-            paired.append(shard.rows(rows_name(site), start, stop)[list(places)])
+            paired.append(shard.rows(rows_name(site), start, stop)[places])
         return paired[0], paired[1]

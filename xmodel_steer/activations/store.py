@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.activations.collecting import Plan, accumulate, window_size
-from xmodel_steer.activations.shards import Document, Shard, align_documents, unnamed
+from xmodel_steer.activations.shards import Document, Shard, ShardPair, opener, unnamed
 from xmodel_steer.core.alignment import check_coverage
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ArtifactError, SpaceMismatchError
@@ -66,7 +66,7 @@ class ActivationStore:
         return {space.site: space for space in map(Space.from_dict, self.record(end)["spaces"])}
 
     @cached_property
-    def _shards(self) -> list[tuple[Shard, Shard]]:
+    def _shards(self) -> list[ShardPair]:
         records = {end: self.record(end) for end in ENDS}
         one, two = (records[end]["settings"] for end in ENDS)
         if one != two:
@@ -82,9 +82,12 @@ class ActivationStore:
             raise ArtifactError(
                 f"{missing[0]}: is missing ({len(missing)} in all); harvest again, which keeps the other shards"
             )
-        shards = {end: [Shard(file, file.stat().st_mtime_ns) for file in files[end]] for end in ENDS}
-        pairs = list(zip(*shards.values(), strict=False))
-        same = len(set(map(len, files.values()))) == 1 and all(a.header["texts"] == b.header["texts"] for a, b in pairs)
+        opened = opener()
+        shards = {end: [Shard(file, file.stat().st_mtime_ns, opened) for file in files[end]] for end in ENDS}
+        pairs = [ShardPair(a, b) for a, b in zip(*shards.values(), strict=False)]
+        same = len(set(map(len, files.values()))) == 1 and all(
+            pair.source.header["texts"] == pair.target.header["texts"] for pair in pairs
+        )
         if not same:
             raise ArtifactError(
                 f"{self.folder}: source and target were harvested from different texts; harvest one again"
@@ -97,14 +100,9 @@ class ActivationStore:
                     )
         return pairs
 
-    @cached_property
-    def _counts(self) -> list[list[tuple[int, int]]]:
-        """Numbers of rows that pair, and that could, for each document of each shard."""
-        return [[(len(a), a.eligible) for a in align_documents(*shards)] for shards in self._shards]
-
     def _coverage(self) -> float:
         """Return the share of eligible tokens that pair; refuse too small a one."""
-        paired, eligible = zip(*(document for window in self._counts for document in window), strict=True)
+        paired, eligible = zip(*(document for shards in self._shards for document in shards.counts), strict=True)
         return check_coverage(sum(paired), sum(eligible))
 
     def _require_site(self, end: str, site: Site) -> Space:
@@ -131,10 +129,11 @@ class ActivationStore:
         spaces = self._require_site("source", source), self._require_site("target", target)
         size = window_size(self.record("source")["settings"]["max_tokens"])
         documents = []
-        for number, ((one, two), counts) in enumerate(zip(self._shards, self._counts, strict=True)):
-            for i, ((count, _), part) in enumerate(zip(counts, one.rows("parts").tolist(), strict=True)):
-                load = Document(one, two, (source, target), i).load
-                prompt = one.header["documents"][i]
+        for number, shards in enumerate(self._shards):
+            parts = shards.source.rows("parts").tolist()
+            for i, ((count, _), part) in enumerate(zip(shards.counts, parts, strict=True)):
+                load = Document(shards, (source, target), i).load
+                prompt = shards.source.header["documents"][i]
                 documents.append(DocumentRows(number * size + i, PARTS[part], count, load, prompt))
         return PairedRows(*spaces, tuple(documents), coverage=self._coverage(), window=size)
 
@@ -158,6 +157,7 @@ class ActivationStore:
 
         Raises:
             ArtifactError: A shard is missing or damaged, or the ends do not match.
+            ValueError: The moments would take more memory than the machine has; see `collect_moments`.
         """
         spaces = {end: self.spaces(end) for end in ENDS}
         settings = self.record("source")["settings"]
@@ -167,6 +167,7 @@ class ActivationStore:
         ]
         widths = [next(iter(spaces[end].values())).width for end in ENDS]
         plan = Plan.of((widths[0], widths[1]), chosen[0], chosen[1], pairs, sketch, shuffled, settings["seed"])
+        plan.within_memory((widths[0], widths[1]), shuffled)
         accumulator = MomentsAccumulator(
             {s: self._require_site("source", s) for s in plan.sources},
             {t: self._require_site("target", t) for t in plan.targets},
@@ -179,12 +180,15 @@ class ActivationStore:
         size = window_size(settings["max_tokens"])
         self._coverage()
         with progress_bar(len(self._shards), unit="shard", desc="moments from the store") as bar:
-            for number, (one, two) in enumerate(self._shards):
-                aligned = align_documents(one, two)
-                parts = [PARTS[part] for part in one.rows("parts").tolist()]
+            for number, shards in enumerate(self._shards):
+                aligned = shards.aligned
+                parts = [PARTS[part] for part in shards.source.rows("parts").tolist()]
                 rows = (
                     shard.documents(sites, [getattr(pairing, end) for pairing in aligned])
-                    for shard, sites, end in ((one, plan.sources, "source"), (two, plan.targets, "target"))
+                    for shard, sites, end in (
+                        (shards.source, plan.sources, "source"),
+                        (shards.target, plan.targets, "target"),
+                    )
                 )
                 accumulate(accumulator, parts, number * size, aligned, *rows)
                 bar.update()
@@ -200,7 +204,7 @@ class ActivationStore:
             ArtifactError: A shard is missing or damaged.
         """
         rows = 0
-        for shard in (shard for pair in self._shards for shard in pair):
+        for shard in (shard for pair in self._shards for shard in (pair.source, pair.target)):
             for name in shard.header["checksums"]:
                 shard.rows(name)  # every number was finite when it was written
             rows += int(shard.rows("counts").sum())

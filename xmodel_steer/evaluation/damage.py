@@ -23,6 +23,7 @@ from xmodel_steer.models.batching import Batch, batches, encode
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.models.identity import identity_of
 from xmodel_steer.models.passes import forward, layout
+from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.tokens import Encoding
 
 Settings = Sequence[Sequence[Step]]  # the interventions of each setting; none: the unsteered model
@@ -197,7 +198,7 @@ def steered_logits(
     model: Any, setting: Sequence[Step], batch: Batch, rows: Sequence[int], prompt_lengths: Tensor, logits: Any = "all"
 ) -> Tensor:
     """Run one batch under a setting; ``rows`` and ``prompt_lengths`` are those of `layout`."""
-    with steering(model, setting), layout(rows, prompt_lengths):
+    with memory_errors(model, *batch.ids.shape), steering(model, setting), layout(rows, prompt_lengths):
         values, _ = forward(model, batch.ids, batch.mask, logits=logits)
     assert values is not None
     return values

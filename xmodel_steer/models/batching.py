@@ -12,6 +12,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.models.arguments import require_counts, require_side
 from xmodel_steer.models.facts import conduct_of, context_length, device_of, embedding_rows, name_of, tokenizer_of
+from xmodel_steer.models.shortage import rows_within
 from xmodel_steer.models.tokens import Encoding, tokenise
 
 
@@ -77,7 +78,11 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
 
     A model that reads a padded text wrong gets texts of one length, or one text, at a time (`Conduct`). A batch ends
     at its size, or where more than half of the next row, and over 64 tokens, would be padding: a few long prompts
-    must not slow all others. With the longest first, a batch size that does not fit in memory fails at once.
+    must not slow all others. It also ends where its attention scores would take over a quarter of the device's memory.
+    With the longest first, a batch size that does not fit in memory fails at once.
+
+    Raises:
+        ModelError: Attention over one text alone takes more memory than the device has.
     """
     require_counts(batch_size=batch_size)
     require_side(padding_side=padding_side)
@@ -85,12 +90,14 @@ def batches(model: Any, encodings: Sequence[Encoding], batch_size: int, *, paddi
     conduct = conduct_of(model)
     batch_size = batch_size if conduct.batched else 1
     groups: list[list[int]] = []
+    fitting = batch_size  # rows of the present batch, at most
     for i in sorted(range(len(encodings)), key=lambda i: -lengths[i]):
         padding = lengths[groups[-1][0]] - lengths[i] if groups else 0
-        if groups and len(groups[-1]) < batch_size and padding <= (max(lengths[i], 64) if conduct.padded else 0):
+        if groups and len(groups[-1]) < fitting and padding <= (max(lengths[i], 64) if conduct.padded else 0):
             groups[-1].append(i)
         else:
             groups.append([i])
+            fitting = min(batch_size, rows_within(model, lengths[i]))
     device = device_of(model)
     padded = []
     for rows in groups:

@@ -18,6 +18,7 @@ from xmodel_steer.models.arguments import require_counts, require_number
 from xmodel_steer.models.batching import Batch, batches, encode, pad_id
 from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
 from xmodel_steer.models.passes import forward, keep_rows, layout
+from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.tokens import Encoding
 
 GOING = 0.75  # finished texts leave a batch when this share of its texts, or less, is unfinished
@@ -202,7 +203,7 @@ def _decode(
     fresh = ids  # the tokens that the model reads next
     for _ in range(steps):
         # The layout ends before each yield: a generator shares its caller's context.
-        with layout([batch.rows[row] for row in present], lengths):
+        with memory_errors(model, *mask.shape), layout([batch.rows[row] for row in present], lengths):
             logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
         assert logits is not None
         chosen = _choose(logits[:, -1], temperature, [generators[row] for row in present] if generators else ())

@@ -9,11 +9,14 @@ from torch import Tensor
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.models.batching import Batch
 from xmodel_steer.models.passes import forward, layout
+from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.sites import recording as recording
 
 
 def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "batch tokens d"]]:
     """Read the residual stream at several sites, in one pass to the deepest."""
-    with recording(model, sites) as streams, layout(batch.rows, batch.mask.sum(-1)):
+    # Memory may run out anywhere within: the blocks, the hooks, the copies that they keep.
+    told = memory_errors(model, *batch.ids.shape)
+    with told, recording(model, sites) as streams, layout(batch.rows, batch.mask.sum(-1)):
         forward(model, batch.ids, batch.mask, logits="none", stop_at_layer=max(site.layer for site in sites) + 1)
     return dict(streams)
