@@ -192,7 +192,7 @@ def test_every_shard_says_what_it_was_made_from(models, tmp_path):
     shard = store._shards[1].source
     assert shard.header["model"] == "llama" and shard.header["number"] == 1
     assert len(shard.header["documents"]) == 5 and shard.header["documents"][0] == Prompt(text=DOCUMENTS[5]).id
-    assert {"revision", "tokenizer", "chat_template", "spaces", "dtype", "settings", "texts", "checksums"} <= set(
+    assert {"revision", "tokenizer", "chat_template", "spaces", "dtype", "settings", "texts", "tensors"} <= set(
         shard.header
     )
     assert (
@@ -440,10 +440,10 @@ def test_a_model_that_is_called_otherwise_goes_on(models, tmp_path, monkeypatch)
     before = file.read_bytes()
     file.unlink()
     end = tmp_path / "store" / "source" / "end.json"
-    record = json.loads(end.read_text())
+    record = read_record(end)
     for space in record["spaces"]:
         space["model"] = "as it was called"
-    end.write_text(json.dumps(record | {"model": "as it was called"}))
+    write_record(end, record | {"model": "as it was called"})
     filled(models, tmp_path / "store").verify()
     assert file.read_bytes() == before
 

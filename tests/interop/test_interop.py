@@ -239,8 +239,8 @@ def test_a_missing_or_cut_or_damaged_file_is_refused(tmp_path: Path) -> None:
             interop.read_control_vector(path)
     for old, new, says in (
         (b'"layer": 3', b'"layer": 4', "its record does not match its checksum"),
-        (b'"width": 5', b'"width": 6', r"is damaged, direction.3: .*must have shape \(6,\)"),
-        (b'"vectors"', b'"factors"', "lacks or misstates 'vectors'"),
+        (b'"width": 5', b'"width": 6', "its record does not match its checksum"),
+        (b'"vectors"', b'"factors"', "its record does not match its checksum"),
         (b'"schema": 2', b'"schema": 7', "written by a newer version"),
     ):
         assert old in whole

@@ -171,9 +171,9 @@ def edited(file: Path, **changes: Any) -> Path:
 
     with safe_open(str(file), "pt") as opened:
         header = json.loads(opened.metadata()["xmodel_steer"])
-    text = json.dumps(header | changes)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    save_file(load_file(file), file, metadata={"xmodel_steer": text, "sha256": digest})
+    text = json.dumps(header | changes | {"sha256": "0" * 64})
+    text = text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1)
+    save_file(load_file(file), file, metadata={"xmodel_steer": text})
     return file
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from xmodel_steer.activations.collecting import documents_of, require_shard, window_size, windows
-from xmodel_steer.activations.shards import DTYPES, hash_of, shard_header, unnamed, write_shard
+from xmodel_steer.activations.shards import DTYPES, hash_of, require_settings, shard_header, unnamed, write_shard
 from xmodel_steer.activations.store import ENDS, ActivationStore
 from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ArtifactError, PromptError
@@ -97,7 +97,7 @@ def harvest(
             names.append(name)
             file = place / name
             if file.is_file():
-                _require_same_texts(file, window)
+                _require_same(file, window, record)
             elif number % parts == part:
                 lacking += write_shard(model, window, number, file, record, sites, kind, settings, batch_size)
                 del lacking[2:]
@@ -143,8 +143,10 @@ def _open_end(place: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _require_same_texts(file: Path, window: Sequence[Prompt]) -> None:
-    if shard_header(file)["texts"] != text_digest(window):
+def _require_same(file: Path, window: Sequence[Prompt], record: Mapping[str, Any]) -> None:
+    header = shard_header(file)
+    require_settings(file, header, json.loads(json.dumps(record)))
+    if header["texts"] != text_digest(window):
         raise ArtifactError(
             f"{file}: was harvested from other texts or in another order; give the same texts, or choose another folder"
         )

@@ -18,7 +18,7 @@ from xmodel_steer.core.errors import ArtifactError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.prompts import Prompt, text_digest
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.files.records import read_header, write_tensors
+from xmodel_steer.files.records import TENSORS, digest_of, read_header, write_tensors
 from xmodel_steer.maps.pairs import PARTS, part_of
 from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
@@ -47,6 +47,23 @@ def shard_header(file: Path) -> dict[str, Any]:
         return read_header(file)
     except ArtifactError as error:
         raise ArtifactError(f"{file}: is not a whole shard ({error}); delete it and harvest again") from error
+
+
+OTHER = {"spaces": "another model or other sites"}
+
+
+def require_settings(file: Path, header: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Refuse a shard of another model, other sites or other settings than its store's.
+
+    Raises:
+        ArtifactError: Names the setting that differs.
+    """
+    for key in record.keys() - {"schema", "kind", "model", "revision", "shards"}:
+        if unnamed(header.get(key)) != unnamed(record[key]):
+            raise ArtifactError(
+                f"{file}: is of {OTHER.get(key, f'another {key}')} than its store ({str(header.get(key))[:120]}, not {str(record[key])[:120]}); "
+                "delete it and harvest again"
+            )
 
 
 def write_shard(
@@ -80,7 +97,6 @@ def write_shard(
         "number": number,
         "texts": text_digest(window),
         "documents": [prompt.id for prompt in window],
-        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
     write_tensors(file, "ActivationShard", tensors, header)
     return [encoding for encoding in encodings if encoding.missing]
@@ -91,7 +107,7 @@ def rows_name(site: Site) -> str:
     return f"rows/{site.layer}.{site.stream}"
 
 
-def _checksum(tensor: Tensor) -> str:
+def _former_checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
@@ -116,6 +132,11 @@ class Shard:
         """The record of the shard."""
         return shard_header(self.file)
 
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The hash of each tensor."""
+        return self.header.get(TENSORS) or self.header["checksums"]  # as shards of schema 1 have them
+
     def rows(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """Read rows of a tensor; verify its checksum the first time."""
         try:
@@ -123,7 +144,8 @@ class Shard:
                 raise ArtifactError(f"{self.file}: was written anew since the store was opened; open it again")
             opened = self.opened(self.file)
             if name not in self._verified:
-                if _checksum(opened.get_tensor(name)) != self.header["checksums"][name]:
+                tensor, kept = opened.get_tensor(name), self.checksums[name]
+                if kept != (digest_of(tensor) if TENSORS in self.header else _former_checksum(tensor)):
                     raise ArtifactError(f"{self.file}: {name} does not match its checksum; delete it and harvest again")
                 self._verified.add(name)
             return opened.get_tensor(name) if start is None else opened.get_slice(name)[start:stop]

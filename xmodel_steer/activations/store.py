@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.activations.collecting import Plan, accumulate, window_size
-from xmodel_steer.activations.shards import Document, Shard, ShardPair, opener, unnamed
+from xmodel_steer.activations.shards import Document, Shard, ShardPair, opener, require_settings
 from xmodel_steer.core.alignment import check_coverage
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ArtifactError, SpaceMismatchError
@@ -94,10 +94,7 @@ class ActivationStore:
             )
         for end in ENDS:
             for shard in shards[end]:
-                if unnamed(shard.header["spaces"]) != unnamed(records[end]["spaces"]):
-                    raise ArtifactError(
-                        f"{shard.file}: is of another model or other sites than its store; harvest again"
-                    )
+                require_settings(shard.file, shard.header, records[end])
         return pairs
 
     def _coverage(self) -> float:
@@ -205,7 +202,7 @@ class ActivationStore:
         """
         rows = 0
         for shard in (shard for pair in self._shards for shard in (pair.source, pair.target)):
-            for name in shard.header["checksums"]:
+            for name in shard.checksums:
                 shard.rows(name)  # every number was finite when it was written
             rows += int(shard.rows("counts").sum())
         return rows

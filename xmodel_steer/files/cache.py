@@ -1,15 +1,17 @@
 """The user's cache folder: whole folders or none."""
 
+import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from xmodel_steer.core.errors import DownloadError
+from xmodel_steer.core.errors import ArtifactError, DownloadError
+from xmodel_steer.files.places import locked, remove, scratch_folder
+
+MANIFEST = "manifest.json"
 
 
 def cache_folder() -> Path:
@@ -21,11 +23,12 @@ def cache_folder() -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether every file of a cached folder has its recorded hash."""
+    """Tell whether a cached folder has the files of its manifest, no others, and each with its hash."""
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return all(sha256_of(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut short, or not ours
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        there = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir() or f.is_symlink()}
+        return bool(files) and there == {*files, MANIFEST} and all(sha256_of(folder / f) == h for f, h in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing, cut short, not ours
         return False
 
 
@@ -36,11 +39,23 @@ def sha256_of(file: Path) -> str:
 
 
 def whole_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """Return a cached folder; fill it where it is missing or damaged."""
-    if not (folder.is_dir() and is_intact(folder)):
-        shutil.rmtree(folder, ignore_errors=True)
-        with atomic_folder(folder) as scratch:
-            fill(scratch)
+    """Return a cached folder; fill it where it is missing or damaged.
+
+    One process fills it, others wait.
+
+    Raises:
+        DownloadError: The cache cannot be written.
+    """
+    if is_intact(folder):
+        return folder
+    try:
+        with locked(folder, wait=True):
+            if not is_intact(folder):  # another process may have filled it meanwhile
+                remove(folder)
+                with atomic_folder(folder) as scratch:
+                    fill(scratch)
+    except ArtifactError as error:
+        raise DownloadError(f"{error}; or set XMODEL_STEER_CACHE to a folder that can be written") from error
     return folder
 
 
@@ -51,18 +66,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         DownloadError: The disk is full.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield scratch
-        os.chmod(scratch, 0o755)  # mkdtemp makes it private
-        if not folder.exists():  # else another process was faster, with the same content
-            scratch.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(folder) as scratch:
+            yield scratch
+            if not folder.exists():  # else another process was faster, with the same content
+                scratch.rename(folder)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno == errno.ENOSPC:
             raise DownloadError(
                 f"{folder}: no space left on the device; free some, or set XMODEL_STEER_CACHE to a folder with room"
             ) from error
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

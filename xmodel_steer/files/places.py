@@ -62,8 +62,7 @@ def whole_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(path) as scratch:
-        scratch.mkdir()
+    with scratch_folder(path) as scratch:
         yield scratch
         if path.exists():
             _link_others(path, scratch, replaced)
@@ -71,6 +70,14 @@ def whole_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
             _link_others(scratch, path, replaced)
         else:
             scratch.rename(path)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Make a folder next to a path; what is left of it at the end of the block, or of the process, is removed."""
+    with _scratch(path) as scratch:
+        scratch.mkdir()
+        yield scratch
 
 
 @contextmanager

@@ -44,8 +44,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
         plain[name] = values.clone() if memory in held else values
         held.add(memory)
     hashes = {name: digest_of(tensor) for name, tensor in plain.items()}
-    text = dump_json({"schema": SCHEMA, "kind": kind, **record, TENSORS: hashes}, path)
-    metadata = {KEY: text, DIGEST: sha256_of_text(text)}
+    # One entry: safetensors writes several in any order, and an interrupted harvest must end with the same bits.
+    metadata = {KEY: sealed({"kind": kind, **record, TENSORS: hashes}, path)}
     whole_file(path, lambda scratch: save_file(plain, scratch, metadata=metadata))
 
 
@@ -55,8 +55,13 @@ def write_record(path: Path, record: Mapping[str, Any], indent: int | None = Non
     Raises:
         ArtifactError: The folder cannot be written, or the disk is full.
     """
+    write_atomically(path, sealed(record, path, indent))
+
+
+def sealed(record: Mapping[str, Any], path: Path, indent: int | None = None) -> str:
+    """Return a record as JSON that begins with the SHA-256 of itself, computed with zeros in its place."""
     text = dump_json({DIGEST: _NO_DIGEST, **record, "schema": SCHEMA}, path, indent)
-    write_atomically(path, text.replace(_NO_DIGEST, sha256_of_text(text), 1))
+    return text.replace(_NO_DIGEST, _sha256(text), 1)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -77,8 +82,7 @@ def digest_of(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_text(text: str) -> str:
-    """Return the SHA-256 of a text, in hexadecimal."""
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -171,16 +175,7 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         metadata = file.metadata() or {}
         if KEY not in metadata:
             raise ArtifactError(f"{path}: is a safetensors file, but not one of xmodel_steer")
-        yield file, parse_checked(metadata[KEY], metadata.get(DIGEST), path)
-
-
-def parse_checked(text: str, digest: str | None, path: Path) -> dict[str, Any]:
-    """Parse a record and compare its hash, which the file holds too.
-
-    Raises:
-        ArtifactError: As for `parse_record`; or the record was changed.
-    """
-    return _checked(parse_record(text, path), digest, sha256_of_text(text), path)
+        yield file, parse_record(metadata[KEY], path)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -190,41 +185,33 @@ def read_record(path: Path) -> dict[str, Any]:
         ArtifactError: The file is damaged, foreign, or of a newer schema.
     """
     with reading(path):
-        text = path.read_text(encoding="utf-8")
-        record = parse_record(text, path)
-        digest = record.pop(DIGEST, None)
-        return _checked(record, digest, sha256_of_text(text.replace(str(digest), _NO_DIGEST, 1)), path)
-
-
-def _checked(record: dict[str, Any], kept: Any, digest: str, path: Path) -> dict[str, Any]:
-    """Compare a record's hash with the one that was kept; warn of a file older than hashes."""
-    if record["schema"] < CHECKED:
-        warnings.warn(
-            f"{path}: was written before files carried checksums, so damage may show as other numbers; save it again to add them",
-            UncheckedWarning,
-            stacklevel=4,
-        )
-    elif kept != digest:
-        raise ArtifactError(
-            f"{path}: is damaged or was edited, its record does not match its checksum; make or copy it again"
-        )
-    return record
+        return parse_record(path.read_text(encoding="utf-8"), path)
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
-    """Parse a record whose schema this version knows.
+    """Parse a record whose schema this version knows, and compare its hash.
 
     Raises:
         ArtifactError: The record is damaged, foreign or of a newer schema.
     """
     with reading(path):
         header = restored(load_json(text))
-        schema = header["schema"]
+        schema, digest = header["schema"], header.pop(DIGEST, None)
     if type(schema) is not int or schema < 1:
         raise ArtifactError(f"{path}: xmodel_steer never wrote schema {schema!r}")
     if schema > SCHEMA:
         raise ArtifactError(
             f"{path}: was written by a newer version (schema {schema}, this one reads up to {SCHEMA}); "
             "upgrade with pip install -U xmodel-steer"
+        )
+    if schema < CHECKED:
+        warnings.warn(
+            f"{path}: was written before files carried checksums, so damage may show as other numbers; save it again to add them",
+            UncheckedWarning,
+            stacklevel=4,
+        )
+    elif digest != _sha256(text.replace(str(digest), _NO_DIGEST, 1)):
+        raise ArtifactError(
+            f"{path}: is damaged or was edited, its record does not match its checksum; make or copy it again"
         )
     return header

