@@ -35,6 +35,7 @@ from xmodel_steer.core.errors import (
 )
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.maps.anchors import RelativeAnchors
 from xmodel_steer.maps.controls import ShuffledPairs
 from xmodel_steer.maps.pairs import PARTS, part_of

@@ -237,8 +237,10 @@ def test_a_converted_gguf_is_cached_by_its_content(convert, tmp_path):
     file = tmp_path / "mine.gguf"
     file.write_bytes(b"one")
     first = packaged.converted_gguf(file)
+    made = first.stat().st_ino
+    assert packaged.converted_gguf(file) == first and first.stat().st_ino == made
     (first / "note").write_text("not in the manifest")
-    assert packaged.converted_gguf(file) == first and (first / "note").exists()
+    assert packaged.converted_gguf(file) == first and not (first / "note").exists()
     file.write_bytes(b"two")
     second = packaged.converted_gguf(file)
     assert second != first and (second / "weights").read_bytes() == b"two"

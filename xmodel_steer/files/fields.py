@@ -17,7 +17,22 @@ def expect(record: Mapping[str, Any], **types: Any) -> None:
         TypeError: Names the field.
         KeyError: A field is missing.
     """
+    if missing := [name for name in types if name not in record]:
+        raise KeyError(f"{missing[0]} is missing")
+    expect_known(record, types)
+
+
+def expect_known(record: Mapping[Any, Any], types: Mapping[Any, Any]) -> None:
+    """Refuse a record whose fields have other types; a field may be missing.
+
+    Raises:
+        TypeError: It is no record, or names the field.
+    """
+    if not isinstance(record, Mapping):
+        raise TypeError(f"needs a record, got {str(record)[:60]!r}")
     for name, allowed in types.items():
+        if name not in record:
+            continue
         value = record[name]
         kinds = allowed if isinstance(allowed, tuple) else (allowed,)
         fits = isinstance(value, (*kinds, int) if float in kinds else kinds)

@@ -142,7 +142,10 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
     """
     name = path.name.removesuffix(".gz")
     if name.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(_text(path), newline="")))
+        try:
+            return list(csv.DictReader(io.StringIO(_text(path), newline="")))
+        except csv.Error as error:
+            raise PromptError(f"{path}: is not a table ({error})") from None
     if not name.endswith(".jsonl"):
         raise PromptError(f"{str(path)[:200]}: needs a .jsonl or .csv file; for a text instead of a file, [text]")
     rows = []
@@ -151,8 +154,8 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}: line {number} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(row, dict):
             raise PromptError(f'{path}: line {number} is no row of columns such as {{"text": "..."}}')
         rows.append(row)

@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 
-from xmodel_steer.core.errors import ModelError
+from xmodel_steer.core.errors import ArtifactError, ModelError
+from xmodel_steer.files.cache import sha256_of
+from xmodel_steer.files.records import read_record
 from xmodel_steer.models.checkpoints import listed, whole_model
 from xmodel_steer.models.identity import fingerprint
+
+ORGANISM = "organism.json"  # the report of an adapter that `xmodel_steer.organisms` made
+WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_of(name: str | Path) -> Path | None:
@@ -44,10 +49,11 @@ def with_adapter(
     """Merge an adapter into its base in float32, then round; return model and fingerprint."""
     from transformers import AutoModelForCausalLM
 
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / WEIGHTS
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if not weights.is_file():
         raise ModelError(f"{adapter}: has no adapter_model.safetensors; save the adapter as safetensors")
+    require_whole(adapter)
     hf = whole_model(
         AutoModelForCausalLM, path, label=path, dtype=torch.float32, device_map=device_map, revision=revision
     )
@@ -69,6 +75,18 @@ def with_adapter(
     for parameter in merged.parameters():  # the buffers stay float32
         parameter.data = parameter.data.to(dtype)
     return merged if device is None else merged.to(device), digest.hexdigest()[:16]
+
+
+def require_whole(adapter: Path) -> None:
+    """Refuse an organism's adapter whose weights are not those of its report.
+
+    Raises:
+        ArtifactError: Names the file.
+    """
+    report = adapter / ORGANISM
+    for name, digest in (read_record(report).get("files", {}) if report.is_file() else {}).items():
+        if Path(name).name != name or not (adapter / name).is_file() or sha256_of(adapter / name) != digest:
+            raise ArtifactError(f"{adapter / name}: is not the file that {ORGANISM} names; copy the whole folder again")
 
 
 def adapted(hf: Any, adapter: Path) -> Any:

@@ -7,11 +7,95 @@ from typing import Any
 
 import numpy as np
 
+from xmodel_steer.files.fields import expect, expect_known
 from xmodel_steer.maps.statistics import Estimate, undefined
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, NOT_RECORDED, Arm
 from xmodel_steer.recipe.results import Result
 
 _COLUMNS = {"ids": "unit", "groups": "group", "scores": "score", "texts": "text", "raw": "judge"}
+
+
+_TEXT = {"name", "unit", "question", "note", "hardware", "command"}
+_RECORDS = {"source", "target", "chosen", "spec", "splits", "seeds", "versions", "curves", "seconds"}
+_LISTS = {"validation", "stored", "prompts"}
+_ARM = {
+    "arm": str,
+    "recipe": str,
+    "operator": str,
+    "at": str,
+    "reached": bool,
+    "seeds": int,
+    "n": int,
+    "measures": dict,
+}
+_ARM |= dict.fromkeys(("effect", "low", "high", "kl", "perplexity"), float)
+_ARM |= dict.fromkeys(("strength", "budget", "change", "agreement"), (float, type(None)))
+_ROW = {"unit": str, "group": str, "score": float, "text": str, "judge": str, "seeds": list}
+_MEASURE = {"value": float, "low": float, "high": float, "n": int}
+_CHOICE = {"strength": float, "cosine": float, "norm_ratio": float, "source_layer": int, "target_layer": int}
+_CHOICE |= {
+    "operator": str,
+    "map_r2": (float, type(None)),
+    "map_cosine": (float, type(None)),
+    "equal_kl": list,
+    "similarity": dict,
+    "map": dict,
+}
+_FITTED = dict.fromkeys(("r2", "r2_low", "r2_high", "cosine", "norm_ratio", "train_tokens", "coverage"), float)
+_TRIED = {"recipe": str, "varied": str, "layer": int, "score": float}
+
+
+def require_fields(record: Mapping[str, Any]) -> None:
+    """Refuse a record of a result whose fields have other types.
+
+    Raises:
+        TypeError: Names the field.
+        ValueError: A number is out of its range, or a choice lacks a field.
+    """
+    kinds = dict.fromkeys(_TEXT, str) | dict.fromkeys(_RECORDS, dict) | dict.fromkeys(_LISTS, list)
+    expect_known(record, kinds)
+    for end in ("source", "target"):
+        expect(record[end], model=str, **({"width": int, "dtype": str} if "hook" in record[end] else {}))
+    for names in (record["versions"], *(dict.fromkeys(record.get(n, ()), "") for n in ("stored", "prompts"))):
+        if not all(isinstance(text, str) for text in (*names, *names.values())):
+            raise TypeError("versions, stored and prompts hold texts")
+    expect_known(record.get("seconds", {}), dict.fromkeys(record.get("seconds", {}), float))
+    points = [point for curve in record.get("curves", {}).values() for point in curve]
+    if not all(
+        isinstance(point, dict) for point in (*points, *record.get("validation", ()), *record["chosen"].values())
+    ):
+        raise TypeError("curves, validation and chosen hold records")
+    for choice in record["chosen"].values():
+        expect_known(choice, _CHOICE)
+        if "source_layer" in choice:
+            expect(choice, target_layer=int)
+        if "cosine" in choice:
+            expect(choice, norm_ratio=float)
+        for likeness in choice.get("similarity", {}).values():
+            expect(likeness, cosine=(float, type(None)))
+        fitted = choice.get("map", {})
+        if "r2" in fitted:
+            expect(fitted, **_FITTED, test_documents=int)
+            expect_known(fitted, {"penalty": float, "loss": dict})
+            if fitted.get("loss"):
+                expect(fitted["loss"], train=float, test=float)
+    for tried in record.get("validation", ()):
+        expect_known(tried, _TRIED)
+
+
+def _require_arm(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    expect(row, **_ARM)
+    if row["change"] is not None:
+        expect(row, change_low=float, change_high=float)
+    for measure in row["measures"].values():
+        expect(measure, **_MEASURE)
+    for record in rows:
+        expect_known(record, _ROW)
+        expect_known(
+            dict(enumerate(record.get("seeds", ()))), dict.fromkeys(range(len(record.get("seeds", ()))), float)
+        )
+    if row["n"] < 0 or row["seeds"] < 1 or len({len(record.get("seeds", ())) for record in rows}) > 1:
+        raise ValueError(f"{row['arm']}: its counts are not those of an arm")
 
 
 def arm_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Arm:
@@ -24,6 +108,7 @@ def arm_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Arm:
     Raises:
         ValueError: Some of its scores are missing.
     """
+    _require_arm(row, rows)
     scored = sum("score" in record for record in rows)
     if scored not in (0, row["n"]) or (not scored and row.get("scored", True)):
         raise ValueError(f"{row['arm']} at {row['strength']} has {scored} of {row['n']} scores")
@@ -80,6 +165,7 @@ def result_of(record: Mapping[str, Any], arms: tuple[Arm, ...], **artefacts: Any
     Raises:
         LookupError: A field is missing.
     """
+    require_fields(record)
     required = ("name", "unit", "source", "target", "chosen", "spec", "splits", "seeds", "versions", "validation")
     arguments: dict[str, Any] = {name: record[name] for name in required}
     arguments |= {field.name: record[field.name] for field in fields(Result) if field.name in record}
@@ -122,7 +208,7 @@ def older(kind: str, record: dict[str, Any], rows: list[dict[str, Any]], vectors
         "name": label,
         "chosen": {label: choice},
         "validation": validation,
-        "prompts": record["splits"].get("evaluation_texts", ()),
+        "prompts": list(record["splits"].get("evaluation_texts", ())),
         "vectors": {name: f"{name}.safetensors" for name in record.get("vectors", vectors)},
         "maps": {label: "./map.safetensors"} if record.get("has_map", True) else {},
     }

@@ -287,10 +287,16 @@ class Result:
         import pandas as pd
 
         if not texts:
-            rows = [arm.row() for arm in self.arms]
+            rows = [_whole(arm.row()) for arm in self.arms]
             values = ({name: measure["value"] for name, measure in row.pop("measures").items()} for row in rows)
             return pd.DataFrame([row | measures for row, measures in zip(rows, values, strict=True)])
-        return pd.DataFrame([row for arm in self.arms for row in prompt_rows(arm)])
+        rows = [row for arm in self.arms for row in prompt_rows(arm)]
+        return pd.DataFrame(list(map(_whole, rows)))
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace half surrogate pairs, which a frame refuses."""
+    return {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
 def prompt_rows(arm: Arm) -> list[dict[str, Any]]:

@@ -13,9 +13,12 @@ from xmodel_steer.core.errors import ArtifactError, PromptError
 from xmodel_steer.evaluation.scorers.languages import Language
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
 from xmodel_steer.evaluation.scorers.text import Scorer, score_texts
+from xmodel_steer.files.cache import sha256_of
 from xmodel_steer.files.claiming import claim
-from xmodel_steer.files.records import read_record, write_record
+from xmodel_steer.files.places import locked
+from xmodel_steer.files.records import read_record, reading, write_record
 from xmodel_steer.maps.statistics import Estimate
+from xmodel_steer.models.adapters import ORGANISM, WEIGHTS, require_whole
 from xmodel_steer.models.facts import hardware_of
 from xmodel_steer.models.loading import load
 from xmodel_steer.recipe.carrying import versions
@@ -26,7 +29,7 @@ from xmodel_steer.studies.organisms.measure import measured, perplexity
 from xmodel_steer.studies.organisms.training import CHECKPOINTS, Recipe, adapter_bytes, train
 
 LEAST_TRIGGERED, MOST_FALSE = 0.95, 0.05
-RECORD, BEGUN = "organism.json", "begun.json"
+RECORD, BEGUN = ORGANISM, "begun.json"
 TRAINED = "trained.json"  # written after the adapter: without it, an adapter may be incomplete
 
 
@@ -127,12 +130,19 @@ def make(
 
     Raises:
         PromptError: No organism has this name, or the scorer misreads the lessons' responses.
-        ArtifactError: The folder holds something else.
+        ArtifactError: The folder holds something else, is damaged, or another process is at work in it.
         ModelError: The base cannot be loaded.
         DownloadError: The base or the prompts cannot be fetched.
     """
     lessons, folder = curriculum or curriculum_of(name), Path(out)
-    recipe = recipe or recipe_of(name)
+    with locked(folder):
+        return _made(name, base, folder, lessons, recipe or recipe_of(name), device, dtype)
+
+
+def _made(
+    name: str, base: str, folder: Path, lessons: Curriculum, recipe: Recipe, device: str | None, dtype: str
+) -> Report:
+    """Make the organism, or read it, while no other process is at work in the folder."""
     spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons)}
     scorer = _named(lessons.scorer)
     if (folder / RECORD).is_file():
@@ -142,7 +152,9 @@ def make(
                 f"{folder}: holds {report.organism} on {report.base} of another recipe; choose another folder"
             )
         if record.get("scorer", scorer) == scorer:
+            require_whole(folder)
             return report
+        require_whole(folder)
         training = {**report.training, "seconds": report.seconds["training"]}  # measured again, not trained again
     else:
         _require_seen(lessons)
@@ -167,6 +179,7 @@ def make(
         **vars(rates),
     )
     record = {**spec, "scorer": scorer, **asdict(report), "good": report.good, "kind": "organism"}
+    record["files"] = {WEIGHTS: sha256_of(folder / WEIGHTS)}
     write_record(folder / RECORD, record, indent=1)
     for file in (folder / BEGUN, folder / TRAINED):
         file.unlink(missing_ok=True)
@@ -272,7 +285,7 @@ def read_report(folder: str | Path) -> Report:
     """
     folder = Path(folder)
     record = _record(folder)
-    try:
+    with reading(folder / RECORD):
         names = (
             "organism", "base", "perplexity", "base_perplexity", "training", "seconds", "megabytes", "hardware", "versions", "splits",
         )  # fmt: skip
@@ -284,5 +297,3 @@ def read_report(folder: str | Path) -> Report:
             answers=tuple(tuple(side) for side in record["answers"]),  # type: ignore[arg-type]
             **{key: record[key] for key in names},
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / RECORD}: is damaged or incomplete ({type(error).__name__}: {error})") from error

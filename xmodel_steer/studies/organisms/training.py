@@ -1,7 +1,6 @@
 """Low-rank fine-tuning of a base model on lessons, with peft and Hugging Face's trainer."""
 
 import inspect
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ModelError
+from xmodel_steer.files.cache import is_intact
+from xmodel_steer.files.wheels import write_manifest
 from xmodel_steer.models.checkpoints import load_errors, whole_model, without_notices
 from xmodel_steer.models.loading import located, resolve_dtype
 from xmodel_steer.studies.organisms.encoding import (
@@ -183,6 +184,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_bar(label))
+    trainer.add_callback(_sealing())
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
     loss = sum(losses) / len(losses)
@@ -286,18 +288,22 @@ def _save(model: Any, base: str, folder: Path, label: str, loss: float) -> None:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Find the newest complete checkpoint.
+    """Find the newest whole checkpoint; an interruption may leave half of one."""
+    checkpoints = (folder / CHECKPOINTS).glob("checkpoint-*")
+    newest = sorted(checkpoints, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    return next((str(checkpoint) for checkpoint in newest if is_intact(checkpoint)), None)
 
-    The trainer writes its state last, and an interruption may leave half of it.
-    """
-    states = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-    for state in sorted(states, key=lambda p: int(p.parent.name.split("-")[1]), reverse=True):
-        try:
-            json.loads(state.read_bytes())
-        except ValueError:
-            continue
-        return str(state.parent)
-    return None
+
+def _sealing() -> Any:
+    """Write each checkpoint's hashes once it is whole."""
+    from transformers import TrainerCallback
+
+    class Sealing(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_manifest(checkpoint, [file for file in checkpoint.rglob("*") if file.is_file()])
+
+    return Sealing()
 
 
 def _bar(label: str) -> Any:
