@@ -39,6 +39,7 @@ import torch
 
 import xmodel_steer as xs
 from xmodel_steer.files.records import KEY, read_record
+from xmodel_steer.interop.hugging_face import steering_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import sample_results as samples
@@ -342,7 +343,7 @@ def _uses(toy: Any) -> dict[str, Callable[[], Any]]:
     def hugging_face() -> Any:
         ids = torch.tensor([toy.ids(toys.TEXTS[0])])
         inner = toy.model.original_model
-        with xs.steering_hf(inner, toy.vector(1, size=6.0), positions="generated"):
+        with steering_hf(inner, toy.vector(1, size=6.0), positions="generated"):
             return inner.generate(ids, max_new_tokens=4, do_sample=False, **toys.NO_STOP).tolist()
 
     return {

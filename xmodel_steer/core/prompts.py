@@ -97,6 +97,14 @@ class Prompt:
             raise PromptError("Prompt: the text is empty; drop the row or fill it in")
         if self.messages and not any(m.content.strip() for m in self.messages):
             raise PromptError("Prompt: every message is empty; drop the row or fill it in")
+        for text in (self.text or "", *(part for m in self.messages for part in (m.role, m.content))):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(
+                    f"Prompt: character {error.start} is half of a surrogate pair, which is no text; "
+                    'replace it, such as by text.encode(errors="replace").decode()'
+                ) from None
         if not self.id:
             object.__setattr__(self, "id", hashlib.sha256(self.content_key().encode()).hexdigest()[:16])
 

@@ -96,7 +96,9 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 def _link_others(old: Path, new: Path, replaced: Collection[str], within: str = "") -> None:
     """Link the files of an older folder into a new one, but for those that it replaces or has."""
-    for entry in os.scandir(old):
+    with os.scandir(old) as listed:
+        entries = list(listed)
+    for entry in entries:
         inside, place = f"{within}{entry.name}", new / entry.name
         if entry.is_dir(follow_symlinks=False):
             _link_others(Path(entry.path), place, replaced, f"{inside}/")

@@ -175,20 +175,20 @@ def _read_once(folder: Path) -> Result:
         kind = record.pop("kind", None)
         if kind not in KINDS:
             raise ArtifactError(f"{file}: is a {kind!r}, not a Result")
+        hashes = record.pop("files", {})
+        for place, digest in hashes.items():
+            if not _NAME.fullmatch(place) or sha256_of(folder / place) != digest:
+                raise ArtifactError(
+                    f"{folder / place}: is not the file that this run wrote; copy the whole folder again, or run it again"
+                )
         texts = folder / TEXTS
         rows = list(_rows(texts)) if texts.is_file() or kind != "study" else []
         if kind != "Result":
             record = older(kind, record, rows, [f.stem for f in sorted((folder / "vectors").glob("*.safetensors"))])
         named = {what: record.pop(what) for what in ("vectors", "maps")}
         places = _bound(named)
-        hashes = record.pop("files", {})
         if record["schema"] >= CHECKED and kind == "Result" and hashes.keys() != set(places):
             raise ArtifactError(f"{file}: is damaged, it binds other files than it names")
-        for place, digest in hashes.items():
-            if sha256_of(folder / place) != digest:
-                raise ArtifactError(
-                    f"{folder / place}: is not the file that this run wrote; copy the whole folder again, or run it again"
-                )
         by_arm: dict[Any, list[dict[str, Any]]] = {}
         for row in rows:
             by_arm.setdefault(row.get("number"), []).append(row)

@@ -28,7 +28,7 @@ def code_of(text: str) -> str:
         code = "\n".join(lines[:end]) + "\n"
         try:
             ast.parse(code)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # of ruined text, such as 6,000 minus signs
             continue
         return code
     return ""

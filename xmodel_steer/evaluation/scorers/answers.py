@@ -90,6 +90,8 @@ class SameTokens:
         return [self._share(text, reference) for text, reference in zip(texts, references, strict=True)]
 
     def _share(self, text: str, other: str) -> float:
-        ids, other_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other))
+        # Half of a surrogate pair has no tokens.
+        whole = (t.encode(errors="replace").decode() for t in (text, other))
+        ids, other_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in whole)
         longer = max(len(ids), len(other_ids))
         return sum(a == b for a, b in zip(ids, other_ids, strict=False)) / longer if longer else 1.0
