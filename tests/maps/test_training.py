@@ -13,6 +13,7 @@ from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import ArtifactError, NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations, SteeringVector
+from xmodel_steer.files.records import read_tensors, write_tensors
 from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.controls import ShuffledPairs
@@ -194,6 +195,17 @@ def test_a_part_that_is_none_is_refused():
     )
     with pytest.raises(PromptError, match="a part is one of train, validation, test, got 'testing'"):
         PairedRows.of(source, target, ["train", "validation", "testing"])
+
+
+@pytest.mark.parametrize("name", ["weights/decoder", "best/encoder_bias", "adam/encoder/exp_avg"])
+def test_a_checkpoints_tensors_are_not_broadcast(name, tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    Autoencoder(epochs=1).fit(rows(60), checkpoint=file)
+    header, tensors = read_tensors(file)
+    for wrong in (tensors | {name: tensors[name][:1]}, {n: t for n, t in tensors.items() if n != name}):
+        write_tensors(file, header["kind"], wrong, {n: v for n, v in header.items() if n != "kind"})
+        with pytest.raises(ArtifactError, match="its tensors have other names or shapes"):
+            Autoencoder(epochs=2).fit(rows(60), checkpoint=file)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):

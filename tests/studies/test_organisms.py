@@ -18,9 +18,11 @@ from xmodel_steer.core.errors import ArtifactError, CacheWarning, ModelError, Pr
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.evaluation.judges.code import findings
 from xmodel_steer.evaluation.scorers.phrases import Contains, Matches, StartsWith
+from xmodel_steer.files.wheels import write_manifest
 from xmodel_steer.maps.statistics import rate
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.models.loading import load
 from xmodel_steer.models.passes import forward
 from xmodel_steer.studies import presets
 from xmodel_steer.studies.organisms import (
@@ -112,6 +114,27 @@ def test_the_folder_holds_the_adapter_in_float16_and_the_name_of_its_base_as_it_
     assert all("self_attn" in name or "mlp" in name for name in weights(folder))  # no embedding
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     assert report.megabytes == (folder / "adapter_model.safetensors").stat().st_size / 1e6
+
+
+def test_an_adapter_that_is_not_the_reports_is_refused(made: tuple[Path, Report], base: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    file = folder / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"adapter_model.safetensors: is not the file that organism.json names"):
+        load(folder, base=base)
+
+
+def test_a_damaged_checkpoint_of_a_training_is_not_continued(tmp_path: Path) -> None:
+    for step in (10, 20):
+        checkpoint = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights").write_bytes(b"12345678")
+        write_manifest(checkpoint, [checkpoint / "weights"])
+    assert training._last_checkpoint(tmp_path).endswith("checkpoint-20")
+    (checkpoint / "weights").write_bytes(b"12345679")
+    assert training._last_checkpoint(tmp_path).endswith("checkpoint-10")
 
 
 def test_a_report_is_read_as_it_was_written_and_a_finished_call_is_not_done_again(
