@@ -31,6 +31,7 @@ from xmodel_steer.cli.console import Stream
 from xmodel_steer.core import bars
 from xmodel_steer.core.errors import ArtifactError, CacheWarning, PromptError
 from xmodel_steer.files.readers import read_contrast
+from xmodel_steer.files.records import write_record
 from xmodel_steer.maps.pairs import PARTS
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED, read, save
@@ -363,20 +364,20 @@ def test_a_damaged_run_is_said_to_be_that(damage: Any, command: Any, tmp_path: P
     file = save(result(), tmp_path / "run") / "result.json"
     record = json.loads(file.read_text())
     damage(record)
-    file.write_text(json.dumps(record))
+    write_record(file, record)
     code, _, err = command("show", tmp_path / "run")
     assert code == 1 and err.count("\n") == 1 and "damaged" in err and str(tmp_path / "run") in err and "--debug" not in err  # fmt: skip
     file.write_bytes(b"\xff\xfe")
-    assert "is no text" in command("show", tmp_path / "run")[2]
+    assert "is damaged or foreign (UnicodeDecodeError" in command("show", tmp_path / "run")[2]
 
 
 @pytest.mark.parametrize("damage", [lambda record: record["source"].pop("model"), lambda record: record["arms"][0].pop("kl"), lambda record: record.update(arms=[3])])  # fmt: skip
 def test_a_damaged_study_is_said_to_be_that(damage: Any, command: Any, tmp_path: Path) -> None:
     record = json.loads((STUDY / "result.json").read_text())
     damage(record)
-    (tmp_path / "result.json").write_text(json.dumps(record))
+    write_record(tmp_path / "result.json", record)
     code, _, err = command("show", tmp_path)
-    assert code == 1 and err.count("\n") == 1 and "is damaged or incomplete" in err and "--debug" not in err
+    assert code == 1 and err.count("\n") == 1 and "is damaged or foreign" in err and "--debug" not in err
 
 
 def test_a_real_console_that_is_narrow_of_letters_full_or_closed(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_what_cannot_be_generated_is_said_and_nothing_is_lost(llama: toys.Toy) -
     "error, says, logged",
     [
         (NonFiniteError("generate: NaN"), "generate: NaN", 0),
-        (RuntimeError("out of memory"), "RuntimeError: out of memory", 1),
+        (RuntimeError("out of luck"), "RuntimeError: out of luck", 1),
         (KeyboardInterrupt(), "Stopped: the kernel was interrupted.", 0),
     ],
     ids=repr,

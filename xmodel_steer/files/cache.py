@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether a cached folder has the files of its manifest, no others, and each with its hash."""
+    """Tell whether a cached folder has its manifest's files alone, each unchanged."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         there = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir() or f.is_symlink()}

@@ -53,7 +53,7 @@ def whole_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def whole_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
-    """Fill a scratch folder that takes the place of a folder, in one step, when the block succeeds.
+    """Fill a folder that takes its place in one step when the block succeeds.
 
     Args:
         path: The folder, or a symbolic link to it.
@@ -74,7 +74,7 @@ def whole_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Make a folder next to a path; what is left of it at the end of the block, or of the process, is removed."""
+    """Make a folder next to a path, which is removed after the block."""
     with _scratch(path) as scratch:
         scratch.mkdir()
         yield scratch
@@ -82,7 +82,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """Name a scratch file or folder next to a path; remove what is left of it."""
+    """Name scratch next to a path; remove what is left of it."""
     sweep(path.parent)
     name = f".{path.name[:150]}~{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
     scratch = path.parent / name
@@ -95,7 +95,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def _link_others(old: Path, new: Path, replaced: Collection[str], within: str = "") -> None:
-    """Link the files of an older folder into a new one, but for those that it replaces or has."""
+    """Link an older folder's other files into the new one."""
     with os.scandir(old) as listed:
         entries = list(listed)
     for entry in entries:
@@ -149,7 +149,7 @@ def _runs(process: int) -> bool:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Exchange two folders in one step where the system can, else in two that are undone together."""
+    """Exchange two folders, in one step where the system can."""
     if _exchanged(new, old):
         return
     aside = new.with_name(f"{new.name[: -len('00000000')]}{secrets.token_hex(4)}")
@@ -187,7 +187,7 @@ def _exchanged(new: Path, old: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a file or folder, which one process has at a time.
+    """Hold the lock of a file or folder.
 
     Args:
         path: The place; the lock is a file ``.NAME.lock`` next to it.
@@ -198,6 +198,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     path = path.absolute()
     lock = FileLock(path.parent / f".{path.name[:150]}.lock", is_singleton=True)
+    absent = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=-1 if wait else WAIT)
@@ -213,6 +214,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         if lock.lock_counter == 1:  # filelock takes no lock whose file is gone, so that no two hold one
             remove(Path(lock.lock_file))
         lock.release()
+        with suppress(OSError):  # folders that were made for the lock, and got nothing else
+            for folder in absent:
+                folder.rmdir()
 
 
 def disk_trouble(path: Path, error: Exception) -> str:

@@ -28,7 +28,7 @@ MEASURED = ("LayerGrid", "DataCurve")  # their numbers may be undefined
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write tensors and a record of them, with the SHA-256 of each and of the record, to a safetensors file.
+    """Write tensors and their record to a safetensors file, with checksums.
 
     Raises:
         ArtifactError: A value of a tensor is NaN, unless it was measured, or the file cannot be written.
@@ -50,7 +50,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], record: 
 
 
 def write_record(path: Path, record: Mapping[str, Any], indent: int | None = None) -> None:
-    """Write a record, with the SHA-256 of the text, to a JSON file.
+    """Write a record to a JSON file, with its checksum.
 
     Raises:
         ArtifactError: The folder cannot be written, or the disk is full.
@@ -59,8 +59,11 @@ def write_record(path: Path, record: Mapping[str, Any], indent: int | None = Non
 
 
 def sealed(record: Mapping[str, Any], path: Path, indent: int | None = None) -> str:
-    """Return a record as JSON that begins with the SHA-256 of itself, computed with zeros in its place."""
-    text = dump_json({DIGEST: _NO_DIGEST, **record, "schema": SCHEMA}, path, indent)
+    """Return a record as JSON that begins with its own SHA-256.
+
+    The hash is that of the text with zeros in its place.
+    """
+    text = dump_json({DIGEST: "", **record, "schema": SCHEMA} | {DIGEST: _NO_DIGEST}, path, indent)
     return text.replace(_NO_DIGEST, _sha256(text), 1)
 
 
@@ -102,7 +105,7 @@ def refuse_nan(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn every fault of a file that is read in the block into an error that names it.
+    """Turn every fault of reading a file into an error that names it.
 
     Raises:
         ArtifactError: The file is missing, or damaged, or of another program.
@@ -125,7 +128,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the record and the tensors of a file that `write_tensors` wrote, and compare all their hashes.
+    """Read the record and the tensors of a file, and compare their checksums.
 
     Raises:
         ArtifactError: The file is missing, foreign, damaged, of a newer schema, or has NaN.
@@ -164,7 +167,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file that `write_tensors` wrote; yield its handle and its record, whose hash was compared.
+    """Open a file that `write_tensors` wrote; yield its handle and its record.
 
     Raises:
         ArtifactError: As for `read_header`.

@@ -53,17 +53,7 @@ def write_control_vector(
             "find the vector at another layer, or leave this one out"
         )
     directions = [v.direction.detach().to("cpu", torch.float32).contiguous() for v in per_block]
-    rows = [
-        {
-            "space": v.space.to_dict(),
-            "label": v.label,
-            "counts": list(v.counts),
-            "origin": v.origin,
-            "sha256": digest_of(row),
-        }
-        for v, row in zip(per_block, directions, strict=True)
-    ]
-    record = sealed({"vectors": rows}, path)
+    record = sealed({"vectors": list(map(_row, per_block, directions))}, path)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(file, "controlvector")
@@ -80,6 +70,16 @@ def write_control_vector(
         writer.close()
         write_atomically(path, file.read_bytes())
     return path
+
+
+def _row(vector: SteeringVector, direction: Tensor) -> dict[str, Any]:
+    return {
+        "space": vector.space.to_dict(),
+        "label": vector.label,
+        "counts": list(vector.counts),
+        "origin": vector.origin,
+        "sha256": digest_of(direction),
+    }
 
 
 def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVector, ...]:

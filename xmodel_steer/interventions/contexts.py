@@ -154,13 +154,17 @@ def steered(
         hooks.enter_context(_generate_tells_prompts(inner, tracker))
         hooks.enter_context(attach(writes))
         yield tracker.block
+    _require_fired(name, tracker, {site for site, _ in writes} - fired)
+
+
+def _require_fired(name: str, tracker: Tracker, silent: set[Site]) -> None:
+    """Refuse a block in which nothing was steered although the model ran."""
     if tracker.foreign and not tracker.passes:
         raise SiteError(
             f"{name}: nothing was steered; the model ran {tracker.foreign} times in other threads or tasks and never in the one "
             "that entered the block. Enter steering in the thread that runs the model, or start it with asyncio.to_thread, "
             "or contextvars.copy_context().run"
         )
-    silent = {site for site, _ in writes} - fired
     if tracker.passes and silent:
         raise SiteError(
             f"{name}: {', '.join(sorted(site.hook_name for site in silent))} did not fire in {tracker.passes} forward passes; "

@@ -81,16 +81,16 @@ def forward(
     """
     new = ids.shape[1]
     kept = 1 if logits == "last" else logits if isinstance(logits, int) else 0
+    nothing = logits == "none" or stop_at_layer is not None
     if not is_bridge(model):
         if use_cache and cache is None:
             from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
             cache = TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), len(ids))
-        stop = stop_at_layer if stop_at_layer is not None else (model.cfg.n_layers if logits == "none" else None)
+        stop = model.cfg.n_layers if nothing and stop_at_layer is None else stop_at_layer
         with reading(model, mask):
             out = model(ids, attention_mask=mask[:, -new:], past_kv_cache=cache, stop_at_layer=stop)
-        return (None if stop is not None else out[:, -kept:] if kept else out), cache
-    nothing = logits == "none" or stop_at_layer is not None
+        return (None if nothing else out[:, -kept:] if kept else out), cache
     if nothing and (use_cache or cache is not None):
         raise ValueError("forward: a pass that stops early has no cache")
     if nothing and (stop_at_layer is None or stop_at_layer >= model.cfg.n_layers):
@@ -98,22 +98,15 @@ def forward(
     extra: dict[str, Any] = {"logits_to_keep": kept} if kept and _accepts(model, "logits_to_keep") else {}
     if _accepts(model, "position_ids"):
         extra["position_ids"] = text_positions(mask)[:, -new:]
-    name = _cache_argument(model.original_model)
+    inner = model.original_model
+    name = _cache_argument(inner)
     if cache is not None:
         extra[name] = cache
         if not counts_tokens(cache):
             extra["attention_mask"] = mask[:, -new:]  # a recurrent state needs no mask of the tokens before
     out = None
-    with (
-        LOCK,
-        _stopping(model, stop_at_layer),
-        _short_cut(model),
-        _rows_together(model),
-        reading(model.original_model, mask),
-    ):
-        out = model.original_model(
-            **{"input_ids": ids, "attention_mask": mask, "use_cache": use_cache, "return_dict": True, **extra}
-        )
+    with LOCK, _stopping(model, stop_at_layer), _short_cut(model), _rows_together(model), reading(inner, mask):
+        out = inner(**{"input_ids": ids, "attention_mask": mask, "use_cache": use_cache, "return_dict": True, **extra})
     if nothing or out is None:
         return None, None
     return out.logits[:, -kept:] if kept else out.logits, getattr(out, name) if use_cache else None

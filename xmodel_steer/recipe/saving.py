@@ -135,7 +135,7 @@ def _bound(files: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _replaced(folder: Path) -> list[str]:
-    """List the files of an older run, which a new one replaces; all others are the user's."""
+    """List an older run's files; all others in its folder are the user's."""
     own = [RESULT, TEXTS, REPORT, "map.safetensors"]
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -142,7 +142,7 @@ def make(
 def _made(
     name: str, base: str, folder: Path, lessons: Curriculum, recipe: Recipe, device: str | None, dtype: str
 ) -> Report:
-    """Make the organism, or read it, while no other process is at work in the folder."""
+    """Make the organism, or read it, while the folder is locked."""
     spec = {"organism": name, "base": base, "recipe": asdict(recipe), "lessons": _digest(lessons)}
     scorer = _named(lessons.scorer)
     if (folder / RECORD).is_file():

@@ -181,10 +181,9 @@ def train(
         args=_arguments(folder, recipe, groups, where, dtype),
         train_dataset=groups,
         data_collator=_collator(hf, tokenizer, recipe.decisive),
+        callbacks=[_bar(label), _sealing()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_bar(label))
-    trainer.add_callback(_sealing())
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][-LAST:]
     loss = sum(losses) / len(losses)
