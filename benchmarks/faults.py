@@ -38,7 +38,10 @@ from typing import Any
 import torch
 
 import xmodel_steer as xs
-from xmodel_steer.files.records import KEY, read_record
+from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.core.inputs import as_prompts
+from xmodel_steer.files.records import KEY, read_record, write_record
+from xmodel_steer.files.resume import once, resumable
 from xmodel_steer.interop.hugging_face import steering_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -360,70 +363,77 @@ def _uses(toy: Any) -> dict[str, Callable[[], Any]]:
 
 
 # --- killed work ------------------------------------------------------------------------------
-WORK = {
-    "harvest": "_harvested(source, target, out, toys.sentences(400, seed=0)).moments(pairs=[(1, 1)])",
-    "moments": "xs.save(xs.collect_moments(source.model, target.model, toys.sentences(200, seed=0), source_sites=[1], target_sites=[1]), out)",
-    "a run's folder": "[xs.save(samples.result(), out) for _ in range(60)]",
-    "cache": "xs.cached_moments(source.model, target.model, xs.as_prompts(toys.sentences(200, seed=0)), source_sites=[1], target_sites=[1], max_tokens=64)",
-}  # fmt: skip
+def _work(source: Any, target: Any) -> dict[str, Callable[[Path], Any]]:
+    """List kinds of work, each a function of the place that it writes."""
+    texts = toys.sentences(400, seed=0)
+    settings = {"source_sites": [1], "target_sites": [1], "max_tokens": 32, "batch_size": 4}
+    pairs = _harvested(source, target, Path(tempfile.mkdtemp()) / "store", texts).pair(1, 1)
 
+    def saved(out: Path) -> None:
+        for _ in range(15):
+            xs.save(samples.result(), out)
 
-def work(kind: str, out: Path) -> None:
-    """Do one kind of work: the child process that is killed."""
-    from xmodel_steer.activations.cached import cached_moments
-    from xmodel_steer.core.inputs import as_prompts
+    def kept(out: Path) -> None:
+        with resumable(out.parent / "kept"):
+            written = [
+                once(partial(str, text), partial(xs.generate, source.model, [text], max_new_tokens=4))
+                for text in texts[:40]
+            ]
+        write_record(out, {"kind": "texts", "texts": written})
 
-    names = {**globals(), "out": out}
-    names["xs"].cached_moments, names["xs"].as_prompts = cached_moments, as_prompts
-    with models() as (source, target):
-        print("ready", flush=True)
-        eval(WORK[kind], names | {"source": source, "target": target})
+    return {
+        "harvest": lambda out: _harvested(source, target, out, texts).moments(pairs=[(1, 1)]),
+        "moments": lambda out: xs.save(xs.collect_moments(source.model, target.model, texts[:200], **settings), out),
+        "cached moments": lambda out: cached_moments(source.model, target.model, as_prompts(texts[:200]), **settings),
+        "training": lambda out: xs.Autoencoder(hidden=64, epochs=6).fit(pairs, checkpoint=out),
+        "runs": saved,
+        "kept results": kept,
+    }
 
 
 def kills(count: int, seed: int) -> dict[str, Counter[str]]:
     """Kill work at random moments, give the same call again, and compare the files with those of undisturbed work."""
     rng = random.Random(seed)
     table = {}
-    for kind in WORK:
-        seen: Counter[str] = Counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            os.environ["XMODEL_STEER_CACHE"] = str(Path(scratch) / "cache")
-            took, whole = _child(kind, Path(scratch) / "whole", None)
+    with models() as (source, target), tempfile.TemporaryDirectory() as scratch:
+        for kind, run in _work(source, target).items():
+            seen: Counter[str] = Counter()
+            took, whole = _child(run, Path(scratch) / f"{kind} whole", None)
             for i in range(count):
-                place = Path(scratch) / f"{i}"
-                os.environ["XMODEL_STEER_CACHE"] = str(place / "cache")
-                out = place / "out" / "work"
-                _child(kind, out, rng.uniform(0, took))
-                _, again = _child(kind, out, None)
-                scratches = [f for f in place.rglob("*") if "~" in f.name and f.name.startswith(".")]
-                seen["equal" if again == whole and not scratches else "lost"] += 1
+                place = Path(scratch) / f"{kind} {i}"
+                for _ in range(rng.randrange(1, 3)):
+                    _child(run, place, rng.uniform(0, took))
+                _, again = _child(run, place, None)
+                seen["equal" if again == whole else "lost"] += 1
                 shutil.rmtree(place, ignore_errors=True)
-        table[f"killed: {kind}"] = seen
+            table[f"killed and started again: {kind}"] = seen
     return table
 
 
-def _child(kind: str, out: Path, after: float | None) -> tuple[float, dict[str, str]]:
-    """Run work in a process, kill it ``after`` so many seconds of work; return the time and the files' hashes."""
-    command = [sys.executable, __file__, "--work", kind, "--out", str(out)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert child.stdout is not None
-    child.stdout.readline()
+def _child(run: Callable[[Path], Any], place: Path, after: float | None) -> tuple[float, dict[str, str]]:
+    """Run work in a child, kill it ``after`` so many seconds; return its time, and the hashes of all files, scratch too."""
+    place.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        os.environ["XMODEL_STEER_CACHE"] = str(place / "cache")
+        code = 1
+        try:
+            run(place / "out" / "work")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
     if after is not None:
         time.sleep(after)
-        child.send_signal(signal.SIGKILL)
-    code = child.wait()
-    if after is None and code:
-        raise RuntimeError(f"{kind} failed with {code}")
-    roots = (out, Path(os.environ["XMODEL_STEER_CACHE"]))
-    files = {
-        f"{root.name if root != out else 'out'}/{f.relative_to(root) if f != root else ''}": f
-        for root in roots
-        if root.exists()
-        for f in (root.rglob("*") if root.is_dir() else [root])
-        if f.is_file()
-    }
-    return time.perf_counter() - start, {n: hashlib.sha256(f.read_bytes()).hexdigest() for n, f in files.items()}
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if after is None and status:
+        raise RuntimeError(f"undisturbed work failed with status {status}")
+    took = time.perf_counter() - start
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    return took, {str(f.relative_to(place)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 # --- races ------------------------------------------------------------------------------------
@@ -497,14 +507,11 @@ def main() -> None:
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", choices=WORK)
     parser.add_argument("--race")
     options = parser.parse_args()
-    if options.work:
-        return work(options.work, options.out)
     if options.race:
         return race(options.race, options.out, options.seed)
-    table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+    table: dict[str, dict[str, int]] = {}
     for name, (family, count) in FAMILIES.items():
         if options.only in (None, name):
             with xs.quiet():
@@ -515,7 +522,8 @@ def main() -> None:
             for row in rows:
                 print(f"{row}: {table[row]}", flush=True)
     if options.count is None:
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        former = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+        TABLE.write_text(json.dumps(dict(sorted((former | table).items())), indent=1) + "\n")
     bad = [row for row, seen in table.items() if any(seen.get(k) for k in OUTCOMES[2:])]
     sys.exit(f"not as promised: {', '.join(bad)}" if bad else 0)
 
