@@ -497,6 +497,15 @@ def _metadata(file: Path) -> str:
         return opened.metadata()[KEY]
 
 
+def markdown(table: dict[str, dict[str, int]]) -> str:
+    """Return the table of docs/reliability.md."""
+    lines = ["| fault | tried | equal | refused | silently wrong | crash | lost |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row} | {' | '.join(str(seen.get(k, 0)) for k in ('tried', *OUTCOMES))} |" for row, seen in table.items()
+    ]
+    return "\n".join(lines)
+
+
 FAMILIES = {"files": (files, 1500), "callers": (callers, 240), "kills": (kills, 50), "races": (races, 50)}
 
 
@@ -508,7 +517,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--race")
+    parser.add_argument("--table", action="store_true", help="print the recorded table for docs/reliability.md")
     options = parser.parse_args()
+    if options.table:
+        return print(markdown(json.loads(TABLE.read_text())))
     if options.race:
         return race(options.race, options.out, options.seed)
     table: dict[str, dict[str, int]] = {}

@@ -13,9 +13,9 @@ import torch
 import torch.multiprocessing as multiprocessing
 from sample_moments import PAIRS, accumulator, rows, taken
 
-from xmodel_steer.activations.distributed import RankError, all_reduced, process_group, require_same_texts
+from xmodel_steer.activations.distributed import all_reduced, process_group, require_same_texts
 from xmodel_steer.activations.store import ActivationStore
-from xmodel_steer.core.errors import PromptError, SpaceMismatchError
+from xmodel_steer.core.errors import PromptError, RankError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.maps.moments import merge
 from xmodel_steer.maps.pairs import PARTS

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xmodel_steer.core.errors import PromptError, SpaceMismatchError, XModelSteerError
+from xmodel_steer.core.errors import PromptError, RankError, SpaceMismatchError
 from xmodel_steer.core.prompts import Prompt, text_digest
 from xmodel_steer.maps.moments import Moments, PartMoments, recentred
 from xmodel_steer.maps.pairs import PARTS, PRODUCTS
@@ -26,10 +26,6 @@ from xmodel_steer.maps.pairs import PARTS, PRODUCTS
 PATIENCE = 1800.0
 #: The seconds of the present group: PyTorch does not use them in `monitored_barrier`.
 _TIMEOUT: ContextVar[float] = ContextVar("xmodel_steer_timeout", default=PATIENCE)
-
-
-class RankError(XModelSteerError, TimeoutError):
-    """Process of torchrun that hangs, or has ended while others wait for it."""
 
 
 @contextmanager

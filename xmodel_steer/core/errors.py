@@ -69,5 +69,9 @@ class ArtifactError(XModelSteerError, ValueError):
     """File that is foreign, damaged, or from a newer version."""
 
 
+class RankError(XModelSteerError, TimeoutError):
+    """Process of torchrun that hangs, or has ended while others wait for it."""
+
+
 class JudgeError(XModelSteerError, RuntimeError):
     """Judge of texts that cannot be reached, or answers in a wrong form."""
