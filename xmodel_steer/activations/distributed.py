@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xmodel_steer.core.errors import PromptError, RankError, SpaceMismatchError
+from xmodel_steer.core.errors import PromptError, RankError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.prompts import Prompt, text_digest
 from xmodel_steer.maps.moments import Moments, PartMoments, recentred
 from xmodel_steer.maps.pairs import PARTS, PRODUCTS

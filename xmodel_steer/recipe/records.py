@@ -133,8 +133,10 @@ def require_recomputed(arms: Sequence[Arm]) -> None:
     """Refuse effects that their scores do not give.
 
     Raises:
-        ValueError: An effect, or a change from the unsteered model, is another one.
+        ValueError: An effect, or a change from the unsteered model, is another one; or there is no unsteered model.
     """
+    if not any(arm.arm == "unsteered" for arm in arms):
+        raise ValueError("the unsteered arm is missing")
     bases = {arm.recipe: arm.scores for arm in arms if arm.arm == "unsteered" and arm.scores}
     for arm in arms:
         if not arm.scores:
