@@ -142,7 +142,7 @@ def files(count: int, seed: int) -> dict[str, Counter[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         table["vectors, maps, moments"] = _accidents(_tensor_files(folder), count, rng)
-        table["the same, forged with fitting checksums"] = _forgeries(_tensor_files(folder), count, rng)
+        table["vectors, maps, moments, forged with fitting checksums"] = _forgeries(_tensor_files(folder), count, rng)
         table["runs"] = _run_accidents(folder / "run", count, rng)
         table["runs, forged with fitting checksums"] = _run_forgeries(folder / "run", count, rng)
         table["prompts and contrast sets"] = _text_accidents(folder, count, rng)
