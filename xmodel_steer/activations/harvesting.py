@@ -112,7 +112,7 @@ def harvest(
 
 def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, settings: Mapping[str, Any]) -> dict:
     tokenizer = tokenizer_of(model)
-    return {
+    record = {
         "kind": "ActivationStore",
         "model": name_of(model),
         "revision": facts_of(model).revision,
@@ -123,6 +123,7 @@ def _end_record(model: Any, sites: Sequence[Site], dtype: torch.dtype | None, se
         "dtype": str(dtype).removeprefix("torch."),
         "settings": dict(settings),
     }
+    return json.loads(json.dumps(record))  # as it is read, for comparisons
 
 
 def _open_end(place: Path, record: Mapping[str, Any]) -> None:
@@ -133,8 +134,7 @@ def _open_end(place: Path, record: Mapping[str, Any]) -> None:
             write_record(file, record, indent=1)
             return
         known = read_record(file)
-    now = json.loads(json.dumps(record))
-    differing = [key for key in now if key != "model" and unnamed(known.get(key)) != unnamed(now[key])]
+    differing = [key for key in record if key != "model" and unnamed(known.get(key)) != unnamed(record[key])]
     if differing:
         key = differing[0]
         raise ArtifactError(
@@ -145,7 +145,7 @@ def _open_end(place: Path, record: Mapping[str, Any]) -> None:
 
 def _require_same(file: Path, window: Sequence[Prompt], record: Mapping[str, Any]) -> None:
     header = shard_header(file)
-    require_settings(file, header, json.loads(json.dumps(record)))
+    require_settings(file, header, record)
     if header["texts"] != text_digest(window):
         raise ArtifactError(
             f"{file}: was harvested from other texts or in another order; give the same texts, or choose another folder"

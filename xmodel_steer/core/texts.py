@@ -31,6 +31,11 @@ def visible(text: str, *, lines: bool = False) -> str:
     return _CONTROLS.sub(escaped, text)
 
 
+def encodable(text: str) -> str:
+    """Replace half surrogate pairs, which have no encoding, by question marks."""
+    return text.encode(errors="replace").decode()
+
+
 def on_page(text: str) -> str:
     """Escape a text for HTML; write its control characters as escapes.
 

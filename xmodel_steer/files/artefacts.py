@@ -16,7 +16,7 @@ from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.fields import counts_of, expect, tensor_of
-from xmodel_steer.files.records import MEASURED, read_tensors, reading, refuse_nan, write_tensors
+from xmodel_steer.files.records import read_tensors, reading, write_tensors
 from xmodel_steer.maps.affine import AffineMap, Map, MapScore
 from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.curves import DataCurve
@@ -35,8 +35,6 @@ def save_artefact(value: SteeringVector | Map | Moments | LayerGrid | DataCurve,
         raise TypeError(f"save: cannot save {kind}; vectors, maps, moments, grids, curves and results can be saved")
     claim(path, kind)
     tensors, record = _KINDS[kind][0](value)
-    if kind not in MEASURED:
-        refuse_nan(tensors, path)
     try:
         _KINDS[kind][1]({"kind": kind, **record}, tensors)
     except (TypeError, ValueError) as error:
@@ -234,7 +232,7 @@ def _grid_from(header: Record, tensors: Tensors) -> LayerGrid:
     source, target = (tuple(map(Space.from_dict, header[end])) for end in ("source", "target"))
     layers, penalties = (len(source), len(target)), header["penalties"]
     expect(header, sketch=int, counts=dict, penalties=list)
-
+    counts = {name: counts_of(header["counts"], name, 2) for name in header["counts"]}
     if not all(isinstance(penalty, int | float) for penalty in penalties):
         raise ValueError(f"penalties must be numbers, got {str(penalties)[:60]}")
     for name in tensors:
@@ -247,9 +245,7 @@ def _grid_from(header: Record, tensors: Tensors) -> LayerGrid:
         cka=tensors["cka"].numpy(),
         sketch=header["sketch"],
         r2_error=tensors["r2_error"].numpy(),
-        counts={
-            name: (counts_of(header["counts"], name, 2)[0], header["counts"][name][1]) for name in header["counts"]
-        },
+        counts={name: (rows, documents) for name, (rows, documents) in counts.items()},
     )
 
 

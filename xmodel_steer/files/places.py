@@ -138,13 +138,13 @@ def sweep(folder: Path) -> None:
 
 def _runs(process: int) -> bool:
     if process == os.getpid():
-        return False  # a former process of this number; what is this one's own was looked up before
+        return False  # scratch of a former process of this number: this one's own is in `_live`
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:  # another user's
-        return True
+        pass
     return True
 
 

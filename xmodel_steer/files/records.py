@@ -63,7 +63,7 @@ def sealed(record: Mapping[str, Any], path: Path, indent: int | None = None) -> 
 
     The hash is that of the text with zeros in its place.
     """
-    text = dump_json({DIGEST: "", **record, "schema": SCHEMA} | {DIGEST: _NO_DIGEST}, path, indent)
+    text = dump_json({DIGEST: ""} | dict(record) | {"schema": SCHEMA, DIGEST: _NO_DIGEST}, path, indent)
     return text.replace(_NO_DIGEST, _sha256(text), 1)
 
 

@@ -20,7 +20,7 @@ from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import DownloadError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.texts import redacted
-from xmodel_steer.files.cache import cache_folder, sha256_of, whole_folder
+from xmodel_steer.files.cache import MANIFEST, cache_folder, sha256_of, whole_folder
 
 CONVERSION = 1  # raise it when `convert_gguf` writes other files
 
@@ -97,10 +97,8 @@ def _inside(folder: Path, file: Path) -> bool:
 
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:
     """Write the hash of every file, for `is_intact`."""
-    hashes = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(files)}
-    (folder / "manifest.json").write_text(
-        json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1), encoding="utf-8"
-    )
+    hashes = {f.relative_to(folder).as_posix(): sha256_of(f) for f in sorted(files)}
+    (folder / MANIFEST).write_text(json.dumps({"conversion": CONVERSION, "files": hashes}, indent=1), encoding="utf-8")
 
 
 def general_text() -> tuple[Prompt, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.core.tables import html_table
+from xmodel_steer.core.texts import encodable
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
@@ -296,7 +297,7 @@ class Result:
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:
     """Replace half surrogate pairs, which a frame refuses."""
-    return {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in row.items()}
+    return {k: encodable(v) if isinstance(v, str) else v for k, v in row.items()}
 
 
 def prompt_rows(arm: Arm) -> list[dict[str, Any]]:

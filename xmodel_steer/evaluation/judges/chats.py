@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from xmodel_steer.core.errors import CacheWarning, JudgeError
 from xmodel_steer.core.prompts import Message, Prompt
-from xmodel_steer.core.texts import redacted, visible
+from xmodel_steer.core.texts import encodable, redacted, visible
 from xmodel_steer.models.facts import name_of
 from xmodel_steer.models.generation import generate
 
@@ -155,7 +155,7 @@ class Endpoint:
 
         key, address = _key_in(self.key_variable), _Address.of(self.url)
         secrets = (key, *address.userinfo) if key else address.userinfo
-        content = question.encode(errors="replace").decode()  # half of a surrogate pair cannot be sent
+        content = encodable(question)  # half of a surrogate pair cannot be sent
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
             response = httpx.post(

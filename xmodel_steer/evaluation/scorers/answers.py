@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.texts import encodable
 from xmodel_steer.evaluation.scorers.text import entries_of
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -91,7 +92,7 @@ class SameTokens:
 
     def _share(self, text: str, other: str) -> float:
         # Half of a surrogate pair has no tokens.
-        whole = (t.encode(errors="replace").decode() for t in (text, other))
+        whole = (encodable(t) for t in (text, other))
         ids, other_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in whole)
         longer = max(len(ids), len(other_ids))
         return sum(a == b for a, b in zip(ids, other_ids, strict=False)) / longer if longer else 1.0
