@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,9 @@ def test_a_tier_that_pytest_leaves_out_is_declared_documented_and_run_by_ci(tier
         for word in re.findall(r"(?<!not )\b\w+", chosen)
     }
     assert tier in run or tier == "gpu", f'.ci/run has no step with pytest -m "... {tier} ..."'
+
+
+def test_two_test_files_never_share_a_name() -> None:
+    """pytest imports them by name alone: it refuses to collect the second of two."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
