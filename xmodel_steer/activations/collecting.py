@@ -202,14 +202,16 @@ class Plan:
         every = tuple(itertools.product(dict.fromkeys(source_sites), dict.fromkeys(target_sites)))
         width = widths[1]
         if pairs is None:
-            fits = _cross_bytes(widths, len(every), shuffled) <= FULL_PAIRS_BYTES
+            fits = _cross_bytes(widths, every, shuffled) <= FULL_PAIRS_BYTES
             chosen = every if fits and not sketch else ()
-            sketch = sketch if sketch is not None or fits else _default_sketch(widths, len(every))
+            sketch = sketch if sketch is not None or fits else _default_sketch(widths, every)
         else:
             chosen = tuple((as_site(s), as_site(t)) for s, t in pairs)
         grid = every if sketch else ()
         if not chosen and not grid:
             raise ValueError("collect_moments: give at least one source site and one target site")
+        if sketch and any(t.members[1:] for _, t in grid):
+            raise ValueError("collect_moments: a sketch takes single target sites; name the layer pairs with pairs=")
         return cls(
             tuple(dict.fromkeys(s for s, _ in (*grid, *chosen))),
             tuple(dict.fromkeys(t for _, t in (*grid, *chosen))),
@@ -223,9 +225,11 @@ class Plan:
         Raises:
             ValueError: Says how much memory they take, and what to give instead.
         """
-        scatters = 8 * len(PARTS) * (len(self.sources) * widths[0] ** 2 + len(self.targets) * widths[1] ** 2)
-        cross = _cross_bytes(widths, len(self.pairs), shuffled)
-        grid = len(self.sources) * len(self.targets) if self.sketch else 0
+        ends = zip((self.sources, self.targets), widths, strict=True)
+        squares = sum((len(site.members) * width) ** 2 for sites, width in ends for site in sites)
+        scatters = 8 * len(PARTS) * squares
+        cross = _cross_bytes(widths, self.pairs, shuffled)
+        grid = list(itertools.product(self.sources, self.targets)) if self.sketch else []
         sketch = _cross_bytes((widths[0], len(self.sketch)), grid)
         for place in {torch.device(device).type: device, "cpu": "cpu"}.values():  # moments come back on the CPU
             there = memory_of(place)
@@ -235,17 +239,18 @@ class Plan:
                     f"{widths[0]} and {widths[1]}) take {in_words(scatters + cross + sketch)}, over the {in_words(there)} of memory "
                     f"of {place}: {in_words(scatters)} for the sites' own scatters, {in_words(cross)} for "
                     f"{len(self.pairs)} full pairs, {in_words(sketch)} for the sketch of {len(self.sketch)} dimensions; "
-                    "give fewer sites, a smaller sketch=, or fewer pairs="
+                    "give fewer sites (a stack of g layers takes g² times the scatter of one), a smaller sketch=, or fewer pairs="
                 )
         return self
 
 
-def _cross_bytes(widths: tuple[int, int], pairs: int, shuffled: bool = False) -> int:
+def _cross_bytes(widths: tuple[int, int], pairs: Sequence[tuple[Site, Site]], shuffled: bool = False) -> int:
     """Count the bytes of layer pairs' cross moments, in float64."""
-    return 8 * len(PARTS) * (1 + shuffled) * pairs * widths[0] * widths[1]
+    numbers = sum(len(s.members) * len(t.members) for s, t in pairs) * widths[0] * widths[1]
+    return 8 * len(PARTS) * (1 + shuffled) * numbers
 
 
-def _default_sketch(widths: tuple[int, int], pairs: int) -> int:
+def _default_sketch(widths: tuple[int, int], pairs: Sequence[tuple[Site, Site]]) -> int:
     """Return the default number of sketched target dimensions.
 
     It depends on the models and the sites alone, not on the machine: shards of several machines must merge.
@@ -258,7 +263,7 @@ def _default_sketch(widths: tuple[int, int], pairs: int) -> int:
     if room < min(LEAST_SKETCH, size):
         least = min(LEAST_SKETCH, size)
         raise ValueError(
-            f"collect_moments: a sketch of {pairs} layer pairs of source width {widths[0]} takes "
+            f"collect_moments: a sketch of {len(pairs)} layer pairs of source width {widths[0]} takes "
             f"{in_words(_cross_bytes((widths[0], size), pairs))} at {size} target dimensions and "
             f"{in_words(_cross_bytes((widths[0], least), pairs))} at {least}, over the limit of {in_words(SKETCH_BYTES)}; give "
             f"fewer sites, such as every second layer, name the layer pairs with pairs=, or give sketch={least} to take that much"

@@ -50,7 +50,7 @@ def harvest(
         texts: Documents; any iterable, read once, the same for both models.
         folder: The store, which both models share; made if it is missing.
         end: ``"source"`` or ``"target"``: the role of this model.
-        sites: Sites to keep; ``"all"``: after every block.
+        sites: Sites to keep; ``"all"``: after every block. Of a stack, its members; the store joins them when it is read.
         dtype: ``"float32"``, ``"bfloat16"`` (half the size, 0.2 % rounding), or ``"model"``: the model's.
         max_tokens: Longer documents are cut to this many tokens.
         truncation_side: The side on which they are cut, ``"right"`` or ``"left"``.
@@ -74,8 +74,8 @@ def harvest(
         raise ValueError(f"harvest: end must be 'source' or 'target', got {end!r}")
     if max_tokens > context_length(model):
         raise PromptError(f"harvest: max_tokens {max_tokens} is over the context of {name_of(model)}")
-    sites = sites_of(model, sites)
-    if not sites:
+    kept = tuple(dict.fromkeys(member for site in sites_of(model, sites) for member in site.members))
+    if not kept:
         raise ValueError("harvest: give at least one site, such as xs.Site(10)")
     part, parts = require_shard(shard, "harvest")
     kind = dtype_of(model) if dtype == "model" else DTYPES.get(dtype)
@@ -84,7 +84,7 @@ def harvest(
     settings = {"max_tokens": max_tokens, "truncation_side": truncation_side, "template": template, "seed": seed}
     texts = documents_of(texts, "harvest")
     place = Path(folder) / end
-    record = _end_record(model, sites, kind, settings)
+    record = _end_record(model, kept, kind, settings)
     _open_end(place, record)
 
     names: list[str] = []
@@ -99,7 +99,7 @@ def harvest(
             if file.is_file():
                 _require_same(file, window, record)
             elif number % parts == part:
-                lacking += write_shard(model, window, number, file, record, sites, kind, settings, batch_size)
+                lacking += write_shard(model, window, number, file, record, kept, kind, settings, batch_size)
                 del lacking[2:]
             bar.update(len(window))
     warn_of_missing(lacking, name_of(model))

@@ -22,6 +22,7 @@ from xmodel_steer.files.records import TENSORS, digest_of, read_header, write_te
 from xmodel_steer.maps.pairs import PARTS, part_of
 from xmodel_steer.models.batching import encode
 from xmodel_steer.models.facts import name_of
+from xmodel_steer.models.recorder import joined
 from xmodel_steer.models.tokens import Encoding
 
 #: Files of a store that stay mapped into memory. Another file is mapped anew for each read (0.1 ms).
@@ -104,7 +105,7 @@ def write_shard(
 
 def rows_name(site: Site) -> str:
     """Name the tensor that holds the rows of a site."""
-    return f"rows/{site.layer}.{site.stream}"
+    return f"rows/{site.key}"
 
 
 def _former_checksum(tensor: Tensor) -> str:
@@ -161,9 +162,13 @@ class Shard:
         """The first row of each document, and the number of rows."""
         return [0, *self.rows("counts").cumsum(0).tolist()]
 
+    def at(self, site: Site, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Read rows at a site; a stack's members are joined."""
+        return joined({member: self.rows(rows_name(member), start, stop) for member in site.members}, site)
+
     def documents(self, sites: Sequence[Site], places: Sequence[Sequence[int]]) -> list[dict[Site, Tensor]]:
         """Read some rows of every document, at each site."""
-        rows = {site: self.rows(rows_name(site)) for site in sites}
+        rows = {site: self.at(site) for site in sites}
         return [
             {site: values[[start + place for place in chosen]] for site, values in rows.items()}
             for start, chosen in zip(self.starts, places, strict=False)
@@ -227,5 +232,5 @@ class Document:
         ends = (self.shards.source, self.shards.target)
         for shard, site, places in zip(ends, self.sites, self.shards.places(self.index), strict=True):
             start, stop = shard.starts[self.index : self.index + 2]
-            paired.append(shard.rows(rows_name(site), start, stop)[places])
+            paired.append(shard.at(site, start, stop)[places])
         return paired[0], paired[1]

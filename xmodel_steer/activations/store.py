@@ -15,7 +15,7 @@ from xmodel_steer.activations.shards import Document, Shard, ShardPair, opener, 
 from xmodel_steer.core.alignment import check_coverage
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import ArtifactError, SpaceMismatchError
-from xmodel_steer.core.spaces import Site, SiteLike, Sites, Space, as_site, as_sites
+from xmodel_steer.core.spaces import Site, SiteLike, Sites, Space, as_site, as_sites, stacked
 from xmodel_steer.files.records import read_record
 from xmodel_steer.maps.accumulator import MomentsAccumulator
 from xmodel_steer.maps.moments import Moments
@@ -104,11 +104,12 @@ class ActivationStore:
 
     def _require_site(self, end: str, site: Site) -> Space:
         spaces = self.spaces(end)
-        if site not in spaces:
-            raise SpaceMismatchError(
-                f"{self.folder}: the {end} holds {', '.join(map(str, spaces))}, not {site}; harvest it into another folder"
-            )
-        return spaces[site]
+        for member in site.members:
+            if member not in spaces:
+                raise SpaceMismatchError(
+                    f"{self.folder}: the {end} holds {', '.join(map(str, spaces))}, not {member}; harvest it into another folder"
+                )
+        return stacked(site, [spaces[member] for member in site.members])
 
     def pair(self, source: SiteLike, target: SiteLike) -> PairedRows:
         """Return the paired rows of one layer pair, read when they are needed.
@@ -156,15 +157,15 @@ class ActivationStore:
             ArtifactError: A shard is missing or damaged, or the ends do not match.
             ValueError: The moments would take more memory than the machine has; see `collect_moments`.
         """
-        spaces = {end: self.spaces(end) for end in ENDS}
+        stored = {end: self.spaces(end) for end in ENDS}
         settings = self.record("source")["settings"]
         chosen = [
-            tuple(spaces[end]) if s is None else as_sites(s)
+            tuple(stored[end]) if s is None else as_sites(s)
             for end, s in zip(ENDS, (source_sites, target_sites), strict=True)
         ]
-        widths = [next(iter(spaces[end].values())).width for end in ENDS]
-        plan = Plan.of((widths[0], widths[1]), chosen[0], chosen[1], pairs, sketch, shuffled, settings["seed"])
-        plan.within_memory((widths[0], widths[1]), shuffled)
+        source, target = (next(iter(stored[end].values())).width for end in ENDS)
+        plan = Plan.of((source, target), chosen[0], chosen[1], pairs, sketch, shuffled, settings["seed"])
+        plan.within_memory((source, target), shuffled)
         accumulator = MomentsAccumulator(
             {s: self._require_site("source", s) for s in plan.sources},
             {t: self._require_site("target", t) for t in plan.targets},

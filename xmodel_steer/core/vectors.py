@@ -148,6 +148,17 @@ class SteeringVector:
         # The class means belong to the original vector: their difference is not this direction.
         return replace(self, direction=direction, label=label, positive_mean=None, negative_mean=None)
 
+    def members(self) -> "tuple[SteeringVector, ...]":
+        """Split the vector of a stack by site."""
+        if not self.space.site.members[1:]:
+            return (self,)
+        tensors = {name: getattr(self, name) for name in ("direction", "positive_mean", "negative_mean", "scale")}
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return tuple(
+            replace(self, space=space, **{name: tensor[columns] for name, tensor in given.items()})
+            for space, columns in self.space.members.items()
+        )
+
     def with_scale(self, scale: Float[Tensor, " d"]) -> "SteeringVector":
         """Set the standard deviations of the space over general text."""
         return replace(self, scale=scale)

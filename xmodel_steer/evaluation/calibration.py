@@ -13,9 +13,9 @@ from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.damage import side_effects
+from xmodel_steer.interventions.contexts import steps_of
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.positions import Positions
-from xmodel_steer.interventions.steps import Intervention
 
 LEAST = 1e-9  # a smaller KL, in nats per token, counts as this one: logarithms need a positive number
 
@@ -84,7 +84,7 @@ def calibrate(
 
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        settings = [[Intervention(vectors[i], Add(signed[i] * math.exp(x)), positions)] for i, x in new]
+        settings = [steps_of(vectors[i], Add(signed[i] * math.exp(x)), positions) for i, x in new]
         effects = side_effects(model, settings, documents, max_tokens=max_tokens, batch_size=batch_size)
         known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
         return [known[key] for key in keys]

@@ -126,7 +126,7 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
 
 def _places(spaces: Sequence[Space]) -> list[Any]:
     """Name the places on an axis: layers, or sites of several streams."""
-    one_stream = len({space.site.stream for space in spaces}) == 1
+    one_stream = len({space.site.stream for space in spaces}) == 1 and not any(s.site.members[1:] for s in spaces)
     return [space.site.layer if one_stream else plain(space.site) for space in spaces]
 
 

@@ -115,9 +115,8 @@ def _choice(choice: Mapping[str, Any]) -> list[str]:
     lines = []
     if "source_layer" in choice:
         operator = f", {choice['operator']}" if "operator" in choice else ""
-        lines.append(
-            f"layer {choice['source_layer']} → {choice['target_layer']}{operator}, chosen on validation prompts"
-        )
+        ends = [choice.get(f"{end}_site", f"layer {choice[f'{end}_layer']}") for end in ("source", "target")]
+        lines.append(f"{' → '.join(ends).replace('→ layer ', '→ ')}{operator}, chosen on validation prompts")
     fitted = choice.get("map", {})
     if "r2" in fitted:
         loss = fitted.get("loss")

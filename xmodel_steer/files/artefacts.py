@@ -146,7 +146,7 @@ _BY_PAIR = ("cross", "shuffled", "sketch")
 
 
 def _name(part: str, kind: str, *sites: Site) -> str:
-    return "/".join([part, kind, *(f"{site.layer}.{site.stream}" for site in sites)])
+    return "/".join([part, kind, *(site.key for site in sites)])
 
 
 def _moments_parts(moments: Moments) -> tuple[Tensors, Record]:
@@ -159,7 +159,7 @@ def _moments_parts(moments: Moments) -> tuple[Tensors, Record]:
     record = _fields(moments, "paired", "eligible") | {
         "source": _records(moments.source.values()),
         "target": _records(moments.target.values()),
-        "pairs": [[s.layer, s.stream, t.layer, t.stream] for s, t in moments.pairs],
+        "pairs": [[s.key, t.key] for s, t in moments.pairs],
         "counts": {name: [part.count, part.documents] for name, part in moments.parts.items()},
         "settings": dict(moments.settings),
         "sketch": list(moments.sketch),
@@ -171,7 +171,9 @@ def _moments_parts(moments: Moments) -> tuple[Tensors, Record]:
 
 def _moments_from(header: Record, tensors: Tensors) -> Moments:
     source, target = ({s.site: s for s in map(Space.from_dict, header[end])} for end in ("source", "target"))
-    pairs = tuple((Site(a, b), Site(c, d)) for a, b, c, d in header["pairs"])
+    ends = [{site.key: site for site in end} for end in (source, target)]
+    old = [pair if len(pair) == 2 else (f"{pair[0]}.{pair[1]}", f"{pair[2]}.{pair[3]}") for pair in header["pairs"]]
+    pairs = tuple((ends[0][s], ends[1][t]) for s, t in old)
     every = tuple(itertools.product(source, target)) if header.get("sketch") else ()
     kept: dict[str, Any] = {
         **{kind: [(site,) for site in (source if kind.startswith("source") else target)] for kind in _BY_SITE},

@@ -39,7 +39,7 @@ def steering(
 
     Args:
         model: The model to steer.
-        vector: A vector of one of this model's spaces, an `Intervention` or `Replacement`, which have their own operator
+        vector: A vector of one of this model's spaces (of a stack, it acts at each member), an `Intervention` or `Replacement`, which have their own operator
             and positions, or several of these. Those at one site act in order. An empty list changes nothing.
         operator: The operator of bare vectors.
         positions: The positions of bare vectors; see `Intervention`.
@@ -98,7 +98,13 @@ def steps_of(
     """
     values = tuple(vector) if isinstance(vector, Iterable) else (vector,)
     require_type("steering", (SteeringVector, Intervention, Replacement), *values)
-    return [Intervention(v, operator, positions) if isinstance(v, SteeringVector) else v for v in values]
+    return [
+        step
+        for v in values
+        for step in (
+            [Intervention(m, operator, positions) for m in v.members()] if isinstance(v, SteeringVector) else [v]
+        )
+    ]
 
 
 @contextmanager

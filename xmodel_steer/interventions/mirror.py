@@ -20,7 +20,7 @@ from xmodel_steer.maps.affine import Map
 from xmodel_steer.models.batching import pad_id
 from xmodel_steer.models.facts import conduct_of, device_of, is_bridge, name_of, tokenizer_of
 from xmodel_steer.models.passes import forward, keep_rows
-from xmodel_steer.models.recorder import recording
+from xmodel_steer.models.recorder import joined, recording
 from xmodel_steer.models.sites import space_of
 from xmodel_steer.models.tokens import shared_start, special_ids, tokenise
 
@@ -228,7 +228,7 @@ class _Mirror:
         mask = torch.cat([self._mask[:, :past], new], 1)
         # 3. Run the source, with its cache or up to the site.
         site = self._mapping.source.site
-        with recording(self._source, [site]) as streams:
+        with recording(self._source, site.members) as streams:
             if self._use_cache:
                 _, self._cache = forward(
                     self._source, ids.to(device), mask.to(device), logits="last", cache=self._cache, use_cache=True
@@ -237,7 +237,7 @@ class _Mirror:
             else:
                 forward(self._source, ids.to(device), mask.to(device), logits="none", stop_at_layer=site.layer + 1)
         # 4. Append the new activations and cache columns.
-        values = streams[site].cpu()
+        values = joined(streams, site).cpu()
         for r, tokens in enumerate(fresh):
             begin, row = width - len(tokens), self._rows[r]
             row.slots += range(past + begin, past + width)

@@ -7,11 +7,25 @@ from jaxtyping import Int
 from torch import Tensor
 
 from xmodel_steer.core.arguments import require_type
+from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.operators import Add, Gate, Operator
 from xmodel_steer.interventions.positions import Positions, check_positions
 from xmodel_steer.models.hooking import Block
+
+
+def require_one_site(space: Space, what: str) -> None:
+    """Refuse to write to a stack in one step.
+
+    Raises:
+        SiteError: The space joins several sites.
+    """
+    if space.site.members[1:]:
+        raise SiteError(
+            f"{what}: acts at one site, and {space} joins {len(space.site.members)}; "
+            "give steering the vector itself, or one step for each of vector.members()"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +60,7 @@ class Intervention:
             raise TypeError(f"Intervention: operator takes a value such as Add(2.0), got {self.operator!r}")
         require_type("Intervention: gate", (Gate, type(None)), self.gate, takes="a Gate")
         check_positions(self.positions)
+        require_one_site(self.space, "Intervention")
         if self.gate is not None:
             require_same_space(self.space, self.gate.vector.space, "gate")
 
@@ -97,6 +112,7 @@ class Replacement:
 
     def __post_init__(self) -> None:
         require_type("Replacement: space", Space, self.space)
+        require_one_site(self.space, "Replacement")
         check_positions(self.positions)
 
 

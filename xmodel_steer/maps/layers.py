@@ -104,6 +104,7 @@ class LayerGrid:
                 row |= {name: self.chosen(name)[i, j] for name in (*self.test, "cka")}
                 row |= {"r2_error": self.r2_error[i, j]}
                 row |= {"source_stream": source.site.stream, "target_stream": target.site.stream}
+                row |= {"source_site": str(source.site), "target_site": str(target.site)}
                 rows.append(row)
         return pd.DataFrame(rows)
 
@@ -115,7 +116,8 @@ class LayerGrid:
         Args:
             target: The target site.
             rule: ``"score"``: the deepest source site with a validation R² within ``tolerance`` of the
-                best; deep sites have read most of the text. ``"depth"``: the source site at the same
+                best; deep sites have read most of the text. A stack is
+                chosen where no single site comes so near. ``"depth"``: the source site at the same
                 relative depth.
             tolerance: Difference of R² that counts as equal.
             blocks: Numbers of blocks of the source and the target, for ``"depth"``; by default the grid's
@@ -130,7 +132,7 @@ class LayerGrid:
         if rule == "score":
             quality = np.nan_to_num(self.chosen("r2", "validation")[:, columns.index(target)], nan=-np.inf)
             good = [i for i, q in enumerate(quality) if q >= quality.max() - tolerance]
-            return max((self.source[i].site for i in good), key=lambda site: site.layer)
+            return max((self.source[i].site for i in good), key=lambda site: (-len(site.members), site.layer))
         if rule == "depth":
             rows = [space.site for space in self.source]
             source_blocks, target_blocks = blocks or (
@@ -213,8 +215,7 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
                         several = len(varying) > 1  # one dimension has no spread
                         spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5 if several else np.nan
         for j, target in enumerate(targets):
-            full = moments.parts["test"].target_scatters[target]
-            cka[i, j] = _cka(pairs[j], full, moments.scale(target), width / pairs[j].target.width)
+            cka[i, j] = _cka(pairs[j], moments.parts["test"].target_scatters[target], moments.scale(target))
     best = scores["validation"]["r2"].argmax(-1)
     return LayerGrid(
         tuple(moments.source.values()),
@@ -272,15 +273,15 @@ class _Blocks:
         return scores
 
 
-def _cka(pair: SplitMoments, target_scatter: Tensor, target_scale: Tensor, times: float) -> float:
+def _cka(pair: SplitMoments, target_scatter: Tensor, target_scale: Tensor) -> float:
     """Compute linear CKA on the test rows, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), standardised.
 
     Args:
         pair: Moments of the pair; the target may be a sketch.
         target_scatter: Test scatter of all target dimensions.
         target_scale: Standard deviations of all target dimensions over the training text.
-        times: Factor of the squared norm for the dimensions that the sketch lacks.
     """
+    times = len(target_scale) / pair.target.width  # for the dimensions that the sketch lacks
     test, train = pair.test, pair.train
     into, out, every = (inverse_of(x) for x in (train.source_scale, train.target_scale, target_scale))
     cross = (into[:, None] * test.cross_scatter * out).square().sum() * times

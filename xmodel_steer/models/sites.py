@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.core.errors import SiteError
-from xmodel_steer.core.spaces import STREAMS, Site, SiteLike, Sites, Space, as_site, as_sites
+from xmodel_steer.core.spaces import STREAMS, Site, SiteLike, Sites, Space, Stack, as_site, as_sites, stacked
 from xmodel_steer.models.facts import device_of, facts_of, is_bridge
 from xmodel_steer.models.hooking import Block, attached, block
 from xmodel_steer.models.identity import processing_of
@@ -26,6 +26,8 @@ def space_of(model: Any, site: SiteLike) -> Space:
         SiteError: The model lacks the layer, or the layer lacks the stream. No pass is run to find out.
     """
     facts, site = facts_of(model), as_site(site)
+    if isinstance(site, Stack):
+        return stacked(site, [space_of(model, member) for member in site.members])
     if site.layer >= model.cfg.n_layers:
         raise SiteError(f"{facts.name}: has layers 0 to {model.cfg.n_layers - 1}, no {site}")
     points = model.hook_dict

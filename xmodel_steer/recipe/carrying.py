@@ -30,6 +30,7 @@ from xmodel_steer.recipe.matching import match_damage
 from xmodel_steer.recipe.measuring import measure
 from xmodel_steer.recipe.planning import plan
 from xmodel_steer.recipe.preparing import Measurable, Prepared, prepare
+from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
 from xmodel_steer.recipe.selecting import Selected, select
@@ -135,8 +136,7 @@ def _result(
         chosen={
             label: {
                 "unit": prepared.evaluation.unit,
-                "source_layer": source_site.layer,
-                "target_layer": target_site.layer,
+                **sites_record(source_site, target_site),
                 "strength": selected.headline,
                 "operator": repr(Add(selected.headline)),
                 "cosine": similarity["mapped"]["cosine"],

@@ -17,8 +17,9 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.behaviours.generated import Behaviour
 from xmodel_steer.evaluation.behaviours.likelihoods import Preference
 from xmodel_steer.evaluation.damage import SideEffect, on_neutral, side_effects
+from xmodel_steer.interventions.contexts import steps_of
 from xmodel_steer.interventions.operators import Add
-from xmodel_steer.interventions.steps import Intervention, Step
+from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.pairs import PARTS
 from xmodel_steer.models.facts import context_length, name_of
@@ -80,7 +81,7 @@ class Prepared:
 
     def steer(self, vector: SteeringVector, strength: float) -> list[Step]:
         """Make the setting of one vector at one strength."""
-        return [Intervention(vector, Add(strength), self.method.positions)]
+        return steps_of(vector, Add(strength), self.method.positions)
 
     def damage(self, settings: Sequence[Sequence[Any]], texts: Sequence[Prompt]) -> list[SideEffect]:
         """Measure KL and perplexity of settings on neutral text."""

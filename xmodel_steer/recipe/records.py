@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from xmodel_steer.core.spaces import Site
 from xmodel_steer.files.fields import expect, expect_known
 from xmodel_steer.maps.statistics import Estimate, undefined
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, NOT_RECORDED, Arm
@@ -35,6 +36,8 @@ _MEASURE = {"value": float, "low": float, "high": float, "n": int}
 _CHOICE = {"strength": float, "cosine": float, "norm_ratio": float, "source_layer": int, "target_layer": int}
 _CHOICE |= {
     "operator": str,
+    "source_site": str,
+    "target_site": str,
     "map_r2": (float, type(None)),
     "map_cosine": (float, type(None)),
     "equal_kl": list,
@@ -43,6 +46,13 @@ _CHOICE |= {
 }
 _FITTED = dict.fromkeys(("r2", "r2_low", "r2_high", "cosine", "norm_ratio", "train_tokens", "coverage"), float)
 _TRIED = {"recipe": str, "varied": str, "layer": int, "score": float}
+
+
+def sites_record(source: Site, target: Site) -> dict[str, Any]:
+    """Record the layers of the chosen sites, and the names of stacks."""
+    ends = {"source": source, "target": target}
+    layers = {f"{end}_layer": site.layer for end, site in ends.items()}
+    return layers | {f"{end}_site": str(site) for end, site in ends.items() if site.members[1:]}
 
 
 def require_fields(record: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ def select(prepared: Prepared) -> Selected:
     headline = positive[-1]
     if len(positive) > 1:  # strength 1 may have been measured with the layers
         known = [
-            r for r in records if (r["varied"], r["layer"]) == ("source layer", source_site.layer) and 1.0 in positive
+            r for r in records if (r["varied"], r["site"]) == ("source layer", str(source_site)) and 1.0 in positive
         ]
         rest = [(scaled[source_site], source_site, s) for s in positive if s != 1.0 or not known]
         tried = [{**r, "varied": "strength"} for r in known] + gains(prepared, "strength", rest)

@@ -23,6 +23,7 @@ from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.statistics import quotient
 from xmodel_steer.models.facts import context_length, device_of
+from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.studies.outcomes import Recipe
 
 MAP_TOKENS = 192
@@ -145,8 +146,7 @@ class Choice:
         carried = self.carried
         return {
             "operator": repr(self.operator),
-            "source_layer": carried.source.space.site.layer,
-            "target_layer": carried.native.space.site.layer,
+            **sites_record(carried.source.space.site, carried.native.space.site),
             "cosine": carried.cosine,
             "norm_ratio": carried.norm_ratio,
             "map_r2": carried.mapping.score_test.mean_r2 if carried.mapping.score_test else None,

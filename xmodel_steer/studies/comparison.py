@@ -25,6 +25,7 @@ from xmodel_steer.maps.training import Autoencoder, SGDAffine
 from xmodel_steer.models.facts import device_of, hardware_of
 from xmodel_steer.recipe.arms import EFFICIENCY, Arm, joined_arm
 from xmodel_steer.recipe.preparing import Prepared, prepare
+from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.selecting import select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
@@ -161,8 +162,7 @@ def map_comparison(
         arms=tuple(arms),
         chosen={
             name: {
-                "source_layer": source_site.layer,
-                "target_layer": target_site.layer,
+                **sites_record(source_site, target_site),
                 "settings": repr(named_fitters[name])[:300],
                 "seconds": round(seconds[name], 2),
                 "cosine": native.cosine(moved[name]),
