@@ -72,6 +72,40 @@ def result() -> Result:
     )  # fmt: skip
 
 
+def planted(
+    effects: dict[str, Any], *, n: int = 40, noise: float = 0.01, seed: int = 0, binary: bool = False, groups: int = 0
+) -> Result:
+    """A result of planted truth, at equal KL: each arm's mean change in direction + and in direction -.
+
+    ``random`` has a pair of changes for each vector. A number alone is the same in both directions, with its sign.
+    """
+    rng = np.random.default_rng(seed)
+    base = (rng.random(n) < 0.5).astype(float) if binary else 0.5 + noise * rng.standard_normal(n)
+    labels = tuple(f"template {i % groups}" for i in range(n)) if groups else ()
+
+    def scores(change: float) -> np.ndarray:
+        if binary:
+            return np.where(rng.random(n) < abs(change), float(change > 0), base)
+        shared = np.repeat(noise * rng.standard_normal(groups or n), -(-n // (groups or n)))[:n] if groups else 0.0
+        return base + change + shared + noise * rng.standard_normal(n)
+
+    ids = tuple(f"prompt{i}" for i in range(n))
+    arms = [joined_arm("unsteered", [0.0], [base], base, kl=[0.0], perplexity=[10.0], groups=labels, ids=ids)]
+    for name, truth in effects.items():
+        vectors = truth if name == "random" else [truth]
+        pairs = [v if isinstance(v, tuple) else (v, -v) for v in vectors]
+        for k, sign in enumerate((1.0, -1.0)):
+            arms.append(
+                joined_arm(
+                    name, [sign] * len(pairs), [scores(pair[k]) for pair in pairs], base, kl=[0.3], perplexity=[10.0], agreement=[0.9],
+                    budget=0.3, at=EQUAL_KL, recipe="toy", groups=labels, ids=ids,
+                )
+            )  # fmt: skip
+    return Result(
+        "toy", "score", SMALL.to_dict(), LARGE.to_dict(), tuple(arms), {"toy": {"strength": 1.0}}, (), {}, {}, {}, {}
+    )
+
+
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))

@@ -9,16 +9,15 @@ import torch
 from torch.nn import functional
 
 from xmodel_steer.evaluation.reference import Reference
+from xmodel_steer.maps.significance import holm, sign_flip_test
 from xmodel_steer.maps.statistics import (
     NO_NATIVE,
     NOT_FINITE,
     NOTHING,
     Estimate,
     bootstrap_mean,
-    holm,
     rate,
     resamples,
-    sign_flip_test,
     transfer_efficiency,
     undefined,
 )

@@ -19,8 +19,8 @@ from xmodel_steer.core.errors import UndefinedWarning
 from xmodel_steer.evaluation.calibration import LEAST
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.figures.report import summary
-from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, bootstrap_mean, undefined
-from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, Arm, estimate, joined_arm
+from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean
+from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, estimate
 from xmodel_steer.recipe.carrying import map_record
 from xmodel_steer.recipe.preparing import default_sites
 from xmodel_steer.recipe.results import Result
@@ -420,144 +420,7 @@ def test_a_behaviour_without_a_number_never_loses_the_run_nor_chooses(
     assert repr(xs.read(tmp_path / "run").verdict()) == repr(made.verdict())
 
 
-# --- the verdict, on made-up numbers ----------------------------------------------------------
-
-
-def made_up(result: Result, effects: dict[str, float], *, noise: float = 0.01, n: int = 40) -> Result:
-    """A result in which an arm scores 0.5 + effect in one direction and 0.5 - effect in the other, at equal KL."""
-    rng = np.random.default_rng(0)
-    base = 0.5 + noise * rng.standard_normal(n)
-    arms = []
-    for name in ("unsteered", *effects):
-        for strength, budget in (
-            [(0.0, None)] if name == "unsteered" else [(-1.0, None), (1.0, None), (-1.0, 0.3), (1.0, 0.3)]
-        ):
-            count = 3 if name == "random" else 1
-            own = [
-                base + strength * effects.get(name, 0.0) + noise * rng.standard_normal(n) * (name != "unsteered")
-                for _ in range(count)
-            ]
-            arms.append(
-                joined_arm(
-                    name,
-                    [strength] * count,
-                    own,
-                    base,
-                    kl=[0.3],
-                    perplexity=[10.0],
-                    agreement=[0.9],
-                    budget=budget,
-                    at=EQUAL_KL if budget else EQUAL_STRENGTH,
-                    recipe="toy" if strength else "",
-                )
-            )
-    return replace(result, arms=tuple(arms))
-
-
-CLEAR = {"native": 0.2, "mapped": 0.15, "random": 0.01, "shuffled": 0.02}
-
-
-def test_the_verdict_says_what_survived(result: Result) -> None:
-    verdict = made_up(result, CLEAR).verdict()
-    assert verdict.efficiency.value == pytest.approx(0.75, abs=0.02)
-    assert verdict.efficiency.low < verdict.efficiency.value < verdict.efficiency.high
-    assert verdict.transfers
-    assert {(c.control, c.sign) for c in verdict.comparisons} == {(c, s) for c in ("random", "shuffled") for s in "+-"}
-    assert all(
-        c.p <= c.corrected < 0.01 and c.difference.value == pytest.approx(0.13, abs=0.02) for c in verdict.comparisons
-    )
-    controls = {name: found.value for name, found in verdict.controls.items()}
-    assert controls == pytest.approx({"random": 0.05, "shuffled": 0.1}, abs=0.02)
-    assert verdict.text.startswith("toy: transfers: 0.75 [0.7")
-    assert "of native at KL 0.30 and 0.30 nats per token, n = 40; random 0.0" in verdict.text
-
-
-@pytest.mark.parametrize("control", ["random", "shuffled"])
-def test_verdict_says_no_when_a_control_does_the_same(result: Result, control: str) -> None:
-    verdict = made_up(result, CLEAR | {control: 0.15}).verdict()
-    assert verdict.transfers is False
-    assert "no evidence of transfer" in verdict.text
-    other = {c.control: c.corrected for c in verdict.comparisons if c.control != control}
-    assert max(other.values()) < 0.05  # the other control was beaten
-
-
-def test_verdict_says_no_when_the_effect_has_the_wrong_sign(result: Result) -> None:
-    verdict = made_up(result, CLEAR | {"mapped": -0.2}).verdict()
-    assert verdict.transfers is False
-    assert verdict.efficiency.high < 0
-
-
-def test_the_efficiency_is_undefined_when_native_does_nothing(result: Result) -> None:
-    verdict = made_up(result, CLEAR | {"native": 0.0}).verdict()
-    assert verdict.efficiency.undefined == NO_NATIVE
-    assert verdict.transfers is None
-    assert verdict.text == "toy: undefined, the native vector does nothing at KL 0.30 and 0.30 nats per token, n = 40"
-
-
-@pytest.mark.parametrize("lost", [np.nan, np.inf])
-def test_an_undefined_comparison_is_said_and_is_no_transfer(result: Result, lost: float) -> None:
-    made = made_up(result, CLEAR)
-    arms = tuple(
-        replace(a, scores=(lost, *a.scores[1:])) if (a.arm, a.strength, a.budget) == ("shuffled", 1.0, 0.3) else a
-        for a in made.arms
-    )
-    verdict = replace(made, arms=arms).verdict()
-    (gone,) = [c for c in verdict.comparisons if c.difference.undefined]
-    assert (gone.control, gone.sign) == ("shuffled", "+") and np.isnan(gone.p) and np.isnan(gone.corrected)
-    assert verdict.transfers is None and verdict.controls["shuffled"].undefined == NOT_FINITE
-    assert verdict.text.startswith("toy: undefined: 0.7") and "shuffled undefined; paired test" in verdict.text
-    assert f"corrected for 4 comparisons; shuffled + undefined ({NOT_FINITE}); perplexity" in verdict.text
-
-
-def test_a_ratio_without_an_interval_is_said_and_is_no_transfer(result: Result, monkeypatch: Any) -> None:
-    given = undefined("too few", 40, 0.75)
-    monkeypatch.setattr("xmodel_steer.recipe.verdicts.transfer_efficiency", lambda *_: given)
-    verdict = made_up(result, CLEAR).verdict()
-    assert verdict.transfers is None and max(c.corrected for c in verdict.comparisons) < 0.05
-    assert verdict.text.startswith("toy: undefined: 0.75 (interval undefined: too few) of native at KL 0.30 and 0.30")
-
-
-def test_only_directions_in_which_native_does_something_are_judged(result: Result) -> None:
-    """What the unsteered texts lack cannot be taken from them, by any arm."""
-    made = made_up(result, CLEAR)
-    base = np.array(made.arm("unsteered", 0).scores)
-    still = bootstrap_mean(np.zeros(len(base)))
-
-    def floored(arm: Arm) -> Arm:
-        if arm.arm == "unsteered" or arm.strength > 0:
-            return arm
-        return replace(
-            arm,
-            effect=made.arm("unsteered", 0).effect,
-            change=still,
-            scores=tuple(base.tolist()),
-            table=tuple((float(x),) * arm.seeds for x in base) if arm.table else (),
-        )
-
-    verdict = replace(made, arms=tuple(map(floored, made.arms))).verdict()
-    assert {(c.control, c.sign) for c in verdict.comparisons} == {("random", "+"), ("shuffled", "+")}
-    assert verdict.transfers
-    assert "corrected for 2 comparisons" in verdict.text
-    both = replace(made, arms=tuple(floored(a) if a.arm == "mapped" else a for a in made.arms)).verdict()
-    assert len(both.comparisons) == 4
-    assert both.transfers is False  # native goes down, mapped does not
-
-
-def test_an_arm_that_misses_the_kl_is_named(result: Result) -> None:
-    made = made_up(result, CLEAR)
-    assert "cannot be brought" not in made.verdict().text
-    arms = tuple(replace(a, reached=not (a.arm == "shuffled" and a.budget and a.strength < 0)) for a in made.arms)
-    assert made.verdict().text + "; shuffled - cannot be brought to that KL" == replace(made, arms=arms).verdict().text
-
-
-def test_one_direction_is_judged_alone(result: Result) -> None:
-    made = made_up(result, CLEAR)
-    one = replace(made, arms=tuple(a for a in made.arms if a.strength >= 0))
-    assert one.signs == ("+",)
-    verdict = one.verdict()
-    assert verdict.transfers
-    assert len(verdict.comparisons) == 2
-    assert verdict.efficiency.value == pytest.approx(0.75, abs=0.05)
+# --- what a result answers --------------------------------------------------------------------
 
 
 def test_an_arm_that_was_not_run_is_named(result: Result) -> None:

@@ -89,7 +89,7 @@ def test_every_recipe_has_a_verdict_though_answers_are_not_kept(study: Result, t
     again = xs.read(xs.save(study, tmp_path / "run"))
     assert set(study.verdicts) == set(study.chosen) and again.verdicts == study.verdicts
     for recipe, verdict in study.verdicts.items():
-        assert [c.control for c in verdict.comparisons] == ["random", "shuffled"]
+        assert [c.control for c in verdict.comparisons] == ["shuffled", "random", "random"]
         assert all(len(arm.ids) == len(arm.scores) == arm.effect.n for arm in study.arms if arm.recipe == recipe)
         assert again.maps[recipe].source == again.vectors[f"{recipe}: source"].space
 

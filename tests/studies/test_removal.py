@@ -21,10 +21,11 @@ from xmodel_steer.evaluation import damage
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.figures import choices, overviews, report
 from xmodel_steer.files.records import read_record, write_record
-from xmodel_steer.maps.statistics import sign_flip_test
+from xmodel_steer.maps.significance import sign_flip_test
 from xmodel_steer.models.batching import encode
-from xmodel_steer.recipe.arms import AGREEMENT, CONTROLS, EQUAL_KL, EQUAL_STRENGTH, LEVEL, estimate
+from xmodel_steer.recipe.arms import AGREEMENT, EQUAL_KL, EQUAL_STRENGTH, LEVEL, estimate
 from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.verdicts import BAR
 from xmodel_steer.studies import (
     PRESETS,
     Settings,
@@ -135,18 +136,19 @@ def test_every_recipe_has_a_verdict_from_paired_tests_against_both_controls(stud
     for recipe in study.chosen:
         verdict = study.verdict(recipe)
         assert verdict.at == EQUAL_STRENGTH and verdict.text in study.conclusions
-        assert [(c.control, c.sign) for c in verdict.comparisons] == [(control, "+") for control in CONTROLS]
         mapped = np.array(study.arm("mapped", recipe=recipe).scores)
-        for comparison in verdict.comparisons:
-            paired = mapped - np.array(study.arm(comparison.control, recipe=recipe).scores)
+        random = study.arm("random", recipe=recipe).per_seed()
+        others = [np.array(study.arm("shuffled", recipe=recipe).scores), random[:, random.mean(0).argmax()]]
+        for comparison, other in zip(verdict.comparisons, others, strict=False):
+            paired = mapped - other
             assert comparison.difference.value == pytest.approx(paired.mean())
-            assert comparison.p == sign_flip_test(paired) <= comparison.corrected
+            assert comparison.p == pytest.approx(sign_flip_test(paired), abs=1e-6)
+        assert [c.over for c in verdict.comparisons] == ["prompts", "prompts", "vectors"]
         native = study.arm("native", recipe=recipe)
         if native.effect.value:
             assert verdict.efficiency.value == pytest.approx(mapped.mean() / native.effect.value)
-            assert verdict.transfers == (
-                all(c.corrected < LEVEL for c in verdict.comparisons) and verdict.efficiency.low > 0
-            )
+            if verdict.transfers is not None:
+                assert verdict.transfers == (verdict.p < LEVEL and verdict.efficiency.low >= BAR)
         measured = study.arm("mapped", recipe=recipe)
         assert f"{AGREEMENT} {measured.measures[AGREEMENT].value:.3f}" in verdict.text
 

@@ -17,5 +17,6 @@ from xmodel_steer.core.prompts import Message as Message
 from xmodel_steer.core.prompts import Prompt as Prompt
 from xmodel_steer.core.spaces import Site as Site
 from xmodel_steer.core.spaces import Space as Space
+from xmodel_steer.core.spaces import Stack as Stack
 from xmodel_steer.core.vectors import Activations as Activations
 from xmodel_steer.core.vectors import SteeringVector as SteeringVector

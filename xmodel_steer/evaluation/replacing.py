@@ -18,7 +18,8 @@ from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
 from xmodel_steer.interventions.steps import Replacement
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.pairs import SplitMoments
-from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, holm, number, sign_flip_test
+from xmodel_steer.maps.significance import holm, sign_flip_test
+from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, number
 from xmodel_steer.models.generation import generate
 
 Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]

@@ -27,10 +27,11 @@ from xmodel_steer.maps.ridge import ReducedRank as ReducedRank
 from xmodel_steer.maps.ridge import Ridge as Ridge
 from xmodel_steer.maps.rows import DocumentRows as DocumentRows
 from xmodel_steer.maps.rows import PairedRows as PairedRows
+from xmodel_steer.maps.significance import above_others as above_others
+from xmodel_steer.maps.significance import holm as holm
+from xmodel_steer.maps.significance import sign_flip_test as sign_flip_test
 from xmodel_steer.maps.statistics import Estimate as Estimate
 from xmodel_steer.maps.statistics import bootstrap_mean as bootstrap_mean
-from xmodel_steer.maps.statistics import holm as holm
-from xmodel_steer.maps.statistics import sign_flip_test as sign_flip_test
 from xmodel_steer.maps.statistics import transfer_efficiency as transfer_efficiency
 from xmodel_steer.maps.training import Autoencoder as Autoencoder
 from xmodel_steer.maps.training import SGDAffine as SGDAffine

@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty: bootstrap intervals, rates, permutation tests."""
+"""Estimates with their uncertainty: bootstrap intervals and shares."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -63,6 +63,7 @@ class Estimate:
 
 
 NOTHING, NOT_FINITE = "there are no values", "a value is NaN or infinite"  # reasons
+ALONE = "one prompt shows no scatter"
 NO_NATIVE = "the native vector does nothing"
 
 
@@ -109,7 +110,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """Return the mean with a 95 % percentile bootstrap interval (Efron 1979).
 
-    The estimate is undefined where there are no values, or where one is NaN or infinite.
+    The estimate is undefined where there are no values, or where one is NaN or infinite. Of one prompt, or one group, only
+    the value is defined.
 
     Args:
         values: One number per prompt, or one row per prompt with a number per seed. Then prompts and seeds
@@ -132,9 +134,10 @@ def bootstrap_mean(
     member = _members(groups, n)
     if not table.size or not np.isfinite(table).all():
         return undefined(NOT_FINITE if table.size else NOTHING, n)
-    table, exponent = _scaled(table.reshape(n, -1))
-    seeds = table.shape[1]
-    sizes = np.bincount(member)
+    table, exponent = scaled(table.reshape(n, -1))
+    sizes, seeds = np.bincount(member), table.shape[1]
+    if len(sizes) == 1:
+        return undefined(ALONE, n, float(np.ldexp(table.mean(), exponent)))
     totals = np.stack([np.bincount(member, column) for column in table.T], 1)
     drawn, columns = resamples(len(sizes), draws=draws, seed=seed), resamples(seeds, draws=draws, seed=seed + 1)
     sums = np.take_along_axis(totals[drawn].sum(1), columns, 1).mean(1)
@@ -144,7 +147,7 @@ def bootstrap_mean(
     return Estimate(value, low, high, n)
 
 
-def _scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
+def scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
     """Divide by a power of two, for finite sums; return values and exponent."""
     exponent = int(np.frexp(np.abs(values).max())[1])
     return np.ldexp(values, -exponent), exponent
@@ -208,60 +211,6 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return (middle - half if share else 0.0), (middle + half if share < 1 else 1.0)  # no rounding at the ends
 
 
-def sign_flip_test(differences: "np.ndarray | list[float]", *, seed: int = 0) -> float:
-    """Compute p of a mean above 0, against random signs of differences.
-
-    One-sided paired permutation test (Fisher 1935) of ``scipy.stats.permutation_test``: exact up to 13 units,
-    9,999 random flips for more.
-
-    Args:
-        differences: Difference of two arms for each unit.
-        seed: Seed of the flips.
-
-    Raises:
-        ValueError: There are no differences, or one is NaN or infinite: p is undefined.
-
-    Example:
-        >>> sign_flip_test([1.0] * 10)
-        0.0009765625
-    """
-    from scipy import stats
-
-    values = np.asarray(differences, dtype=float)
-    if not values.size or not np.isfinite(values).all():
-        raise ValueError(f"sign_flip_test: p is undefined, {NOT_FINITE if values.size else NOTHING}")
-    if not values.any():
-        return 1.0
-    values, _ = _scaled(values)
-    if len(values) == 1:  # SciPy refuses a single unit
-        return 0.5 if values[0] > 0 else 1.0
-    test = stats.permutation_test(
-        (values,),
-        lambda x, axis: x.mean(axis),
-        permutation_type="samples",
-        alternative="greater",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return float(test.pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number (Holm 1979).
-
-    The chance of any false claim stays below the level. A p that is NaN stays NaN, and counts as a test.
-
-    Example:
-        >>> holm([0.01, 0.04])
-        [0.02, 0.04]
-    """
-    from statsmodels.stats.multitest import multipletests
-
-    p = np.asarray(p_values, dtype=float)
-    corrected: Any = multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1] if p.size else p
-    return np.where(np.isnan(p), np.nan, corrected).tolist()
-
-
 def transfer_efficiency(
     mapped: "np.ndarray | list[float]",
     native: "np.ndarray | list[float]",
@@ -298,14 +247,14 @@ def transfer_efficiency(
     """
     native = np.asarray(native, dtype=float)
     n = len(native)
-    if not n:
-        return undefined(NOTHING, n)
+    if n < 2:
+        return undefined(ALONE if n else NOTHING, n)
     with np.errstate(all="ignore"):  # an overflow gives infinity, which is refused below
         base = np.broadcast_to(np.asarray(unsteered, dtype=float), native.shape)
         effect, table = native - base, np.asarray(mapped, dtype=float).reshape(n, -1) - base[:, None]
         if not np.isfinite(effect).all() or not np.isfinite(table).all():
             return undefined(NOT_FINITE, n)
-        (effect, below), (table, above) = _scaled(effect), _scaled(table)
+        (effect, below), (table, above) = scaled(effect), scaled(table)
         bound = bootstrap_mean(effect, draws=draws, seed=seed)
         if bound.low <= 0 <= bound.high:
             return undefined(NO_NATIVE, n)

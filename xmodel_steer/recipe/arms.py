@@ -149,6 +149,29 @@ def estimate(scores: "np.ndarray | Sequence[np.ndarray]", groups: Sequence[str] 
     return replace(share, low=min(share.low, low), high=max(share.high, high))
 
 
+def change_of(table: np.ndarray, base: np.ndarray, groups: Sequence[str] | None = None) -> Estimate:
+    """Average the paired differences from the unsteered scores, with a 95 % interval.
+
+    The interval is a bootstrap over prompts and seeds.
+
+    A bootstrap of shares that all changed alike, or not at all, has no width: Wilson's interval takes its place.
+
+    Args:
+        table: Scores ``(prompts, seeds)``.
+        base: The unsteered scores.
+        groups: Label of each prompt, as for `estimate`.
+    """
+    moved = difference(table, base[:, None])
+    change = bootstrap_mean(moved, groups=groups)
+    alike = len(np.unique(moved)) == 1 and np.isin(table, (0, 1)).all() and np.isin(base, (0, 1)).all()
+    if change.undefined or not alike:
+        return change
+    low, high = wilson(abs(change.value), len(set(groups)) if groups else len(moved))
+    if not change.value:
+        return replace(change, low=-high, high=high)
+    return replace(change, low=low, high=high) if change.value > 0 else replace(change, low=-high, high=-low)
+
+
 def joined_arm(
     name: str,
     strengths: Sequence[float],
@@ -183,7 +206,7 @@ def joined_arm(
         effect=estimate(table, groups),
         kl=float(np.mean(kl)),
         perplexity=float(geometric),
-        change=bootstrap_mean(difference(table, base[:, None]), groups=groups),
+        change=change_of(table, base, groups),
         strength=float(np.mean(strengths)),
         agreement=float(np.mean(agreement)),
         measures=dict(measures or {}),

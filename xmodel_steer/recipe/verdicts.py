@@ -1,62 +1,63 @@
-"""A verdict in words, from paired tests against every control."""
+"""A verdict in words: what survived, tested over prompts and over vectors, against every control."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xmodel_steer.maps.statistics import (
-    Estimate,
-    bootstrap_mean,
-    holm,
-    number,
-    quotient,
-    sign_flip_test,
-    transfer_efficiency,
-)
-from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
+from xmodel_steer.maps.significance import above_others, sign_flip_test
+from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, number, quotient, transfer_efficiency
+from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
 
 if TYPE_CHECKING:
     from xmodel_steer.recipe.results import Result
 
+BAR = 0.2  # what the share's lower end must reach, and what a change in a still direction may not
+LEAST_UNITS = math.ceil(-math.log2(LEVEL))  # of fewer, no outcome gives a p below the level
+LEAST_VECTORS = 2  # of fewer, nothing shows how random vectors scatter
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """The mapped arm against a control, prompt by prompt.
+    """The mapped arm's gain against a control's.
 
     Args:
-        control: The control.
-        sign: ``"+"`` or ``"-"``: the direction of steering.
-        difference: Mean over prompts of mapped minus control, in the direction of steering.
-        p: One-sided p of a paired sign-flip test; NaN where the difference is undefined.
-        corrected: The same, corrected for the number of comparisons of the recipe (Holm).
+        control: ``shuffled``, or ``random``.
+        over: ``prompts``: against the shuffled map, or the best of the random vectors, prompt by prompt.
+            ``vectors``: against all random vectors, each a unit.
+        difference: Mean of mapped minus control. Over vectors, the interval is that of one more random vector.
+        p: One-sided: of a paired sign-flip test over prompts; over vectors, of `above_others`.
     """
 
     control: str
-    sign: str
+    over: str
     difference: Estimate
     p: float
-    corrected: float
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One recipe's result in a few numbers, all from evaluation prompts.
 
-    Arms are compared at equal KL where the recipe has both directions there, else at the strength that validation chose.
+    Arms are compared at equal KL where the recipe has both directions there, else at the strength that validation chose. A
+    vector's gain is half of the difference that both directions make, or the change in the one that was run.
+
+    It transfers if the mapped vector gains more than every control (each test at 5 %: all must pass, so that no correction
+    is needed), if its share of the native gain is `BAR` or more at the interval's lower end, and if it does no harm: in a
+    direction in which native does nothing, it moves the score by less than `BAR` of the native gain.
 
     Args:
         recipe: The recipe.
         at: ``equal KL`` or ``equal strength``.
-        efficiency: Effect of the mapped vector over that of the native one: of the difference that both directions
-            make, or of the one that was run. Undefined, with the reason, where the native vector does nothing.
-        controls: The same ratio for each control.
+        efficiency: The share: gain of the mapped vector over that of the native one. Undefined, with the reason, where
+            the native vector does nothing.
+        controls: The same ratio for each control; of all random vectors together.
         kl: KL of the native arm on calibration text (at equal KL) or on neutral text, for each direction.
-        comparisons: The mapped arm against every control, in every direction in which the native vector moves the score.
-        transfers: True if it beats every control in these directions, after correction, and the ratio's interval is
-            above 0; None where the ratio, its interval or a comparison is undefined.
+        comparisons: The mapped arm against every control.
+        transfers: True or False as above; None where it is undefined or cannot be decided.
+        failed: The reasons why it is not True, in words.
         perplexity_ratio: For each direction, perplexity of neutral text under the mapped vector over the unsteered one.
         agreement: For each direction, next-token agreement with the unsteered model there.
         text: One sentence.
@@ -69,9 +70,15 @@ class Verdict:
     kl: Mapping[str, float]
     comparisons: tuple[Comparison, ...]
     transfers: bool | None
+    failed: tuple[str, ...]
     perplexity_ratio: Mapping[str, float]
     agreement: Mapping[str, float]
-    text: str
+    text: str = field(default="")
+
+    @property
+    def p(self) -> float:
+        """The largest p: that of the claim that every control is beaten; NaN where one is undefined."""
+        return float(np.max([c.p for c in self.comparisons]))
 
     def record(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -95,76 +102,114 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
     """
     base = result.arm("unsteered", recipe=recipe)
     arms = result.compared(recipe)
-    ways = {sign: 1.0 if sign == "+" else -1.0 for sign in arms}
     gains = {name: totals(result.gain(name, recipe), base.groups) for name in ARMS[1:]}
     native = gains["native"][:, 0]
-    efficiency = transfer_efficiency(gains["mapped"], native)
-    controls = {name: transfer_efficiency(gains[name], native) for name in CONTROLS}
-    comparisons = _comparisons(arms, _moved(arms, ways))
-    transfers = None
-    if not efficiency.undefined and not any(c.difference.undefined for c in comparisons):
-        beats = all(c.corrected < LEVEL for c in comparisons)
-        transfers = beats and efficiency.low > 0 and bootstrap_mean(native).value > 0
+    comparisons = _comparisons(gains, choices=_choices(result, recipe))
     first = next(iter(arms.values()))["native"]
     verdict = Verdict(
         recipe=recipe,
         at=first.at,
-        efficiency=efficiency,
-        controls=controls,
+        efficiency=transfer_efficiency(gains["mapped"], native),
+        controls={name: transfer_efficiency(gains[name], native) for name in ("random", "shuffled")},
         kl={sign: named["native"].kl for sign, named in arms.items()},
         comparisons=comparisons,
-        transfers=transfers,
+        transfers=None,
+        failed=(),
         perplexity_ratio={sign: quotient(named["mapped"].perplexity, base.perplexity) for sign, named in arms.items()},
         agreement={sign: named["mapped"].agreement for sign, named in arms.items()},
-        text="",
     )
+    undecided = _undecided(verdict, gains)
+    failed = undecided or _failed(verdict, native, arms)
+    verdict = replace(verdict, failed=failed, transfers=None if undecided else not failed)
     return replace(verdict, text=_in_words(result, verdict, base, arms))
 
 
 def totals(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """Add up the rows of each group of prompts; prompts without groups stay single.
 
-    Ratios of means and signs of totals are then those of independent units.
+    Ratios of means and signs of totals are then those of independent units; the mean over groups is that over prompts.
     """
     if not groups:
         return values
     number_of = {label: i for i, label in enumerate(dict.fromkeys(groups))}
     summed = np.zeros((len(number_of), *values.shape[1:]))
     np.add.at(summed, [number_of[label] for label in groups], values)
-    return summed
+    return summed * (len(number_of) / len(groups))
 
 
-def _moved(arms: Mapping[str, Mapping[str, Arm]], ways: Mapping[str, float]) -> Mapping[str, float]:
-    """Find the directions in which the native vector moves the score.
-
-    All, where it moves it in none alone.
-
-    A text that has no French cannot lose any: where the native vector does nothing, no arm can do better than a control.
-    """
-    moved = {
-        sign: way
-        for sign, way in ways.items()
-        if min(way * arms[sign]["native"].change.low, way * arms[sign]["native"].change.high) > 0
+def _choices(result: "Result", recipe: str) -> int:
+    """Count the source sites that validation chose the mapped vector from."""
+    tried = {
+        str(record.get("site", record.get("layer")))
+        for record in result.validation
+        if record.get("varied") == "source layer" and record.get("recipe", recipe) == recipe
     }
-    return moved or ways
+    return max(1, len(tried))
 
 
-def _comparisons(arms: Mapping[str, Mapping[str, Arm]], ways: Mapping[str, float]) -> tuple[Comparison, ...]:
-    pairs = [(control, sign) for control in CONTROLS for sign in ways]
-    differences = [
-        ways[sign] * difference(np.array(arms[sign]["mapped"].scores), np.array(arms[sign][control].scores))
-        for control, sign in pairs
-    ]
-    groups = [arms[sign]["mapped"].groups for _, sign in pairs]
-    means = [bootstrap_mean(d, groups=g or None) for d, g in zip(differences, groups, strict=True)]
-    p = [
-        math.nan if mean.undefined else sign_flip_test(totals(d, g))
-        for mean, d, g in zip(means, differences, groups, strict=True)
-    ]
-    return tuple(
-        Comparison(control, sign, mean, raw, corrected)
-        for (control, sign), mean, raw, corrected in zip(pairs, means, p, holm(p), strict=True)
+def _comparisons(gains: Mapping[str, np.ndarray], choices: int) -> tuple[Comparison, ...]:
+    """Compare gains ``(units, seeds)`` over prompts and over vectors."""
+    mapped, random = gains["mapped"].mean(1), gains["random"]
+    with np.errstate(all="ignore"):  # what overflows is undefined
+        per_vector = random.mean(0)
+        best = random[:, int(np.nan_to_num(per_vector, nan=-np.inf).argmax())]
+
+    def over_prompts(control: str, other: np.ndarray) -> Comparison:
+        paired = difference(mapped, other)
+        mean = bootstrap_mean(paired)
+        return Comparison(control, "prompts", mean, math.nan if mean.undefined else sign_flip_test(paired))
+
+    scatter, p = above_others(float(mapped.mean()), per_vector, choices=choices)
+    return (
+        over_prompts("shuffled", gains["shuffled"].mean(1)),
+        over_prompts("random", best),
+        Comparison("random", "vectors", scatter, p),
     )
+
+
+def _undecided(verdict: Verdict, gains: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """List why nothing can be said."""
+    ratio, (units, vectors) = verdict.efficiency, gains["random"].shape
+    if ratio.undefined:
+        return (ratio.undefined,)
+    reasons = []
+    if units < LEAST_UNITS:
+        reasons.append(f"undecidable at n = {units}: give {LEAST_UNITS} prompts (or groups of prompts) or more")
+    if vectors < LEAST_VECTORS:
+        reasons.append("undecidable with one random vector, which shows no scatter: give more")
+    reasons += [
+        f"{c.control} over {c.over} undefined ({c.difference.undefined})"
+        for c in verdict.comparisons
+        if c.difference.undefined and (c.over == "prompts" or vectors >= LEAST_VECTORS)
+    ]
+    return tuple(reasons)
+
+
+def _failed(verdict: Verdict, native: np.ndarray, arms: Mapping[str, Mapping[str, Arm]]) -> tuple[str, ...]:
+    """List the reasons against a transfer."""
+    names = {"shuffled": "the shuffled map", "random": "the random vectors"}
+    beaten = {
+        c.control: max(c.p, *(d.p for d in verdict.comparisons if d.control == c.control)) for c in verdict.comparisons
+    }
+    failed = [f"not above {names[control]}: p {p:.2g}" for control, p in beaten.items() if not p < LEVEL]
+    if bootstrap_mean(native).value <= 0:
+        failed.append("the native vector moves the score the other way")
+    elif verdict.efficiency.low < BAR:
+        failed.append(f"the share may be under {BAR}")
+    # Where the native vector does nothing, the mapped one must do nothing.
+    changes = {sign: _signed(sign, named["native"]) for sign, named in arms.items()}
+    moved = [way for way, low, _ in changes.values() if low > 0]
+    for sign, (_, low, high) in changes.items():
+        own = arms[sign]["mapped"].change
+        if moved and low <= 0 <= high and not own.low <= 0 <= own.high and abs(own.value) >= BAR * max(moved):
+            failed.append(f"it moves the score by {own.value:+.2g} in direction {sign}, where native does nothing")
+    return tuple(failed)
+
+
+def _signed(sign: str, arm: Arm) -> tuple[float, float, float]:
+    """Return an arm's change and its interval in the direction of steering."""
+    change = arm.change
+    return (change.value, change.low, change.high) if sign == "+" else (-change.value, -change.high, -change.low)
 
 
 def _in_words(result: "Result", verdict: Verdict, base: Arm, arms: Mapping[str, Mapping[str, Arm]]) -> str:
@@ -177,12 +222,13 @@ def _in_words(result: "Result", verdict: Verdict, base: Arm, arms: Mapping[str, 
         f"{control} {'undefined' if math.isnan(share.value) else f'{share.value:.2f}'}"
         for control, share in verdict.controls.items()
     )
-    corrected = [c.corrected for c in verdict.comparisons if not c.difference.undefined]
-    worst = f"{'≤' if verdict.transfers else 'up to'} {max(*corrected, 1e-4):.2g}" if corrected else "undefined"
-    test = f"paired test against each control: p {worst}, corrected for {len(verdict.comparisons)} comparisons"
-    for c in verdict.comparisons:
-        test += f"; {c.control} {c.sign} undefined ({c.difference.undefined})" if c.difference.undefined else ""
     outcome = {True: "transfers", False: "no evidence of transfer", None: "undefined"}[verdict.transfers]
+    outcome += f" ({'; '.join(verdict.failed)})" if verdict.failed else ""
+    seeds = arms[next(iter(arms))]["random"].seeds
+    test = f"tests against the shuffled map and {seeds} random vectors: p "
+    test += (
+        "undefined" if math.isnan(verdict.p) else f"{'≤' if verdict.transfers else 'up to'} {max(verdict.p, 1e-4):.2g}"
+    )
     highest = number(float(np.max(list(verdict.perplexity_ratio.values()))), ".2f")
     cost = f"perplexity at most {highest} times the unsteered one"
     if verdict.at != EQUAL_KL:

@@ -14,9 +14,10 @@ from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.maps.moments import Moments
+from xmodel_steer.maps.significance import holm
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean, transfer_efficiency
 from xmodel_steer.models.facts import context_length, hardware_of
-from xmodel_steer.recipe.arms import ARMS, EFFICIENCY, EQUAL_KL, Arm
+from xmodel_steer.recipe.arms import ARMS, EFFICIENCY, EQUAL_KL, LEVEL, Arm
 from xmodel_steer.recipe.carrying import transfer
 from xmodel_steer.recipe.preparing import default_sites
 from xmodel_steer.recipe.results import Result
@@ -225,7 +226,7 @@ def _chosen(result: Result) -> dict[str, Any]:
     return {
         **result.choice(),
         "transfers": verdict.transfers,
-        "p": float(np.max([c.corrected for c in verdict.comparisons])),
+        "p": verdict.p,
         "unsteered_perplexity": result.arm("unsteered").perplexity,
     }
 
@@ -237,5 +238,10 @@ def conclusions(results: Mapping[str, Result]) -> tuple[str, ...]:
     shares = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
     median = f", median efficiency {np.median(shares):.2f}" if shares else ""
     count = sum(v.transfers is True for v in verdicts)
-    summary = f"{count} of {len(verdicts)} concepts transfer; {len(defined)} have a native effect{median}"
+    family = holm([v.p for v in verdicts])
+    left = sum(v.transfers is True and p < LEVEL for v, p in zip(verdicts, family, strict=True))
+    summary = (
+        f"{count} of {len(verdicts)} concepts transfer ({left} after Holm's correction over all {len(verdicts)}); "
+        f"{len(defined)} have a native effect{median}"
+    )
     return (summary, *(v.text for v in verdicts))
