@@ -230,8 +230,9 @@ def test_bad_input_gives_one_clear_error(
 def test_default_sites_lie_inside_any_model(toy_named: Callable[[str], toys.Toy]) -> None:
     for end in ("source", "target"):
         sites = default_sites(toy_named("qwen").model, end)
-        assert sites == sorted(set(sites))
-        assert all(0 <= site.layer < 3 for site in sites)
+        assert len(set(sites)) == len(sites) and [site.layer for site in sites] == sorted(site.layer for site in sites)
+        assert all(0 <= member.layer < 3 for site in sites for member in site.members)
+        assert [len(site.members) > 1 for site in sites].count(True) == (end == "source")
 
 
 def test_arms_at_equal_kl_do_the_same_damage_to_text_that_chose_the_strength(result: Result) -> None:

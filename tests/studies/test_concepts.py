@@ -158,6 +158,11 @@ def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: 
         if there:
             assert native.measures["efficiency"].low == pytest.approx(1)
     transfers = sum(c["transfers"] is True for c in study.chosen.values())
+    assert all(
+        c["p"] == study.verdict(name).p or np.isnan(c["p"])
+        for name, c in study.chosen.items()
+        if name in study.verdicts
+    )
     assert study.conclusions[0].startswith(f"{transfers} of 2 concepts transfer")
 
 

@@ -20,11 +20,11 @@ from xmodel_steer.interventions.contexts import steering, steps_of
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention, Step
 from xmodel_steer.models.batching import Batch, batches, encode
-from xmodel_steer.models.facts import name_of
+from xmodel_steer.models.facts import name_of, tokenizer_of
 from xmodel_steer.models.identity import identity_of
 from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.shortage import memory_errors
-from xmodel_steer.models.tokens import Encoding
+from xmodel_steer.models.tokens import Encoding, special_ids
 
 Settings = Sequence[Sequence[Step]]  # the interventions of each setting; none: the unsteered model
 
@@ -92,6 +92,38 @@ def side_effects(
     )
     loss, kl, agreeing = map(np.array, sums)
     return [SideEffect(kl[k], loss[k], tokens, agreeing[k]) for k in range(len(interventions))]
+
+
+def instructed_effect(model: Any, instruction: str, texts: Prompts, *, max_tokens: int | None = 64) -> SideEffect:
+    """Measure the damage of words in front of neutral text.
+
+    The instruction's tokens and a line's end precede the text's own tokens, after BOS; the text's predictions are
+    compared.
+
+    Args:
+        model: The model.
+        instruction: The words.
+        texts: Neutral text.
+        max_tokens: Tokens read of each document; None reads all of it.
+
+    Raises:
+        PromptError: There are no documents, or one has fewer than two tokens.
+    """
+    encodings, tokens = _predictable(model, (), texts, max_tokens)
+    tokenizer = tokenizer_of(model)
+    special, words = special_ids(tokenizer), tokenizer(f"{instruction}\n", add_special_tokens=False)["input_ids"]
+    sums = np.zeros((3, len(encodings)))
+    for k, plain in enumerate(encodings):
+        at = next((i for i, token in enumerate(plain.ids) if token not in special), 0)
+        told = replace(
+            plain, ids=(*plain.ids[:at], *words, *plain.ids[at:]), ends=(-1,) * (len(words) + len(plain.ids)), roles=()
+        )
+        batch, longer = (batches(model, [encoding], 1)[0] for encoding in (plain, told))
+        following = batch.ids[0, 1:]
+        reference = Reference.of(_predictions(model, batch, ()))
+        kl, loss, same = reference.compare(_predictions(model, longer, ())[len(words) :], following)
+        sums[:, k] = [float(x.sum()) for x in (kl, loss, same)]
+    return SideEffect(sums[0], sums[1], tokens, sums[2])
 
 
 def losses(

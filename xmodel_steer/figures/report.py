@@ -15,7 +15,7 @@ from xmodel_steer.figures.overviews import colours_of, overview
 from xmodel_steer.figures.texts import texts_html
 from xmodel_steer.files.records import write_atomically
 from xmodel_steer.maps.statistics import number
-from xmodel_steer.recipe.arms import EQUAL_KL, STRICTER, Arm
+from xmodel_steer.recipe.arms import EQUAL_KL, OWN_KL, STRICTER, Arm
 from xmodel_steer.recipe.results import Result
 
 
@@ -79,6 +79,8 @@ def _strength(arm: Arm) -> str:
         return "=KL" if arm.at == EQUAL_KL else ""
     if not arm.strength:
         return "0"
+    if arm.at == OWN_KL:
+        return f"{arm.sign} in words"
     return f"{arm.strength:+.2f} =KL" if arm.at == EQUAL_KL else f"{arm.strength:+g}"
 
 

@@ -12,7 +12,7 @@ from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, rate, undefin
 ARMS = ("unsteered", "native", "mapped", "random", "shuffled")
 CONTROLS = ("random", "shuffled")
 LEVEL = 0.05  # of the corrected tests
-EQUAL_STRENGTH, EQUAL_KL = "equal strength", "equal KL"
+EQUAL_STRENGTH, EQUAL_KL, OWN_KL = "equal strength", "equal KL", "own KL"
 EFFICIENCY = "efficiency"  # the name of a measure: an arm's effect over the native one's
 AGREEMENT = "agreement with the clean answer"
 STRICTER = ("unchanged", "word for word")  # ends of names of measures that repeat a looser one
@@ -25,14 +25,14 @@ class Arm:
 
     Args:
         arm: ``unsteered``, ``native`` (the target's own vector: the ceiling), ``mapped``, ``random`` (all seeds together),
-            ``shuffled`` (a map fitted on shuffled pairs), or another name that a study explains.
+            ``shuffled`` (a map fitted on shuffled pairs), ``prompted`` (an instruction in words), or another name that a study explains.
         effect: Mean score, with a 95 % interval over prompts.
         kl: KL from the unsteered model on neutral text, nats per token.
         perplexity: Perplexity of neutral text.
         change: Mean of the paired difference from the unsteered model, with its interval.
         recipe: How the vector is found and what is done with it; empty for an unsteered arm that all recipes share.
         operator: The operator, as text.
-        at: ``equal strength``, or ``equal KL`` with the native vector.
+        at: ``equal strength``, ``equal KL`` with the native vector, or ``own KL``, which an instruction in words has.
         strength: In units of the native vector's norm in standardised coordinates, the mean over seeds; NaN where the operator
             has none, or the arm joins two directions.
         budget: The KL that the strength was calibrated to, on other neutral text; None at a fixed strength.

@@ -6,6 +6,7 @@ prompts and validation text; what is reported comes from prompts and text that c
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xmodel_steer.core.bars import stages, tell, with_progress
 from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.prompts import Prompts
 from xmodel_steer.core.spaces import Site, Sites
+from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.behaviours.generated import Behaviour, GeneratedText
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice, Preference
 from xmodel_steer.evaluation.scorers.text import Explained
@@ -26,14 +28,14 @@ from xmodel_steer.maps.moments import Moments
 from xmodel_steer.models.facts import dtype_of
 from xmodel_steer.models.sites import space_of
 from xmodel_steer.recipe.arms import Arm
-from xmodel_steer.recipe.matching import match_damage
+from xmodel_steer.recipe.matching import Run, match_damage
 from xmodel_steer.recipe.measuring import measure
 from xmodel_steer.recipe.planning import plan
 from xmodel_steer.recipe.preparing import Measurable, Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
-from xmodel_steer.recipe.selecting import Selected, select
+from xmodel_steer.recipe.selecting import Selected, read_contrast, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 
 
@@ -75,7 +77,7 @@ def transfer(
             a function that makes it of held-out contrast prompts: `Preference`, or `AnswerLogOdds.from_contrast` for
             pairs that end with two answers to one question.
         label: Name of the behaviour.
-        source_sites: Candidates; by default at 1/2, 5/8 and 3/4 of the depth.
+        source_sites: Candidates, each a site or a `Stack`; by default 1/2, 5/8 and 3/4 of the depth, and a stack of seven.
         target_sites: Candidates; by default at 3/8, 1/2 and 5/8 of the depth.
         method: How the vector is found, carried and applied.
         side: Other behaviours to measure on every arm at equal KL: that the capability stays
@@ -107,46 +109,84 @@ def transfer(
         )  # fmt: skip
         tell(plan(prepared, behaviours))
         begin("select layers and strength")
-        selected = select(prepared)
+        recipes = _selected(prepared)
         begin("match damage")
-        runs, doses = match_damage(prepared, selected.arms(budget.random_seeds, seed), selected.headline)
+        runs, doses = _matched(prepared, recipes)
         begin("measure")
         arms = measure(prepared, runs, behaviours)
-        result = _result(prepared, selected, arms, doses, behaviours)
+        result = _result(prepared, recipes, arms, doses, behaviours)
         if place is not None:
             save_or_spare(result, place)
     return result
 
 
+def _selected(prepared: Prepared) -> dict[str, Selected]:
+    """Return the choices of every recipe."""
+    recipes = {prepared.label: select(prepared)}
+    if prepared.method.read_contrast:
+        recipes[f"{prepared.label}, contrast read"] = read_contrast(prepared, recipes[prepared.label])
+    return recipes
+
+
+def _matched(prepared: Prepared, recipes: Mapping[str, Selected]) -> tuple[list[Run], dict[str, list[dict[str, Any]]]]:
+    """List the runs of every recipe, and the records of their strengths."""
+    runs: list[Run] = []
+    doses: dict[str, list[dict[str, Any]]] = {}
+    for recipe, selected in recipes.items():
+        arms = selected.arms(prepared.budget.random_seeds, prepared.seed)
+        if runs:  # all have the same random vectors
+            del arms["random"]
+        more, doses[recipe] = match_damage(prepared, arms, selected.headline, recipe)
+        shared = [replace(run, recipe=recipe) for run in runs if run.arm == "random" and run.recipe == prepared.label]
+        runs += (more[1:] if runs else more) + shared
+    return runs, doses
+
+
+def _choice(prepared: Prepared, selected: Selected, doses: list[dict[str, Any]]) -> dict[str, Any]:
+    """Record what was chosen, and how well the vector was carried."""
+    similarity, fitted = selected.similarity(), map_record(selected.mapping, selected.moments)
+    return {
+        "unit": prepared.evaluation.unit,
+        **sites_record(selected.source.space.site, selected.native.space.site),
+        "strength": selected.headline,
+        "operator": repr(Add(selected.headline)),
+        "cosine": similarity["mapped"]["cosine"],
+        "norm_ratio": similarity["mapped"]["norm_ratio"],
+        "map_r2": fitted.get("r2"),
+        "similarity": similarity,
+        "map": fitted,
+        "equal_kl": doses,
+    }
+
+
+def _vectors(recipes: Mapping[str, Selected], seed: int) -> dict[str, SteeringVector]:
+    """Name the vectors of each recipe."""
+    vectors = {}
+    for recipe, selected in recipes.items():
+        arms = selected.arms(1, seed)
+        prefix = f"{recipe}: " if len(recipes) > 1 else ""
+        vectors[f"{prefix}source"] = selected.source
+        vectors |= {f"{prefix}{name}": arms[name][0] for name in ("native", "mapped", "shuffled")}
+    return vectors
+
+
 def _result(
-    prepared: Prepared, selected: Selected, arms: tuple[Arm, ...], doses: list[dict[str, Any]], side: Mapping[str, Behaviour]
-) -> Result:  # fmt: skip
+    prepared: Prepared,
+    recipes: Mapping[str, Selected],
+    arms: tuple[Arm, ...],
+    doses: Mapping[str, list[dict[str, Any]]],
+    side: Mapping[str, Behaviour],
+) -> Result:
     """Record what was measured, and how it was made."""
     label, budget, method, seed = prepared.label, prepared.budget, prepared.method, prepared.seed
-    source_site, target_site = selected.source.space.site, selected.native.space.site
-    similarity = selected.similarity()
-    fitted = map_record(selected.mapping, prepared.moments)
-    vectors = selected.arms(1, seed)
+    selected = recipes[label]
     return Result(
         name=label,
         unit=prepared.evaluation.unit,
-        source=_end(prepared.source, source_site),
-        target=_end(prepared.target, target_site),
+        source=_end(prepared.source, selected.source.space.site),
+        target=_end(prepared.target, selected.native.space.site),
         arms=arms,
-        chosen={
-            label: {
-                "unit": prepared.evaluation.unit,
-                **sites_record(source_site, target_site),
-                "strength": selected.headline,
-                "operator": repr(Add(selected.headline)),
-                "cosine": similarity["mapped"]["cosine"],
-                "norm_ratio": similarity["mapped"]["norm_ratio"],
-                "map_r2": fitted.get("r2"),
-                "similarity": similarity,
-                "map": fitted,
-                "equal_kl": doses,
-            }
-        },
+        chosen={recipe: _choice(prepared, recipes[recipe], doses[recipe]) for recipe in recipes},
         validation=selected.records,
         spec={
             "source_sites": [str(site) for site in prepared.sources],
@@ -156,6 +196,8 @@ def _result(
             "direction": getattr(method.direction, "__name__", repr(method.direction)),
             "positions": method.positions if isinstance(method.positions, str | tuple) else "mask",
             "fitter": repr(method.fitter),
+            **({"read_contrast": True} if method.read_contrast else {}),
+            **({"instructions": list(method.instructions)} if any(method.instructions) else {}),
             "scorer": _scorer(prepared.evaluation),
             "max_new_tokens": getattr(prepared.evaluation, "max_new_tokens", None),
             "neutral_documents": len(prepared.text.reported),
@@ -169,8 +211,8 @@ def _result(
         },
         versions=versions(),
         prompts=prepared.prompts,
-        vectors={"source": selected.source} | {name: vectors[name][0] for name in ("native", "mapped", "shuffled")},
-        maps={label: selected.mapping},
+        vectors=_vectors(recipes, seed),
+        maps={recipe: chosen.mapping for recipe, chosen in recipes.items()},
     )
 
 

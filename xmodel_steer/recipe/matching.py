@@ -85,7 +85,7 @@ def matched(
 
 
 def match_damage(
-    prepared: Prepared, arms: Mapping[str, Sequence[SteeringVector]], headline: float
+    prepared: Prepared, arms: Mapping[str, Sequence[SteeringVector]], headline: float, recipe: str | None = None
 ) -> tuple[list[Run], list[dict[str, Any]]]:
     """List every run of a transfer, at fixed strengths and at equal KL.
 
@@ -95,11 +95,12 @@ def match_damage(
         prepared: What `prepare` returned.
         arms: The vectors of every arm, ``native`` first.
         headline: The strength that validation chose.
+        recipe: The recipe; by default the behaviour's label.
 
     Returns:
         The runs, the unsteered one first, and a record of every calibrated strength.
     """
-    native, budget, label = arms["native"][0], prepared.budget, prepared.label
+    native, budget, label = arms["native"][0], prepared.budget, prepared.label if recipe is None else recipe
     signs = [sign for sign in (1, -1) if sign * headline in budget.strengths]
 
     def run(arm: str, vector: SteeringVector, strength: float, **fields: Any) -> Run:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from xmodel_steer.evaluation.behaviours.generated import Behaviour, Measured
-from xmodel_steer.evaluation.damage import SideEffect
+from xmodel_steer.evaluation.damage import SideEffect, instructed_effect
 from xmodel_steer.interventions.operators import Add
-from xmodel_steer.recipe.arms import EQUAL_KL, Arm, estimate, joined_arm
+from xmodel_steer.recipe.arms import EQUAL_KL, OWN_KL, Arm, estimate, joined_arm
 from xmodel_steer.recipe.matching import Run
 from xmodel_steer.recipe.preparing import Prepared
 
@@ -28,15 +29,44 @@ def measure(prepared: Prepared, runs: Sequence[Run], side: Mapping[str, Behaviou
     keys = [(run.strength, *(id(step.vector) for step in run.setting)) for run in runs]  # type: ignore[union-attr]
     settings = {key: run.setting for key, run in zip(keys, runs, strict=True)}
     measured = dict(zip(settings, prepared.evaluation.measure(target, list(settings.values())), strict=True))
-    costs = prepared.damage([run.setting for run in runs], prepared.text.reported)
-    fair = [i for i, run in enumerate(runs) if run.at == EQUAL_KL or not run.setting]
-    others: list[dict[str, np.ndarray]] = [{} for _ in runs]
+    costs = dict(zip(settings, prepared.damage(list(settings.values()), prepared.text.reported), strict=True))
+    is_fair = [run.at == EQUAL_KL or not run.setting for run in runs]
+    fair = list(dict.fromkeys(key for key, told in zip(keys, is_fair, strict=True) if told))
+    others: dict[Any, dict[str, np.ndarray]] = {key: {} for key in fair}
     for name, behaviour in side.items():
-        for i, found in zip(fair, behaviour.measure(target, [runs[i].setting for i in fair]), strict=True):
-            others[i][name] = found.scores
+        for key, found in zip(fair, behaviour.measure(target, [settings[key] for key in fair]), strict=True):
+            others[key][name] = found.scores
     ids = tuple(prepared.evaluation.ids)
-    outcomes = [replace(measured[key], measures=measures, ids=ids) for key, measures in zip(keys, others, strict=True)]
-    return arms_of(runs, outcomes, costs)
+    outcomes = [
+        replace(measured[key], measures=others[key] if told else {}, ids=ids)
+        for key, told in zip(keys, is_fair, strict=True)
+    ]
+    arms = arms_of(runs, outcomes, [costs[key] for key in keys])
+    return arms + _prompted(prepared, arms[0])
+
+
+def _prompted(prepared: Prepared, base: Arm) -> tuple[Arm, ...]:
+    """Measure the instructions in words, in both directions.
+
+    Args:
+        prepared: What `prepare` returned.
+        base: The unsteered arm.
+    """
+    arms = []
+    for sign, words in zip((1.0, -1.0), prepared.method.instructions, strict=True):
+        if words:
+            (found,) = prepared.evaluation.instructed(words).measure(prepared.target, [[]])
+            cost = instructed_effect(
+                prepared.target, words, prepared.text.reported, max_tokens=prepared.budget.neutral_tokens
+            )
+            arms.append(
+                joined_arm(
+                    "prompted", [sign], [found.scores], np.array(base.scores), kl=[cost.mean_kl], perplexity=[cost.perplexity],
+                    agreement=[cost.agreement], recipe=prepared.label, operator=words, at=OWN_KL, ids=base.ids, texts=found.texts,
+                    raw=found.raw,
+                )
+            )  # fmt: skip
+    return tuple(arms)
 
 
 def arms_of(

@@ -12,7 +12,7 @@ from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt, Prompts
-from xmodel_steer.core.spaces import Site, Sites, as_sites, require_same_space
+from xmodel_steer.core.spaces import Site, Sites, Stack, as_sites, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.behaviours.generated import Behaviour
 from xmodel_steer.evaluation.behaviours.likelihoods import Preference
@@ -158,15 +158,22 @@ def prepare(
 
 
 def default_sites(model: Any, end: str) -> list[Site]:
-    """List candidate sites at three depths.
+    """List candidate sites: three depths, and of a source a stack.
 
-    These are 1/2, 5/8 and 3/4 of a source's depth, and 3/8, 1/2 and 5/8 of a target's.
+    The depths are 1/2, 5/8 and 3/4 of a source's blocks, and 3/8, 1/2 and 5/8 of a target's. The stack has seven sites from
+    .3 to .9 of the depth.
 
-    A concept is read best after it was worked out, and written best before it is used.
+    A concept is read best after it was worked out, over several blocks, and written best before it is used.
     """
-    layers = model.cfg.n_layers
-    depths = (0.5, 0.625, 0.75) if end == "source" else (0.375, 0.5, 0.625)
-    return [Site(layer) for layer in sorted({min(layers - 1, round(d * layers)) for d in depths})]
+
+    def at(depths: Sequence[float]) -> list[Site]:
+        layers = model.cfg.n_layers
+        return [Site(layer) for layer in sorted({min(layers - 1, round(d * layers)) for d in depths})]
+
+    if end != "source":
+        return at((0.375, 0.5, 0.625))
+    members = at([0.3 + 0.1 * k for k in range(7)])
+    return [*at((0.5, 0.625, 0.75)), *([Stack(members)] if members[1:] else [])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.statistics import bootstrap_mean
-from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, Arm, difference, estimate
+from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, OWN_KL, Arm, difference, estimate
 from xmodel_steer.recipe.verdicts import Verdict, verdict_of
 
 
@@ -135,7 +135,7 @@ class Result:
         return min(fits, key=lambda arm: arm.at != EQUAL_STRENGTH)
 
     def at_equal_kl(self, name: str, sign: str, recipe: str | None = None) -> Arm:
-        """Return an arm at the native vector's KL.
+        """Return an arm at the native vector's KL; ``prompted`` at its own.
 
         Args:
             name: The arm.
@@ -146,7 +146,7 @@ class Result:
             KeyError: It was not run.
         """
         for arm in self.arms:
-            fits = (arm.arm, arm.at, arm.sign) == (name, EQUAL_KL, sign) and recipe in (None, arm.recipe)
+            fits = (arm.arm, arm.sign) == (name, sign) and arm.at in (EQUAL_KL, OWN_KL) and recipe in (None, arm.recipe)
             if fits and not math.isnan(arm.strength):
                 return arm
         raise KeyError(f"{name} was not run at equal KL in direction {sign}")

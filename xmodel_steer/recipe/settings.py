@@ -73,6 +73,10 @@ class Method:
         fitter: Fits the map.
         positions: Where to steer; see `Intervention`. Neutral text is steered at every token, or where a mask says how many, at as
             many from its second token on.
+        read_contrast: Carry the vector also by a map whose text has the contrast prompts, without their labels: the recipe
+            ``LABEL, contrast read``. It says what a map can carry that has read text of the kind.
+        instructions: Words that ask for the behaviour, and words that ask for its opposite: the arm ``prompted``, at the KL that
+            the words have. An empty one is not measured.
 
     Raises:
         PromptError: The fitter needs rows, and a transfer collects moments.
@@ -83,6 +87,8 @@ class Method:
     direction: Direction = difference_of_means
     fitter: Fitter = field(default_factory=Ridge)
     positions: Positions = "all"
+    read_contrast: bool = False
+    instructions: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         inner = self.fitter.fitter if isinstance(self.fitter, ShuffledPairs) else self.fitter

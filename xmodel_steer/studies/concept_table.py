@@ -17,13 +17,13 @@ from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.significance import holm
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean, transfer_efficiency
 from xmodel_steer.models.facts import context_length, hardware_of
-from xmodel_steer.recipe.arms import ARMS, EFFICIENCY, EQUAL_KL, LEVEL, Arm
+from xmodel_steer.recipe.arms import ARMS, EFFICIENCY, LEVEL, Arm
 from xmodel_steer.recipe.carrying import transfer
 from xmodel_steer.recipe.preparing import default_sites
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 from xmodel_steer.studies.carried import MAP_TOKENS
-from xmodel_steer.studies.concepts import CONCEPTS, concept, openings
+from xmodel_steer.studies.concepts import CONCEPTS, Concept, concept, openings
 from xmodel_steer.studies.settings import Clock, Settings, end_of
 
 QUESTION = "How much of a concept's effect in the target does a vector that was found in the source have?"
@@ -37,7 +37,8 @@ NOTE = (
     "the native one's; undefined where the native vector does nothing. KL and perplexity: mean of both directions."
 )
 SHOWN = 3  # texts of each direction
-SETTINGS = Settings(documents=(500, 30), neutral_tokens=24, batch_size=192)
+SEEN = 108  # of the openings: earlier studies reported on them
+SETTINGS = Settings(documents=(500, 30), random_seeds=5, neutral_tokens=24, batch_size=192)
 
 
 def concept_transfer(
@@ -62,7 +63,8 @@ def concept_transfer(
         names: Concepts, some of `CONCEPTS`.
         source_sites: Candidate sites of the source; by default the candidates of `transfer`.
         target_sites: Candidate sites of the target; by default the candidates of `transfer`.
-        prompts: Texts to continue; a third validates. Packaged beginnings of sentences by default.
+        prompts: Texts to continue; a third validates. By default 300 packaged beginnings of sentences that no study before
+            this one reported on, and 72 others that validate.
         max_new_tokens: Length of the continuations.
         directions: Methods to find a concept's vector, by their names; every concept is carried once with each method.
         settings: Text, sizes and seeds.
@@ -75,11 +77,12 @@ def concept_transfer(
     if not concepts:
         raise PromptError(f"concept_transfer: give at least one of {', '.join(CONCEPTS)}")
     clock, (general, neutral) = Clock(), settings.texts()
-    prompts = openings(108) if prompts is None else prompts
+    ours, chosen_on = (openings()[SEEN : SEEN + 300], openings(SEEN)[:72]) if prompts is None else (tuple(prompts), ())
     sources, targets = (
         tuple(sites or default_sites(model, end))
         for sites, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
     )
+    budget = Budget((-1.0, 1.0), False, settings.random_seeds, neutral_tokens=settings.neutral_tokens)
     limit = min(MAP_TOKENS, context_length(source), context_length(target))
 
     def moments_of(text: Sequence[Prompt]) -> Moments:
@@ -87,12 +90,8 @@ def concept_transfer(
             source, target, text, source_sites=sources, target_sites=targets, max_tokens=limit, seed=settings.seed
         )
 
-    for carried in concepts:  # `transfer` checks all other sets; it gets moments instead of the map's text
-        text = carried.map_text(general, seed=settings.seed) if carried.text else general
-        sets = {"map text": text, "neutral text": neutral}
-        sets |= {"contrast": carried.contrast.positive + carried.contrast.negative}
-        sets |= {"prompts": tuple(prompts) if carried.scorer else ()}
-        require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
+    for carried in concepts:
+        _require_disjoint(carried, general, neutral, ours + chosen_on, settings.seed)
     shared = moments_of(general)
     clock.lap("collecting moments")
 
@@ -105,15 +104,15 @@ def concept_transfer(
             source,
             target,
             carried.contrast,
-            GeneralText((), neutral, moments),
-            behaviour=carried.behaviour(prompts, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
+            GeneralText(carried.map_text(general, seed=settings.seed), neutral, moments),
+            behaviour=carried.behaviour(ours, chosen_on, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
             label=label,
             source_sites=sources,
             target_sites=targets,
-            method=Method(carried.tokens, direction, settings.fitter),
-            budget=Budget(
-                (-1.0, 1.0), fixed=False, random_seeds=settings.random_seeds, neutral_tokens=settings.neutral_tokens
+            method=Method(
+                carried.tokens, direction, settings.fitter, "all", settings.read_contrast, carried.instructions
             ),
+            budget=budget,
             side={},  # every arm costs the same KL; measuring capability too would take half the time again
             seed=settings.seed,
         )
@@ -121,9 +120,9 @@ def concept_transfer(
         clock.lap(label)
 
     first = next(iter(results.values()))
+    each = [(result, recipe) for result in results.values() for recipe in result.recipes]
     # Concepts with texts share their prompts.
     with_texts = next((result for result in results.values() if result.arm("unsteered").texts), first)
-    vector_names = ("source", "native", "mapped", "shuffled")
     return Result(
         name="concepts",
         question=QUESTION,
@@ -132,22 +131,39 @@ def concept_transfer(
         stored=conclusions(results),
         source=end_of(source),
         target=end_of(target),
-        arms=(_unsteered(with_texts), *(arm for result in results.values() for arm in both_directions(result))),
-        chosen={name: _chosen(result) for name, result in results.items()},
+        arms=(_unsteered(with_texts), *(arm for named in each for arm in both_directions(*named))),
+        chosen={recipe: _chosen(result, recipe) for result, recipe in each},
         validation=tuple(record for result in results.values() for record in result.validation),
         prompts=_prompts(with_texts),
         spec=settings.record()
         | {"strengths": [-1.0, 1.0], "max_new_tokens": max_new_tokens, "source_sites": list(map(str, sources))}
         | {"target_sites": list(map(str, targets)), "map_documents": len(general), "map_tokens": limit},
         splits={"general": [prompt.id for prompt in general]}
-        | {name: {**result.splits, **mixed[name]} for name, result in results.items()},
+        | {
+            name: {k: ids for k, ids in result.splits.items() if k != "map_text"} | mixed[name]
+            for name, result in results.items()
+        },
         seeds=dict(first.seeds),
         versions=versions(),
         hardware=hardware_of(target),
         seconds=clock.seconds,
-        vectors={f"{name}: {arm}": result.vectors[arm] for name, result in results.items() for arm in vector_names},
+        vectors={
+            name if result.recipes[1:] else f"{result.name}: {name}": vector
+            for result in results.values()
+            for name, vector in result.vectors.items()
+        },
         maps={name: mapping for result in results.values() for name, mapping in result.maps.items()},
     )
+
+
+def _require_disjoint(
+    carried: Concept, general: Sequence[Prompt], neutral: Sequence[Prompt], prompts: Sequence[Prompt], seed: int
+) -> None:
+    """Refuse sets that share a text, before any model runs."""
+    sets = {"map text": carried.map_text(general, seed=seed), "neutral text": neutral}
+    sets |= {"contrast": carried.contrast.positive + carried.contrast.negative}
+    sets |= {"prompts": tuple(prompts) if carried.scorer else ()}
+    require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
 
 
 def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **more: Any) -> Result:
@@ -182,28 +198,30 @@ def _unsteered(result: Result) -> Arm:
     return Arm("unsteered", no_change, 0.0, base.perplexity, change=no_change, texts=texts)
 
 
-def both_directions(result: Result, names: Sequence[str] = ARMS[1:]) -> list[Arm]:
+def both_directions(result: Result, recipe: str, names: Sequence[str] = (*ARMS[1:], "prompted")) -> list[Arm]:
     """Join each arm's two directions at equal KL; the effect is half their difference.
 
     Args:
         result: The result of `transfer`.
-        names: The arms to join.
+        recipe: The recipe.
+        names: The arms to join, where the recipe has them.
     """
     base = result.arm("unsteered")
-    native = result.gain("native")[:, 0]
+    native = result.gain("native", recipe)[:, 0]
+    there = {arm.arm for arm in result.arms if arm.recipe == recipe}
     joined = []
-    for name in names:
-        signed = {sign: result.at_equal_kl(name, sign) for sign in result.signs}
-        gain = result.gain(name)
+    for name in [name for name in names if name in there]:
+        signed = {sign: result.at_equal_kl(name, sign, recipe) for sign in result.signs}
+        gain = result.gain(name, recipe)
         scores = {f"score, {sign}": arm.effect for sign, arm in signed.items()} | {"score, unsteered": base.effect}
         strengths = " and ".join(f"{arm.strength:.2f}" for arm in signed.values())
         arms = list(signed.values())
         joined.append(
             Arm(
                 arm=name,
-                recipe=result.name,
-                operator=f"Add({strengths})",
-                at=EQUAL_KL,
+                recipe=recipe,
+                operator=" / ".join(arm.operator for arm in arms) if name == "prompted" else f"Add({strengths})",
+                at=arms[0].at,
                 effect=bootstrap_mean(gain),
                 change=bootstrap_mean(gain),
                 measures={EFFICIENCY: transfer_efficiency(gain, native)} | scores,
@@ -221,10 +239,10 @@ def both_directions(result: Result, names: Sequence[str] = ARMS[1:]) -> list[Arm
     return joined
 
 
-def _chosen(result: Result) -> dict[str, Any]:
-    verdict = result.verdict()
+def _chosen(result: Result, recipe: str) -> dict[str, Any]:
+    verdict = result.verdict(recipe)
     return {
-        **result.choice(),
+        **result.choice(recipe),
         "transfers": verdict.transfers,
         "p": verdict.p,
         "unsteered_perplexity": result.arm("unsteered").perplexity,
@@ -232,8 +250,8 @@ def _chosen(result: Result) -> dict[str, Any]:
 
 
 def conclusions(results: Mapping[str, Result]) -> tuple[str, ...]:
-    """Count the concepts that transfer, and list their verdicts."""
-    verdicts = [result.verdict() for result in results.values()]
+    """Count the concepts that transfer by maps of general text, and list all verdicts."""
+    verdicts = [result.verdict(name) for name, result in results.items()]
     defined = [v for v in verdicts if v.efficiency.undefined != NO_NATIVE]
     shares = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
     median = f", median efficiency {np.median(shares):.2f}" if shares else ""
@@ -244,4 +262,4 @@ def conclusions(results: Mapping[str, Result]) -> tuple[str, ...]:
         f"{count} of {len(verdicts)} concepts transfer ({left} after Holm's correction over all {len(verdicts)}); "
         f"{len(defined)} have a native effect{median}"
     )
-    return (summary, *(v.text for v in verdicts))
+    return (summary, *(v.text for result in results.values() for v in result.verdicts.values()))

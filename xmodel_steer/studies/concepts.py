@@ -37,6 +37,7 @@ class Concept:
         scorer: The score of a text. Without one, the score is the log-odds of two answers on held-out pairs.
         tokens: The tokens of the pairs that count; see `capture`.
         prompts: Beginnings of sentences to continue, if there is a scorer.
+        instructions: Words that ask for the concept, and for its opposite, if there is a scorer.
         text: Text for the map, in addition to general text.
     """
 
@@ -47,6 +48,7 @@ class Concept:
     tokens: Tokens = "mean"
     prompts: tuple[Prompt, ...] = field(repr=False, default=())
     text: tuple[Prompt, ...] = field(repr=False, default=())
+    instructions: tuple[str, str] = ("", "")
 
     def map_text(self, general: Sequence[Prompt], *, seed: int = 0) -> tuple[Prompt, ...]:
         """Mix the concept's text into general text.
@@ -63,17 +65,21 @@ class Concept:
         texts = (*general, *self.text)
         return tuple(texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
 
-    def behaviour(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 24, batch_size: int = 192) -> Measurable:
+    def behaviour(
+        self, prompts: Sequence[Prompt], validation: Sequence[Prompt] = (), *, max_new_tokens: int = 24, batch_size: int = 192
+    ) -> Measurable:  # fmt: skip
         """Return the behaviour to measure: generated text with a scorer, else answers' log-odds.
 
         Args:
             prompts: Texts to continue, if there is a scorer.
+            validation: Other texts, which choose; by default a third of the prompts does.
             max_new_tokens: Length of the continuations.
             batch_size: Texts at a time.
         """
         if self.scorer is None:
             return AnswerLogOdds.from_contrast
-        return GeneratedText(tuple(prompts), self.scorer, max_new_tokens, batch_size, self.unit)
+        settings = max_new_tokens, batch_size, self.unit
+        return GeneratedText(tuple(prompts), self.scorer, *settings, validation=tuple(validation))
 
 
 # Unit and scorer of each concept with scored texts; None means the balance of its words in ``data/words``.
@@ -89,6 +95,19 @@ _SCORED: dict[str, tuple[str, Scorer | None]] = {
     "shouting": ("share of texts with two words in capitals", Matches(r"\b[A-Z]{3,}\b.*\b[A-Z]{3,}\b", int(re.DOTALL))),
     "numbers": ("share of texts with a digit", Matches(r"\d")),
     "dialogue": ("share of texts with quotation marks", Matches('["“”]')),
+}
+_INSTRUCTIONS: dict[str, tuple[str, str]] = {  # what a user would write instead
+    "sentiment": ("Write joyfully.", "Write sadly."),
+    "first-person": ("Write in the first person.", "Write in the third person."),
+    "tense": ("Write in the past tense.", "Write in the future tense."),
+    "french": ("Écris en français.", "Write in English."),
+    "questions": ("Ask questions.", "Ask no questions."),
+    "formality": ("Write formally.", "Write informally."),
+    "anger": ("Write angrily.", "Write calmly."),
+    "politeness": ("Write politely.", "Write rudely."),
+    "shouting": ("WRITE IN CAPITALS.", "Write in small letters."),
+    "numbers": ("Write with numbers.", "Write without numbers."),
+    "dialogue": ("Write a dialogue.", "Write without dialogue."),
 }
 _WRITTEN = ("sentiment", "first-person", "tense")  # written sentence by sentence; the other concepts combine parts
 _ANSWERED = {  # concepts with two answers to each question, and their files (Rimsky et al. 2024, arXiv 2312.06681)
@@ -122,7 +141,7 @@ def concept(name: str) -> Concept:
         scorer = WordBalance(frozenset(lists["positive"]), frozenset(lists["negative"]))
     if name in _WRITTEN:
         contrast = ContrastSet.from_records(read_table(f"behaviours/{name}/contrast.jsonl"))
-        return Concept(name, contrast, unit, scorer, prompts=_prompts(name))
+        return Concept(name, contrast, unit, scorer, prompts=_prompts(name), instructions=_INSTRUCTIONS[name])
     parts = read_table("concepts.json")
     pairs = [tuple(map(" ".join, zip(*pair, strict=True))) for pair in product(*parts["contrast"][plain])]
     contrast = ContrastSet.from_records([{"positive": p, "negative": n} for p, n in pairs])
@@ -131,7 +150,8 @@ def concept(name: str) -> Concept:
         sentences = [" ".join(sentence) for sentence in product(*parts["french_text"])]
         order = np.random.default_rng(0).permutation(len(sentences))
         text = tuple(Prompt(text=sentences[i]) for i in order[:FRENCH_TEXTS])
-    return Concept(name, contrast, unit, scorer, prompts=openings(), text=text)
+    words = _INSTRUCTIONS[plain]
+    return Concept(name, contrast, unit, scorer, prompts=openings(), text=text, instructions=words)
 
 
 def _answered(name: str) -> Concept:

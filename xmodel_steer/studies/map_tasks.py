@@ -54,13 +54,13 @@ def steered_arms(prepared: Prepared, groups: Mapping[str, Sequence[SteeringVecto
         prepared: The models, the prompts and the neutral text.
         groups: The vectors of every arm, ``native`` first.
     """
-    runs, _ = match_damage(prepared, groups, 1.0)
+    runs, _ = match_damage(prepared, groups, 1.0, STEERING)
     measured = measure(prepared, runs, {})
     result = Result(STEERING, "", {}, {}, measured, {}, (), {}, {}, {}, {})
     base = result.arm("unsteered")
     no_change = bootstrap_mean(np.zeros(base.effect.n))
     unsteered = Arm("unsteered", no_change, 0.0, base.perplexity, recipe=STEERING, at=EQUAL_KL)
-    return [unsteered, *both_directions(result, list(groups))]
+    return [unsteered, *both_directions(result, STEERING, list(groups))]
 
 
 def replaced_arms(

@@ -29,6 +29,7 @@ class Settings:
         neutral_tokens: Number of tokens read of each neutral text.
         batch_size: Texts generated at a time.
         also: A layer of the source and one of the target to try with each recipe's candidates, such as the paper's layers.
+        read_contrast: Carry every vector also by a map that read the contrast prompts, without their labels.
         seed: Seed of all choices.
 
     Raises:
@@ -45,6 +46,7 @@ class Settings:
     neutral_tokens: int = 32
     batch_size: int = 100
     also: tuple[int, int] | None = None
+    read_contrast: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -60,6 +60,14 @@ class Behaviour:
             raise PromptError(f"needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}")
         return self.part(order[:third]), self.part(order[third:])
 
+    def instructed(self, instruction: str) -> "Behaviour":
+        """Return the same behaviour where prompts begin with an instruction in words.
+
+        Args:
+            instruction: The instruction, such as ``Write joyfully.``
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no instruction: it has no instructed()")
+
     def _key(self, place: int) -> str:
         """Return what prompts are told apart by."""
         return self.ids[place]
@@ -104,6 +112,8 @@ class GeneratedText(Behaviour):
         max_new_tokens: Length of the continuations.
         batch_size: Texts at a time, over all settings.
         unit: Name of the score, for axes and tables.
+        instruction: Words in front of each prompt, which scorers do not read.
+        validation: Other prompts, which choose layers and strength; by default a third of the prompts does.
     """
 
     prompts: Any  # whatever prompts are given as; kept as a tuple of Prompt
@@ -111,9 +121,12 @@ class GeneratedText(Behaviour):
     max_new_tokens: int = 24
     batch_size: int = 192
     unit: str = "score"
+    instruction: str = ""
+    validation: Any = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts(self.prompts, what="GeneratedText: prompts"))
+        for name in ("prompts", "validation"):
+            object.__setattr__(self, name, as_prompts(getattr(self, name), what=f"GeneratedText: {name}"))
 
     @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -125,7 +138,20 @@ class GeneratedText(Behaviour):
 
     def part(self, places: Sequence[int]) -> "GeneratedText":
         """Return the same behaviour on some of its prompts."""
-        return replace(self, prompts=tuple(self.prompts[i] for i in places))
+        return replace(self, prompts=tuple(self.prompts[i] for i in places), validation=())
+
+    def split(self, seed: int = 0) -> "tuple[Behaviour, Behaviour]":
+        """Split at random into validation and evaluation; see `Behaviour`.
+
+        Where there are prompts for validation, all others evaluate.
+        """
+        if not self.validation:
+            return super().split(seed)
+        return replace(self, prompts=self.validation, validation=()), replace(self, validation=())
+
+    def instructed(self, instruction: str) -> "GeneratedText":
+        """Return the same behaviour where prompts begin with an instruction in words."""
+        return replace(self, instruction=instruction)
 
     def measure(
         self,
@@ -137,7 +163,7 @@ class GeneratedText(Behaviour):
         Several settings share a batch, each steering its own rows: wide batches cost little more
         than narrow ones. Where a step goes by the prompts' numbers, each has its own.
         """
-        n = len(self.prompts)
+        n, given = len(self.prompts), tuple(instructed(prompt, self.instruction) for prompt in self.prompts)
         alone = any(_by_number(step) for setting in settings for step in setting)
         together = 1 if alone else max(1, self.batch_size // n)
         measured = []
@@ -149,7 +175,7 @@ class GeneratedText(Behaviour):
                     for k, setting in enumerate(group)
                     for step in setting
                 ]
-                texts = self._written(model, steps, self.prompts * len(group))
+                texts = self._written(model, steps, given * len(group))
                 for k in range(len(group)):
                     answers = texts[k * n : (k + 1) * n]
                     scores = score_texts(self.scorer, answers, self.prompts)
@@ -166,6 +192,17 @@ class GeneratedText(Behaviour):
                 return generate(model, prompts, max_new_tokens=length, batch_size=size, progress=False)
 
         return once(lambda: ("texts", identity_of(model), steps, prompts, length, size), write)
+
+
+def instructed(prompt: Prompt, instruction: str) -> Prompt:
+    """Put an instruction in front of a text, or of the user's first message."""
+    if not instruction:
+        return prompt
+    if prompt.text is not None:
+        return replace(prompt, text=f"{instruction}\n{prompt.text}")
+    first = next(i for i, message in enumerate(prompt.messages) if message.role == "user")
+    said = replace(prompt.messages[first], content=f"{instruction}\n{prompt.messages[first].content}")
+    return replace(prompt, messages=(*prompt.messages[:first], said, *prompt.messages[first + 1 :]))
 
 
 def _by_number(step: Step) -> bool:
