@@ -260,7 +260,7 @@ def transfer_efficiency(
             return undefined(NO_NATIVE, n)
         index = resamples(n, draws=draws, seed=seed)
         columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
-        carried = np.stack([table[rows][:, seeds].mean() for rows, seeds in zip(index, columns, strict=True)])
+        carried = np.take_along_axis(table[index].mean(1), columns, 1).mean(1)
         effects = effect[index].mean(1)
         silent = effects * bound.value <= 0
         low = np.quantile(np.where(silent, -np.inf, carried / effects), 0.025)

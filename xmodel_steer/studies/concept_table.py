@@ -251,7 +251,7 @@ def _chosen(result: Result, recipe: str) -> dict[str, Any]:
 
 def conclusions(results: Mapping[str, Result]) -> tuple[str, ...]:
     """Count the concepts that transfer by maps of general text, and list all verdicts."""
-    verdicts = [result.verdict(name) for name, result in results.items()]
+    verdicts = [result.verdict(result.recipes[0]) for result in results.values()]
     defined = [v for v in verdicts if v.efficiency.undefined != NO_NATIVE]
     shares = [v.efficiency.value for v in defined if not np.isnan(v.efficiency.value)]
     median = f", median efficiency {np.median(shares):.2f}" if shares else ""
