@@ -49,7 +49,7 @@ def concept_transfer(
     source_sites: Sequence[Site] | None = None,
     target_sites: Sequence[Site] | None = None,
     prompts: Sequence[Prompt] | None = None,
-    max_new_tokens: int = 20,
+    max_new_tokens: int = 16,
     directions: Mapping[str, Direction] = {"": difference_of_means},
     settings: Settings = SETTINGS,
 ) -> Result:
