@@ -16,6 +16,8 @@ from xmodel_steer.maps.curves import DataCurve as DataCurve
 from xmodel_steer.maps.curves import data_curve as data_curve
 from xmodel_steer.maps.fitting import Fitter as Fitter
 from xmodel_steer.maps.isometry import Procrustes as Procrustes
+from xmodel_steer.maps.knowing import Knowledge as Knowledge
+from xmodel_steer.maps.knowing import knows as knows
 from xmodel_steer.maps.layers import LayerGrid as LayerGrid
 from xmodel_steer.maps.layers import last_strong_layer as last_strong_layer
 from xmodel_steer.maps.layers import layer_grid as layer_grid

@@ -1,88 +1,59 @@
-"""What a map knows of a direction, told from moments and rows alone, before anything is steered."""
+"""A map's knowledge of a vector, told from moments alone, before anything is steered."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import require_same_space
-from xmodel_steer.core.vectors import Activations, SteeringVector, inverse_of
+from xmodel_steer.core.vectors import SteeringVector, inverse_of
 from xmodel_steer.maps.affine import AffineMap
 from xmodel_steer.maps.pairs import SplitMoments
-from xmodel_steer.maps.ridge import Spectrum
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a ridge map can carry of one vector. No label of the target is read.
+    """The part of one vector that a ridge map can carry; no label is read.
+
+    With the correlations R of the source's training rows, its eigenvectors uᵢ and eigenvalues Λᵢ, the penalty λ, and the
+    vector z in standardised source coordinates, v / σ.
 
     Args:
-        carried: Share of the vector that the penalty leaves, Σ (Λᵢ/(Λᵢ+λ))² (uᵢ·v̂)², with the eigenvalues Λ and
-            eigenvectors u of the source's standardised covariance and the vector's direction v̂ in whitened-scale
-            coordinates. Under 1 where the text hardly varies along the vector.
-        scatter: Standard deviation of the mapped vector from the sampling of the text, over its length, in the target's
-            standardised coordinates: √(Σ (uᵢ·v̂)² Λᵢ/(Λᵢ+λ)² / n · Σⱼ residual varianceⱼ) / ‖mapped‖.
-        along: R² of the mapped rows along the mapped vector, on test documents: whether what varies along it in the
-            target is predicted by the source.
+        carried: Share of the vector that the penalty leaves, Σ (Λᵢ / (Λᵢ + λ))² (uᵢ·z)² / ‖z‖². Little is left along
+            what the text hardly varies along.
+        scatter: Standard deviation of the mapped vector over other samples of the text, over its length, both in
+            standardised target coordinates: √(Σ (uᵢ·z)² Λᵢ / (Λᵢ + λ)² / n · Σⱼ εⱼ²) / ‖mapped‖, with εⱼ² the residual
+            variance of target dimension j on test rows. The variance of ridge coefficients (Hoerl and Kennard 1970).
     """
 
     carried: float
     scatter: float
-    along: float
 
 
 def knows(mapping: AffineMap, moments: SplitMoments, vector: SteeringVector) -> Knowledge:
-    """Tell what a map knows of a vector.
+    """Tell how much a map knows of a vector.
 
     Args:
-        mapping: A map that was fitted on these moments with one penalty.
+        mapping: A `Ridge` map of these moments.
         moments: The moments of its layer pair.
         vector: A vector of the source's space.
 
     Raises:
         SpaceMismatchError: Map, moments and vector are of different spaces.
+        PromptError: The map has no penalty, or the moments have no test rows.
     """
-    require_same_space(mapping.source, vector.space, "knows")
-    require_same_space(mapping.source, moments.source, "knows")
-    train, penalty = moments.train, float(mapping.info.get("penalty", 0.0))
-    spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
-    # A vector v acts through W = S⁻¹ U G Uᵀ ..., so that its coordinates are those of v / scale.
-    along = spectrum.vectors.T @ (vector.direction.double() * spectrum.inverse)
-    squares, values = along**2 / (along @ along), spectrum.values
-    carried = float((squares * (values * spectrum.gains(penalty)) ** 2).sum())
-    moved, inverse = mapping.transport(vector).direction.double(), inverse_of(train.target_scale)
-    noise = float((squares * values * spectrum.gains(penalty) ** 2).sum()) * float(along @ along) / train.count
-    standard = moved * inverse
-    scatter = (noise * float(_residual(mapping, moments).diagonal() @ inverse**2)) ** 0.5 / float(standard.norm())
-    # The read-out of the target along the mapped vector, in standardised coordinates.
-    reader = standard / standard.norm() * inverse
-    left, total = (
-        reader @ _residual(mapping, moments) @ reader,
-        reader @ moments.test.target_scatter @ reader / moments.test.count,
-    )
-    return Knowledge(carried, scatter, 1 - float(left / total))
-
-
-def _residual(mapping: AffineMap, moments: SplitMoments) -> Tensor:
-    """Return the covariance of target rows minus mapped rows, on test documents."""
-    test, weight = moments.test, mapping.weight.double()
-    mapped = weight.T @ test.cross_scatter
-    shift = test.source_mean @ weight + mapping.bias.double() - test.target_mean
-    inner = weight.T @ test.source_scatter @ weight
-    return (test.target_scatter - mapped - mapped.T + inner) / test.count + torch.outer(shift, shift)
-
-
-def reconstruction(mapping: AffineMap, source: Activations, target: Activations) -> float:
-    """Return the R² of mapped rows on other text, such as contrast prompts whose labels are not read.
-
-    Over all dimensions of the target in its standardised coordinates, about the mean of these rows.
-
-    Args:
-        mapping: The map.
-        source: Rows of the source.
-        target: The rows that they pair with.
-    """
-    inverse = inverse_of(mapping.target_scale.double())
-    truth = target.values.double() * inverse
-    error = mapping.transform(source.values).double() * inverse - truth
-    return 1 - float(error.square().sum() / (truth - truth.mean(0)).square().sum())
+    for space in (moments.source, vector.space):
+        require_same_space(mapping.source, space, "knows")
+    train, inverse = moments.train, inverse_of(moments.train.source_scale)
+    if "penalty" not in mapping.info or not moments.test.count:
+        raise PromptError("knows: needs a Ridge map and moments with test rows; fit xs.Ridge() on more documents")
+    correlation = inverse[:, None] * train.source_scatter * inverse / train.count
+    z = vector.direction.double().cpu() * inverse
+    # A dimension that the text does not span gets no weight; a penalty of 0 would divide by it.
+    penalty = max(float(mapping.info["penalty"]), 1e-12 * float(correlation.diagonal().mean()))
+    solved = torch.linalg.solve(correlation + penalty * torch.eye(len(z), dtype=z.dtype), z)
+    kept = correlation @ solved
+    mapped = mapping.transport(vector).direction.double().cpu() * inverse_of(train.target_scale)
+    residual = mapping.standardised_loss(moments.test) * int((train.target_scale > 0).sum())
+    noise = float(solved @ kept) / train.count * residual
+    return Knowledge(float(kept @ kept / (z @ z)), noise**0.5 / float(mapped.norm()))

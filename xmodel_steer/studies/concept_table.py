@@ -1,7 +1,7 @@
 """Many concepts carried from one model into another by one recipe, in one table."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.significance import holm
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean, transfer_efficiency
@@ -66,7 +67,7 @@ def concept_transfer(
         prompts: Texts to continue; a third validates. By default 300 packaged beginnings of sentences that no study before
             this one reported on, and 72 others that validate.
         max_new_tokens: Length of the continuations.
-        directions: Methods to find a concept's vector, by their names; every concept is carried once with each method.
+        directions: Methods to find a concept's vector, by their names; every concept is carried with each.
         settings: Text, sizes and seeds.
 
     Raises:
@@ -119,10 +120,9 @@ def concept_transfer(
         mixed[label] = {"map_text": [prompt.id for prompt in carried.text]} if carried.text else {}
         clock.lap(label)
 
-    first = next(iter(results.values()))
     each = [(result, recipe) for result in results.values() for recipe in result.recipes]
     # Concepts with texts share their prompts.
-    with_texts = next((result for result in results.values() if result.arm("unsteered").texts), first)
+    with_texts = next((result for result in results.values() if result.arm("unsteered").texts), each[0][0])
     return Result(
         name="concepts",
         question=QUESTION,
@@ -143,15 +143,11 @@ def concept_transfer(
             name: {k: ids for k, ids in result.splits.items() if k != "map_text"} | mixed[name]
             for name, result in results.items()
         },
-        seeds=dict(first.seeds),
+        seeds=dict(each[0][0].seeds),
         versions=versions(),
         hardware=hardware_of(target),
         seconds=clock.seconds,
-        vectors={
-            name if result.recipes[1:] else f"{result.name}: {name}": vector
-            for result in results.values()
-            for name, vector in result.vectors.items()
-        },
+        vectors=dict(vector for result in results.values() for vector in _vectors(result)),
         maps={name: mapping for result in results.values() for name, mapping in result.maps.items()},
     )
 
@@ -181,6 +177,12 @@ def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, 
     directions = {"logistic probe": logistic_probe, "difference of means": difference_of_means}
     study = concept_transfer(source, target, names, directions=directions, **more)
     return replace(study, name="feature-transfer", question=FEATURE_QUESTION)
+
+
+def _vectors(result: Result) -> Iterator[tuple[str, SteeringVector]]:
+    """Yield a concept's vectors under the names of their recipes."""
+    for name, vector in result.vectors.items():
+        yield name if result.recipes[1:] else f"{result.name}: {name}", vector
 
 
 def _prompts(result: Result) -> tuple[str, ...]:
