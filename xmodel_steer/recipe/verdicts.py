@@ -149,9 +149,10 @@ def _choices(result: "Result", recipe: str) -> int:
 
 def _comparisons(gains: Mapping[str, np.ndarray], choices: int) -> tuple[Comparison, ...]:
     """Compare gains ``(units, seeds)`` over prompts and over vectors."""
-    mapped, random = gains["mapped"].mean(1), gains["random"]
+    random = gains["random"]
     with np.errstate(all="ignore"):  # what overflows is undefined
-        per_vector = random.mean(0)
+        mapped, shuffled = gains["mapped"].mean(1), gains["shuffled"].mean(1)
+        whole, per_vector = float(mapped.mean()), random.mean(0)
         best = random[:, int(np.nan_to_num(per_vector, nan=-np.inf).argmax())]
 
     def over_prompts(control: str, other: np.ndarray) -> Comparison:
@@ -159,9 +160,9 @@ def _comparisons(gains: Mapping[str, np.ndarray], choices: int) -> tuple[Compari
         mean = bootstrap_mean(paired)
         return Comparison(control, "prompts", mean, math.nan if mean.undefined else sign_flip_test(paired))
 
-    scatter, p = above_others(float(mapped.mean()), per_vector, choices=choices)
+    scatter, p = above_others(whole, per_vector, choices=choices)
     return (
-        over_prompts("shuffled", gains["shuffled"].mean(1)),
+        over_prompts("shuffled", shuffled),
         over_prompts("random", best),
         Comparison("random", "vectors", scatter, p),
     )
