@@ -11,6 +11,7 @@ import xmodel_steer as xs
 from xmodel_steer.maps.significance import above_others, sign_flip_test
 from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, undefined
 from xmodel_steer.recipe.arms import EQUAL_KL
+from xmodel_steer.recipe.planning import undecidable
 from xmodel_steer.recipe.verdicts import BAR, LEAST_UNITS
 
 CLEAR: dict[str, Any] = {"native": 0.2, "mapped": 0.15, "random": [0.01, 0.0, -0.01, 0.01, 0.0], "shuffled": 0.02}
@@ -107,6 +108,14 @@ def test_what_cannot_be_decided_is_not_called_no_evidence(n: int) -> None:
         assert 2.0**-n > 0.05
     else:
         assert verdict.transfers and verdict.p == 2.0**-n
+
+
+def test_too_few_are_told_before_the_run() -> None:
+    assert undecidable(LEAST_UNITS, 2) == ""
+    for prompts, vectors in ((LEAST_UNITS - 1, 5), (300, 1)):
+        assert f"NO VERDICT can come of {prompts} evaluation prompts and {vectors} random vectors" in undecidable(
+            prompts, vectors
+        )
 
 
 def test_groups_are_the_units() -> None:

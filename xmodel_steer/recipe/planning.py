@@ -7,6 +7,7 @@ from xmodel_steer.core.bars import quiet, silent
 from xmodel_steer.evaluation.behaviours.generated import Behaviour
 from xmodel_steer.models.facts import device_of, name_of
 from xmodel_steer.recipe.preparing import Prepared
+from xmodel_steer.recipe.verdicts import LEAST_UNITS, LEAST_VECTORS
 
 
 def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
@@ -29,6 +30,17 @@ def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
         f"{counts['select']} settings on {validated} validation prompts, {counts['measure']} on {reported} evaluation prompts"
         + (f", {counts['side']} each for {', '.join(side)}" if side else "")
         + f"; about {_in_words(seconds)}"
+        + undecidable(reported, prepared.budget.random_seeds)
+    )
+
+
+def undecidable(prompts: int, vectors: int) -> str:
+    """Say why no verdict can come of so few, or nothing."""
+    if prompts >= LEAST_UNITS and vectors >= LEAST_VECTORS:
+        return ""
+    return (
+        f". NO VERDICT can come of {prompts} evaluation prompts and {vectors} random vectors: it needs {LEAST_UNITS} and "
+        f"{LEAST_VECTORS} or more"
     )
 
 
