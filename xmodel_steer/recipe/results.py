@@ -215,7 +215,7 @@ class Result:
         return verdicts
 
     def verdict(self, recipe: str | None = None) -> Verdict:
-        """Judge what survived, from paired tests against every control.
+        """Judge what survived, from tests against every control.
 
         Args:
             recipe: The recipe; may be left out where there is one.
