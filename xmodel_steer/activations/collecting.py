@@ -14,7 +14,7 @@ from xmodel_steer.core.bars import progress_bar, with_progress
 from xmodel_steer.core.errors import ModelError, PromptError
 from xmodel_steer.core.inputs import as_prompts, items_of, iter_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts, text_digest
-from xmodel_steer.core.spaces import Site, SiteLike, Sites, as_site
+from xmodel_steer.core.spaces import Site, SiteLike, Sites, Stack, as_site
 from xmodel_steer.maps.accumulator import MomentsAccumulator, sketch_dimensions
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.pairs import PARTS, part_of
@@ -210,7 +210,7 @@ class Plan:
         grid = every if sketch else ()
         if not chosen and not grid:
             raise ValueError("collect_moments: give at least one source site and one target site")
-        if sketch and any(t.members[1:] for _, t in grid):
+        if sketch and any(isinstance(t, Stack) for _, t in grid):
             raise ValueError("collect_moments: a sketch takes single target sites; name the layer pairs with pairs=")
         return cls(
             tuple(dict.fromkeys(s for s, _ in (*grid, *chosen))),

@@ -196,7 +196,11 @@ class Space:
             "model": self.model,
             "layer": self.site.layer,
             "stream": self.site.stream,
-            **({"stack": [[site.layer, site.stream] for site in self.site.members]} if self.site.members[1:] else {}),
+            **(
+                {"stack": [[site.layer, site.stream] for site in self.site.members]}
+                if isinstance(self.site, Stack)
+                else {}
+            ),
             "width": self.width,
             "fingerprint": self.fingerprint,
             "processing": self.processing,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import NonFiniteError
-from xmodel_steer.core.spaces import Space, require_same_space
+from xmodel_steer.core.spaces import Space, Stack, require_same_space
 from xmodel_steer.core.tables import html_table
 
 
@@ -150,7 +150,7 @@ class SteeringVector:
 
     def members(self) -> "tuple[SteeringVector, ...]":
         """Split the vector of a stack by site."""
-        if not self.space.site.members[1:]:
+        if not isinstance(self.space.site, Stack):
             return (self,)
         tensors = {name: getattr(self, name) for name in ("direction", "positive_mean", "negative_mean", "scale")}
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.core.spaces import Space
+from xmodel_steer.core.spaces import Space, Stack
 from xmodel_steer.evaluation.patching import PatchingGrid
 from xmodel_steer.figures.style import COLOURS, hover, laid_out, plain, titled
 from xmodel_steer.maps.curves import DataCurve
@@ -126,7 +126,9 @@ def layer_grid(grid: LayerGrid, metric: str = "r2") -> Any:
 
 def _places(spaces: Sequence[Space]) -> list[Any]:
     """Name the places on an axis: layers, or sites of several streams."""
-    one_stream = len({space.site.stream for space in spaces}) == 1 and not any(s.site.members[1:] for s in spaces)
+    one_stream = len({space.site.stream for space in spaces}) == 1 and not any(
+        isinstance(s.site, Stack) for s in spaces
+    )
     return [space.site.layer if one_stream else plain(space.site) for space in spaces]
 
 

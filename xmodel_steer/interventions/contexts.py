@@ -39,8 +39,9 @@ def steering(
 
     Args:
         model: The model to steer.
-        vector: A vector of one of this model's spaces (of a stack, it acts at each member), an `Intervention` or `Replacement`, which have their own operator
-            and positions, or several of these. Those at one site act in order. An empty list changes nothing.
+        vector: A vector of one of this model's spaces (of a stack, it acts at each member), an `Intervention` or
+            `Replacement`, which have their own operator and positions, or several of these. Those at one site act in
+            order. An empty list changes nothing.
         operator: The operator of bare vectors.
         positions: The positions of bare vectors; see `Intervention`.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import SiteError
-from xmodel_steer.core.spaces import Space, require_same_space
+from xmodel_steer.core.spaces import Space, Stack, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.operators import Add, Gate, Operator
 from xmodel_steer.interventions.positions import Positions, check_positions
@@ -21,7 +21,7 @@ def require_one_site(space: Space, what: str) -> None:
     Raises:
         SiteError: The space joins several sites.
     """
-    if space.site.members[1:]:
+    if isinstance(space.site, Stack):
         raise SiteError(
             f"{what}: acts at one site, and {space} joins {len(space.site.members)}; "
             "give steering the vector itself, or one step for each of vector.members()"

@@ -116,9 +116,8 @@ class LayerGrid:
         Args:
             target: The target site.
             rule: ``"score"``: the deepest source site with a validation R² within ``tolerance`` of the
-                best; deep sites have read most of the text. A stack is
-                chosen where no single site comes so near. ``"depth"``: the source site at the same
-                relative depth.
+                best; deep sites have read most of the text. A stack is chosen where no single site
+                comes so near. ``"depth"``: the source site at the same relative depth.
             tolerance: Difference of R² that counts as equal.
             blocks: Numbers of blocks of the source and the target, for ``"depth"``; by default the grid's
                 deepest sites are the last blocks.

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.models.batching import Batch
 from xmodel_steer.models.passes import forward, layout
 from xmodel_steer.models.shortage import memory_errors
@@ -26,4 +26,4 @@ def residuals(model: Any, batch: Batch, sites: Sequence[Site]) -> dict[Site, Flo
 
 def joined(streams: Mapping[Site, Tensor], site: Site) -> Tensor:
     """Join the streams of a site's members."""
-    return torch.cat([streams[member] for member in site.members], -1) if site.members[1:] else streams[site]
+    return torch.cat([streams[member] for member in site.members], -1) if isinstance(site, Stack) else streams[site]

@@ -11,7 +11,7 @@ from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, rate, undefin
 
 ARMS = ("unsteered", "native", "mapped", "random", "shuffled")
 CONTROLS = ("random", "shuffled")
-LEVEL = 0.05  # of the corrected tests
+LEVEL = 0.05  # of each test
 EQUAL_STRENGTH, EQUAL_KL, OWN_KL = "equal strength", "equal KL", "own KL"
 EFFICIENCY = "efficiency"  # the name of a measure: an arm's effect over the native one's
 AGREEMENT = "agreement with the clean answer"
@@ -35,7 +35,7 @@ class Arm:
         at: ``equal strength``, ``equal KL`` with the native vector, or ``own KL``, which an instruction in words has.
         strength: In units of the native vector's norm in standardised coordinates, the mean over seeds; NaN where the operator
             has none, or the arm joins two directions.
-        budget: The KL that the strength was calibrated to, on other neutral text; None at a fixed strength.
+        budget: The KL that the strength was brought to; None at a fixed strength.
         reached: True where the strength reaches that KL; else no strength that was tried does.
         agreement: Share of neutral tokens where the likeliest next token is the unsteered model's.
         measures: Other measurements of the same setting, listed by what they measure.

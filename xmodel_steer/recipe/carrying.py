@@ -62,10 +62,10 @@ def transfer(
     1. `prepare`: split the prompts; fit moments on general text; find the difference of means of the contrast prompts (or
        another direction) in the source, and in the target (native).
     2. `select`: choose the target's layer, the source's layer and the headline strength on validation prompts and text.
-    3. `match_damage`: find for every arm the strength that disturbs validation text as much as the native vector does at the
+    3. `match_damage`: find for every arm the strength that disturbs neutral text as much as the native vector does at the
        headline strength. Every vector has the native vector's norm in standardised coordinates.
     4. `measure`: run every arm at every strength, and at equal damage, on evaluation prompts; KL and perplexity on neutral
-       text that calibrated nothing. The verdict is read at equal damage.
+       text that chose nothing. The verdict is read at equal damage.
 
     Args:
         source: The model that the vector is found in.

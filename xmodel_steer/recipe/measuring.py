@@ -15,7 +15,7 @@ from xmodel_steer.recipe.preparing import Prepared
 
 
 def measure(prepared: Prepared, runs: Sequence[Run], side: Mapping[str, Behaviour]) -> tuple[Arm, ...]:
-    """Measure every run on evaluation prompts and on neutral text that calibrated nothing.
+    """Measure every run on evaluation prompts and on neutral text that chose nothing.
 
     Side behaviours are measured unsteered and at equal KL alone. Runs of the same vector at the same strength are
     measured once: the native vector at the headline strength is also what sets the KL.

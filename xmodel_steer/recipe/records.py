@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.files.fields import expect, expect_known
 from xmodel_steer.maps.statistics import Estimate, undefined
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, NOT_RECORDED, Arm
@@ -52,7 +52,7 @@ def sites_record(source: Site, target: Site) -> dict[str, Any]:
     """Record the layers of the chosen sites, and the names of stacks."""
     ends = {"source": source, "target": target}
     layers = {f"{end}_layer": site.layer for end, site in ends.items()}
-    return layers | {f"{end}_site": str(site) for end, site in ends.items() if site.members[1:]}
+    return layers | {f"{end}_site": str(site) for end, site in ends.items() if isinstance(site, Stack)}
 
 
 def require_fields(record: Mapping[str, Any]) -> None:

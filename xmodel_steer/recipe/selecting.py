@@ -1,6 +1,6 @@
 """The second step of a transfer: layers and a headline strength, chosen on validation prompts and text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,17 +79,19 @@ def select(prepared: Prepared) -> Selected:
     """
     records: list[dict[str, Any]] = []
 
-    def best(varied: str, candidates: Mapping[Site, SteeringVector], maps: Mapping[Site, float] | None = None) -> Site:
+    def best(
+        varied: str, candidates: Mapping[Site, SteeringVector], quality: Callable[[Site], float] | None = None
+    ) -> Site:
         if len(candidates) == 1:
             return next(iter(candidates))
         tried, scores = gains(prepared, varied, [(vector, site, 1.0) for site, vector in candidates.items()])
-        for record, quality in zip(tried, (maps or {}).values(), strict=False):
-            record["map_r2"] = quality
+        bound = prepared.budget.max_perplexity_ratio
+        chosen = _best(tried, bound)
+        if quality is not None:
+            tried = [record | {"map_r2": quality(site)} for record, site in zip(tried, candidates, strict=True)]
+            chosen = _tied(tried, scores, chosen, bound)
         records.extend(tried)
-        chosen = _best(tried, prepared.budget.max_perplexity_ratio)
-        return list(candidates)[
-            chosen if maps is None else _tied(tried, scores, chosen, prepared.budget.max_perplexity_ratio)
-        ]
+        return list(candidates)[chosen]
 
     natives, moments, fitter = prepared.natives, prepared.moments, prepared.method.fitter
     target_site = best("target layer", natives)
@@ -98,8 +100,7 @@ def select(prepared: Prepared) -> Selected:
     maps = {site: fitter.fit(moments.pair(site, target_site)) for site in prepared.sources}
     transported = {site: maps[site].transport(vector) for site, vector in prepared.sources.items()}
     scaled = {site: vector.with_norm(norm) for site, vector in transported.items()}
-    qualities = {site: _quality(mapping, moments.pair(site, target_site)) for site, mapping in maps.items()}
-    source_site = best("source layer", scaled, qualities)
+    source_site = best("source layer", scaled, lambda site: _quality(maps[site], moments.pair(site, target_site)))
     mapping = maps[source_site]
 
     positive = prepared.budget.positive
@@ -129,8 +130,8 @@ def select(prepared: Prepared) -> Selected:
 def read_contrast(prepared: Prepared, selected: Selected) -> Selected:
     """Fit the chosen map again, on text that has the contrast prompts too.
 
-    Their labels are not read. They are mixed with general documents, which are then read twice: pairs are shuffled within a window, and in a window
-    of contrast prompts alone the shuffled control would learn what they have in common.
+    Their labels are not read. They are mixed with general documents, which are then read twice: pairs are shuffled
+    within a window, and in a window of contrast prompts alone the shuffled control would learn what they have in common.
 
     Args:
         prepared: What `prepare` returned.

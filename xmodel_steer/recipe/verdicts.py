@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xmodel_steer.maps.significance import above_others, sign_flip_test
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, number, quotient, transfer_efficiency
-from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
+from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
 
 if TYPE_CHECKING:
     from xmodel_steer.recipe.results import Result
@@ -54,7 +54,7 @@ class Verdict:
         efficiency: The share: gain of the mapped vector over that of the native one. Undefined, with the reason, where
             the native vector does nothing.
         controls: The same ratio for each control; of all random vectors together.
-        kl: KL of the native arm on calibration text (at equal KL) or on neutral text, for each direction.
+        kl: KL of the native arm on neutral text, for each direction.
         comparisons: The mapped arm against every control.
         transfers: True or False as above; None where it is undefined or cannot be decided.
         failed: The reasons why it is not True, in words.
@@ -73,7 +73,7 @@ class Verdict:
     failed: tuple[str, ...]
     perplexity_ratio: Mapping[str, float]
     agreement: Mapping[str, float]
-    text: str = field(default="")
+    text: str = ""
 
     @property
     def p(self) -> float:
@@ -110,7 +110,7 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
         recipe=recipe,
         at=first.at,
         efficiency=transfer_efficiency(gains["mapped"], native),
-        controls={name: transfer_efficiency(gains[name], native) for name in ("random", "shuffled")},
+        controls={name: transfer_efficiency(gains[name], native) for name in CONTROLS},
         kl={sign: named["native"].kl for sign, named in arms.items()},
         comparisons=comparisons,
         transfers=None,
@@ -188,11 +188,10 @@ def _undecided(verdict: Verdict, gains: Mapping[str, np.ndarray]) -> tuple[str, 
 
 def _failed(verdict: Verdict, native: np.ndarray, arms: Mapping[str, Mapping[str, Arm]]) -> tuple[str, ...]:
     """List the reasons against a transfer."""
-    names = {"shuffled": "the shuffled map", "random": "the random vectors"}
-    beaten = {
-        c.control: max(c.p, *(d.p for d in verdict.comparisons if d.control == c.control)) for c in verdict.comparisons
-    }
-    failed = [f"not above {names[control]}: p {p:.2g}" for control, p in beaten.items() if not p < LEVEL]
+    failed = []
+    for control, name in (("shuffled", "the shuffled map"), ("random", "the random vectors")):
+        p = max(c.p for c in verdict.comparisons if c.control == control)
+        failed += [f"not above {name}: p {p:.2g}"] if p >= LEVEL else []
     if bootstrap_mean(native).value <= 0:
         failed.append("the native vector moves the score the other way")
     elif verdict.efficiency.low < BAR:
