@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,17 @@ from toys import contrast, sentences
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Stack
 from xmodel_steer.evaluation.behaviours.generated import instructed
 from xmodel_steer.evaluation.damage import instructed_effect, losses
+from xmodel_steer.maps.significance import above_others
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.recipe.arms import EQUAL_KL, OWN_KL
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.settings import GeneralText, Method
+from xmodel_steer.recipe.settings import RECIPES, GeneralText, Method
 
-METHOD = Method(read_contrast=True, instructions=("Say good things.", "Say bad things."))
-READ = "toy, contrast read"
+METHOD = Method(recipes=RECIPES, instructions=("Say good things.", "Say bad things."))
+ONE, READ = "toy, one layer", "toy, contrast read"
 
 
 def run(models: list[Any], method: Method = METHOD, **more: Any) -> Result:
@@ -59,25 +62,57 @@ def test_the_general_map_is_what_it_is_without_them(result: Result, models: list
 
 
 def test_the_contrast_read_is_a_recipe_of_its_own(result: Result, tmp_path: Path) -> None:
-    assert result.recipes == ("toy", READ) == tuple(result.verdicts)
+    assert result.recipes == ("toy", ONE, READ) == tuple(result.verdicts)
     for name in ("native", "random"):  # measured once, the same vectors
         for sign in result.signs:
-            mine, other = (result.at_equal_kl(name, sign, recipe) for recipe in result.recipes)
-            assert (mine.scores, mine.table, mine.strength, mine.kl) == (
-                other.scores,
-                other.table,
-                other.strength,
-                other.kl,
-            )
-    general, read = (result.choice(recipe)["map"] for recipe in result.recipes)
+            mine, *others = (result.at_equal_kl(name, sign, recipe) for recipe in result.recipes)
+            for other in others:
+                assert (mine.scores, mine.table, mine.strength, mine.kl) == (
+                    other.scores,
+                    other.table,
+                    other.strength,
+                    other.kl,
+                )
+    general, read = (result.choice(recipe)["map"] for recipe in ("toy", READ))
     assert read["train_tokens"] > general["train_tokens"] and read["documents"] > general["documents"]
     for name in ("mapped", "shuffled"):
-        one, two = (result.vectors[f"{recipe}: {name}"].direction for recipe in result.recipes)
+        one, two = (result.vectors[f"{recipe}: {name}"].direction for recipe in ("toy", READ))
         assert not np.allclose(one, two)
     again = xs.read(xs.save(result, tmp_path / "run"))
     assert dict(again.verdicts) == dict(result.verdicts) and again.maps[READ].source == result.maps["toy"].source
     page = xs.plots.write_report(again, tmp_path / "report.html").read_text()
     assert READ in page and "+ in words" in page and "Say bad things." in page
+
+
+def test_one_layer_is_what_a_transfer_of_single_layers_chooses(result: Result, models: list[Any]) -> None:
+    single = run(models, Method(), source_sites=[1])
+    assert isinstance(result.maps["toy"].source.site, Stack) and result.choice(ONE)["source_layer"] == 1
+    for sign in result.signs:
+        for name in ("mapped", "shuffled"):
+            mine, own = result.at_equal_kl(name, sign, ONE), single.at_equal_kl(name, sign)
+            assert mine.scores == own.scores and mine.kl == pytest.approx(own.kl, rel=1e-6)
+    # Of two single layers it is the one that is chosen of these two, and there is none where one was chosen anyway.
+    two = run(models, Method(recipes=["one layer"]), source_sites=[1, 2, [0, 2]])
+    assert two.recipes == ("toy", ONE)
+    assert two.choice(ONE)["source_layer"] == run(models, Method(), source_sites=[1, 2]).choice()["source_layer"]
+    assert run(models, Method(recipes=["one layer"]), source_sites=[0, 1]).recipes == ("toy",)
+    assert run(models, Method(recipes=["one layer"]), source_sites=[[0, 2]]).recipes == ("toy",)
+    with pytest.raises(ValueError, match="recipes are 'one layer' and 'contrast read', got .'two layers'"):
+        Method(recipes=["two layers"])
+
+
+def test_every_recipe_pays_for_the_choice_of_its_site(result: Result) -> None:
+    for recipe in result.recipes:
+        over = next(c for c in result.verdict(recipe).comparisons if c.over == "vectors")
+        gain, others = float(result.gain("mapped", recipe).mean()), result.gain("random", recipe).mean(0)
+        assert over.p == above_others(gain, others, choices=2)[1]
+
+
+def test_words_that_cannot_be_given_are_refused_before_any_model_runs() -> None:
+    nobody = [[{"role": "assistant", "content": text}] for text in sentences(9, 3, 4)]
+    for behaviour in (xs.behaviours.Preference, xs.behaviours.GeneratedText(nobody, len)):
+        with pytest.raises(PromptError, match=r"takes no instruction|needs a message of the user"):
+            run([SimpleNamespace(cfg=SimpleNamespace(n_layers=3))] * 2, behaviour=behaviour)
 
 
 def test_a_map_of_moments_alone_has_no_text_to_mix(models: list[Any]) -> None:
@@ -129,5 +164,7 @@ def test_an_instruction_precedes_what_the_user_says() -> None:
     )
     assert [m.content for m in instructed(chat, "Do.").messages] == ["S", "Do.\nU", "A"]
     assert instructed(chat, "") is chat
-    with pytest.raises(NotImplementedError, match="takes no instruction"):
+    with pytest.raises(PromptError, match="takes no instruction"):
         xs.behaviours.Preference(contrast()).instructed("Do.")
+    with pytest.raises(PromptError, match="needs a message of the user"):
+        instructed(Prompt.of([{"role": "assistant", "content": "A"}]), "Do.")

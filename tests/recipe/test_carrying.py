@@ -54,6 +54,7 @@ def result(toy_named: Callable[[str], toys.Toy]) -> Result:
 def test_every_arm_at_every_strength(result: Result) -> None:
     steered = ("native", "mapped", "random", "shuffled")
     expected = {("unsteered", 0.0)} | {(a, s) for a in steered for s in (-1.0, 1.0, 2.0)}
+    expected |= {("native", (1 if sign == "+" else -1) * result.headline / 2) for sign in result.signs}
     assert {(a.arm, a.strength) for a in result.arms if a.at == EQUAL_STRENGTH} == expected
     assert len(result.arms) == len(expected) + len(steered) * len(result.signs)
     for arm in result.arms:
@@ -134,8 +135,9 @@ def test_evaluation_prompts_choose_nothing(
 ) -> None:
     """The scorer may turn round for evaluation prompts: the choices stay."""
     calls = 0
+    halves = len(result.signs) if result.headline == 1 else 0  # of 2, the half was measured anyway
     # The evaluation of all settings comes last; native at the headline strength is measured once.
-    choosing = again[1] - 6 * (1 + 3 * (2 + 3 + 1) + len(result.signs) * (1 + 3 + 1))
+    choosing = again[1] - 6 * (1 + 3 * (2 + 3 + 1) + halves + len(result.signs) * (1 + 3 + 1))
 
     def poisoning(text: str) -> float:
         nonlocal calls

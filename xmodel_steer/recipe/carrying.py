@@ -35,8 +35,8 @@ from xmodel_steer.recipe.preparing import Measurable, Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
-from xmodel_steer.recipe.selecting import Selected, read_contrast, select
-from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
+from xmodel_steer.recipe.selecting import Selected, one_layer, read_contrast, select
+from xmodel_steer.recipe.settings import ONE_LAYER, Budget, GeneralText, Method, versions
 
 
 @with_progress
@@ -122,9 +122,12 @@ def transfer(
 
 def _selected(prepared: Prepared) -> dict[str, Selected]:
     """Return the choices of every recipe."""
-    recipes = {prepared.label: select(prepared)}
-    if prepared.method.read_contrast:
-        recipes[f"{prepared.label}, contrast read"] = read_contrast(prepared, recipes[prepared.label])
+    chosen = select(prepared)
+    recipes = {prepared.label: chosen}
+    for name in prepared.method.recipes:
+        more = (one_layer if name == ONE_LAYER else read_contrast)(prepared, chosen)
+        if more is not None:
+            recipes[f"{prepared.label}, {name}"] = more
     return recipes
 
 
@@ -196,7 +199,7 @@ def _result(
             "direction": getattr(method.direction, "__name__", repr(method.direction)),
             "positions": method.positions if isinstance(method.positions, str | tuple) else "mask",
             "fitter": repr(method.fitter),
-            **({"read_contrast": True} if method.read_contrast else {}),
+            **({"recipes": list(method.recipes)} if method.recipes else {}),
             **({"instructions": list(method.instructions)} if any(method.instructions) else {}),
             "scorer": _scorer(prepared.evaluation),
             "max_new_tokens": getattr(prepared.evaluation, "max_new_tokens", None),

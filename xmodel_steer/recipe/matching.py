@@ -114,7 +114,8 @@ def match_damage(
 ) -> tuple[list[Run], list[dict[str, Any]]]:
     """List every run of a transfer, at fixed strengths and at equal KL.
 
-    The KL is that of the native vector at the headline strength on reported text, in each direction.
+    The KL is that of the native vector at the headline strength on reported text, in each direction. The native vector is also
+    run at half that strength: the dose at which it does what the mapped one does lies between.
 
     Args:
         prepared: What `prepare` returned.
@@ -127,6 +128,7 @@ def match_damage(
     """
     native, budget, label = arms["native"][0], prepared.budget, prepared.label if recipe is None else recipe
     signs = [sign for sign in (1, -1) if sign * headline in budget.strengths]
+    halves = [sign * headline / 2 for sign in signs]  # what a smaller dose of the native vector does
 
     def run(arm: str, vector: SteeringVector, strength: float, **fields: Any) -> Run:
         return Run(arm, prepared.steer(vector, strength), label, strength=strength, **fields)
@@ -136,7 +138,7 @@ def match_damage(
         run(arm, vector, strength)
         for arm, group in arms.items()
         if budget.fixed or arm == "native"
-        for strength in budget.strengths
+        for strength in sorted({*budget.strengths, *(halves if arm == "native" else ())})
         for vector in group
     ]
     candidates = [

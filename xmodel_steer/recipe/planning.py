@@ -53,7 +53,7 @@ def settings_of(prepared: Prepared) -> dict[str, int]:
     strengths = positive - known if positive > 1 else 0
     signs = 2 if any(s < 0 for s in budget.strengths) else 1
     vectors = 3 + budget.random_seeds
-    fixed = len(budget.strengths) * (vectors if budget.fixed else 1)
+    fixed = len(budget.strengths) * (vectors if budget.fixed else 1) + signs  # the native vector at half the strength
     fair = signs * (vectors - 1)
     return {"select": 2 * (sum(layers) + strengths), "measure": 1 + fixed + fair, "side": 1 + fair + signs}
 

@@ -129,7 +129,7 @@ def prepare(
     ours = as_sites(() if source_sites is None else source_sites) or default_sites(source, "source")
     theirs = as_sites(() if target_sites is None else target_sites) or default_sites(target, "target")
     text = GeneralText.of(texts)
-    fit_set, validation, evaluation = _split(contrast, behaviour, text, seed)
+    fit_set, validation, evaluation = _split(contrast, behaviour, text, method, seed)
     moments = text.moments
     if moments is None:
         limit = min(budget.map_tokens, context_length(source), context_length(target))
@@ -185,7 +185,7 @@ class _Part:
 
 
 def _split(
-    contrast: ContrastSet, behaviour: Measurable, text: GeneralText, seed: int
+    contrast: ContrastSet, behaviour: Measurable, text: GeneralText, method: Method, seed: int
 ) -> tuple[ContrastSet, _Part, _Part]:
     """Split contrast set and behaviour into disjoint sets."""
     if isinstance(behaviour, Behaviour):
@@ -202,6 +202,8 @@ def _split(
         "evaluation": evaluation.prompts,
     }
     require_disjoint("transfer", {name: [p.content_key() for p in prompts] for name, prompts in sets.items()})
+    for words in filter(None, method.instructions):
+        evaluation.behaviour.instructed(words)  # refused before any model runs
     return fit_set, validation, evaluation
 
 

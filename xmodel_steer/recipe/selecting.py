@@ -1,6 +1,6 @@
 """The second step of a transfer: layers and a headline strength, chosen on validation prompts and text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from xmodel_steer.activations.collecting import collect_moments
 from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import ShuffledPairs, pinned
@@ -32,6 +32,7 @@ class Selected:
         moments: The moments that it was fitted on.
         headline: The strength.
         records: Everything that was tried.
+        layer: The best of the source's single layers, where its site is a stack and there are any.
     """
 
     source: SteeringVector
@@ -42,6 +43,7 @@ class Selected:
     moments: Moments = field(repr=False)
     headline: float
     records: tuple[dict[str, Any], ...] = field(repr=False)
+    layer: Site | None = None
 
     def arms(self, random_seeds: int, seed: int) -> dict[str, list[SteeringVector]]:
         """Return the vectors of every arm, at the native vector's standardised norm."""
@@ -78,30 +80,28 @@ def select(prepared: Prepared) -> Selected:
         prepared: What `prepare` returned.
     """
     records: list[dict[str, Any]] = []
+    bound = prepared.budget.max_perplexity_ratio
 
-    def best(
-        varied: str, candidates: Mapping[Site, SteeringVector], quality: Callable[[Site], float] | None = None
-    ) -> Site:
+    def tried(varied: str, candidates: Mapping[Site, SteeringVector]) -> list[_Tried]:
         if len(candidates) == 1:
-            return next(iter(candidates))
-        tried, scores = gains(prepared, varied, [(vector, site, 1.0) for site, vector in candidates.items()])
-        bound = prepared.budget.max_perplexity_ratio
-        chosen = _best(tried, bound)
-        if quality is not None:
-            tried = [record | {"map_r2": quality(site)} for record, site in zip(tried, candidates, strict=True)]
-            chosen = _tied(tried, scores, chosen, bound)
-        records.extend(tried)
-        return list(candidates)[chosen]
+            return [_Tried(site, {"score": 0.0, "perplexity_ratio": 0.0}, np.zeros(1)) for site in candidates]
+        found = gains(prepared, varied, [(vector, site, 1.0) for site, vector in candidates.items()])
+        records.extend(found[0])
+        return [_Tried(*each) for each in zip(candidates, *found, strict=True)]
 
     natives, moments, fitter = prepared.natives, prepared.moments, prepared.method.fitter
-    target_site = best("target layer", natives)
+    target_site = _best(tried("target layer", natives), bound).site
     native = natives[target_site]
     norm = native.norm(standardised=True)
     maps = {site: fitter.fit(moments.pair(site, target_site)) for site in prepared.sources}
     transported = {site: maps[site].transport(vector) for site, vector in prepared.sources.items()}
     scaled = {site: vector.with_norm(norm) for site, vector in transported.items()}
-    source_site = best("source layer", scaled, lambda site: _quality(maps[site], moments.pair(site, target_site)))
-    mapping = maps[source_site]
+    sources = tried("source layer", scaled)
+    for each in sources:
+        each.record["map_r2"] = _quality(maps[each.site], moments.pair(each.site, target_site))
+    source_site = _best_map(sources, bound).site
+    layers = [each for each in sources if not isinstance(each.site, Stack)]
+    layer = _best_map(layers, bound).site if isinstance(source_site, Stack) and layers else None
 
     positive = prepared.budget.positive
     headline = positive[-1]
@@ -110,21 +110,44 @@ def select(prepared: Prepared) -> Selected:
             r for r in records if (r["varied"], r["site"]) == ("source layer", str(source_site)) and 1.0 in positive
         ]
         rest = [(scaled[source_site], source_site, s) for s in positive if s != 1.0 or not known]
-        tried = [{**r, "varied": "strength"} for r in known] + gains(prepared, "strength", rest)[0]
-        headline = tried[_best(tried, prepared.budget.max_perplexity_ratio)]["strength"]
-        records.extend(sorted(tried, key=lambda r: r["strength"]))
-    shuffled = ShuffledPairs(pinned(fitter, mapping)).fit(moments.pair(source_site, target_site))
-    source = prepared.sources[source_site]
+        strengths = [{**r, "varied": "strength"} for r in known] + gains(prepared, "strength", rest)[0]
+        headline = _best([_Tried(source_site, r) for r in strengths], bound).record["strength"]
+        records.extend(sorted(strengths, key=lambda r: r["strength"]))
+    chosen = _carried(prepared, moments, source_site, native, headline, maps[source_site])
+    return replace(chosen, records=tuple(records), layer=layer)
+
+
+def _carried(
+    prepared: Prepared,
+    moments: Moments,
+    site: Site,
+    native: SteeringVector,
+    headline: float,
+    mapping: Map | None = None,
+) -> Selected:
+    """Carry the source's vector at a site by its map and its control."""
+    pair, fitter, vector = moments.pair(site, native.space.site), prepared.method.fitter, prepared.sources[site]
+    mapping = mapping or fitter.fit(pair)
+    shuffled = ShuffledPairs(pinned(fitter, mapping)).fit(pair)
+    source = vector.with_scale(moments.scale(site, end="source"))
     return Selected(
-        source.with_scale(moments.scale(source_site, end="source")),
-        native,
-        transported[source_site],
-        shuffled.transport(source),
-        mapping,
-        moments,
-        headline,
-        tuple(records),
+        source, native, mapping.transport(vector), shuffled.transport(vector), mapping, moments, headline, ()
     )
+
+
+def one_layer(prepared: Prepared, selected: Selected) -> Selected | None:
+    """Carry the vector of the best single layer, where a stack was chosen.
+
+    Args:
+        prepared: What `prepare` returned.
+        selected: What `select` returned.
+
+    Returns:
+        The choices; None where a single layer was chosen, or there was none to choose.
+    """
+    if selected.layer is None:
+        return None
+    return _carried(prepared, prepared.moments, selected.layer, selected.native, selected.headline)
 
 
 def read_contrast(prepared: Prepared, selected: Selected) -> Selected:
@@ -158,18 +181,7 @@ def read_contrast(prepared: Prepared, selected: Selected) -> Selected:
         batch_size=min(prepared.budget.batch_size, 32),
     )  # fmt: skip
     moments = chosen + replace(more, settings=chosen.settings)
-    fitter = prepared.method.fitter
-    mapping = fitter.fit(moments.pair(*pair))
-    shuffled = ShuffledPairs(pinned(fitter, mapping)).fit(moments.pair(*pair))
-    vector = prepared.sources[source]
-    return replace(
-        selected,
-        transported=mapping.transport(vector),
-        shuffled=shuffled.transport(vector),
-        mapping=mapping,
-        moments=moments,
-        records=(),
-    )
+    return _carried(prepared, moments, source, selected.native, selected.headline)
 
 
 def gains(
@@ -209,25 +221,39 @@ def _quality(mapping: Map, pair: SplitMoments) -> float:
     return float(score_of(pair.validation).mean_r2) if score_of and pair.validation.count > 1 else float("nan")
 
 
-def _tied(records: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], best: int, bound: float) -> int:
-    """Find the best map of those that steer alike, within one standard error."""
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """Hold a candidate: its site, its record, and its score on each validation prompt."""
 
-    def near(i: int) -> bool:
-        behind = scores[best] - scores[i]
+    site: Site
+    record: dict[str, Any]
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+
+def _best(tried: Sequence[_Tried], bound: float) -> _Tried:
+    """Find the best candidate within the bound on perplexity; without any, the least damaging."""
+    allowed = [each for each in tried if each.record["perplexity_ratio"] < bound]
+    if not allowed:
+        return min(tried, key=lambda each: each.record["perplexity_ratio"])
+    # NaN is never the best.
+    return max(allowed, key=lambda each: -np.inf if np.isnan(each.record["score"]) else each.record["score"])
+
+
+def _best_map(tried: Sequence[_Tried], bound: float) -> _Tried:
+    """Find the best map of those that steer alike, within one standard error."""
+    best = _best(tried, bound)
+
+    def near(each: _Tried) -> bool:
+        behind = best.scores - each.scores
         return (
-            records[i]["perplexity_ratio"] < bound and float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5
+            each.record["perplexity_ratio"] < bound and float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5
         )
 
     with np.errstate(all="ignore"):
-        tied = [best, *(i for i in range(len(records)) if i != best and near(i))]
-    return max(tied, key=lambda i: (-np.inf if np.isnan(records[i]["map_r2"]) else records[i]["map_r2"], i == best))
+        tied = [best, *(each for each in tried if each is not best and near(each))]
 
+    def order(each: _Tried) -> tuple[float, bool]:
+        r2 = each.record["map_r2"]
+        return -np.inf if np.isnan(r2) else r2, each is best
 
-def _best(records: Sequence[Mapping[str, Any]], bound: float) -> int:
-    """Find the best record within the bound on perplexity; without any, the least damaging."""
-    places = range(len(records))
-    allowed = [i for i in places if records[i]["perplexity_ratio"] < bound]
-    if not allowed:
-        return min(places, key=lambda i: records[i]["perplexity_ratio"])
-    # NaN is never the best.
-    return max(allowed, key=lambda i: -np.inf if np.isnan(records[i]["score"]) else records[i]["score"])
+    return max(tied, key=order)

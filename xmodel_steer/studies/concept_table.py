@@ -110,9 +110,7 @@ def concept_transfer(
             label=label,
             source_sites=sources,
             target_sites=targets,
-            method=Method(
-                carried.tokens, direction, settings.fitter, "all", settings.read_contrast, carried.instructions
-            ),
+            method=Method(carried.tokens, direction, settings.fitter, "all", settings.recipes, carried.instructions),
             budget=budget,
             side={},  # every arm costs the same KL; measuring capability too would take half the time again
             seed=settings.seed,

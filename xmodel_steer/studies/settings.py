@@ -29,7 +29,7 @@ class Settings:
         neutral_tokens: Number of tokens read of each neutral text.
         batch_size: Texts generated at a time.
         also: A layer of the source and one of the target to try with each recipe's candidates, such as the paper's layers.
-        read_contrast: Carry every vector also by a map that read the contrast prompts, without their labels.
+        recipes: More ways to carry every vector; see `Method`.
         seed: Seed of all choices.
 
     Raises:
@@ -46,7 +46,7 @@ class Settings:
     neutral_tokens: int = 32
     batch_size: int = 100
     also: tuple[int, int] | None = None
-    read_contrast: bool = False
+    recipes: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:

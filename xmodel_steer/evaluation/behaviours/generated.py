@@ -65,8 +65,11 @@ class Behaviour:
 
         Args:
             instruction: The instruction, such as ``Write joyfully.``
+
+        Raises:
+            PromptError: The behaviour takes none, or a chat has no message of the user.
         """
-        raise NotImplementedError(f"{type(self).__name__} takes no instruction: it has no instructed()")
+        raise PromptError(f"{type(self).__name__} takes no instruction: it has no instructed()")
 
     def _key(self, place: int) -> str:
         """Return what prompts are told apart by."""
@@ -151,6 +154,8 @@ class GeneratedText(Behaviour):
 
     def instructed(self, instruction: str) -> "GeneratedText":
         """Return the same behaviour where prompts begin with an instruction in words."""
+        for prompt in self.prompts:
+            instructed(prompt, instruction)
         return replace(self, instruction=instruction)
 
     def measure(
@@ -200,7 +205,9 @@ def instructed(prompt: Prompt, instruction: str) -> Prompt:
         return prompt
     if prompt.text is not None:
         return replace(prompt, text=f"{instruction}\n{prompt.text}")
-    first = next(i for i, message in enumerate(prompt.messages) if message.role == "user")
+    first = next((i for i, message in enumerate(prompt.messages) if message.role == "user"), None)
+    if first is None:
+        raise PromptError(f"prompt {prompt.id}: an instruction needs a message of the user in front of which to go")
     said = replace(prompt.messages[first], content=f"{instruction}\n{prompt.messages[first].content}")
     return replace(prompt, messages=(*prompt.messages[:first], said, *prompt.messages[first + 1 :]))
 
