@@ -172,5 +172,5 @@ def test_prompts_that_say_the_same_are_split_once() -> None:
     behaviour = xs.behaviours.GeneratedText(["a", "b", "a", "c", "b"], len)
     first, rest = behaviour.split(0)
     assert sorted(p.content for p in first.prompts + rest.prompts) == ["a", "b", "c"]
-    with pytest.raises(xs.errors.PromptError, match="needs at least 3 prompts .*, got 2"):
+    with pytest.raises(xs.errors.PromptError, match="needs at least 3 prompts, .*, got 2"):
         xs.behaviours.GeneratedText(["a", "b", "a"], len).split()

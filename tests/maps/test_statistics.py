@@ -16,6 +16,7 @@ from xmodel_steer.maps.statistics import (
     NOTHING,
     Estimate,
     bootstrap_mean,
+    dose_share,
     rate,
     resamples,
     transfer_efficiency,
@@ -299,3 +300,47 @@ def test_an_interval_without_bounds_is_undefined_and_the_ratio_stays():
 def test_efficiency_of_what_is_no_number_says_so(mapped, native, reason):
     made = transfer_efficiency(mapped, native)
     assert made.undefined == reason and math.isnan(made.value)
+
+
+def test_dose_share_finds_the_planted_dose() -> None:
+    """A gain of sqrt(KL) at two doses: a share s of the gain is s² of the KL, whichever way the score points."""
+    rng = np.random.default_rng(0)
+    unit = 1 + 0.2 * rng.standard_normal((200, 1))
+    for share in (0.1, 0.5, 0.8, 0.95):
+        for kl in ((0.02, 0.08), (0.01, 0.02), (0.08,)):
+            native = unit * np.sqrt(np.array(kl) / kl[-1])
+            made = dose_share(share * unit, native, kl)
+            assert made.value == pytest.approx(share**2) and made.n == 200
+            assert dose_share(-share * unit, -native, kl) == made
+            assert made.low <= made.value + 1e-12 and made.value <= made.high + 1e-12
+    # A native vector that has done it all at a quarter of the KL: linear in the strength up to there.
+    early = unit * np.array([1.0, 1.0])
+    assert dose_share(0.9 * unit, early, (0.02, 0.08)).value == pytest.approx(0.25 * 0.81)
+
+
+def test_dose_share_ends_at_nothing_and_at_the_whole() -> None:
+    native = np.tile([0.5, 1.0], (40, 1)) + 0.1 * np.random.default_rng(1).standard_normal((40, 2))
+    assert dose_share(np.zeros((40, 3)), native, (0.1, 0.4)).value == 0
+    assert dose_share(-native[:, 1], native, (0.1, 0.4)).value == 0
+    more = dose_share(2 * native[:, 1], native, (0.1, 0.4))
+    assert (more.value, more.low, more.high) == (1, 1, 1)
+    assert dose_share(native[:, 1], native, (0.1, 0.4)).value == pytest.approx(1)
+
+
+def test_dose_share_is_undefined_with_a_reason() -> None:
+    rng = np.random.default_rng(2)
+    assert dose_share(np.ones(9), rng.standard_normal((9, 2)), (0.1, 0.4)).undefined == NO_NATIVE
+    native = np.tile([0.5, 1.0], (9, 1))
+    assert dose_share(np.ones(9), native * [np.nan, 1], (0.1, 0.4)).undefined == NOT_FINITE
+    assert dose_share(np.ones(9), native, (0.4, 0.4)).undefined == "the doses' KL does not rise"
+    assert dose_share(np.zeros(0), np.zeros((0, 2)), (0.1, 0.4)).undefined
+
+
+def test_dose_share_holds_its_level_on_planted_data() -> None:
+    """In 200 draws of a planted share the 95 % interval misses it in about 5 %."""
+    rng, missed = np.random.default_rng(3), 0
+    for _ in range(200):
+        native = np.stack([0.5 + rng.standard_normal(100) / 2, 1 + rng.standard_normal(100) / 2], 1)
+        made = dose_share(0.75 + rng.standard_normal(100) / 2, native, (0.1, 0.4), draws=400)
+        missed += not made.low <= 0.75**2 <= made.high
+    assert missed <= 20

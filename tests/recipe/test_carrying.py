@@ -51,6 +51,26 @@ def result(toy_named: Callable[[str], toys.Toy]) -> Result:
     return run(toy_named("llama").model, toy_named("gemma").model)
 
 
+def test_groups_of_prompts_are_split_and_resampled_whole(toy_named: Callable[[str], toys.Toy]) -> None:
+    """Fillings of one template are one unit: of ten templates with three fillings each, seven evaluate."""
+    prompts = [f"{text} {word}" for text in sentences(10, 4, 4) for word in ("one", "two", "six")]
+    label = {xs.Prompt.of(text).id: f"template {i // 3}" for i, text in enumerate(prompts)}
+    asked = xs.behaviours.GeneratedText(prompts, vowels, max_new_tokens=4, groups=list(label.values()))
+    made = run(toy_named("llama").model, toy_named("gemma").model, behaviour=asked)
+    chose, reported = ({label[i] for i in made.splits[part]} for part in ("validation", "evaluation"))
+    assert (len(chose), len(reported)) == (3, 7) and not chose & reported
+    verdict = made.verdict()
+    assert {c.difference.n for c in verdict.comparisons if c.over == "prompts"} == {verdict.efficiency.n} == {7}
+    for arm in made.arms:
+        assert arm.effect.n == 21 and list(arm.groups) == [label[i] for i in arm.ids]
+        if arm.seeds == 1:
+            assert arm.effect == estimate(np.array(arm.scores), arm.groups)
+    with pytest.raises(xs.errors.PromptError, match="needs a group for each of 30 prompts, got 2"):
+        xs.behaviours.GeneratedText(prompts, vowels, groups=["a", "b"])
+    with pytest.raises(xs.errors.PromptError, match="or groups of them .*, got 2"):
+        xs.behaviours.GeneratedText(prompts, vowels, groups=["a", "b"] * 15).split()
+
+
 def test_every_arm_at_every_strength(result: Result) -> None:
     steered = ("native", "mapped", "random", "shuffled")
     expected = {("unsteered", 0.0)} | {(a, s) for a in steered for s in (-1.0, 1.0, 2.0)}

@@ -10,7 +10,7 @@ from sample_results import planted
 import xmodel_steer as xs
 from xmodel_steer.maps.significance import above_others, sign_flip_test
 from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, undefined
-from xmodel_steer.recipe.arms import EQUAL_KL
+from xmodel_steer.recipe.arms import EQUAL_KL, joined_arm
 from xmodel_steer.recipe.planning import undecidable
 from xmodel_steer.recipe.verdicts import BAR, LEAST_UNITS
 
@@ -208,3 +208,23 @@ def test_a_table_of_concepts_is_one_family() -> None:
     assert first.startswith("6 of 6 concepts transfer (0 after Holm's correction over all 6); 6 have a native effect")
     assert texts == [v.text for v in alone]
     assert xs.Result  # the table is made of results
+
+
+def test_the_verdict_says_at_which_dose_native_does_as_much() -> None:
+    """Native gains .1 at a quarter of the KL and .2 at the whole: for .15 it needs (3/4)² of it."""
+    made = planted(CLEAR, n=72)
+    assert made.verdict().dose.undefined == "native was not run at half the strength"
+    assert "does as much" not in made.verdict().text
+    base = made.arm("unsteered")
+    halves = [
+        joined_arm(
+            "native", [sign / 2], [np.array(base.scores) + sign * 0.1], np.array(base.scores), kl=[0.075], perplexity=[10.0],
+            recipe="toy", ids=base.ids,
+        )
+        for sign in (1.0, -1.0)
+    ]  # fmt: skip
+    verdict = replace(made, arms=(*made.arms, *halves)).verdict()
+    assert verdict.dose.value == pytest.approx(0.75**2, abs=0.02) and verdict.dose.n == 72
+    assert f"n = 72; native does as much at {verdict.dose:.2f} of that KL; random" in verdict.text
+    assert verdict.record()["dose"] == verdict.dose.record()
+    assert (verdict.transfers, verdict.efficiency) == (made.verdict().transfers, made.verdict().efficiency)

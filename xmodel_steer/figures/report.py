@@ -246,7 +246,7 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
 <div class="verdict">{verdict}</div>
 <ul>{facts}</ul>
 {figures}
-<p>Effect: {unit}; on prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts for the others.
+<p>Effect: {unit}; on prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts (and vectors, where an arm has several) for the others.
 KL in nats per token; KL and perplexity on neutral text that fitted nothing. Strength 1 is the norm of the target's own vector, in
 standardised coordinates, for every arm. {note}</p>
 <h2>Every arm</h2>

@@ -271,3 +271,64 @@ def transfer_efficiency(
     if not (math.isfinite(low) and math.isfinite(high)):
         return undefined(f"{NO_NATIVE} in {int(silent.sum())} of {draws} resamples", n, value)
     return Estimate(value, low, high, n)
+
+
+def dose_share(
+    mapped: np.ndarray, native: np.ndarray, kl: Sequence[float], *, draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """Find the dose at which native does what mapped does.
+
+    The KL at which native gains as much, over the KL that the mapped vector has. Between the doses the gain is taken to be
+    linear in the square root of the KL, which grows as the strength does, from 0 at 0. With a 95 % bootstrap interval over
+    units (and seeds).
+
+    Args:
+        mapped: Gain of each unit, or ``(units, seeds)``.
+        native: Gain of each unit at each dose, ``(units, doses)``; the last dose has the mapped vector's KL.
+        kl: KL of each dose, ascending.
+        draws: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The share, from 0 (mapped gains nothing) to 1 (native needs the whole KL, or more than was run). Its inverse is the dose
+        shift. Undefined where the native effect at the last dose is, as in `transfer_efficiency`.
+
+    Example:
+        >>> share = dose_share(np.full(9, 0.5), np.full((9, 2), (0.5, 1.0)), (0.25, 1.0))
+        >>> share.value, share.n
+        (0.25, 9)
+    """
+    effects = np.asarray(native, dtype=float)
+    n = len(effects)
+    if not n:
+        return undefined(NOTHING, 0)
+    table = np.asarray(mapped, dtype=float).reshape(n, -1)
+    whole = transfer_efficiency(table, effects[:, -1], draws=draws, seed=seed)
+    if whole.undefined or not np.isfinite(effects).all():
+        return undefined(whole.undefined or NOT_FINITE, n)
+    if not (np.diff([0.0, *kl]) > 0).all():
+        return undefined("the doses' KL does not rise", n)
+    index, columns = resamples(n, draws=draws, seed=seed), resamples(table.shape[1], draws=draws, seed=seed + 1)
+    carried = np.take_along_axis(table[index].mean(1), columns, 1).mean(1)
+    doses = np.sqrt(np.array([0.0, *kl]) / kl[-1])
+    value, *drawn = (
+        _first_dose(gain, doses, reached)
+        for gain, reached in zip(
+            [table.mean(), *carried], [effects.mean(0), *(effects[rows].mean(0) for rows in index)], strict=True
+        )
+    )
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    return Estimate(value, low, high, n)
+
+
+def _first_dose(gain: float, doses: np.ndarray, reached: np.ndarray) -> float:
+    """Find the first dose, squared, at which a path from 0 has a gain."""
+    path = np.concatenate([[0.0], reached]) * (np.sign(reached[-1]) or 1.0)
+    gain *= np.sign(reached[-1]) or 1.0
+    if gain <= 0:
+        return 0.0
+    for i in range(1, len(path)):
+        if path[i] >= gain:  # the first one: what comes before lies below
+            at = doses[i - 1] + (doses[i] - doses[i - 1]) * (gain - path[i - 1]) / (path[i] - path[i - 1])
+            return float(at**2)
+    return 1.0

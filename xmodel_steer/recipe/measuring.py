@@ -62,8 +62,8 @@ def _prompted(prepared: Prepared, base: Arm) -> tuple[Arm, ...]:
             arms.append(
                 joined_arm(
                     "prompted", [sign], [found.scores], np.array(base.scores), kl=[cost.mean_kl], perplexity=[cost.perplexity],
-                    agreement=[cost.agreement], recipe=prepared.label, operator=words, at=OWN_KL, ids=base.ids, texts=found.texts,
-                    raw=found.raw,
+                    agreement=[cost.agreement], recipe=prepared.label, operator=words, at=OWN_KL, ids=base.ids,
+                    groups=base.groups, texts=found.texts, raw=found.raw,
                 )
             )  # fmt: skip
     return tuple(arms)

@@ -24,13 +24,14 @@ def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
     counts = settings_of(prepared)
     seconds = _seconds(prepared, counts, side)
     validated, reported = len(prepared.validation.ids), len(prepared.evaluation.ids)
+    units = len(set(getattr(prepared.evaluation, "groups", ()) or prepared.evaluation.ids))
     return (
         f"{prepared.label}: {name_of(prepared.source)} → {name_of(prepared.target)} on {device_of(prepared.target)}: "
         f"{len(prepared.sources)} source and {len(prepared.natives)} target layers to choose from; "
         f"{counts['select']} settings on {validated} validation prompts, {counts['measure']} on {reported} evaluation prompts"
         + (f", {counts['side']} each for {', '.join(side)}" if side else "")
         + f"; about {_in_words(seconds)}"
-        + undecidable(reported, prepared.budget.random_seeds)
+        + undecidable(units, prepared.budget.random_seeds)
     )
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xmodel_steer.maps.significance import above_others, sign_flip_test
-from xmodel_steer.maps.statistics import Estimate, bootstrap_mean, number, quotient, transfer_efficiency
+from xmodel_steer.maps.statistics import (
+    Estimate,
+    bootstrap_mean,
+    dose_share,
+    number,
+    quotient,
+    transfer_efficiency,
+    undefined,
+)
 from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
 from xmodel_steer.recipe.settings import RECIPES
 
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
     from xmodel_steer.recipe.results import Result
 
 BAR = 0.2  # what the share's lower end must reach, and what a change in a still direction may not
+NOT_RUN = "native was not run at half the strength"
 LEAST_UNITS = math.ceil(-math.log2(LEVEL))  # of fewer, no outcome gives a p below the level
 LEAST_VECTORS = 2  # of fewer, nothing shows how random vectors scatter
 
@@ -54,7 +63,9 @@ class Verdict:
         at: ``equal KL`` or ``equal strength``.
         efficiency: The share: gain of the mapped vector over that of the native one. Undefined, with the reason, where
             the native vector does nothing.
-        controls: The same ratio for each control; of all random vectors together.
+        dose: The KL at which native gains as much as mapped, over the KL that both have (`dose_share`); its inverse is the dose
+            shift. Undefined where native was not run at half the strength.
+        controls: The same ratio as the share, for each control; of all random vectors together.
         kl: KL of the native arm on neutral text, for each direction.
         comparisons: The mapped arm against every control.
         transfers: True or False as above; None where it is undefined or cannot be decided.
@@ -67,6 +78,7 @@ class Verdict:
     recipe: str
     at: str
     efficiency: Estimate
+    dose: Estimate
     controls: Mapping[str, Estimate]
     kl: Mapping[str, float]
     comparisons: tuple[Comparison, ...]
@@ -83,7 +95,8 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self) | {
+        return {name: value for name, value in asdict(self).items() if name != "dose"} | {
+            **({} if self.dose.undefined == NOT_RUN else {"dose": self.dose.record()}),
             "efficiency": self.efficiency.record(),
             "controls": {name: ratio.record() for name, ratio in self.controls.items()},
             "comparisons": [
@@ -111,6 +124,7 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
         recipe=recipe,
         at=first.at,
         efficiency=transfer_efficiency(gains["mapped"], native),
+        dose=_dose(result, recipe, gains["mapped"], native, base),
         controls={name: transfer_efficiency(gains[name], native) for name in CONTROLS},
         kl={sign: named["native"].kl for sign, named in arms.items()},
         comparisons=comparisons,
@@ -123,6 +137,21 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
     failed = undecided or _failed(verdict, native, arms)
     verdict = replace(verdict, failed=failed, transfers=None if undecided else not failed)
     return replace(verdict, text=_in_words(result, verdict, base, arms))
+
+
+def _dose(result: "Result", recipe: str, mapped: np.ndarray, native: np.ndarray, base: Arm) -> Estimate:
+    """Compare the mapped arm with native at half the strength and at all of it."""
+    try:
+        arms = {sign: named["native"] for sign, named in result.compared(recipe, ("native",)).items()}
+        half = [result.arm("native", arm.strength / 2, recipe=recipe) for arm in arms.values()]
+    except KeyError:
+        return undefined(NOT_RUN, len(native))
+    signs = [1.0 if sign == "+" else -1.0 for sign in arms]
+    with np.errstate(all="ignore"):  # what overflows is undefined
+        changes = [s * (np.array(arm.scores) - np.array(base.scores)) for s, arm in zip(signs, half, strict=True)]
+        doses = np.stack([totals(np.mean(changes, axis=0), base.groups), native], 1)
+    kl = [float(np.mean([arm.kl for arm in of])) for of in (half, arms.values())]
+    return dose_share(mapped, doses, kl)
 
 
 def totals(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
@@ -241,7 +270,8 @@ def _in_words(result: "Result", verdict: Verdict, base: Arm, arms: Mapping[str, 
         return f"{name}: {outcome}: {in_short(result, verdict.recipe)}; {test}; {cost}"
     short = [f"{arm} {sign}" for arm in ARMS[1:] for sign in arms if not arms[sign][arm].reached]
     missed = f"; {', '.join(short)} cannot be brought to that KL" if short else ""
-    return f"{name}: {outcome}: {ratio:.2f} of native {where}; {controls}; {test}; {cost}{missed}"
+    dose = "" if verdict.dose.undefined else f"native does as much at {verdict.dose:.2f} of that KL; "
+    return f"{name}: {outcome}: {ratio:.2f} of native {where}; {dose}{controls}; {test}; {cost}{missed}"
 
 
 def in_short(result: "Result", recipe: str) -> str:

@@ -245,6 +245,7 @@ def _chosen(result: Result, recipe: str) -> dict[str, Any]:
         **result.choice(recipe),
         "transfers": verdict.transfers,
         "p": verdict.p,
+        "dose": verdict.dose.record(),
         "unsteered_perplexity": result.arm("unsteered").perplexity,
     }
 

@@ -42,7 +42,7 @@ class Behaviour:
     def split(self, seed: int = 0) -> "tuple[Behaviour, Behaviour]":
         """Split at random into validation and evaluation.
 
-        A third of the prompts chooses layers and strengths; the rest is reported on.
+        A third of the prompts, or of their groups, chooses layers and strengths; the rest is reported on.
 
         Prompts that say the same are kept once.
 
@@ -50,15 +50,20 @@ class Behaviour:
             seed: Seed of the split.
 
         Raises:
-            PromptError: There are fewer than 3 prompts.
+            PromptError: There are fewer than 3 prompts, or groups of prompts.
         """
         first = {self._key(i): i for i in reversed(range(len(self.ids)))}
-        distinct = sorted(first.values())
-        order = [distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))]
-        third = len(distinct) // 3
+        members: dict[str, list[int]] = {}
+        for i in sorted(first.values()):
+            members.setdefault(self._group(i), []).append(i)
+        groups, third = list(members.values()), len(members) // 3
         if third < 1:
-            raise PromptError(f"needs at least 3 prompts (a third validates, the rest evaluates), got {len(distinct)}")
-        return self.part(order[:third]), self.part(order[third:])
+            raise PromptError(
+                f"needs at least 3 prompts, or groups of them (a third validates, the rest evaluates), got {len(groups)}"
+            )
+        order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+        validation, evaluation = ([i for group in part for i in group] for part in (order[:third], order[third:]))
+        return self.part(validation), self.part(evaluation)
 
     def instructed(self, instruction: str) -> "Behaviour":
         """Return the same behaviour where prompts begin with an instruction in words.
@@ -74,6 +79,10 @@ class Behaviour:
     def _key(self, place: int) -> str:
         """Return what prompts are told apart by."""
         return self.ids[place]
+
+    def _group(self, place: int) -> str:
+        """Return what a prompt's group is called; by default each prompt is one."""
+        return self._key(place)
 
     def measure(
         self,
@@ -117,6 +126,11 @@ class GeneratedText(Behaviour):
         unit: Name of the score, for axes and tables.
         instruction: Words in front of each prompt, which scorers do not read.
         validation: Other prompts, which choose layers and strength; by default a third of the prompts does.
+        groups: Label of each prompt where some are alike, such as fillings of one template. Groups are split and resampled
+            whole, and count as the units of intervals and tests.
+
+    Raises:
+        PromptError: There are more or fewer labels than prompts.
     """
 
     prompts: Any  # whatever prompts are given as; kept as a tuple of Prompt
@@ -126,10 +140,16 @@ class GeneratedText(Behaviour):
     unit: str = "score"
     instruction: str = ""
     validation: Any = ()
+    groups: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompts", "validation"):
             object.__setattr__(self, name, as_prompts(getattr(self, name), what=f"GeneratedText: {name}"))
+        object.__setattr__(self, "groups", tuple(map(str, self.groups)))
+        if self.groups and len(self.groups) != len(self.prompts):
+            raise PromptError(
+                f"GeneratedText: needs a group for each of {len(self.prompts)} prompts, got {len(self.groups)}"
+            )
 
     @property
     def ids(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -139,9 +159,13 @@ class GeneratedText(Behaviour):
     def _key(self, place: int) -> str:
         return self.prompts[place].content_key()
 
+    def _group(self, place: int) -> str:
+        return self.groups[place] if self.groups else self._key(place)
+
     def part(self, places: Sequence[int]) -> "GeneratedText":
         """Return the same behaviour on some of its prompts."""
-        return replace(self, prompts=tuple(self.prompts[i] for i in places), validation=())
+        groups = tuple(self.groups[i] for i in places) if self.groups else ()
+        return replace(self, prompts=tuple(self.prompts[i] for i in places), validation=(), groups=groups)
 
     def split(self, seed: int = 0) -> "tuple[Behaviour, Behaviour]":
         """Split at random into validation and evaluation; see `Behaviour`.
@@ -150,7 +174,7 @@ class GeneratedText(Behaviour):
         """
         if not self.validation:
             return super().split(seed)
-        return replace(self, prompts=self.validation, validation=()), replace(self, validation=())
+        return replace(self, prompts=self.validation, validation=(), groups=()), replace(self, validation=())
 
     def instructed(self, instruction: str) -> "GeneratedText":
         """Return the same behaviour where prompts begin with an instruction in words."""
@@ -185,7 +209,8 @@ class GeneratedText(Behaviour):
                     answers = texts[k * n : (k + 1) * n]
                     scores = score_texts(self.scorer, answers, self.prompts)
                     raw = self.scorer.raw(self.prompts, answers) if isinstance(self.scorer, Explained) else ()
-                    measured.append(Measured(scores, tuple(answers), tuple(raw), ids=self.ids))
+                    groups = {"effect": tuple(self.groups)} if self.groups else {}
+                    measured.append(Measured(scores, tuple(answers), tuple(raw), groups=groups, ids=self.ids))
                 bar.update(n * len(group))
         return measured
 
