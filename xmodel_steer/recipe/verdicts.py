@@ -140,7 +140,7 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
 
 
 def _dose(result: "Result", recipe: str, mapped: np.ndarray, native: np.ndarray, base: Arm) -> Estimate:
-    """Compare the mapped arm with native at half the strength and at all of it."""
+    """Compare mapped with native at half its strength and at all of it."""
     try:
         arms = {sign: named["native"] for sign, named in result.compared(recipe, ("native",)).items()}
         half = [result.arm("native", arm.strength / 2, recipe=recipe) for arm in arms.values()]
