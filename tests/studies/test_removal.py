@@ -249,7 +249,8 @@ def test_evaluation_chose_nothing(study: Result, lessons: Curriculum) -> None:
     assert all("evaluation" not in record["varied"] for record in study.validation)
     for recipe, chosen in study.chosen.items():
         own = [r for r in study.validation if r["recipe"] == recipe and r["varied"] == "strength"]
-        assert max(own, key=lambda r: r["score"])["operator"] == chosen["operator"]
+        best = max(own, key=lambda r: r["score"])  # the least of the strengths that do as well wins
+        assert any(r["operator"] == chosen["operator"] and r["score"] >= best["score"] - best["error"] for r in own)
 
 
 def test_the_curve_has_text_with_and_without_the_trigger(study: Result) -> None:

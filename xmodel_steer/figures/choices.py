@@ -1,6 +1,7 @@
 """Figures of what validation chose among, and of settings that were varied."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from xmodel_steer.figures.style import bars, hover, laid_out, plain
@@ -45,9 +46,11 @@ def effect_by_layer(result: Result) -> Any:
         end = kind.split()[0]
         for recipe, colour in zip(recipes, itertools.cycle(_LINES), strict=False):
             tried = [r for r in result.validation if (r["recipe"], r["varied"]) == (recipe, kind)]
-            first = {r["layer"]: r for r in reversed(tried)}  # layers that tie are tried with further operators
-            points = sorted(first.values(), key=lambda r: r["layer"])
-            taken = result.chosen.get(recipe, {}).get(f"{end}_layer")
+            first = {_site(r): r for r in reversed(tried)}  # layers that tie are tried with further operators
+            points = sorted(first.values(), key=lambda r: (_is_stack(r), r["layer"]))
+            taken = result.chosen.get(recipe, {}).get(f"{end}_site", result.chosen.get(recipe, {}).get(f"{end}_layer"))
+            points = [p for r in points for p in ([None] * _is_stack(r) + [r])]  # a gap: no line leads to a stack
+            points = [p or {"layer": None, "score": None} for p in points]
             ratios = [number(r["perplexity_ratio"], ".2f") if "perplexity_ratio" in r else "" for r in points]
             figure.add_trace(
                 go.Scatter(
@@ -61,8 +64,14 @@ def effect_by_layer(result: Result) -> Any:
                     textposition="top center",
                     cliponaxis=False,
                     line={"color": colour, "width": 2.5},
-                    marker={"size": [15 if r["layer"] == taken else 8 for r in points]},
-                    hovertemplate=hover(plain(recipe), "layer %{x}", "score %{y:.3f}", "perplexity %{text}"),
+                    marker={
+                        "size": [
+                            15 if taken in (_site(r), r["layer"] if not _is_stack(r) else "") else 8 for r in points
+                        ],
+                        "symbol": ["diamond" if _is_stack(r) else "circle" for r in points],
+                    },
+                    customdata=[plain(_site(r)) for r in points],
+                    hovertemplate=hover(plain(recipe), "%{customdata}", "score %{y:.3f}", "perplexity %{text}"),
                 ),
                 row=1,
                 col=column,
@@ -73,10 +82,19 @@ def effect_by_layer(result: Result) -> Any:
         **laid_out(
             f"{result.name}: validation score by layer",
             "validation prompts chose the layers (large markers) and are not reported on"
+            + ("; diamonds: stacks, at their deepest layer" if any(map(_is_stack, result.validation)) else "")
             + ("; ×: perplexity over the unsteered one" if len(recipes) == 1 else ""),
         )
     )
     return figure
+
+
+def _site(record: Mapping[str, Any]) -> str:
+    return str(record.get("site", f"layer {record['layer']}"))
+
+
+def _is_stack(record: Mapping[str, Any]) -> bool:
+    return "+" in _site(record)
 
 
 def curve(result: Result, name: str) -> Any:

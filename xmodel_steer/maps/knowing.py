@@ -7,7 +7,7 @@ import torch
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import SteeringVector, inverse_of
-from xmodel_steer.maps.affine import AffineMap
+from xmodel_steer.maps.affine import AffineMap, Map
 from xmodel_steer.maps.pairs import SplitMoments
 
 
@@ -28,6 +28,13 @@ class Knowledge:
 
     carried: float
     scatter: float
+
+    @classmethod
+    def record(cls, mapping: Map, moments: SplitMoments, vector: SteeringVector) -> dict[str, float]:
+        """Return plain JSON values; nothing of a map that is no ridge, or without test rows."""
+        if not isinstance(mapping, AffineMap) or "penalty" not in mapping.info or not moments.test.count:
+            return {}
+        return vars(knows(mapping, moments, vector))
 
 
 def knows(mapping: AffineMap, moments: SplitMoments, vector: SteeringVector) -> Knowledge:

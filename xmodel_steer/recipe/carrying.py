@@ -24,6 +24,7 @@ from xmodel_steer.files.claiming import claim
 from xmodel_steer.files.resume import resumable
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.maps.affine import Map
+from xmodel_steer.maps.knowing import Knowledge
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.models.facts import dtype_of
 from xmodel_steer.models.sites import space_of
@@ -148,6 +149,7 @@ def _matched(prepared: Prepared, recipes: Mapping[str, Selected]) -> tuple[list[
 def _choice(prepared: Prepared, selected: Selected, doses: list[dict[str, Any]]) -> dict[str, Any]:
     """Record what was chosen, and how well the vector was carried."""
     similarity, fitted = selected.similarity(), map_record(selected.mapping, selected.moments)
+    pair = selected.moments.pair(selected.source.space.site, selected.native.space.site)
     return {
         "unit": prepared.evaluation.unit,
         **sites_record(selected.source.space.site, selected.native.space.site),
@@ -157,7 +159,7 @@ def _choice(prepared: Prepared, selected: Selected, doses: list[dict[str, Any]])
         "norm_ratio": similarity["mapped"]["norm_ratio"],
         "map_r2": fitted.get("r2"),
         "similarity": similarity,
-        "map": fitted,
+        "map": fitted | Knowledge.record(selected.mapping, pair, selected.source),
         "equal_kl": doses,
     }
 

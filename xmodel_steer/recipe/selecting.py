@@ -98,7 +98,7 @@ def select(prepared: Prepared) -> Selected:
     scaled = {site: vector.with_norm(norm) for site, vector in transported.items()}
     sources = tried("source layer", scaled)
     for each in sources:
-        each.record["map_r2"] = _quality(maps[each.site], moments.pair(each.site, target_site))
+        each.record["map_r2"] = quality_of(maps[each.site], moments.pair(each.site, target_site))
     source_site = _best_map(sources, bound).site
     layers = [each for each in sources if not isinstance(each.site, Stack)]
     layer = _best_map(layers, bound).site if isinstance(source_site, Stack) and layers else None
@@ -215,8 +215,13 @@ def gains(
     return records, scores
 
 
-def _quality(mapping: Map, pair: SplitMoments) -> float:
-    """Return a map's R² on validation documents; NaN where there are none."""
+def quality_of(mapping: Map, pair: SplitMoments) -> float:
+    """Return a map's R² on validation documents; NaN where there are none.
+
+    Args:
+        mapping: The map.
+        pair: The moments of its sites.
+    """
     score_of = getattr(mapping, "score_moments", None)
     return float(score_of(pair.validation).mean_r2) if score_of and pair.validation.count > 1 else float("nan")
 

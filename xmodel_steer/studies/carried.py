@@ -20,6 +20,7 @@ from xmodel_steer.interventions.operators import Add, Operator
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import ShuffledPairs, pinned
 from xmodel_steer.maps.fitting import Fitter
+from xmodel_steer.maps.knowing import Knowledge
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.statistics import quotient
 from xmodel_steer.models.facts import context_length, device_of
@@ -44,6 +45,7 @@ class Carried:
         cosine: Cosine of the mapped and the native vector, in standardised coordinates.
         norm_ratio: The mapped vector's norm before scaling, over the native vector's norm.
         mapping: The map.
+        known: What the map knows of the vector (`Knowledge.record`).
         gate: The vectors of these vectors' gates, if the recipe has gates.
     """
 
@@ -55,6 +57,7 @@ class Carried:
     cosine: float
     norm_ratio: float
     mapping: Map
+    known: Mapping[str, float]
     gate: "Carried | None" = None
 
     @classmethod
@@ -93,6 +96,7 @@ class Carried:
             cosine=native.cosine(moved),
             norm_ratio=quotient(moved.norm(standardised=True), native.norm(standardised=True)),
             mapping=mapping,
+            known=Knowledge.record(mapping, pair, vector),
             gate=None if gate is None else cls.of(*gate, moments, fitter),
         )
 
@@ -150,6 +154,7 @@ class Choice:
             "cosine": carried.cosine,
             "norm_ratio": carried.norm_ratio,
             "map_r2": carried.mapping.score_test.mean_r2 if carried.mapping.score_test else None,
+            **carried.known,
         }
 
 

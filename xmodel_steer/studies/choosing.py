@@ -7,6 +7,7 @@ from typing import Any
 from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.operators import Add, Clamp, Operator
 from xmodel_steer.interventions.steps import Intervention
@@ -14,6 +15,7 @@ from xmodel_steer.maps.fitting import Fitter
 from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.training import Autoencoder
 from xmodel_steer.models.facts import device_of
+from xmodel_steer.recipe.selecting import quality_of
 from xmodel_steer.studies.carried import Carried, Choice, Pair
 from xmodel_steer.studies.organisms.lessons import Lesson
 from xmodel_steer.studies.outcomes import Asked, Outcome, Recipe, scored
@@ -44,13 +46,15 @@ class _Candidate:
         vector: The vector.
         gate: The vector of its gate, if the recipe has gates.
         control: A vector of the same size along another direction.
-        layer: The layer that is chosen with it.
+        site: The site that is chosen with it.
+        quality: R² of its map on validation documents.
     """
 
     vector: SteeringVector
     gate: SteeringVector | None
     control: SteeringVector
-    layer: int
+    site: Site
+    quality: float = 0.0
 
     def setting(self, recipe: Recipe, operator: Operator) -> list[Intervention]:
         """Make a setting with the vector."""
@@ -90,7 +94,8 @@ def choose(
     The native vector chooses the target's layer, the mapped vector the rest. Candidates within two standard errors of the
     unsteered effect drop out, unless all do: they cost nothing. Of those within a standard error of the best score, the
     control's least effect decides, then the gain over the control: a random vector for the target's layer, otherwise a map
-    of shuffled pairs. If any direction has the effect, the vector shows nothing. The least of equally good strengths wins.
+    of shuffled pairs. If any direction has the effect, the vector shows nothing. The least of equally good strengths wins, and of
+    equally good source sites that whose map has the best R² on validation documents.
 
     Args:
         pair: The models.
@@ -113,7 +118,8 @@ def choose(
         outcomes = validation.measure(settings, aim=recipe.aim, extent="brief")
         for (candidate, operator), outcome in zip(candidates, outcomes, strict=True):
             record = {"recipe": recipe.name, "varied": f"{varied}, its control" if controls else varied}
-            records.append(record | {"layer": candidate.layer, "operator": repr(operator)} | outcome.record())
+            at = {"layer": candidate.site.layer, "site": str(candidate.site)}
+            records.append(record | at | {"operator": repr(operator)} | outcome.record())
         return outcomes
 
     def does_something(aim: str, own: Outcome) -> bool:
@@ -141,10 +147,12 @@ def choose(
         return [i for i, gain in gains.items() if gain == max(gains.values())]
 
     def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> _Candidate:
-        """Choose by the first operator; retry candidates that it cannot separate with the next."""
+        """Choose by the first operator; retry candidates that it cannot separate with the next, then take the best map."""
         remaining = list(candidates)
         for operator in recipe.operators:
             remaining = [remaining[i] for i in best(varied, recipe, [(candidate, operator) for candidate in remaining])]
+        best_map = max(candidate.quality for candidate in remaining)
+        remaining = [candidate for candidate in remaining if candidate.quality == best_map]
         return remaining[len(remaining) // 2]
 
     def best_operator(recipe: Recipe, candidate: _Candidate) -> Operator:
@@ -164,7 +172,7 @@ def choose(
             for read in (recipe.vectors, recipe.gates)
         )
         candidates = [
-            _Candidate(vectors[site], gates.get(site), random_like(vectors[site], seed=pair.seed + _ASIDE), site.layer)
+            _Candidate(vectors[site], gates.get(site), random_like(vectors[site], seed=pair.seed + _ASIDE), site)
             for site in sites
         ]
         chosen = best_layer("target layer", recipe, candidates)
@@ -191,7 +199,12 @@ def choose(
             Carried.of(vectors[site], native, moments, fitter, None if gate is None else (gates[site], gate))
             for site in sites
         ]
-        candidates = [_Candidate(c.mapped, c.mapped_gate, c.shuffled, c.source.space.site.layer) for c in carried]
+        candidates = [
+            _Candidate(
+                c.mapped, c.mapped_gate, c.shuffled, site, quality_of(c.mapping, moments.pair(site, native.space.site))
+            )
+            for site, c in zip(sites, carried, strict=True)
+        ]
         chosen = best_layer("source layer", recipe, candidates)
         choices.append(Choice(recipe, best_operator(recipe, chosen), carried[candidates.index(chosen)]))
     lap("choosing source layers and strengths")

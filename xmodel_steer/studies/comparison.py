@@ -27,7 +27,7 @@ from xmodel_steer.recipe.arms import EFFICIENCY, Arm, joined_arm
 from xmodel_steer.recipe.preparing import Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.selecting import select
+from xmodel_steer.recipe.selecting import one_layer, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 from xmodel_steer.studies.carried import LONGER, MAP_TOKENS, Pair
 from xmodel_steer.studies.concept_table import SETTINGS
@@ -44,6 +44,7 @@ from xmodel_steer.studies.map_tasks import (
 )
 from xmodel_steer.studies.settings import Clock, Settings, end_of
 
+ONE = "ridge, one layer"
 QUESTION = "Does the paper's trained autoencoder carry a vector, or a model's whole activations, better than a map with a closed form?"
 NOTE = (
     "Layers are chosen with ridge. Steering: every arm at the KL of the native vector at strength 1, in each direction. Replacement: the site holds mapped activations of the "
@@ -86,7 +87,8 @@ def map_comparison(
 ) -> Result:
     """Fit several maps on the same rows, and compare them in use.
 
-    Their pair of sites is chosen as in `transfer`, with `Ridge`, on a third of the prompts; the rest evaluates.
+    Their pair of sites is chosen as in `transfer`, with `Ridge`, on a third of the prompts; the rest evaluates. Where a stack was
+    chosen, ridge from the best single layer is compared too.
 
     Args:
         source: The source model.
@@ -134,6 +136,11 @@ def map_comparison(
             maps[name] = on_device.fit(rows)  # type: ignore[arg-type]
             seconds[name] = time.perf_counter() - start
         reference = rows.moments(seed=seed)
+    one = one_layer(prepared, selected)
+    if one is not None:
+        start = time.perf_counter()
+        maps[ONE] = Ridge().fit(one.moments.pair(one.source.space.site, target_site))
+        seconds[ONE] = time.perf_counter() - start
     clock.lap("fitting")
 
     sides = (
@@ -142,7 +149,10 @@ def map_comparison(
     )
     ends = (next(sides), next(sides))
     norm = native.norm(standardised=True)
-    moved = {name: moved_of(mapping, source_vector, ends, native) for name, mapping in maps.items()}
+    moved = {
+        name: moved_of(mapping, one.source if one and name == ONE else source_vector, ends, native)
+        for name, mapping in maps.items()
+    }
     carried = {name: vector.with_norm(norm) for name, vector in moved.items()}
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
     groups["random"] = [random_like(native, seed=seed + k) for k in range(settings.random_seeds)]
@@ -156,14 +166,14 @@ def map_comparison(
         question=QUESTION,
         unit=UNIT,
         note=NOTE,
-        stored=_verdict(arms, list(named_fitters)),
+        stored=_verdict(arms, list(maps)),
         source=end_of(source),
         target=end_of(target),
         arms=tuple(arms),
         chosen={
             name: {
-                **sites_record(source_site, target_site),
-                "settings": repr(named_fitters[name])[:300],
+                **sites_record(mapping.source.site, target_site),
+                "settings": repr(named_fitters.get(name, Ridge()))[:300],
                 "seconds": round(seconds[name], 2),
                 "cosine": native.cosine(moved[name]),
                 "norm_ratio": quotient(moved[name].norm(standardised=True), norm),

@@ -11,7 +11,7 @@ from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.evaluation.behaviours.generated import GeneratedText, Measured
 from xmodel_steer.evaluation.damage import Settings
@@ -126,7 +126,8 @@ class Recipe:
     def with_sites(self, source: Site, target: Site) -> "Recipe":
         """Add one more candidate site of either model to the recipe."""
         sources, targets = (
-            tuple(sorted({*sites, site})) for sites, site in ((self.source_sites, source), (self.target_sites, target))
+            tuple(sorted({*sites, site}, key=lambda s: (len(s.members), s.members)))
+            for sites, site in ((self.source_sites, source), (self.target_sites, target))
         )
         return replace(self, source_sites=sources, target_sites=targets)
 
@@ -261,6 +262,11 @@ def layers(model: Any, low: float, high: float, most: int) -> tuple[Site, ...]:
     """Spread at most `most` sites evenly over a range of the depth."""
     last = model.cfg.n_layers - 1
     return tuple(Site(int(k)) for k in sorted({round(k) for k in np.linspace(low * last, high * last, most)}))
+
+
+def with_stack(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Add a stack of all sites; none of a single one."""
+    return (*sites, *([Stack(sites)] if sites[1:] else []))
 
 
 def with_layers(ways: Sequence[Recipe], also: tuple[int, int] | None) -> list[Recipe]:

@@ -26,6 +26,7 @@ from xmodel_steer.studies.outcomes import (
     layers,
     require_apart,
     with_layers,
+    with_stack,
 )
 from xmodel_steer.studies.repair import Questions, Repair
 from xmodel_steer.studies.settings import Clock, Settings
@@ -59,18 +60,20 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple
         source: The source model.
         target: The target model.
         prompts: Prompts with the trigger, to find its tokens in.
-        sites: Numbers of layers tried in the source and in the target; two thirds as many of the early layers.
+        sites: Numbers of layers tried in the source and in the target; two thirds as many of the early layers. The source's
+            are tried one by one, and all together as a stack.
 
     Raises:
         PromptError: The trigger is not at the same tokens in all prompts.
     """
     late, middle = layers(source, 0.45, 0.97, sites[0]), layers(target, 0.35, 0.95, sites[1])
+    late = with_stack(late)
     adds = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
     trigger = Trigger.of(target, prompts)
     spans = trigger.clean, trigger.triggered
     early_counts = [round(count * 2 / 3) for count in sites]
-    early = layers(source, 0.0, 0.5, early_counts[0]), layers(target, 0.0, 0.7, early_counts[1])
+    early = with_stack(layers(source, 0.0, 0.5, early_counts[0])), layers(target, 0.0, 0.7, early_counts[1])
     doses = tuple(Add(s) for s in (1.0, 2.0, 5.0))
     moves = tuple(Clamp("positive", gate=False, overshoot=g) for g in (1.3, 1.0, 2.0, 3.0))
     return [
@@ -262,6 +265,7 @@ def _amounts(
             (outcome,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
+                | dict(carried.known)
                 | {"effect": estimate(outcome.scores, outcome.groups.get("effect")).record()}
                 | {key: estimate(scores, outcome.groups.get(key)).record() for key, scores in outcome.measures.items()}
             )

@@ -24,6 +24,7 @@ from xmodel_steer.models.facts import hardware_of, name_of, tokenizer_of
 from xmodel_steer.recipe.arms import Arm
 from xmodel_steer.recipe.matching import Run
 from xmodel_steer.recipe.measuring import arms_of
+from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.settings import versions
 from xmodel_steer.studies.carried import Pair
@@ -60,7 +61,8 @@ def safety_switch(
 
     One site of the model that writes holds mapped activations of the other model. The maps are fitted on general text and
     prompts without the trigger: fitted behind the trigger, a map learns each model's own answer, and switches nothing.
-    Validation tasks choose each direction's site. Controls: activations unmapped, a map of shuffled pairs, mean, and noise.
+    Validation tasks choose each direction's site, and whether the map reads the other model's same site or all sites
+    together. The better of the other kind is reported as ``mapped, NAME``. Controls: activations unmapped, a map of shuffled pairs, mean, and noise.
 
     Args:
         base: The base model.
@@ -108,12 +110,16 @@ def safety_switch(
 
     choosing = measures_of(curriculum.validation, settings.validation, length)
     records: list[dict[str, Any]] = []
-    chosen: dict[str, Site] = {}
+    chosen: dict[str, list[tuple[Site, Site]]] = {}  # the best pair of sites of each kind, the better one first
     for direction, (source, target) in models.items():
-        outcomes = choosing[direction]([[mapped_source(source, target, fitted[direction][site][0])] for site in sites])
-        for site, outcome in zip(sites, outcomes, strict=True):
-            records.append({"recipe": direction, "varied": "target layer", "layer": site.layer} | outcome.record())
-        chosen[direction] = sites[int(np.argmax([outcome.score for outcome in outcomes]))]
+        ends = list(fitted[direction])
+        outcomes = choosing[direction]([[mapped_source(source, target, fitted[direction][pair][0])] for pair in ends])
+        for (there, here), outcome in zip(ends, outcomes, strict=True):
+            kind = "target layer" if there == here else "target layer, all sites read"
+            records.append({"recipe": direction, "varied": kind, "layer": here.layer} | outcome.record())
+        order = sorted(range(len(ends)), key=lambda i: -outcomes[i].score)
+        kinds = {ends[i][0] == ends[i][1]: ends[i] for i in reversed(order)}
+        chosen[direction] = sorted(kinds.values(), key=lambda pair: order.index(ends.index(pair)))
     clock.lap("choosing sites")
 
     reporting = measures_of(curriculum.evaluation, None, curriculum.max_new_tokens)
@@ -121,12 +127,15 @@ def safety_switch(
     arms: list[Arm] = []
     record: dict[str, Any] = {}
     for direction, (source, target) in models.items():
-        mapping, moments = fitted[direction][chosen[direction]]
-        steps = _steps(source, target, mapping, moments, settings)
+        (there, here), *others = chosen[direction]
+        mapping, moments = fitted[direction][there, here]
+        steps = _steps(source, target, mapping, moments, settings, fitted[direction][here, here][1])
+        for pair in others:
+            name = "one site" if pair[0] == pair[1] else "all sites"
+            steps[f"mapped, {name}"] = [mapped_source(source, target, fitted[direction][pair][0])]
         arms += _arms(direction, target, steps, reporting[direction](list(steps.values())), settings, questions)
         record[direction] = {
-            "source_layer": chosen[direction].layer,
-            "target_layer": chosen[direction].layer,
+            **sites_record(there, here),
             "map_r2": mapping.score_test.mean_r2 if mapping.score_test else None,
             "tokens_per_second_over_unswitched": speeds_of(
                 target, steps["mapped"], [lesson.prompt for lesson in curriculum.validation][:8], turns
@@ -168,7 +177,7 @@ def safety_switch(
         versions=versions(),
         hardware=hardware_of(organism),
         seconds=clock.seconds,
-        maps={direction: fitted[direction][site][0] for direction, site in chosen.items()},
+        maps={direction: fitted[direction][pairs[0]][0] for direction, pairs in chosen.items()},
     )
 
 
@@ -179,7 +188,8 @@ def _arms(
     """Measure every arm of one direction and its costs; some arms also answer questions."""
     _, neutral = settings.texts()
     costs = side_effects(target, list(steps.values()), neutral, max_tokens=settings.neutral_tokens, batch_size=16)
-    questioned = ["unsteered", "mapped", "mean ablation"]  # right answers of the other arms would say nothing
+    # Right answers of the other arms would say nothing.
+    questioned = ["unsteered", "mean ablation", *(name for name in steps if name.startswith("mapped"))]
     answers = questions.measure(target, [steps[name] for name in questioned])
     right = {name: {"right answers": answered.scores} for name, answered in zip(questioned, answers, strict=True)}
     runs = [Run(name, setting, way, strength=math.nan) for name, setting in steps.items()]
@@ -190,10 +200,12 @@ def _arms(
     return arms_of(runs, measured, costs)
 
 
-def _steps(source: Any, target: Any, mapping: Map, moments: SplitMoments, settings: Settings) -> dict[str, list[Step]]:
-    """Return the steps that replace the site's activations in each arm."""
+def _steps(
+    source: Any, target: Any, mapping: Map, moments: SplitMoments, settings: Settings, same: SplitMoments
+) -> dict[str, list[Step]]:
+    """Return the steps that replace the site's activations in each arm; ``same`` are the moments of the same site."""
     mean, scale = moments.train.target_mean, moments.train.target_scale
-    identity, shuffled = Identity().fit(moments), ShuffledPairs(pinned(settings.fitter, mapping)).fit(moments)
+    identity, shuffled = Identity().fit(same), ShuffledPairs(pinned(settings.fitter, mapping)).fit(moments)
     return {
         "unsteered": [],
         "mapped": [mapped_source(source, target, mapping)],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
@@ -29,12 +29,12 @@ Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
 
 def fitted_map(
     pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
-) -> dict[Site, tuple[Map, SplitMoments]]:
-    """Fit each site's map to the other model's same site, and return its moments."""
+) -> dict[tuple[Site, Site], tuple[Map, SplitMoments]]:
+    """Fit a map to each site from the other model's same site and from all sites, and return its moments."""
     pairs = [(site, site) for site in sites]
+    pairs += [(Stack(sites), site) for site in sites if sites[1:]]
     moments = pair.of_general(pairs) + pair.of(text, pairs)
-    moments_at = {site: moments.pair(site, site) for site in sites}
-    return {site: (fitter.fit(site_moments), site_moments) for site, site_moments in moments_at.items()}
+    return {ends: (fitter.fit(moments.pair(*ends)), moments.pair(*ends)) for ends in pairs}
 
 
 def speeds_of(
