@@ -34,7 +34,6 @@ def effect_by_layer(result: Result) -> Any:
     Raises:
         ValueError: No layers were compared, because one of each model was given.
     """
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     kinds = layers_varied(result)
@@ -45,37 +44,7 @@ def effect_by_layer(result: Result) -> Any:
     for column, kind in enumerate(kinds, 1):
         end = kind.split()[0]
         for recipe, colour in zip(recipes, itertools.cycle(_LINES), strict=False):
-            tried = [r for r in result.validation if (r["recipe"], r["varied"]) == (recipe, kind)]
-            first = {_site(r): r for r in reversed(tried)}  # layers that tie are tried with further operators
-            points = sorted(first.values(), key=lambda r: (_is_stack(r), r["layer"]))
-            taken = result.chosen.get(recipe, {}).get(f"{end}_site", result.chosen.get(recipe, {}).get(f"{end}_layer"))
-            points = [p for r in points for p in ([None] * _is_stack(r) + [r])]  # a gap: no line leads to a stack
-            points = [p or {"layer": None, "score": None} for p in points]
-            ratios = [number(r["perplexity_ratio"], ".2f") if "perplexity_ratio" in r else "" for r in points]
-            figure.add_trace(
-                go.Scatter(
-                    x=[r["layer"] for r in points],
-                    y=[r["score"] for r in points],
-                    name=plain(recipe),
-                    legendgroup=plain(recipe),
-                    showlegend=column == 1 and len(recipes) > 1,
-                    mode="lines+markers+text" if len(recipes) == 1 else "lines+markers",
-                    text=[f"× {ratio}" if ratio else "" for ratio in ratios],
-                    textposition="top center",
-                    cliponaxis=False,
-                    line={"color": colour, "width": 2.5},
-                    marker={
-                        "size": [
-                            15 if taken in (_site(r), r["layer"] if not _is_stack(r) else "") else 8 for r in points
-                        ],
-                        "symbol": ["diamond" if _is_stack(r) else "circle" for r in points],
-                    },
-                    customdata=[plain(_site(r)) for r in points],
-                    hovertemplate=hover(plain(recipe), "%{customdata}", "score %{y:.3f}", "perplexity %{text}"),
-                ),
-                row=1,
-                col=column,
-            )
+            figure.add_trace(_line(result, recipe, kind, colour, column == 1 and len(recipes) > 1), row=1, col=column)
         figure.update_xaxes(title_text=f"layer of the {end} model", row=1, col=column)
     figure.update_yaxes(title_text="validation score", row=1, col=1)
     figure.update_layout(
@@ -87,6 +56,39 @@ def effect_by_layer(result: Result) -> Any:
         )
     )
     return figure
+
+
+def _line(result: Result, recipe: str, kind: str, colour: str, legend: bool) -> Any:
+    """Draw what was tried for a recipe; stacks are apart from the line."""
+    import plotly.graph_objects as go
+
+    end, alone = kind.split()[0], len({r["recipe"] for r in result.validation}) == 1
+    tried = [r for r in result.validation if (r["recipe"], r["varied"]) == (recipe, kind)]
+    first = {_site(r): r for r in reversed(tried)}  # layers that tie are tried with further operators
+    choice = result.chosen.get(recipe, {})
+    taken = choice.get(f"{end}_site", choice.get(f"{end}_layer"))
+    points: list[Mapping[str, Any]] = []
+    for record in sorted(first.values(), key=lambda r: (_is_stack(r), r["layer"])):
+        points += [{"layer": None, "score": None}, record] if _is_stack(record) else [record]  # a gap ends the line
+    ratios = [number(r["perplexity_ratio"], ".2f") if "perplexity_ratio" in r else "" for r in points]
+    return go.Scatter(
+        x=[r["layer"] for r in points],
+        y=[r["score"] for r in points],
+        name=plain(recipe),
+        legendgroup=plain(recipe),
+        showlegend=legend,
+        mode="lines+markers+text" if alone else "lines+markers",
+        text=[f"× {ratio}" if ratio else "" for ratio in ratios],
+        textposition="top center",
+        cliponaxis=False,
+        line={"color": colour, "width": 2.5},
+        marker={
+            "size": [15 if taken in (_site(r), None if _is_stack(r) else r["layer"]) else 8 for r in points],
+            "symbol": ["diamond" if _is_stack(r) else "circle" for r in points],
+        },
+        customdata=[plain(_site(r)) for r in points],
+        hovertemplate=hover(plain(recipe), "%{customdata}", "score %{y:.3f}", "perplexity %{text}"),
+    )
 
 
 def _site(record: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ class Knowledge:
 
     @classmethod
     def record(cls, mapping: Map, moments: SplitMoments, vector: SteeringVector) -> dict[str, float]:
-        """Return plain JSON values; nothing of a map that is no ridge, or without test rows."""
+        """Return plain JSON values; none without a ridge map and test rows."""
         if not isinstance(mapping, AffineMap) or "penalty" not in mapping.info or not moments.test.count:
             return {}
         return vars(knows(mapping, moments, vector))

@@ -147,7 +147,7 @@ def choose(
         return [i for i, gain in gains.items() if gain == max(gains.values())]
 
     def best_layer(varied: str, recipe: Recipe, candidates: Sequence[_Candidate]) -> _Candidate:
-        """Choose by the first operator; retry candidates that it cannot separate with the next, then take the best map."""
+        """Choose by the first operator that separates candidates, then by the map."""
         remaining = list(candidates)
         for operator in recipe.operators:
             remaining = [remaining[i] for i in best(varied, recipe, [(candidate, operator) for candidate in remaining])]
@@ -190,25 +190,32 @@ def choose(
 
     choices = []
     for recipe, (rough, rough_gate) in zip(ways, natives, strict=True):
-        scale, sites = moments.scale(rough.space.site), recipe.source_sites
-        native = rough.with_scale(scale)
-        vectors = recipe.vectors(pair.source, lessons, sites, label=label)
-        gates = recipe.gates(pair.source, lessons, sites, label=label)
-        gate = None if rough_gate is None else rough_gate.with_scale(scale)
-        carried = [
-            Carried.of(vectors[site], native, moments, fitter, None if gate is None else (gates[site], gate))
-            for site in sites
-        ]
-        candidates = [
-            _Candidate(
-                c.mapped, c.mapped_gate, c.shuffled, site, quality_of(c.mapping, moments.pair(site, native.space.site))
-            )
-            for site, c in zip(sites, carried, strict=True)
-        ]
+        carried, candidates = _carried(pair, recipe, (rough, rough_gate), moments, lessons, fitter, label)
         chosen = best_layer("source layer", recipe, candidates)
         choices.append(Choice(recipe, best_operator(recipe, chosen), carried[candidates.index(chosen)]))
     lap("choosing source layers and strengths")
     return Chosen(tuple(choices), tuple(records), general)
+
+
+def _carried(
+    pair: Pair, recipe: Recipe, native: tuple[SteeringVector, SteeringVector | None], moments: Moments,
+    lessons: Sequence[Lesson], fitter: Fitter, label: str,
+) -> tuple[list[Carried], list[_Candidate]]:  # fmt: skip
+    """Carry a recipe's vector, and its gate's, from every candidate site of the source."""
+    here, sites = native[0].space.site, recipe.source_sites
+    own, own_gate = (None if vector is None else vector.with_scale(moments.scale(here)) for vector in native)
+    assert own is not None
+    vectors = recipe.vectors(pair.source, lessons, sites, label=label)
+    gates = recipe.gates(pair.source, lessons, sites, label=label)
+    carried = [
+        Carried.of(vectors[site], own, moments, fitter, None if own_gate is None else (gates[site], own_gate))
+        for site in sites
+    ]
+    candidates = [
+        _Candidate(c.mapped, c.mapped_gate, c.shuffled, site, quality_of(c.mapping, moments.pair(site, here)))
+        for site, c in zip(sites, carried, strict=True)
+    ]
+    return carried, candidates
 
 
 def strength_of(operator: Operator) -> float:

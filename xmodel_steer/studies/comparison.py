@@ -27,7 +27,7 @@ from xmodel_steer.recipe.arms import EFFICIENCY, Arm, joined_arm
 from xmodel_steer.recipe.preparing import Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.selecting import one_layer, select
+from xmodel_steer.recipe.selecting import Selected, one_layer, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 from xmodel_steer.studies.carried import LONGER, MAP_TOKENS, Pair
 from xmodel_steer.studies.concept_table import SETTINGS
@@ -123,24 +123,8 @@ def map_comparison(
     source_site, target_site = source_vector.space.site, native.space.site
     clock.lap("choosing layers")
 
-    maps: dict[str, Map] = {}
-    seconds: dict[str, float] = {}
-    pair = Pair(source, target, general, seed)
-    with pair.stored(general, [(source_site, target_site)]) as store:
-        rows = store.pair(source_site, target_site)
-        for name, fitter in named_fitters.items():
-            start = time.perf_counter()
-            on_device = fitter
-            if isinstance(fitter, Autoencoder | SGDAffine):
-                on_device = replace(fitter, device=str(device_of(target)))
-            maps[name] = on_device.fit(rows)  # type: ignore[arg-type]
-            seconds[name] = time.perf_counter() - start
-        reference = rows.moments(seed=seed)
     one = one_layer(prepared, selected)
-    if one is not None:
-        start = time.perf_counter()
-        maps[ONE] = Ridge().fit(one.moments.pair(one.source.space.site, target_site))
-        seconds[ONE] = time.perf_counter() - start
+    maps, seconds, reference = _fitted(prepared, selected, one, named_fitters)
     clock.lap("fitting")
 
     sides = (
@@ -183,7 +167,12 @@ def map_comparison(
         },
         validation=selected.records,
         spec=settings.record()
-        | {"behaviour": tested.name, "unit": tested.unit, "map_documents": len(general), "map_tokens": pair.map_tokens}
+        | {
+            "behaviour": tested.name,
+            "unit": tested.unit,
+            "map_documents": len(general),
+            "map_tokens": Pair(source, target, general).map_tokens,
+        }
         | {"max_new_tokens": max_new_tokens},
         splits=prepared.splits,
         seeds=settings.seeds(),
@@ -193,6 +182,32 @@ def map_comparison(
         vectors={"source": source_vector, "native": native, **carried},
         maps=maps,
     )
+
+
+def _fitted(
+    prepared: Prepared, selected: Selected, one: Selected | None, named: Mapping[str, Fitter]
+) -> tuple[dict[str, Map], dict[str, float], SplitMoments]:
+    """Fit and time the maps on the chosen sites' rows."""
+    maps: dict[str, Map] = {}
+    seconds: dict[str, float] = {}
+    source_site, target_site = selected.source.space.site, selected.native.space.site
+
+    def fit(name: str, fitter: Fitter, rows: Any) -> None:
+        start = time.perf_counter()
+        if isinstance(fitter, Autoencoder | SGDAffine):
+            fitter = replace(fitter, device=str(device_of(prepared.target)))
+        maps[name] = fitter.fit(rows)
+        seconds[name] = time.perf_counter() - start
+
+    pair = Pair(prepared.source, prepared.target, prepared.text.map, prepared.seed)
+    with pair.stored(prepared.text.map, [(source_site, target_site)]) as store:
+        rows = store.pair(source_site, target_site)
+        for name, fitter in named.items():
+            fit(name, fitter, rows)
+        reference = rows.moments(seed=prepared.seed)
+    if one is not None:
+        fit(ONE, Ridge(), one.moments.pair(one.source.space.site, target_site))
+    return maps, seconds, reference
 
 
 def _replaced(

@@ -110,16 +110,10 @@ def safety_switch(
 
     choosing = measures_of(curriculum.validation, settings.validation, length)
     records: list[dict[str, Any]] = []
-    chosen: dict[str, list[tuple[Site, Site]]] = {}  # the best pair of sites of each kind, the better one first
-    for direction, (source, target) in models.items():
-        ends = list(fitted[direction])
-        outcomes = choosing[direction]([[mapped_source(source, target, fitted[direction][pair][0])] for pair in ends])
-        for (there, here), outcome in zip(ends, outcomes, strict=True):
-            kind = "target layer" if there == here else "target layer, all sites read"
-            records.append({"recipe": direction, "varied": kind, "layer": here.layer} | outcome.record())
-        order = sorted(range(len(ends)), key=lambda i: -outcomes[i].score)
-        kinds = {ends[i][0] == ends[i][1]: ends[i] for i in reversed(order)}
-        chosen[direction] = sorted(kinds.values(), key=lambda pair: order.index(ends.index(pair)))
+    chosen = {
+        direction: _best_pairs(direction, *ends, fitted[direction], choosing[direction], records)
+        for direction, ends in models.items()
+    }
     clock.lap("choosing sites")
 
     reporting = measures_of(curriculum.evaluation, None, curriculum.max_new_tokens)
@@ -127,12 +121,9 @@ def safety_switch(
     arms: list[Arm] = []
     record: dict[str, Any] = {}
     for direction, (source, target) in models.items():
-        (there, here), *others = chosen[direction]
-        mapping, moments = fitted[direction][there, here]
-        steps = _steps(source, target, mapping, moments, settings, fitted[direction][here, here][1])
-        for pair in others:
-            name = "one site" if pair[0] == pair[1] else "all sites"
-            steps[f"mapped, {name}"] = [mapped_source(source, target, fitted[direction][pair][0])]
+        there, here = chosen[direction][0]
+        mapping = fitted[direction][there, here][0]
+        steps = _steps(source, target, fitted[direction], chosen[direction], settings)
         arms += _arms(direction, target, steps, reporting[direction](list(steps.values())), settings, questions)
         record[direction] = {
             **sites_record(there, here),
@@ -181,6 +172,22 @@ def safety_switch(
     )
 
 
+def _best_pairs(
+    direction: str, source: Any, target: Any, fitted: Mapping[tuple[Site, Site], tuple[Map, SplitMoments]], ask: Asked,
+    records: list[dict[str, Any]],
+) -> list[tuple[Site, Site]]:  # fmt: skip
+    """Find the best map of each kind, the better one first."""
+    outcomes = ask([[mapped_source(source, target, mapping)] for mapping, _ in fitted.values()])
+    best: dict[bool, tuple[float, tuple[Site, Site]]] = {}
+    for (there, here), outcome in zip(fitted, outcomes, strict=True):
+        same = there == here
+        kind = "target layer" if same else "target layer, all sites read"
+        records.append({"recipe": direction, "varied": kind, "layer": here.layer} | outcome.record())
+        if same not in best or outcome.score > best[same][0]:
+            best[same] = outcome.score, (there, here)
+    return [ends for _, ends in sorted(best.values(), key=lambda found: -found[0])]
+
+
 def _arms(
     way: str, target: Any, steps: Mapping[str, Sequence[Step]], outcomes: Sequence[Outcome], settings: Settings,
     questions: MultipleChoice,
@@ -201,19 +208,26 @@ def _arms(
 
 
 def _steps(
-    source: Any, target: Any, mapping: Map, moments: SplitMoments, settings: Settings, same: SplitMoments
-) -> dict[str, list[Step]]:
-    """Return the steps that replace the site's activations in each arm; ``same`` are the moments of the same site."""
+    source: Any, target: Any, fitted: Mapping[tuple[Site, Site], tuple[Map, SplitMoments]],
+    chosen: Sequence[tuple[Site, Site]], settings: Settings,
+) -> dict[str, list[Step]]:  # fmt: skip
+    """Return the steps that replace the site's activations in each arm."""
+    here = chosen[0][1]
+    mapping, moments = fitted[chosen[0]]
     mean, scale = moments.train.target_mean, moments.train.target_scale
-    identity, shuffled = Identity().fit(same), ShuffledPairs(pinned(settings.fitter, mapping)).fit(moments)
-    return {
-        "unsteered": [],
-        "mapped": [mapped_source(source, target, mapping)],
+    identity = Identity().fit(fitted[here, here][1])
+    shuffled = ShuffledPairs(pinned(settings.fitter, mapping)).fit(moments)
+    steps: dict[str, list[Step]] = {"unsteered": [], "mapped": [mapped_source(source, target, mapping)]}
+    for ends in chosen[1:]:
+        name = "mapped, one site" if ends[0] == ends[1] else "mapped, all sites"
+        steps[name] = [mapped_source(source, target, fitted[ends][0])]
+    more: dict[str, list[Step]] = {
         "identity": [mapped_source(source, target, identity)],
         "shuffled": [mapped_source(source, target, shuffled)],
         "mean ablation": [mean_of(mapping.target, mean)],
         "noise": [noise_like(mapping.target, mean, scale, seed=settings.seed)],
     }
+    return steps | more
 
 
 def _switched_on(base: Any, repair: Repair, settings: Sequence[Sequence[Step]]) -> list[Outcome]:

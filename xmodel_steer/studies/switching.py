@@ -30,7 +30,7 @@ Asked = Callable[[Sequence[Sequence[Step]]], list[Outcome]]
 def fitted_map(
     pair: Pair, text: Sequence[Prompt], sites: Sequence[Site], fitter: Fitter
 ) -> dict[tuple[Site, Site], tuple[Map, SplitMoments]]:
-    """Fit a map to each site from the other model's same site and from all sites, and return its moments."""
+    """Fit maps to each site from the same site, and from all sites."""
     pairs = [(site, site) for site in sites]
     pairs += [(Stack(sites), site) for site in sites if sites[1:]]
     moments = pair.of_general(pairs) + pair.of(text, pairs)
