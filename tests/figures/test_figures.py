@@ -292,6 +292,20 @@ def test_the_choice_of_layers_is_drawn_as_validation_measured_it() -> None:
         plots.effect_by_layer(result())
 
 
+def test_a_stack_is_apart_from_the_line_of_single_layers() -> None:
+    """A stack whose deepest layer was also tried alone hides neither, and no line leads to it."""
+    records = [{**r, "site": f"resid_post[{r['layer']}]"} for r in tried("source layer", count=3)]
+    records.append({**records[2], "site": "resid_post[0+2]", "score": 0.7})
+    made = replace(result(), validation=tuple(records))
+    for taken, large in (({}, 1), ({"source_site": "resid_post[0+2]", "source_layer": 2}, 4)):
+        (line,) = plots.effect_by_layer(
+            replace(made, chosen={"joy": {**made.choice("joy"), "source_layer": 1, **taken}})
+        ).data
+        assert list(line.x) == [0, 1, 2, None, 2] and list(line.y)[-1] == 0.7 and not line.connectgaps
+        assert [*line.marker.symbol][-1] == "diamond" and set(line.marker.symbol[:3]) == {"circle"}
+        assert [i for i, size in enumerate(line.marker.size) if size > 10] == [large]
+
+
 def test_every_recipe_has_a_line_over_the_layers() -> None:
     made = replace(result(), validation=(*tried("target layer", "a"), *tried("target layer", "b", 2)))
     lines = plots.effect_by_layer(made).data

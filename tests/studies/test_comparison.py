@@ -12,10 +12,12 @@ import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Stack
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.figures import choices, overviews, report
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.studies import Settings, map_comparison
+from xmodel_steer.studies.comparison import ONE
 from xmodel_steer.studies.concepts import Concept
 from xmodel_steer.studies.map_tasks import CAPABILITY, REPLACED, STEERING
 
@@ -60,6 +62,8 @@ def test_every_map_is_put_to_every_work_beside_its_controls(study: Result) -> No
     assert {(name, recipe) for name in FITTERS for recipe in (STEERING, REPLACED, CAPABILITY)} <= found
     assert {("native", STEERING), ("random", STEERING), ("unsteered", STEERING), ("unsteered", CAPABILITY)} <= found
     assert {(arm, recipe) for arm in ("mean ablation", "noise") for recipe in (REPLACED, CAPABILITY)} <= found
+    from_stack = isinstance(study.maps["ridge"].source.site, Stack)  # then ridge from one layer is compared too
+    assert from_stack == (ONE in study.chosen) == (ONE in {arm for arm, _ in found}) == (len(study.maps) == 4)
     n = {arm.recipe: arm.effect.n for arm in study.arms}
     assert n == {STEERING: 8, REPLACED: 3, CAPABILITY: 2}  # a third of twelve prompts chooses
     arms = {arm.arm: arm for arm in study.arms if arm.recipe == STEERING}

@@ -4,7 +4,9 @@ import html
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import toys
 from sample_results import same
 
@@ -12,13 +14,17 @@ import xmodel_steer as xs
 from xmodel_steer.core.errors import SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.spaces import Stack
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.scorers.phrases import StartsWith
 from xmodel_steer.figures import choices, report, texts
+from xmodel_steer.interventions.mirror import mean_of
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.studies import Settings, safety_switch
+from xmodel_steer.studies import Settings, safety_switch, switch
+from xmodel_steer.studies.carried import Pair
 from xmodel_steer.studies.organisms import Curriculum, Recipe, make
-from xmodel_steer.studies.switching import OFF, ON
+from xmodel_steer.studies.outcomes import Outcome
+from xmodel_steer.studies.switching import OFF, ON, fitted_map
 
 ARMS = ("unsteered", "mapped", "identity", "shuffled", "mean ablation", "noise")
 
@@ -100,3 +106,42 @@ def test_its_record_is_read_back_and_its_page_shows_both_ways(study: Result, tmp
 def test_models_of_other_shapes_are_refused(toy_named: Any, lessons: Curriculum) -> None:
     with pytest.raises(SpaceMismatchError, match="differ in depth or width; give a model and its fine-tune"):
         safety_switch(toy_named("llama").model, toy_named("gemma").model, lessons)
+
+
+@pytest.fixture(scope="module")
+def fitted(toy_named: Any) -> Any:
+    texts = [Prompt(text=text) for text in toys.sentences(80, 4)]
+    pair = Pair(toy_named("llama").model, toy_named("llama").model, tuple(texts[:60]))
+    return fitted_map(pair, texts[60:], [xs.Site(1), xs.Site(3)], xs.Ridge())
+
+
+def test_maps_lead_to_each_site_from_it_and_from_all(fitted: Any) -> None:
+    one, two = sites = [xs.Site(1), xs.Site(3)]
+    assert list(fitted) == [(one, one), (two, two), (Stack(sites), one), (Stack(sites), two)]
+    for (there, here), (mapping, moments) in fitted.items():
+        assert (mapping.source.site, mapping.target.site) == (there, here) == (moments.source.site, moments.target.site)
+        assert mapping.score_test.mean_r2 > 0.99  # a model read by itself
+
+
+def test_the_better_of_one_site_and_all_sites_is_taken(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best map of each kind is kept; the better one is the switch, the other an arm of its own."""
+    ends, made = list(fitted), list[Any]()
+
+    def replacing(source: Any, target: Any, mapping: Any) -> Any:
+        made.append(mean_of(mapping.target, torch.zeros(mapping.target.width)))
+        return made[-1]
+
+    monkeypatch.setattr(switch, "mapped_source", replacing)
+
+    for scores, expected in (([0.1, 0.4, 0.3, 0.2], [1, 2]), ([0.1, 0.0, 0.3, 0.5], [3, 0])):
+        records: list[dict[str, Any]] = []
+
+        def ask(settings: Any, scores: list[float] = scores) -> list[Outcome]:
+            assert [step for (step,) in settings] == made[-4:]  # one setting for each map, in their order
+            return [Outcome(np.zeros(2), score=score) for score in scores]
+
+        assert switch._best_pairs(OFF, None, None, fitted, ask, records) == [ends[i] for i in expected]
+        assert [(r["varied"], r["layer"], r["score"]) for r in records] == [
+            ("target layer", 1, scores[0]), ("target layer", 3, scores[1]),
+            ("target layer, all sites read", 1, scores[2]), ("target layer, all sites read", 3, scores[3]),
+        ]  # fmt: skip
