@@ -50,7 +50,7 @@ def study(toy_named: Any) -> Result:
             behaviour=own,
             compared=FITTERS,
             target_sites=[xs.Site(1), xs.Site(2)],
-            replaced=3,
+            prompts_replaced=3,
             capability=questions,
             max_new_tokens=4,
             settings=Settings(texts[:80], texts[80:], random_seeds=2, neutral_tokens=8),

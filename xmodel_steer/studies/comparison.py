@@ -11,9 +11,6 @@ from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
-from xmodel_steer.evaluation.damage import side_effects
-from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
-from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.controls import ShuffledPairs
 from xmodel_steer.maps.fitting import Fitter
@@ -23,7 +20,7 @@ from xmodel_steer.maps.ridge import ReducedRank, Ridge
 from xmodel_steer.maps.statistics import number, quotient
 from xmodel_steer.maps.training import Autoencoder, SGDAffine
 from xmodel_steer.models.facts import device_of, hardware_of
-from xmodel_steer.recipe.arms import EFFICIENCY, Arm, joined_arm
+from xmodel_steer.recipe.arms import EFFICIENCY, Arm
 from xmodel_steer.recipe.preparing import Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
@@ -39,7 +36,7 @@ from xmodel_steer.studies.map_tasks import (
     UNIT,
     fit_of,
     moved_of,
-    replaced_arms,
+    replaced,
     steered_arms,
 )
 from xmodel_steer.studies.settings import Clock, Settings, end_of
@@ -80,7 +77,7 @@ def map_comparison(
     source_sites: Sequence[Site] | None = None,
     target_sites: Sequence[Site] | None = None,
     prompts: int = 108,
-    replaced: int = 60,
+    prompts_replaced: int = 60,
     capability: MultipleChoice | None = None,
     max_new_tokens: int = 20,
     settings: Settings = SETTINGS,
@@ -98,7 +95,7 @@ def map_comparison(
         source_sites: Candidate sites of the source; by default the candidates of `transfer`.
         target_sites: Candidate sites of the target; by default the candidates of `transfer`.
         prompts: Number of the behaviour's prompts; a third of them chooses the sites.
-        replaced: Number of evaluation prompts that the replacement check continues.
+        prompts_replaced: Number of evaluation prompts that the replacement check continues.
         capability: Multiple-choice questions; the packaged ones by default.
         max_new_tokens: Length of the continuations.
         settings: Text, sizes and seeds.
@@ -142,7 +139,9 @@ def map_comparison(
     groups["random"] = [random_like(native, seed=seed + k) for k in range(settings.random_seeds)]
     arms = steered_arms(prepared, groups)
     clock.lap("steering")
-    arms += _replaced(prepared, maps, reference, replaced, max_new_tokens, capability or MultipleChoice.packaged())
+    arms += replaced(
+        prepared, maps, reference, prompts_replaced, max_new_tokens, capability or MultipleChoice.packaged()
+    )
     clock.lap("replacing")
 
     return Result(
@@ -208,31 +207,6 @@ def _fitted(
     if one is not None:
         fit(ONE, Ridge(), one.moments.pair(one.source.space.site, target_site))
     return maps, seconds, reference
-
-
-def _replaced(
-    prepared: Prepared, maps: Mapping[str, Map], reference: SplitMoments, prompts: int, max_new_tokens: int,
-    questions: MultipleChoice,
-) -> list[Arm]:  # fmt: skip
-    """Measure the target under mapped activations: texts, damage on neutral text, right answers."""
-    source, target, seed = prepared.source, prepared.target, prepared.seed
-    steps: dict[str, list[Step]] = {"unsteered": []}
-    steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
-    mean, scale = reference.train.target_mean, reference.train.target_scale
-    steps["mean ablation"] = [mean_of(reference.target, mean)]
-    steps["noise"] = [noise_like(reference.target, mean, scale, seed=seed)]
-    tokens = prepared.budget.neutral_tokens
-    costs = side_effects(target, list(steps.values()), prepared.text.reported, max_tokens=tokens, batch_size=16)
-    damage = dict(zip(steps, costs, strict=True))
-    evaluated = prepared.evaluation.prompts[:prompts]
-    arms = replaced_arms(source, target, maps, evaluated, reference, max_new_tokens, damage, seed)
-    answers = questions.measure(target, list(steps.values()))
-    base = answers[0].scores
-    return arms + [
-        joined_arm(name, [math.nan], [right.scores], base, kl=[cost.mean_kl], perplexity=[cost.perplexity],
-                   agreement=[cost.agreement], recipe=CAPABILITY)
-        for (name, cost), right in zip(damage.items(), answers, strict=True)
-    ]  # fmt: skip
 
 
 def _verdict(arms: Sequence[Arm], names: Sequence[str]) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def concept_transfer(
     if not concepts:
         raise PromptError(f"concept_transfer: give at least one of {', '.join(CONCEPTS)}")
     clock, (general, neutral) = Clock(), settings.texts()
-    ours, chosen_on = (openings()[SEEN : SEEN + 300], openings(SEEN)[:72]) if prompts is None else (tuple(prompts), ())
+    ours, chosen_on = prompts_of() if prompts is None else (tuple(prompts), ())
     sources, targets = (
         tuple(sites or default_sites(model, end))
         for sites, model, end in ((source_sites, source, "source"), (target_sites, target, "target"))
@@ -148,6 +148,11 @@ def concept_transfer(
         vectors=dict(vector for result in results.values() for vector in _vectors(result)),
         maps={name: mapping for result in results.values() for name, mapping in result.maps.items()},
     )
+
+
+def prompts_of(count: int = 300) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Return prompts that no earlier study reported on, and 72 others that validate."""
+    return openings()[SEEN : SEEN + count], openings(SEEN)[:72]
 
 
 def _require_disjoint(

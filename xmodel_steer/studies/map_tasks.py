@@ -1,5 +1,6 @@
 """Tasks for the comparison of maps: one concept's steering, and replacement."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,13 +8,16 @@ import numpy as np
 
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.damage import SideEffect
+from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
+from xmodel_steer.evaluation.damage import SideEffect, side_effects
 from xmodel_steer.evaluation.replacing import replacement_check
+from xmodel_steer.interventions.mirror import mapped_source, mean_of, noise_like
+from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.maps.autoencoders import AutoencoderMap
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.statistics import bootstrap_mean
-from xmodel_steer.recipe.arms import EQUAL_KL, Arm
+from xmodel_steer.recipe.arms import EQUAL_KL, Arm, joined_arm
 from xmodel_steer.recipe.matching import match_damage
 from xmodel_steer.recipe.measuring import measure
 from xmodel_steer.recipe.preparing import Prepared
@@ -47,23 +51,60 @@ def fit_of(mapping: Map) -> dict[str, Any]:
     }
 
 
-def steered_arms(prepared: Prepared, groups: Mapping[str, Sequence[SteeringVector]]) -> list[Arm]:
+def steered_arms(
+    prepared: Prepared, groups: Mapping[str, Sequence[SteeringVector]], recipe: str = STEERING
+) -> list[Arm]:
     """Measure every arm at the native vector's KL at strength 1, both directions joined.
 
     Args:
         prepared: The models, the prompts and the neutral text.
         groups: The vectors of every arm, ``native`` first.
+        recipe: Name of the recipe.
     """
-    runs, _ = match_damage(prepared, groups, 1.0, STEERING)
+    runs, _ = match_damage(prepared, groups, 1.0, recipe)
     measured = measure(prepared, runs, {})
-    result = Result(STEERING, "", {}, {}, measured, {}, (), {}, {}, {}, {})
+    result = Result(recipe, "", {}, {}, measured, {}, (), {}, {}, {}, {})
     base = result.arm("unsteered")
     no_change = bootstrap_mean(np.zeros(base.effect.n))
-    unsteered = Arm("unsteered", no_change, 0.0, base.perplexity, recipe=STEERING, at=EQUAL_KL)
-    return [unsteered, *both_directions(result, STEERING, list(groups))]
+    unsteered = Arm("unsteered", no_change, 0.0, base.perplexity, recipe=recipe, at=EQUAL_KL)
+    return [unsteered, *both_directions(result, recipe, list(groups))]
 
 
-def replaced_arms(
+def replaced(
+    prepared: Prepared, maps: Mapping[str, Map], reference: SplitMoments, prompts: int, max_new_tokens: int,
+    questions: MultipleChoice,
+) -> list[Arm]:  # fmt: skip
+    """Measure the target under mapped activations: texts, damage on neutral text, right answers.
+
+    Args:
+        prepared: The models, the prompts and the neutral text.
+        maps: The maps by their names.
+        reference: Moments of the site that is written to.
+        prompts: Number of evaluation prompts to continue.
+        max_new_tokens: Length of the continuations.
+        questions: Multiple-choice questions.
+    """
+    source, target, seed = prepared.source, prepared.target, prepared.seed
+    steps: dict[str, list[Step]] = {"unsteered": []}
+    steps |= {name: [mapped_source(source, target, mapping)] for name, mapping in maps.items()}
+    mean, scale = reference.train.target_mean, reference.train.target_scale
+    steps["mean ablation"] = [mean_of(reference.target, mean)]
+    steps["noise"] = [noise_like(reference.target, mean, scale, seed=seed)]
+    tokens = prepared.budget.neutral_tokens
+    costs = side_effects(target, list(steps.values()), prepared.text.reported, max_tokens=tokens, batch_size=16)
+    damage = dict(zip(steps, costs, strict=True))
+    evaluated = prepared.evaluation.prompts[:prompts]
+    arms = _continued(source, target, maps, evaluated, reference, max_new_tokens, damage, seed)
+    answers = questions.measure(target, list(steps.values()))
+    base = answers[0].scores
+    return arms + [
+        joined_arm(name, [math.nan], [right.scores], base, kl=[cost.mean_kl], perplexity=[cost.perplexity],
+                   agreement=[cost.agreement], recipe=CAPABILITY)
+        for (name, cost), right in zip(damage.items(), answers, strict=True)
+    ]  # fmt: skip
+
+
+def _continued(
     source: Any, target: Any, maps: Mapping[str, Map], asked: Sequence[Prompt], reference: SplitMoments, max_new_tokens: int,
     damage: Mapping[str, SideEffect], seed: int,
 ) -> list[Arm]:  # fmt: skip
