@@ -118,7 +118,7 @@ def test_the_study_compares_trained_vectors_with_their_controls(
     questions = MultipleChoice(as_prompts(["the sky is", "the sea is"]), ((" blue", " red"), (" deep", " red")), (0, 0))
     study = xs.studies.distillation(
         toy_named("llama").model, toy_named("gemma").model, ["vowels"], training=replace(TRAINING, steps=2, documents=16),
-        prompts=8, prompts_replaced=3, capability=questions, max_new_tokens=4,
+        counts=(8, 3), capability=questions, max_new_tokens=4,
         settings=Settings(texts[:80], texts[80:], random_seeds=2, neutral_tokens=8),
     )  # fmt: skip
     made = (trained.DISTILLED, trained.RANDOM, trained.SHUFFLED)

@@ -42,8 +42,7 @@ def distillation(
     names: Sequence[str] = FALLING_SHORT,
     *,
     training: Training = Training(),
-    prompts: int = 300,
-    prompts_replaced: int = 60,
+    counts: tuple[int, int] = (300, 60),
     capability: MultipleChoice | None = None,
     max_new_tokens: int = 16,
     settings: Settings = SETTINGS,
@@ -57,8 +56,7 @@ def distillation(
         target: The target model.
         names: Concepts with texts, some of `CONCEPTS`.
         training: Settings of the training.
-        prompts: Number of evaluation prompts.
-        prompts_replaced: Number of them that the replacement check continues.
+        counts: Numbers of evaluation prompts, and of those that the replacement check continues.
         capability: Multiple-choice questions; the packaged ones by default.
         max_new_tokens: Length of the continuations.
         settings: Text, sizes and seeds.
@@ -72,14 +70,14 @@ def distillation(
     clock, arms, chosen, vectors = Clock(), list[Arm](), dict[str, dict[str, Any]](), dict[str, SteeringVector]()
     runs: list[tuple[Prepared, Selected]] = []
     for carried in concepts:
-        runs.append(_chosen(source, target, carried, prompts, max_new_tokens, settings))
+        runs.append(_chosen(source, target, carried, counts[0], max_new_tokens, settings))
         groups, chosen[carried.name] = _groups(*runs[-1], training)
         arms += steered_arms(runs[-1][0], groups, carried.name)
         vectors |= {f"{carried.name}: {name}": group[0] for name, group in groups.items() if name != "random"}
         clock.lap(carried.name)
 
     questions = capability or MultipleChoice.packaged()
-    maps, replacing = _replacing(*runs[0], training, prompts_replaced, max_new_tokens, questions)
+    maps, replacing = _replacing(*runs[0], training, counts[1], max_new_tokens, questions)
     clock.lap("replacing")
     arms += replacing
     return Result(
