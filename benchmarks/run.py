@@ -37,6 +37,7 @@ from xmodel_steer.studies.demo import SOURCE, TARGET
 RESULTS = Path(__file__).parent / "results.json"
 MAX_TOKENS, BATCH = 192, 32
 HERE, THERE = xs.Site(18), xs.Site(10)
+STACK = [9, 12, 15, 18, 21, 24, 27]
 
 
 def hardware(device: str) -> str:
@@ -161,6 +162,28 @@ def grid_over_two_forwards(bench: Bench) -> None:
     )
 
 
+def stacked_moments_over_two_forwards(bench: Bench) -> None:
+    """Moments of seven source layers read together and one target layer over two plain forward passes of the same text."""
+
+    def collect() -> None:
+        xs.collect_moments(
+            bench.small, bench.large, bench.texts, source_sites=[STACK], target_sites=[THERE], max_tokens=MAX_TOKENS,
+            batch_size=BATCH, device=device_of(bench.large), progress=False,
+        )  # fmt: skip
+
+    bench.forwards()  # warm
+    pairs = [(worked(collect), worked(bench.forwards)) for _ in range(bench.repeats)]
+    added = {} if bench.shape != "packaged" else {"megabytes_added": round(peak_of(128, "stack") / 1024)}
+    bench.record(
+        "stacked_moments_over_two_forwards",
+        [a / b for a, b in pairs],
+        "<= 2.5",
+        documents=len(bench.texts),
+        layers=len(STACK),
+        **added,
+    )
+
+
 def exact_grid_over_two_forwards(bench: Bench) -> None:
     """The same without a sketch: full cross moments of all layer pairs."""
     every = [(s, t) for s in all_sites(bench.small) for t in all_sites(bench.large)]
@@ -210,7 +233,9 @@ def memory(what):
 
 small, large = (xs.load(name, device="cpu", dtype="auto", progress=False) for name in (SOURCE, TARGET))
 texts = general_text()
-sites = dict(source_sites=[xs.Site(3), xs.Site(5)], target_sites=[xs.Site(2), xs.Site(3)])
+sites = dict(source_sites=[[9, 12, 15, 18, 21, 24, 27]], target_sites=[10])
+if sys.argv[2] != "stack":
+    sites = dict(source_sites=[3, 5], target_sites=[2, 3])
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
 text = (texts[i % 64] for i in range(int(sys.argv[1])))  # the same window again and again
@@ -219,19 +244,20 @@ print(before, memory("VmHWM"))
 """
 
 
+def peak_of(documents: int, sites: str = "") -> int:
+    """Kilobytes that collecting moments adds at its peak to the memory of loaded models."""
+    # glibc must give freed blocks back at once: the peak is then of what was in use, not of what it hoarded.
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(documents), sites], capture_output=True, text=True, check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    before, peak = map(int, done.stdout.split()[-2:])
+    return peak - before
+
+
 def moments_memory_at_4x_text(bench: Bench) -> None:
     """What collecting moments adds to the memory of loaded models at its peak, at four times the text (Linux)."""
-
-    def grown(documents: int) -> int:
-        # glibc must give freed blocks back at once: the peak is then of what was in use, not of what it hoarded.
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(documents)], capture_output=True, text=True, check=True,
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-        )  # fmt: skip
-        before, peak = map(int, done.stdout.split()[-2:])
-        return peak - before
-
-    added = [(grown(128), grown(512)) for _ in range(bench.repeats)]
+    added = [(peak_of(128), peak_of(512)) for _ in range(bench.repeats)]
     bench.record(
         "moments_memory_at_4x_text", [b / a for a, b in added], "<= 1.05", kilobytes_added=added, documents=[128, 512]
     )
@@ -473,6 +499,7 @@ FIGURES = {
         grid_over_two_forwards,
         grid_speedup_over_ridgecv,
         exact_grid_over_two_forwards,
+        stacked_moments_over_two_forwards,
         ridge_over_best_other_r2,
     )
 }

@@ -108,6 +108,13 @@ def test_every_recipe_pays_for_the_choice_of_its_site(result: Result) -> None:
         assert over.p == above_others(gain, others, choices=2)[1]
 
 
+def test_rescored_recipes_stay_recipes_of_one_transfer(result: Result) -> None:
+    again = result.rescored(lambda text: text.count("e") / 9, label="again")
+    assert again.recipes == tuple(recipe.replace("toy", "again") for recipe in result.recipes)
+    for mine, own in zip(again.verdicts.values(), result.verdicts.values(), strict=True):
+        assert mine.comparisons == own.comparisons and mine.efficiency == own.efficiency
+
+
 def test_words_that_cannot_be_given_are_refused_before_any_model_runs() -> None:
     nobody = [[{"role": "assistant", "content": text}] for text in sentences(9, 3, 4)]
     for behaviour in (xs.behaviours.Preference, xs.behaviours.GeneratedText(nobody, len)):

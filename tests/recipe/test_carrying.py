@@ -464,11 +464,14 @@ def test_another_scorer_reads_the_same_texts(result: Result) -> None:
     for mine, old in zip(again.arms, result.arms, strict=True):
         assert mine.texts == old.texts
         assert mine.kl == old.kl
-        if old.arm != "random":  # of which only the first seed's texts are kept
-            assert (mine.scores, mine.effect, mine.change) == (old.scores, old.effect, old.change)
-    seeds = [(a, b) for a, b in zip(again.arms, result.arms, strict=True) if b.table]
+        assert (mine.scores, mine.table, mine.effect, mine.change) == (old.scores, old.table, old.effect, old.change)
+    assert again.verdict().comparisons == result.verdict().comparisons  # every random vector's texts are kept
+    # A result of an earlier version has those of the first one alone.
+    one = replace(result, arms=tuple(replace(a, more_texts=()) for a in result.arms)).rescored(vowels, label="again")
+    seeds = [(a, b) for a, b in zip(one.arms, result.arms, strict=True) if b.table]
     assert seeds
     assert all(a.scores == tuple(row[0] for row in b.table) and not a.table for a, b in seeds)
+    assert {a.seeds for a in one.arms} == {1}
 
 
 def test_a_scorer_that_tells_no_texts_apart_finds_nothing(result: Result) -> None:

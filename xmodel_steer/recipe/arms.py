@@ -45,6 +45,7 @@ class Arm:
         scores: Score of each prompt, the mean over seeds.
         table: Score of each prompt under each seed, where there are several.
         texts: Generated texts, of the first seed.
+        more_texts: Generated texts of each further seed.
         raw: A judge's words about each of these texts.
     """
 
@@ -67,6 +68,7 @@ class Arm:
     scores: tuple[float, ...] = field(repr=False, default=())
     table: tuple[tuple[float, ...], ...] = field(repr=False, default=())
     texts: tuple[str, ...] = field(repr=False, default=())
+    more_texts: tuple[tuple[str, ...], ...] = field(repr=False, default=())
     raw: tuple[str, ...] = field(repr=False, default=())
 
     def __repr__(self) -> str:

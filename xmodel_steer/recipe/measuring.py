@@ -109,6 +109,7 @@ def arms_of(
                 ids=tuple(first.ids),
                 groups=tuple(first.groups.get("effect", ())),
                 texts=first.texts,
+                more_texts=tuple(outcomes[i].texts for i in places[1:] if outcomes[i].texts),
                 raw=first.raw,
             )
         )

@@ -31,7 +31,7 @@ _ARM = {
 }
 _ARM |= dict.fromkeys(("effect", "low", "high", "kl", "perplexity"), float)
 _ARM |= dict.fromkeys(("strength", "budget", "change", "agreement"), (float, type(None)))
-_ROW = {"unit": str, "group": str, "score": float, "text": str, "judge": str, "seeds": list}
+_ROW = {"unit": str, "group": str, "score": float, "text": str, "judge": str, "seeds": list, "more_texts": list}
 _MEASURE = {"value": float, "low": float, "high": float, "n": int}
 _CHOICE = {"strength": float, "cosine": float, "norm_ratio": float, "source_layer": int, "target_layer": int}
 _CHOICE |= {
@@ -135,6 +135,7 @@ def arm_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Arm:
         else undefined(NOT_RECORDED, 0),
         measures={name: Estimate.of(measure) for name, measure in row["measures"].items()},
         table=tuple(tuple(r["seeds"]) for r in rows if "seeds" in r),
+        more_texts=tuple(zip(*(r["more_texts"] for r in rows if "more_texts" in r), strict=True)),
         **columns,
     )
 

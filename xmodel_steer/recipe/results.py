@@ -16,9 +16,8 @@ from xmodel_steer.core.texts import encodable
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.maps.statistics import bootstrap_mean
-from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, OWN_KL, Arm, difference, estimate
-from xmodel_steer.recipe.verdicts import Verdict, verdict_of
+from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, OWN_KL, Arm, change_of, estimate
+from xmodel_steer.recipe.verdicts import Verdict, recipes_of, verdict_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +232,8 @@ class Result:
     def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "Result":
         """Score the same texts by another scorer: no model is called.
 
-        Layers and strengths stay those that the first scorer chose on validation. Only texts of the random arm's first
-        seed are kept, so that arm becomes that one vector; its KL stays the mean of all seeds. Arms without texts are left out.
+        Layers and strengths stay those that the first scorer chose on validation. Arms without texts are left out. Results of
+        earlier versions kept texts of the random arm's first seed alone: that arm becomes that one vector.
 
         Args:
             scorer: A function from a text to a number.
@@ -250,21 +249,25 @@ class Result:
         if not any(arm.arm == "unsteered" for arm in arms):
             raise ValueError(f"rescored: {self.name} was measured without texts, or they were not kept; run it again")
         old = list(dict.fromkeys(arm.recipe for arm in arms if arm.recipe))
-        called = {recipe: label if len(old) == 1 else f"{recipe}, {label}" for recipe in old} | {"": ""}
+        own = recipes_of(old[0]) if old else []  # the recipes of one transfer
+        called = {r: label + r.removeprefix(old[0]) if r in own else f"{r}, {label}" for r in old} | {"": ""}
         texts = replace(self, arms=tuple(arms))
         rescored = []
         for arm in arms:
             start = score_texts(scorer, texts.arm("unsteered", recipe=arm.recipe or None).texts)
-            scores, groups = score_texts(scorer, arm.texts), arm.groups or None
+            table, groups = (
+                np.stack([score_texts(scorer, each) for each in (arm.texts, *arm.more_texts)], 1),
+                arm.groups or None,
+            )
             rescored.append(
                 replace(
                     arm,
                     recipe=called[arm.recipe],
-                    effect=estimate(scores, groups),
-                    change=bootstrap_mean(difference(scores, start), groups=groups),
-                    scores=tuple(scores.tolist()),
-                    seeds=1,
-                    table=(),
+                    effect=estimate(table, groups),
+                    change=change_of(table, start, groups),
+                    scores=tuple(table.mean(1).tolist()),
+                    seeds=table.shape[1],
+                    table=tuple(map(tuple, table.tolist())) if table.shape[1] > 1 else (),
                     raw=(),
                 )
             )
@@ -275,6 +278,9 @@ class Result:
             arms=tuple(rescored),
             chosen={called.get(recipe, recipe): choice for recipe, choice in self.chosen.items()},
             maps={called.get(recipe, recipe): mapping for recipe, mapping in self.maps.items()},
+            validation=tuple(
+                {**r, "recipe": called.get(r.get("recipe", ""), r.get("recipe", ""))} for r in self.validation
+            ),
             stored=(),
             spec={**self.spec, "scorer": repr(scorer)[:200], "rescored_from": self.spec.get("scorer")},
         )
@@ -291,7 +297,7 @@ class Result:
             rows = [_whole(arm.row()) for arm in self.arms]
             values = ({name: measure["value"] for name, measure in row.pop("measures").items()} for row in rows)
             return pd.DataFrame([row | measures for row, measures in zip(rows, values, strict=True)])
-        rows = [row for arm in self.arms for row in prompt_rows(arm)]
+        rows = [row for arm in self.arms for row in prompt_rows(replace(arm, more_texts=()))]
         return pd.DataFrame(list(map(_whole, rows)))
 
 
@@ -309,6 +315,7 @@ def prompt_rows(arm: Arm) -> list[dict[str, Any]]:
         "score": arm.scores,
         "seeds": arm.table,
         "text": arm.texts,
+        "more_texts": tuple(zip(*arm.more_texts, strict=True)),
         "judge": arm.raw,
     }
     strength = None if math.isnan(arm.strength) else arm.strength

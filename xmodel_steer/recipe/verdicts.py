@@ -172,13 +172,17 @@ def _choices(result: "Result", recipe: str) -> int:
     tried = {
         str(record.get("site", record.get("layer")))
         for record in result.validation
-        if record.get("varied") == "source layer" and recipe in _recipes(record.get("recipe", recipe))
+        if record.get("varied") == "source layer" and recipe in recipes_of(record.get("recipe", recipe))
     }
     return max(1, len(tried))
 
 
-def _recipes(label: str) -> list[str]:
-    """List the recipes whose site was chosen with a label's."""
+def recipes_of(label: str) -> list[str]:
+    """List the recipes whose site was chosen with a label's.
+
+    Args:
+        label: The behaviour's label.
+    """
     return [label, *(f"{label}, {name}" for name in RECIPES)]
 
 
