@@ -3,6 +3,7 @@
 It needs plotly and a Chromium on the path, and no network. Each figure is an SVG file in docs/assets.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -312,11 +313,70 @@ def recipes(name: str, short: dict[str, str]) -> dict[str, str]:
     return titles
 
 
+VERDICT_COUNTS = 12, 36, 72, 300
 MODELS = {
     "packaged:smollm2-135m-instruct": "SmolLM2-135M",
     "packaged:gemma-3-270m": "Gemma-270M",
     "packaged:qwen2.5-coder-1.5b-instruct": "Qwen-1.5B",
 }
+
+
+def verdicts() -> go.Figure:
+    """Draw how often the verdict says "transfers", against the number of prompts."""
+    table = json.loads((ROOT / "benchmarks" / "verdicts.json").read_text())
+    cases = list(dict.fromkeys(cell.split("; n = ")[0] for cell in table))
+    true = [case for case in cases if case.startswith("a true share")]
+    titles = ["nothing was carried", "a true share was carried"]
+    figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.32)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+    for column, group in enumerate(([case for case in cases if case not in true], true), 1):
+        for case, colour in zip(group, colours, strict=False):
+            for kind, dash in (("numbers", "solid"), ("0 and 1", "dot")):
+                cells = [table[f"{case}; n = {n}; {kind}"] for n in VERDICT_COUNTS]
+                figure.add_trace(
+                    go.Scatter(
+                        x=list(map(str, VERDICT_COUNTS)),
+                        y=[cell.get("transfers", 0) / sum(cell.values()) for cell in cells],
+                        mode="lines+markers",
+                        line={"color": colour, "width": 2.5, "dash": dash},
+                        marker={"size": 9},
+                        name=case if dash == "solid" else f"{case}, scores 0 and 1",
+                        showlegend=dash == "solid",
+                        legend="legend" if column == 1 else "legend2",
+                    ),
+                    row=1,
+                    col=column,
+                )
+        figure.add_hline(
+            y=(0.05, 0.95)[column - 1],
+            line={"color": "#777", "dash": "dash"},
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title_text="prompts", type="category")
+    figure.update_yaxes(
+        title_text="share of 200 that “transfers”", range=[-0.005, 0.1], row=1, col=1
+    )
+    figure.update_yaxes(range=[-0.05, 1.05], row=1, col=2)
+    laid_out(figure, 80, 400, legend=True)
+    figure.update_layout(
+        legend={
+            "x": 0.35,
+            "y": 0.95,
+            "xanchor": "left",
+            "orientation": "v",
+            "font": {"size": 11},
+        },
+        legend2={
+            "x": 1.01,
+            "y": 0.95,
+            "xanchor": "left",
+            "orientation": "v",
+            "font": {"size": 11},
+        },
+        margin={"r": 260, "b": 65},
+    )
+    return figure
 
 
 def main() -> None:
@@ -344,6 +404,7 @@ def main() -> None:
     }
     for name, figure in figures.items():
         write_svg(figure, ASSETS / f"paper-{name}.svg")
+    write_svg(verdicts(), ASSETS / "verdicts.svg")
 
 
 if __name__ == "__main__":

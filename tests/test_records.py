@@ -10,7 +10,9 @@ import pytest
 
 import xmodel_steer as xs
 from xmodel_steer.recipe.saving import REPORT
-from xmodel_steer.studies import demo, removal
+from xmodel_steer.studies import Settings, demo, removal
+from xmodel_steer.studies.concepts import openings
+from xmodel_steer.studies.organisms import curriculum
 
 ROOT = Path(__file__).parents[1]
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "studies").glob("*/result.json"))}
@@ -83,6 +85,26 @@ def test_the_demo_takes_what_the_recorded_validation_chose() -> None:
     (source,), (target,) = demo.BACKDOOR_SITES
     assert (source.layer, target.layer) == (chosen["source_layer"], chosen["target_layer"])
     assert repr(demo.BACKDOOR_OPERATOR) == chosen["operator"]
+
+
+def test_the_demos_show_prompts_that_no_study_has_reported_or_chosen_with() -> None:
+    lessons, first = curriculum(demo.ORGANISM), Settings().validation
+    tasks = [x.prompt.id for x in demo._tasks(lessons.validation, first, first + demo.BACKDOOR_PROMPTS)]
+    concepts = [prompt.id for prompt in openings()[demo.REPORTED :]]
+    assert (len(tasks), len(concepts)) == (80, 72)
+    for name, record in RECORDS.items():
+        if name == "map-comparison":  # recorded before prompts were kept apart
+            continue
+        used = set(texts_of(record["splits"]))
+        assert len(used) > 100 and not used & {*tasks, *concepts}, name
+
+
+def texts_of(splits: Any) -> Iterator[str]:
+    if isinstance(splits, str):
+        yield splits
+    elif isinstance(splits, dict | list):
+        for part in splits.values() if isinstance(splits, dict) else splits:
+            yield from texts_of(part)
 
 
 @pytest.mark.parametrize("name", RECORDS)

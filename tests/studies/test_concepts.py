@@ -203,7 +203,13 @@ def test_the_demo_carries_a_concept(
     command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XMODEL_STEER_CACHE", str(tmp_path / "cache"))
-    changes = {"SOURCE": str(folders["llama"]), "TARGET": str(folders["gemma"]), "MAP_TOKENS": 16, "PROMPTS": 12}
+    changes = {
+        "SOURCE": str(folders["llama"]),
+        "TARGET": str(folders["gemma"]),
+        "MAP_TOKENS": 16,
+        "REPORTED": 4,
+        "CHOOSING": 4,
+    }
     changes |= {"SOURCE_SITES": (xs.Site(1),), "TARGET_SITES": (xs.Site(1),), "MAP_DOCUMENTS": 60}
     for name, value in changes.items():
         monkeypatch.setattr(f"xmodel_steer.studies.demo.{name}", value)
@@ -211,13 +217,14 @@ def test_the_demo_carries_a_concept(
     own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=passages[60:72], text=passages[90:])
     monkeypatch.setattr("xmodel_steer.studies.demo.concept", lambda _: own)
     monkeypatch.setattr("xmodel_steer.studies.demo.general_text", lambda: passages[:60] + passages[72:90])
+    monkeypatch.setattr("xmodel_steer.studies.demo.openings", lambda count=None: passages[60:72][:count])
     monkeypatch.setattr("xmodel_steer.studies.demo.NEUTRAL_DOCUMENTS", 18)
     code, said, err = command(
         "demo", "concepts", "--concept", "sentiment", "--out", tmp_path / "run", "--dtype", "float32"
     )
     assert code == 0, err
     assert "sentiment: " in said and (tmp_path / "run" / "report.html").is_file()
-    assert len(xs.read(tmp_path / "run").splits["evaluation"]) == 8  # a third validates
+    assert [len(xs.read(tmp_path / "run").splits[part]) for part in ("validation", "evaluation")] == [4, 8]
     code, _, err = command("demo", "concepts", "--concept", "love")
     assert code == 2 and "'love' does not ship with the package" in err
 

@@ -34,6 +34,7 @@ from xmodel_steer.maps.significance import holm as holm
 from xmodel_steer.maps.significance import sign_flip_test as sign_flip_test
 from xmodel_steer.maps.statistics import Estimate as Estimate
 from xmodel_steer.maps.statistics import bootstrap_mean as bootstrap_mean
+from xmodel_steer.maps.statistics import dose_share as dose_share
 from xmodel_steer.maps.statistics import transfer_efficiency as transfer_efficiency
 from xmodel_steer.maps.training import Autoencoder as Autoencoder
 from xmodel_steer.maps.training import SGDAffine as SGDAffine

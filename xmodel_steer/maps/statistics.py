@@ -274,7 +274,12 @@ def transfer_efficiency(
 
 
 def dose_share(
-    mapped: np.ndarray, native: np.ndarray, kl: Sequence[float], *, draws: int = 2000, seed: int = 0
+    mapped: "np.ndarray | Sequence[float]",
+    native: "np.ndarray | Sequence[Sequence[float]]",
+    kl: Sequence[float],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Find the dose at which native does what mapped does.
 

