@@ -1,6 +1,6 @@
 """How often the verdict is right, on results of planted truth: ``python benchmarks/verdicts.py``.
 
-    python benchmarks/verdicts.py               # all of it, about 15 minutes; writes benchmarks/verdicts.json
+    python benchmarks/verdicts.py               # all of it, about an hour on one core; writes benchmarks/verdicts.json
     python benchmarks/verdicts.py --count 20
 
 No model is run: scores are drawn. The native vector moves the score by .5, prompts scatter by .5 (or scores are 0 and 1),
@@ -92,10 +92,7 @@ def main() -> None:
     """Try every case, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--table", action="store_true", help="print the recorded table for docs/concepts/evidence.md")
     options = parser.parse_args()
-    if options.table:
-        return print(markdown(json.loads(TABLE.read_text())))
     table: dict[str, Any] = {}
     for case, (_, true, _) in CASES.items():
         for n in (12, 36, 72, 300):
@@ -105,16 +102,6 @@ def main() -> None:
                 print(case, n, binary, dict(seen), "" if true else "(none transfers)", flush=True)
     if options.count == 200:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
-
-
-def markdown(table: dict[str, dict[str, int]]) -> str:
-    """Return the table of docs/concepts/evidence.md: how often of 200 the verdict says "transfers"."""
-    lines = ["| planted | scores | n = 12 | n = 36 | n = 72 | n = 300 |", "|---|---|---|---|---|---|"]
-    for case in CASES:
-        for kind in ("numbers", "0 and 1"):
-            counts = [table[f"{case}; n = {n}; {kind}"].get("transfers", 0) for n in (12, 36, 72, 300)]
-            lines.append(f"| {case} | {kind} | {' | '.join(map(str, counts))} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -327,9 +327,10 @@ def verdicts() -> go.Figure:
     cases = list(dict.fromkeys(cell.split("; n = ")[0] for cell in table))
     true = [case for case in cases if case.startswith("a true share")]
     titles = ["nothing was carried", "a true share was carried"]
-    figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.32)
+    figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.4)
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-    for column, group in enumerate(([case for case in cases if case not in true], true), 1):
+    groups = [case for case in cases if case not in true], true
+    for column, group in enumerate(groups, 1):
         for case, colour in zip(group, colours, strict=False):
             for kind, dash in (("numbers", "solid"), ("0 and 1", "dot")):
                 cells = [table[f"{case}; n = {n}; {kind}"] for n in VERDICT_COUNTS]
@@ -341,8 +342,7 @@ def verdicts() -> go.Figure:
                         line={"color": colour, "width": 2.5, "dash": dash},
                         marker={"size": 9},
                         name=case if dash == "solid" else f"{case}, scores 0 and 1",
-                        showlegend=dash == "solid",
-                        legend="legend" if column == 1 else "legend2",
+                        showlegend=False,
                     ),
                     row=1,
                     col=column,
@@ -354,28 +354,21 @@ def verdicts() -> go.Figure:
             col=column,
         )
     figure.update_xaxes(title_text="prompts", type="category")
-    figure.update_yaxes(
-        title_text="share of 200 that “transfers”", range=[-0.005, 0.1], row=1, col=1
-    )
+    figure.update_yaxes(title_text="“transfers”", range=[-0.005, 0.1], row=1, col=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=1, col=2)
-    laid_out(figure, 80, 400, legend=True)
-    figure.update_layout(
-        legend={
-            "x": 0.35,
-            "y": 0.95,
-            "xanchor": "left",
-            "orientation": "v",
-            "font": {"size": 11},
-        },
-        legend2={
-            "x": 1.01,
-            "y": 0.95,
-            "xanchor": "left",
-            "orientation": "v",
-            "font": {"size": 11},
-        },
-        margin={"r": 260, "b": 65},
-    )
+    laid_out(figure, 80, 320, legend=False)
+    figure.update_layout(margin={"t": 40, "r": 270, "b": 65})
+    key = {
+        "xref": "paper",
+        "yref": "paper",
+        "xanchor": "left",
+        "yanchor": "top",
+        "showarrow": False,
+    }
+    for x, group in ((0.31, groups[0]), (1.005, groups[1])):
+        for row, (case, colour) in enumerate(zip(group, colours, strict=False)):
+            at = {"x": x, "y": 1 - 0.13 * row, "font": {"color": colour, "size": 12}}
+            figure.add_annotation(text=f"● {case}", **at, **key)
     return figure
 
 

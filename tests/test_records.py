@@ -117,6 +117,27 @@ def test_a_record_has_its_report_beside_it(name: str, tmp_path: Path) -> None:
     assert len(kept.encode()) < 1_000_000
 
 
+def test_the_verdict_is_as_often_right_as_its_page_says() -> None:
+    """Nothing carried: at most 5 %. A true share of .6 and 72 prompts: at least 95 %."""
+    table = json.loads((ROOT / "benchmarks" / "verdicts.json").read_text())
+    said = " ".join((ROOT / "docs" / "concepts" / "evidence.md").read_text().split())
+    assert len(table) == 80 and all(sum(cell.values()) == 200 for cell in table.values())
+
+    def counts(true: bool, n: int, kind: str = "") -> list[int]:
+        cells = [(name, cell) for name, cell in table.items() if name.startswith("a true share") == true]
+        return [cell.get("transfers", 0) for name, cell in cells if f"; n = {n}; " in name and name.endswith(kind)]
+
+    false = max(max(counts(False, n)) for n in (12, 36, 72, 300))
+    found, fine, coarse = min(counts(True, 72)), min(counts(True, 36, "numbers")), min(counts(True, 36, "0 and 1"))
+    assert false <= 10 and found >= 190 and min(counts(True, 300)) == 200
+    for sentence in (
+        f'it says "transfers" in at most {false} of 200',
+        f"found in at least {found} of 200 with 72 prompts, and in all with 300",
+        f"at least {fine} of 200 where scores are finer than 0 and 1, and in at least {coarse} where they are not",
+    ):
+        assert sentence in said
+
+
 def test_the_table_of_faults_is_the_record_and_nothing_was_lost():
     table = json.loads((ROOT / "benchmarks" / "faults.json").read_text())
     page = (ROOT / "docs" / "reliability.md").read_text()
