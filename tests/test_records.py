@@ -138,6 +138,13 @@ def test_the_verdict_is_as_often_right_as_its_page_says() -> None:
         assert sentence in said
 
 
+def test_what_stacked_moments_cost_is_what_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results.json").read_text())["stacked_moments_over_two_forwards"]
+    said = (ROOT / "docs" / "how-to" / "layers.md").read_text()
+    assert f"{measured['ratio']:.2f} times the processor time" in said and measured["high"] <= 2.5
+    assert f"{measured['megabytes_added'] / 1000:.1f} GB were added" in said
+
+
 def test_the_table_of_faults_is_the_record_and_nothing_was_lost():
     table = json.loads((ROOT / "benchmarks" / "faults.json").read_text())
     page = (ROOT / "docs" / "reliability.md").read_text()
