@@ -1023,6 +1023,7 @@ def test_the_demo_prints_every_arm_and_what_was_said(
     assert all(arm in said for arm in ("native", "mapped", "random", "shuffled")) and "unsteered: happy day" in said
     code, again, _ = command("show", out)
     assert code == 0 and again.strip() in said
+    assert "undecidable" not in said  # enough random vectors for a verdict
     found = xs.read(out)
     assert {arm.recipe for arm in found.arms} == {"", removal.PROMPT_CLAMPED} and not found.validation
     code, _, err = command("demo", "backdoor", "--concept", "sentiment")

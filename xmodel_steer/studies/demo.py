@@ -68,7 +68,7 @@ def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
         map_prompts=BACKDOOR_MAP_PROMPTS,
         nonlinear=None,
         amounts=(),
-        settings=Settings(neutral=general_text()[-BACKDOOR_NEUTRAL:], random_seeds=1),
+        settings=Settings(neutral=general_text()[-BACKDOOR_NEUTRAL:], random_seeds=RANDOM_SEEDS),
     )
 
 
