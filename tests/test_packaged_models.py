@@ -102,6 +102,7 @@ def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Pat
     assert arms["mapped"].effect.value >= 0.95
     assert arms["mapped"].measures["clean answers kept"].value >= 0.95
     assert max(arms[name].effect.value for name in ("random", "shuffled")) <= 0.1
+    assert found.verdict().transfers and "transfers: " in done.stdout
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 
