@@ -173,7 +173,7 @@ def stacked_moments_over_two_forwards(bench: Bench) -> None:
 
     bench.forwards()  # warm
     pairs = [(worked(collect), worked(bench.forwards)) for _ in range(bench.repeats)]
-    added = {} if bench.shape != "packaged" else {"megabytes_added": round(peak_of(128, "stack") / 1024)}
+    added = {} if bench.shape != "packaged" else {"megabytes_added": round(peak_of(128, [STACK], [THERE.layer]) / 1024)}
     bench.record(
         "stacked_moments_over_two_forwards",
         [a / b for a, b in pairs],
@@ -221,6 +221,7 @@ def grid_speedup_over_ridgecv(bench: Bench, sample: int = 3) -> None:
 
 
 MEMORY = """
+import json
 import sys
 from pathlib import Path
 import xmodel_steer as xs
@@ -233,9 +234,7 @@ def memory(what):
 
 small, large = (xs.load(name, device="cpu", dtype="auto", progress=False) for name in (SOURCE, TARGET))
 texts = general_text()
-sites = dict(source_sites=[[9, 12, 15, 18, 21, 24, 27]], target_sites=[10])
-if sys.argv[2] != "stack":
-    sites = dict(source_sites=[3, 5], target_sites=[2, 3])
+sites = json.loads(sys.argv[2])
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
 text = (texts[i % 64] for i in range(int(sys.argv[1])))  # the same window again and again
@@ -244,11 +243,12 @@ print(before, memory("VmHWM"))
 """
 
 
-def peak_of(documents: int, sites: str = "") -> int:
+def peak_of(documents: int, source_sites: Sequence[Any] = (3, 5), target_sites: Sequence[Any] = (2, 3)) -> int:
     """Kilobytes that collecting moments adds at its peak to the memory of loaded models."""
+    sites = {"source_sites": source_sites, "target_sites": target_sites}
     # glibc must give freed blocks back at once: the peak is then of what was in use, not of what it hoarded.
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(documents), sites], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", MEMORY, str(documents), json.dumps(sites)], capture_output=True, text=True, check=True,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )  # fmt: skip
     before, peak = map(int, done.stdout.split()[-2:])

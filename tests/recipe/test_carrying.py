@@ -76,6 +76,7 @@ def test_every_arm_at_every_strength(result: Result) -> None:
     expected = {("unsteered", 0.0)} | {(a, s) for a in steered for s in (-1.0, 1.0, 2.0)}
     expected |= {("native", (1 if sign == "+" else -1) * result.headline / 2) for sign in result.signs}
     assert {(a.arm, a.strength) for a in result.arms if a.at == EQUAL_STRENGTH} == expected
+    assert result.arm("native").strength == result.arm("mapped").strength == -1  # the half strengths come last
     assert len(result.arms) == len(expected) + len(steered) * len(result.signs)
     for arm in result.arms:
         assert arm.effect.n == len(arm.scores) == len(arm.texts) == 6  # nine prompts, a third validates

@@ -32,12 +32,13 @@ class Knowledge:
     @classmethod
     def record(cls, mapping: Map, moments: SplitMoments, vector: SteeringVector) -> dict[str, float]:
         """Return plain JSON values; none without a ridge map and test rows."""
-        if not isinstance(mapping, AffineMap) or "penalty" not in mapping.info or not moments.test.count:
+        try:
+            return vars(knows(mapping, moments, vector))
+        except PromptError:
             return {}
-        return vars(knows(mapping, moments, vector))
 
 
-def knows(mapping: AffineMap, moments: SplitMoments, vector: SteeringVector) -> Knowledge:
+def knows(mapping: Map, moments: SplitMoments, vector: SteeringVector) -> Knowledge:
     """Tell how much a map knows of a vector.
 
     Args:
@@ -52,7 +53,7 @@ def knows(mapping: AffineMap, moments: SplitMoments, vector: SteeringVector) -> 
     for space in (moments.source, vector.space):
         require_same_space(mapping.source, space, "knows")
     train, inverse = moments.train, inverse_of(moments.train.source_scale)
-    if "penalty" not in mapping.info or not moments.test.count:
+    if not isinstance(mapping, AffineMap) or "penalty" not in mapping.info or not moments.test.count:
         raise PromptError("knows: needs a Ridge map and moments with test rows; fit xs.Ridge() on more documents")
     correlation = inverse[:, None] * train.source_scatter * inverse / train.count
     z = vector.direction.double().cpu() * inverse

@@ -258,9 +258,7 @@ def transfer_efficiency(
         bound = bootstrap_mean(effect, draws=draws, seed=seed)
         if bound.low <= 0 <= bound.high:
             return undefined(NO_NATIVE, n)
-        index = resamples(n, draws=draws, seed=seed)
-        columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
-        carried = np.take_along_axis(table[index].mean(1), columns, 1).mean(1)
+        index, carried = _drawn(table, draws, seed)
         effects = effect[index].mean(1)
         silent = effects * bound.value <= 0
         low = np.quantile(np.where(silent, -np.inf, carried / effects), 0.025)
@@ -271,6 +269,13 @@ def transfer_efficiency(
     if not (math.isfinite(low) and math.isfinite(high)):
         return undefined(f"{NO_NATIVE} in {int(silent.sum())} of {draws} resamples", n, value)
     return Estimate(value, low, high, n)
+
+
+def _drawn(table: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw units and seeds; return the units' indices, and the mean of each draw."""
+    index = resamples(len(table), draws=draws, seed=seed)
+    columns = resamples(table.shape[1], draws=draws, seed=seed + 1)
+    return index, np.take_along_axis(table[index].mean(1), columns, 1).mean(1)
 
 
 def dose_share(
@@ -313,8 +318,7 @@ def dose_share(
         return undefined(whole.undefined or NOT_FINITE, n)
     if not (np.diff([0.0, *kl]) > 0).all():
         return undefined("the doses' KL does not rise", n)
-    index, columns = resamples(n, draws=draws, seed=seed), resamples(table.shape[1], draws=draws, seed=seed + 1)
-    carried = np.take_along_axis(table[index].mean(1), columns, 1).mean(1)
+    index, carried = _drawn(table, draws, seed)
     doses = np.sqrt(np.array([0.0, *kl]) / kl[-1])
     value, *drawn = (
         _first_dose(gain, doses, reached)
@@ -328,8 +332,8 @@ def dose_share(
 
 def _first_dose(gain: float, doses: np.ndarray, reached: np.ndarray) -> float:
     """Find the first dose, squared, at which a path from 0 has a gain."""
-    path = np.concatenate([[0.0], reached]) * (np.sign(reached[-1]) or 1.0)
-    gain *= np.sign(reached[-1]) or 1.0
+    sign = np.sign(reached[-1]) or 1.0
+    path, gain = np.concatenate([[0.0], reached]) * sign, gain * sign
     if gain <= 0:
         return 0.0
     for i in range(1, len(path)):

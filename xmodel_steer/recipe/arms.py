@@ -199,21 +199,51 @@ def joined_arm(
         measures: Other measurements, already joined.
         fields: The other fields of `Arm`.
     """
-    table = np.stack(list(scores), 1)
-    groups = fields.get("groups") or None
     with np.errstate(all="ignore"):  # what overflows is infinite, and told by that
-        means, geometric = table.mean(1), np.exp(np.mean(np.log(perplexity)))
+        geometric = np.exp(np.mean(np.log(perplexity)))
     return Arm(
         arm=name,
-        effect=estimate(table, groups),
         kl=float(np.mean(kl)),
         perplexity=float(geometric),
-        change=change_of(table, base, groups),
         strength=float(np.mean(strengths)),
         agreement=float(np.mean(agreement)),
         measures=dict(measures or {}),
-        seeds=table.shape[1],
-        scores=tuple(means.tolist()),
-        table=tuple(map(tuple, table.tolist())) if table.shape[1] > 1 else (),
+        **scored_fields(scores, base, fields.get("groups", ())),
         **fields,
     )
+
+
+def scored_fields(scores: Sequence[np.ndarray], base: np.ndarray, groups: Sequence[str] = ()) -> dict[str, Any]:
+    """Compute the fields of an `Arm` that its scores give.
+
+    Args:
+        scores: Scores of every prompt, for each seed.
+        base: Scores of the unsteered model.
+        groups: Kind of each prompt, where some are of one kind.
+    """
+    table = np.stack(list(scores), 1)
+    with np.errstate(all="ignore"):  # what overflows is infinite, and told by that
+        means = table.mean(1)
+    return {
+        "effect": estimate(table, groups or None),
+        "change": change_of(table, base, groups or None),
+        "seeds": table.shape[1],
+        "scores": tuple(means.tolist()),
+        "table": tuple(map(tuple, table.tolist())) if table.shape[1] > 1 else (),
+    }
+
+
+def gain_of(arms: Mapping[str, Arm], base: Arm) -> np.ndarray:
+    """Compute how far an arm moves the score in the directions of steering.
+
+    Args:
+        arms: The arm in each direction, ``"+"`` and ``"-"``.
+        base: The unsteered arm.
+
+    Returns:
+        For each prompt and seed ``(prompts, seeds)``.
+    """
+    start = np.array(base.scores)[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite, and then undefined
+        changes = [(1.0 if sign == "+" else -1.0) * (arm.per_seed() - start) for sign, arm in arms.items()]
+        return np.mean(changes, axis=0)

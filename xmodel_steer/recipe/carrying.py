@@ -37,7 +37,7 @@ from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
 from xmodel_steer.recipe.selecting import Selected, one_layer, read_contrast, select
-from xmodel_steer.recipe.settings import ONE_LAYER, Budget, GeneralText, Method, versions
+from xmodel_steer.recipe.settings import CONTRAST_READ, ONE_LAYER, Budget, GeneralText, Method, versions
 
 
 @with_progress
@@ -126,7 +126,7 @@ def _selected(prepared: Prepared) -> dict[str, Selected]:
     chosen = select(prepared)
     recipes = {prepared.label: chosen}
     for name in prepared.method.recipes:
-        more = (one_layer if name == ONE_LAYER else read_contrast)(prepared, chosen)
+        more = {ONE_LAYER: one_layer, CONTRAST_READ: read_contrast}[name](prepared, chosen)
         if more is not None:
             recipes[f"{prepared.label}, {name}"] = more
     return recipes

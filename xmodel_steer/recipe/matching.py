@@ -128,7 +128,6 @@ def match_damage(
     """
     native, budget, label = arms["native"][0], prepared.budget, prepared.label if recipe is None else recipe
     signs = [sign for sign in (1, -1) if sign * headline in budget.strengths]
-    halves = [sign * headline / 2 for sign in signs]  # what a smaller dose of the native vector does
 
     def run(arm: str, vector: SteeringVector, strength: float, **fields: Any) -> Run:
         return Run(arm, prepared.steer(vector, strength), label, strength=strength, **fields)
@@ -138,9 +137,11 @@ def match_damage(
         run(arm, vector, strength)
         for arm, group in arms.items()
         if budget.fixed or arm == "native"
-        for strength in sorted({*budget.strengths, *(halves if arm == "native" else ())})
+        for strength in budget.strengths
         for vector in group
     ]
+    halves = [sign * headline / 2 for sign in signs]
+    runs += [run("native", native, strength) for strength in halves if strength not in budget.strengths]
     candidates = [
         (arm, vector, i, sign)
         for arm, group in arms.items()

@@ -16,7 +16,7 @@ from xmodel_steer.core.texts import encodable
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, OWN_KL, Arm, change_of, estimate
+from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, OWN_KL, Arm, gain_of, scored_fields
 from xmodel_steer.recipe.verdicts import Verdict, recipes_of, verdict_of
 
 
@@ -194,13 +194,11 @@ class Result:
             KeyError: It was not run, or its scores were not kept.
         """
         recipe = recipe if recipe is not None else _single(self.recipes)
-        base = np.array(self.arm("unsteered", recipe=recipe).scores)[:, None]
+        base = self.arm("unsteered", recipe=recipe)
         arms = {sign: arms[name] for sign, arms in self.compared(recipe, (name,)).items()}
-        if not len(base) or not all(arm.scores for arm in arms.values()):
+        if not base.scores or not all(arm.scores for arm in arms.values()):
             raise KeyError(f"{name} under {recipe!r}: its scores were not kept")
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite, and then undefined
-            changes = [(1.0 if sign == "+" else -1.0) * (arm.per_seed() - base) for sign, arm in arms.items()]
-            return np.mean(changes, axis=0)
+        return gain_of(arms, base)
 
     @cached_property
     def verdicts(self) -> Mapping[str, Verdict]:
@@ -255,22 +253,8 @@ class Result:
         rescored = []
         for arm in arms:
             start = score_texts(scorer, texts.arm("unsteered", recipe=arm.recipe or None).texts)
-            table, groups = (
-                np.stack([score_texts(scorer, each) for each in (arm.texts, *arm.more_texts)], 1),
-                arm.groups or None,
-            )
-            rescored.append(
-                replace(
-                    arm,
-                    recipe=called[arm.recipe],
-                    effect=estimate(table, groups),
-                    change=change_of(table, start, groups),
-                    scores=tuple(table.mean(1).tolist()),
-                    seeds=table.shape[1],
-                    table=tuple(map(tuple, table.tolist())) if table.shape[1] > 1 else (),
-                    raw=(),
-                )
-            )
+            scores = [score_texts(scorer, each) for each in (arm.texts, *arm.more_texts)]
+            rescored.append(replace(arm, recipe=called[arm.recipe], raw=(), **scored_fields(scores, start, arm.groups)))
         return replace(
             self,
             name=label,

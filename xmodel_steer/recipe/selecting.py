@@ -84,7 +84,7 @@ def select(prepared: Prepared) -> Selected:
 
     def tried(varied: str, candidates: Mapping[Site, SteeringVector]) -> list[_Tried]:
         if len(candidates) == 1:
-            return [_Tried(site, {"score": 0.0, "perplexity_ratio": 0.0}, np.zeros(1)) for site in candidates]
+            return [_Tried(site, {"score": 0.0, "perplexity_ratio": 0.0, "map_r2": np.nan}) for site in candidates]
         found = gains(prepared, varied, [(vector, site, 1.0) for site, vector in candidates.items()])
         records.extend(found[0])
         return [_Tried(*each) for each in zip(candidates, *found, strict=True)]
@@ -97,7 +97,7 @@ def select(prepared: Prepared) -> Selected:
     transported = {site: maps[site].transport(vector) for site, vector in prepared.sources.items()}
     scaled = {site: vector.with_norm(norm) for site, vector in transported.items()}
     sources = tried("source layer", scaled)
-    for each in sources:
+    for each in sources if sources[1:] else ():
         each.record["map_r2"] = quality_of(maps[each.site], moments.pair(each.site, target_site))
     source_site = _best_map(sources, bound).site
     layers = [each for each in sources if not isinstance(each.site, Stack)]

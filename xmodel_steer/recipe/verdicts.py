@@ -17,7 +17,7 @@ from xmodel_steer.maps.statistics import (
     transfer_efficiency,
     undefined,
 )
-from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference
+from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference, gain_of
 from xmodel_steer.recipe.settings import RECIPES
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "dose"} | {
-            **({} if self.dose.undefined == NOT_RUN else {"dose": self.dose.record()}),
+        made = asdict(self) | {
             "efficiency": self.efficiency.record(),
+            "dose": self.dose.record(),
             "controls": {name: ratio.record() for name, ratio in self.controls.items()},
             "comparisons": [
                 vars(c)
@@ -106,6 +106,9 @@ class Verdict:
                 for c in self.comparisons
             ],
         }
+        if self.dose.undefined == NOT_RUN:
+            del made["dose"]
+        return made
 
 
 def verdict_of(result: "Result", recipe: str) -> Verdict:
@@ -124,7 +127,7 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
         recipe=recipe,
         at=first.at,
         efficiency=transfer_efficiency(gains["mapped"], native),
-        dose=_dose(result, recipe, gains["mapped"], native, base),
+        dose=_dose(result, {sign: named["native"] for sign, named in arms.items()}, gains, base),
         controls={name: transfer_efficiency(gains[name], native) for name in CONTROLS},
         kl={sign: named["native"].kl for sign, named in arms.items()},
         comparisons=comparisons,
@@ -139,19 +142,15 @@ def verdict_of(result: "Result", recipe: str) -> Verdict:
     return replace(verdict, text=_in_words(result, verdict, base, arms))
 
 
-def _dose(result: "Result", recipe: str, mapped: np.ndarray, native: np.ndarray, base: Arm) -> Estimate:
+def _dose(result: "Result", natives: Mapping[str, Arm], gains: Mapping[str, np.ndarray], base: Arm) -> Estimate:
     """Compare mapped with native at half its strength and at all of it."""
+    native = gains["native"]
     try:
-        arms = {sign: named["native"] for sign, named in result.compared(recipe, ("native",)).items()}
-        half = [result.arm("native", arm.strength / 2, recipe=recipe) for arm in arms.values()]
+        halves = {s: result.arm("native", arm.strength / 2, recipe=arm.recipe) for s, arm in natives.items()}
     except KeyError:
         return undefined(NOT_RUN, len(native))
-    signs = [1.0 if sign == "+" else -1.0 for sign in arms]
-    with np.errstate(all="ignore"):  # what overflows is undefined
-        changes = [s * (np.array(arm.scores) - np.array(base.scores)) for s, arm in zip(signs, half, strict=True)]
-        doses = np.stack([totals(np.mean(changes, axis=0), base.groups), native], 1)
-    kl = [float(np.mean([arm.kl for arm in of])) for of in (half, arms.values())]
-    return dose_share(mapped, doses, kl)
+    kl = [float(np.mean([arm.kl for arm in arms.values()])) for arms in (halves, natives)]
+    return dose_share(gains["mapped"], np.hstack([totals(gain_of(halves, base), base.groups), native]), kl)
 
 
 def totals(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:

@@ -45,7 +45,6 @@ class Carried:
         cosine: Cosine of the mapped and the native vector, in standardised coordinates.
         norm_ratio: The mapped vector's norm before scaling, over the native vector's norm.
         mapping: The map.
-        known: What the map knows of the vector (`Knowledge.record`).
         gate: The vectors of these vectors' gates, if the recipe has gates.
     """
 
@@ -57,7 +56,6 @@ class Carried:
     cosine: float
     norm_ratio: float
     mapping: Map
-    known: Mapping[str, float]
     gate: "Carried | None" = None
 
     @classmethod
@@ -96,7 +94,6 @@ class Carried:
             cosine=native.cosine(moved),
             norm_ratio=quotient(moved.norm(standardised=True), native.norm(standardised=True)),
             mapping=mapping,
-            known=Knowledge.record(mapping, pair, vector),
             gate=None if gate is None else cls.of(*gate, moments, fitter),
         )
 
@@ -110,6 +107,15 @@ class Carried:
         scale = moments.scale(self.native.space.site)
         gate = None if self.gate is None else (self.gate.source, self.gate.native.with_scale(scale))
         return Carried.of(self.source, self.native.with_scale(scale), moments, fitter, gate)
+
+    def known(self, moments: Moments) -> dict[str, float]:
+        """Record what the map knows of the vector.
+
+        Args:
+            moments: The moments that it was fitted on.
+        """
+        pair = moments.pair(self.source.space.site, self.native.space.site)
+        return Knowledge.record(self.mapping, pair, self.source)
 
     @property
     def mapped_gate(self) -> SteeringVector | None:
@@ -126,12 +132,14 @@ class Choice:
         operator: The operation on the vector, and its strength.
         carried: The vectors, at the chosen layers.
         others: Vectors of further arms, by the arms' names.
+        known: What the map knows of the vector (`Carried.known`).
     """
 
     recipe: Recipe
     operator: Operator
     carried: Carried
     others: Mapping[str, SteeringVector] = field(default_factory=dict)
+    known: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def has_equal_kl(self) -> bool:
@@ -154,7 +162,7 @@ class Choice:
             "cosine": carried.cosine,
             "norm_ratio": carried.norm_ratio,
             "map_r2": carried.mapping.score_test.mean_r2 if carried.mapping.score_test else None,
-            **carried.known,
+            **self.known,
         }
 
 

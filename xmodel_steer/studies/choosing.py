@@ -192,7 +192,8 @@ def choose(
     for recipe, (rough, rough_gate) in zip(ways, natives, strict=True):
         carried, candidates = _carried(pair, recipe, (rough, rough_gate), moments, lessons, fitter, label)
         chosen = best_layer("source layer", recipe, candidates)
-        choices.append(Choice(recipe, best_operator(recipe, chosen), carried[candidates.index(chosen)]))
+        own = carried[candidates.index(chosen)]
+        choices.append(Choice(recipe, best_operator(recipe, chosen), own, known=own.known(moments)))
     lap("choosing source layers and strengths")
     return Chosen(tuple(choices), tuple(records), general)
 

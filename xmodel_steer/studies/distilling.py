@@ -93,17 +93,15 @@ def distilled(
     adam = torch.optim.Adam([point], lr=training.learning_rate * float(norm) / len(start) ** 0.5)
     falling = _falling(adam, training.steps)
     for read in _turns(reads, training.steps, f"distil {mapped.label}"):
+        with torch.no_grad():
+            plain = _logits(target, read.batch, [])[read.places][:, read.shared].log_softmax(-1)
         for sign, shift in zip((1.0, -1.0), read.shifts, strict=True):
-            with torch.no_grad():
-                plain = _logits(target, read.batch, [])[read.places][:, read.shared].log_softmax(-1)
-                teacher = (plain + training.weight * shift).softmax(-1)
+            teacher = (plain + training.weight * shift).softmax(-1)
             steered = replace(mapped, direction=point * scale)
             own = _logits(target, read.batch, steps_of(steered, Add(sign)))[read.places][:, read.shared].log_softmax(-1)
             loss = -(teacher * own).sum(-1).mean() + training.anchor / 2 * ((point - start) / norm).square().sum()
-            point.grad = (0 if point.grad is None else point.grad) + torch.autograd.grad(loss, point)[0]
-        adam.step()
-        falling.step()
-        adam.zero_grad()
+            _add_slopes(loss, [point])
+        _step(adam, falling)
         with torch.no_grad():
             point *= norm / point.norm()
     return replace(mapped, direction=(point * scale).detach().to(mapped.direction.dtype))
@@ -134,7 +132,6 @@ def functional_map(
     inverse, scale = inverse_of(mapping.source_scale).float()[:, None], mapping.target_scale.float()
     parameters = [first, second, bias]
     adam = torch.optim.Adam(parameters, lr=training.learning_rate / 10)
-
     falling = _falling(adam, training.steps)
 
     def present() -> AffineMap:
@@ -150,11 +147,8 @@ def functional_map(
                 own = _logits(target, batch, [])[places].softmax(-1)
             replaced = _logits(target, batch, [mapped_source(source, target, present())])[places]
             loss = -(own * replaced.log_softmax(-1)).sum(-1).mean()
-            for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = slope if parameter.grad is None else parameter.grad + slope
-        adam.step()
-        falling.step()
-        adam.zero_grad()
+            _add_slopes(loss, parameters)
+        _step(adam, falling)
     made = present()
     info = {**mapping.info, "fitter": f"{mapping.info.get('fitter')} and rank {training.rank} through the target"}
     return replace(made, weight=made.weight.detach(), bias=made.bias.detach(), info=info)
@@ -245,6 +239,19 @@ def _turns(parts: Sequence[Any], steps: int, what: str) -> Any:
 def _falling(adam: torch.optim.Optimizer, steps: int) -> Any:
     """Let the learning rate fall to nothing, in a line."""
     return torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / max(steps, 1))
+
+
+def _add_slopes(loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Add a loss's gradients to those of the parameters alone, not to the models'."""
+    for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+
+
+def _step(adam: torch.optim.Optimizer, falling: Any) -> None:
+    """Move the parameters, and lower the rate."""
+    adam.step()
+    falling.step()
+    adam.zero_grad()
 
 
 def _logits(model: Any, batch: Batch, setting: Sequence[Step]) -> Float[Tensor, "batch tokens vocabulary"]:

@@ -62,7 +62,7 @@ def steered_arms(
         recipe: Name of the recipe.
     """
     runs, _ = match_damage(prepared, groups, 1.0, recipe)
-    measured = measure(prepared, runs, {})
+    measured = measure(prepared, [run for run in runs if run.at == EQUAL_KL or not run.setting], {})
     result = Result(recipe, "", {}, {}, measured, {}, (), {}, {}, {}, {})
     base = result.arm("unsteered")
     no_change = bootstrap_mean(np.zeros(base.effect.n))

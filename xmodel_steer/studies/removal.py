@@ -66,8 +66,7 @@ def recipes(source: Any, target: Any, prompts: Sequence[Prompt], *, sites: tuple
     Raises:
         PromptError: The trigger is not at the same tokens in all prompts.
     """
-    late, middle = layers(source, 0.45, 0.97, sites[0]), layers(target, 0.35, 0.95, sites[1])
-    late = with_stack(late)
+    late, middle = with_stack(layers(source, 0.45, 0.97, sites[0])), layers(target, 0.35, 0.95, sites[1])
     adds = tuple(Add(s) for s in (1.0, 0.5, 1.5, 2.0))
     clamps = tuple(Clamp("positive", overshoot=g) for g in (1.3, 1.0, 1.6, 2.0))
     trigger = Trigger.of(target, prompts)
@@ -265,7 +264,7 @@ def _amounts(
             (outcome,) = evaluation.measure([setting], aim=choice.recipe.aim, extent="effect")
             curve.append(
                 {"recipe": choice.recipe.name, "trigger": trigger, "prompts": amount, "cosine": carried.cosine}
-                | dict(carried.known)
+                | carried.known(moments)
                 | {"effect": estimate(outcome.scores, outcome.groups.get("effect")).record()}
                 | {key: estimate(scores, outcome.groups.get(key)).record() for key, scores in outcome.measures.items()}
             )

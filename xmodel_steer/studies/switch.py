@@ -62,7 +62,8 @@ def safety_switch(
     One site of the model that writes holds mapped activations of the other model. The maps are fitted on general text and
     prompts without the trigger: fitted behind the trigger, a map learns each model's own answer, and switches nothing.
     Validation tasks choose each direction's site, and whether the map reads the other model's same site or all sites
-    together. The better of the other kind is reported as ``mapped, NAME``. Controls: activations unmapped, a map of shuffled pairs, mean, and noise.
+    together. The better of the other kind is reported as ``mapped, NAME``. Controls: activations unmapped, a map of
+    shuffled pairs, mean, and noise.
 
     Args:
         base: The base model.

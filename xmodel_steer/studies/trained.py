@@ -14,7 +14,7 @@ from xmodel_steer.recipe.arms import EFFICIENCY, Arm
 from xmodel_steer.recipe.preparing import Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.selecting import Selected, one_layer, select
+from xmodel_steer.recipe.selecting import Selected, select
 from xmodel_steer.recipe.settings import Budget, GeneralText, Method, versions
 from xmodel_steer.studies.carried import MAP_TOKENS
 from xmodel_steer.studies.concept_table import SETTINGS, prompts_of
@@ -109,9 +109,10 @@ def _groups(
     prepared: Prepared, selected: Selected, training: Training
 ) -> tuple[dict[str, list[SteeringVector]], dict[str, Any]]:
     """Distil the mapped vector, and for both controls; list every arm's vectors."""
-    single = one_layer(prepared, selected) or selected  # a stack's vectors together would shift the source too far
+    site = selected.layer or selected.source.space.site  # a stack's vectors together would shift the source too far
+    shifting = prepared.sources[site].with_scale(prepared.moments.scale(site, end="source"))
     own = selected.arms(prepared.budget.random_seeds, prepared.seed)
-    noise = random_like(single.source, seed=prepared.seed)
+    noise = random_like(shifting, seed=prepared.seed)
 
     def train(vector: SteeringVector, shuffled: bool = False) -> list[SteeringVector]:
         read = prepared.text.map[: training.documents]
@@ -119,11 +120,11 @@ def _groups(
             distilled(prepared.source, prepared.target, vector, own["mapped"][0], read, training, shuffled=shuffled)
         ]
 
-    made = {DISTILLED: train(single.source), RANDOM: train(noise), SHUFFLED: train(single.source, True)}
+    made = {DISTILLED: train(shifting), RANDOM: train(noise), SHUFFLED: train(shifting, True)}
     groups = {"native": own["native"], "mapped": own["mapped"], **made, "random": own["random"]}
     cosines = {name: selected.native.cosine(groups[name][0]) for name in ("mapped", *made)}
     sites = sites_record(selected.source.space.site, selected.native.space.site)
-    return groups, {**sites, "shifted_by": str(single.source.space.site), "cosines": cosines}
+    return groups, {**sites, "shifted_by": str(site), "cosines": cosines}
 
 
 def _replacing(
