@@ -246,7 +246,7 @@ def test_layer_pairs_and_a_sketch_can_be_chosen(command: Any, folders: dict[str,
         (dict(store="m", source=None, target=None), "a store at least one"),
         (dict(moments="m", shard="3/3"), "'3/3' is not I/N"),
         (dict(moments="m", pairs="3-3"), "is not a list of layer pairs such as 15:10"),
-        (dict(moments="m", source_layers="x"), "is not a list of numbers"),
+        (dict(moments="m", source_layers="x"), "is not a list of layers"),
     ],
     ids=str,
 )
@@ -264,7 +264,7 @@ def test_wrong_calls_are_one_line_and_exit_2(command: Any, folders: dict[str, Pa
         ({"moments": "m.safetensors", "store_dtype": "float32"}, 2, "goes with --store"),
         ({"store": "s", "sketch": 3}, 2, "go with --moments"),
         ({"store": "s", "pairs": "1:1"}, 2, "go with --moments"),
-        ({"store": "s", "target_layers": "one"}, 2, "is not a list of numbers"),
+        ({"store": "s", "target_layers": "one"}, 2, "is not a list of layers"),
         ({"moments": "m.safetensors", "pairs": "1-1"}, 2, "is not a list of layer pairs"),
     ],
 )

@@ -42,7 +42,7 @@ def arguments(folders: dict[str, Path], out: Path, **changes: object) -> list[ob
     options: dict[str, object] = {
         "source": folders["llama"], "target": folders["gemma"], "contrast": folders["pairs.jsonl"], "text": folders["corpus.jsonl"],
         "out": out, "prompts": folders["prompts.txt"], "score": "contains:a", "max-new-tokens": 4, "strengths": "-1,1",
-        "source-layers": "1", "target-layers": "1,2", "dtype": "float32",
+        "source-layers": "1,0+1", "target-layers": "1,2", "dtype": "float32",
     }  # fmt: skip
     options |= {k.replace("_", "-"): v for k, v in changes.items()}
     return ["transfer", *(item for k, v in options.items() if v is not None for item in (f"--{k}", v))]
@@ -64,6 +64,7 @@ def test_transfer_writes_a_run_folder_and_show_prints_it(
     code, shown, _ = command("show", tmp_path / "run")
     assert code == 0
     assert "shuffled" in shown
+    assert result.spec["source_sites"] == ["resid_post[1]", "resid_post[0+1]"]
     # Once more: the moments come from the cache, the result is the same.
     assert command(*arguments(folders, tmp_path / "again"))[0] == 0
     again = read(tmp_path / "again")

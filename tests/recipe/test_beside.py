@@ -20,6 +20,8 @@ from xmodel_steer.evaluation.damage import instructed_effect, losses
 from xmodel_steer.maps.significance import above_others
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.recipe.arms import EQUAL_KL, OWN_KL
+from xmodel_steer.recipe.planning import settings_of
+from xmodel_steer.recipe.preparing import prepare
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.settings import RECIPES, GeneralText, Method
 
@@ -27,12 +29,16 @@ METHOD = Method(recipes=RECIPES, instructions=("Say good things.", "Say bad thin
 ONE, READ = "toy, one layer", "toy, contrast read"
 
 
-def run(models: list[Any], method: Method = METHOD, **more: Any) -> Result:
-    settings: dict[str, Any] = dict(
+def settings(method: Method) -> dict[str, Any]:
+    return dict(
         label="toy", source_sites=[1, [0, 2]], target_sites=[1], budget=xs.Budget((-1.0, 1.0), neutral_tokens=8, random_seeds=3),
-        behaviour=xs.behaviours.GeneratedText(sentences(18, 3, 4), lambda text: text.count("e") / 9, max_new_tokens=4), side={},
+        behaviour=xs.behaviours.GeneratedText(sentences(18, 3, 4), lambda text: text.count("e") / 9, max_new_tokens=4),
+        method=method,
     )  # fmt: skip
-    return xs.transfer(*models, contrast(), sentences(60, 4), **settings | {"method": method} | more)
+
+
+def run(models: list[Any], method: Method = METHOD, **more: Any) -> Result:
+    return xs.transfer(*models, contrast(), sentences(60, 4), **settings(method) | {"side": {}} | more)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +112,14 @@ def test_every_recipe_pays_for_the_choice_of_its_site(result: Result) -> None:
         over = next(c for c in result.verdict(recipe).comparisons if c.over == "vectors")
         gain, others = float(result.gain("mapped", recipe).mean()), result.gain("random", recipe).mean(0)
         assert over.p == above_others(gain, others, choices=2)[1]
+
+
+def test_the_plan_counts_what_further_recipes_and_words_take(result: Result, models: list[Any]) -> None:
+    """The native vector at the headline strength counts once, and the random vectors are those of the first recipe."""
+    counts = settings_of(prepare(*models, contrast(), sentences(60, 4), **settings(METHOD)))
+    own = [arm for arm in result.arms if arm.recipe in ("", "toy") or arm.arm in ("mapped", "shuffled")]
+    assert {arm.recipe for arm in own} == {"", "toy", ONE, READ}
+    assert counts["measure"] == sum(arm.seeds for arm in own) - len(result.signs)
 
 
 def test_rescored_recipes_stay_recipes_of_one_transfer(result: Result) -> None:

@@ -44,10 +44,15 @@ def numbers_of(text: str, option: str, kind: Any) -> list[Any]:
 
 
 def sites_of(text: str | None, option: str) -> list[Any]:
-    """Read a list of layers as sites."""
-    from xmodel_steer.core.spaces import Site
+    """Read a list of layers, or of layers read together such as ``9+12``, as sites."""
+    from xmodel_steer.core.spaces import as_sites
 
-    return [Site(layer) for layer in numbers_of(text, option, int)] if text else []
+    try:
+        groups = [[int(layer) for layer in item.split("+")] for item in text.split(",")] if text else []
+        return [site for group in groups for site in as_sites([group] if group[1:] else group)]
+    except ValueError:
+        problem = f"{text!r} is not a list of layers such as 9,12 or, to read two together, 9+12"
+        raise typer.BadParameter(problem, param_hint=option) from None
 
 
 def scorer_of(text: str) -> Any:

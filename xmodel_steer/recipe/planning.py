@@ -55,8 +55,12 @@ def settings_of(prepared: Prepared) -> dict[str, int]:
     signs = 2 if any(s < 0 for s in budget.strengths) else 1
     vectors = 3 + budget.random_seeds
     fixed = len(budget.strengths) * (vectors if budget.fixed else 1) + signs  # the native vector at half the strength
-    fair = signs * (vectors - 1)
-    return {"select": 2 * (sum(layers) + strengths), "measure": 1 + fixed + fair, "side": 1 + fair + signs}
+    recipes = 2 * (
+        signs + (len(budget.strengths) if budget.fixed else 0)
+    )  # each with its mapped and its shuffled vector
+    fair = signs * (vectors - 1) + recipes * len(prepared.method.recipes)
+    words = sum(map(bool, prepared.method.instructions))
+    return {"select": 2 * (sum(layers) + strengths), "measure": 1 + fixed + fair + words, "side": 1 + fair + signs}
 
 
 def _seconds(prepared: Prepared, counts: Mapping[str, int], side: Mapping[str, Behaviour]) -> float:
