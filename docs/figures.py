@@ -279,13 +279,12 @@ CONCEPTS = {
     "sentiment": "sentiment",
     "formality": "formality",
     "survival-instinct": "survival instinct",
-    "french, in the map's text": "French, some in the map's text",
     "shouting": "shouting (capitals)",
     "politeness": "politeness",
     "anger": "anger",
     "dialogue": "dialogue",
     "questions": "questions",
-    "french": "French, none in the map's text",
+    "french": "French",
 }
 
 

@@ -263,3 +263,15 @@ def test_a_study_that_was_cut_off_goes_on(
         "result.json",
     ]
     assert repr(xs.read(folder).arms) == repr(recorded.arms)
+
+
+def test_a_resumed_plan_times_work_that_is_done(tmp_path: Path) -> None:
+    """The time of reading a saved result says nothing about what is still to do."""
+    made: list[int] = []
+    with resumable(tmp_path / "kept"):
+        for _ in range(2):
+            once(lambda: ["part"], lambda: made.append(1) or [1.0])
+        with resume.anew():
+            once(lambda: ["part"], lambda: made.append(2) or [1.0])
+        once(lambda: ["part"], lambda: made.append(3) or [1.0])
+    assert made == [1, 2]

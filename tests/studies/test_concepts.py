@@ -44,21 +44,6 @@ def test_a_scorer_tells_the_sides_of_its_own_pairs(name: str) -> None:
     assert more - less > 0.8
 
 
-def test_french_for_the_map_shares_no_sentence_with_the_pairs() -> None:
-    with_text = concept(concepts.FRENCH_SEEN)
-    seen = {p.text for p in with_text.text}
-    assert len(seen) == concepts.FRENCH_TEXTS and not seen & {p.text for p in with_text.contrast.positive}
-    assert score_texts(with_text.scorer, sorted(map(str, seen))).mean() > 0.9  # type: ignore[arg-type]
-    assert not concept("french").text
-    general = [Prompt(text=f"general {k}") for k in range(500)]
-    mixed = with_text.map_text(general, seed=3)
-    assert sorted(p.id for p in mixed) == sorted(p.id for p in (*general, *with_text.text))
-    places = [i for i, p in enumerate(mixed) if p.text in seen]
-    assert places[0] < 64 and places[-1] > len(mixed) - 64  # every window has some
-    assert mixed == with_text.map_text(general, seed=3) != with_text.map_text(general, seed=4)
-    assert concept("french").map_text(general) == tuple(general)
-
-
 def test_pairs_of_answers_end_at_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"positive": f"Is {k} odd?\n (A) Yes\n (B) No\n (A)", "negative": f"Is {k} odd?\n (A) Yes\n (B) No\n (B)"}
@@ -90,9 +75,9 @@ def test_answers_are_split_off_pairs_of_texts_alone(gemma: toys.Toy) -> None:
 
 @pytest.fixture(scope="module")
 def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    passages = [Prompt(text=t) for t in toys.sentences(80, 4)]
+    passages = [Prompt(text=t) for t in toys.sentences(70, 4)]
     made = {
-        "vowels": Concept("vowels", toys.contrast(), "share of vowels", _vowels, text=tuple(passages[70:])),
+        "vowels": Concept("vowels", toys.contrast(), "share of vowels", _vowels),
         "answers": Concept("answers", toys.contrast(), "log-odds", tokens="last"),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +90,7 @@ def study(toy_named: Any, tmp_path_factory: pytest.TempPathFactory) -> Result:
             tuple(made),
             prompts=[Prompt(text=t) for t in toys.sentences(12, 3, 5)],
             max_new_tokens=4,
-            settings=Settings(passages[:60], passages[60:70], neutral_tokens=8, random_seeds=2),
+            settings=Settings(passages[:60], passages[60:], neutral_tokens=8, random_seeds=2),
         )
 
 
@@ -141,8 +126,7 @@ def test_every_concept_has_scores_a_verdict_vectors_and_a_map(study: Result, tmp
 def test_a_record_names_all_text_that_its_maps_have_read(study: Result) -> None:
     passages = [Prompt(text=t) for t in toys.sentences(80, 4)]
     assert study.splits["general"] == [p.id for p in passages[:60]]
-    assert study.splits["vowels"]["map_text"] == [p.id for p in passages[70:]]
-    assert "map_text" not in study.splits["answers"]
+    assert not any("map_text" in study.splits[name] for name in study.chosen)
 
 
 def test_efficiency_is_the_effect_over_the_native_one_where_there_is_one(study: Result) -> None:
@@ -214,7 +198,7 @@ def test_the_demo_carries_a_concept(
     for name, value in changes.items():
         monkeypatch.setattr(f"xmodel_steer.studies.demo.{name}", value)
     passages = tuple(Prompt(text=t) for t in toys.sentences(100, 4))
-    own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=passages[60:72], text=passages[90:])
+    own = Concept("sentiment", toys.contrast(), "share of vowels", _vowels, prompts=passages[60:72])
     monkeypatch.setattr("xmodel_steer.studies.demo.concept", lambda _: own)
     monkeypatch.setattr("xmodel_steer.studies.demo.general_text", lambda: passages[:60] + passages[72:90])
     monkeypatch.setattr("xmodel_steer.studies.demo.openings", lambda count=None: passages[60:72][:count])

@@ -44,7 +44,7 @@ def numbers_of(text: str, option: str, kind: Any) -> list[Any]:
 
 
 def sites_of(text: str | None, option: str) -> list[Any]:
-    """Read a list of layers, or of layers read together such as ``9+12``, as sites."""
+    """Read layers, and layers to read together such as ``9+12``, as sites."""
     from xmodel_steer.core.spaces import as_sites
 
     try:

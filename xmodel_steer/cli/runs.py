@@ -31,9 +31,7 @@ def transfer(
         ),
     ] = None,
     label: Annotated[str, typer.Option(help="Name of the behaviour.")] = "behaviour",
-    source_layers: Annotated[
-        str | None, typer.Option(help="Candidate layers, such as 12,18, or read together: 9+12+15.")
-    ] = None,
+    source_layers: Annotated[str | None, typer.Option(help="Candidates: 12,18, or read together: 9+12.")] = None,
     target_layers: Annotated[str | None, typer.Option(help="Candidate layers of the target.")] = None,
     strengths: Annotated[str, typer.Option(help="Strengths to run, in native norms.")] = "-2,-1,1,2",
     tokens: Annotated[str, typer.Option(help="Tokens of a contrast prompt that count: last, mean or all.")] = "mean",

@@ -112,6 +112,16 @@ def once(parts: Callable[[], Any], make: Callable[[], T]) -> T:
     return result
 
 
+@contextmanager
+def anew() -> Iterator[None]:
+    """Compute everything within the block, and save nothing: what is timed must be done."""
+    token = _kept.set(None)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def spared() -> float:
     """Return the seconds that saved results spared since the last call."""
     kept = _kept.get()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from xmodel_steer.core.bars import quiet, silent
 from xmodel_steer.evaluation.behaviours.generated import Behaviour
+from xmodel_steer.files.resume import anew
 from xmodel_steer.models.facts import device_of, name_of
 from xmodel_steer.recipe.preparing import Prepared
 from xmodel_steer.recipe.verdicts import LEAST_UNITS, LEAST_VECTORS
@@ -13,7 +14,7 @@ from xmodel_steer.recipe.verdicts import LEAST_UNITS, LEAST_VECTORS
 def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
     """Say what follows `prepare`, and about how long it takes.
 
-    A few prompts are measured without steering, to time them. Where bars are silenced, nothing is measured or said.
+    A few prompts are measured without steering, to time them, also where a resumed run has them. Where bars are silenced, nothing is measured or said.
 
     Args:
         prepared: What `prepare` returned.
@@ -71,7 +72,7 @@ def _seconds(prepared: Prepared, counts: Mapping[str, int], side: Mapping[str, B
         (prepared.validation, counts["select"] * len(prepared.validation.ids) + counts["measure"] * len(evaluation.ids))
     ]
     timed += [(behaviour, counts["side"] * len(behaviour.ids)) for behaviour in side.values()]
-    with quiet():
+    with quiet(), anew():
         for behaviour, prompts in timed:
             try:
                 probe = behaviour.part(range(min(8, len(behaviour.ids))))

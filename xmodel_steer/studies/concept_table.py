@@ -14,7 +14,6 @@ from xmodel_steer.core.inputs import require_disjoint
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.maps.moments import Moments
 from xmodel_steer.maps.significance import holm
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean, transfer_efficiency
 from xmodel_steer.models.facts import context_length, hardware_of
@@ -86,26 +85,21 @@ def concept_transfer(
     budget = Budget((-1.0, 1.0), False, settings.random_seeds, neutral_tokens=settings.neutral_tokens)
     limit = min(MAP_TOKENS, context_length(source), context_length(target))
 
-    def moments_of(text: Sequence[Prompt]) -> Moments:
-        return cached_moments(
-            source, target, text, source_sites=sources, target_sites=targets, max_tokens=limit, seed=settings.seed
-        )
-
     for carried in concepts:
-        _require_disjoint(carried, general, neutral, ours + chosen_on, settings.seed)
-    shared = moments_of(general)
+        _require_disjoint(carried, general, neutral, ours + chosen_on)
+    moments = cached_moments(
+        source, target, general, source_sites=sources, target_sites=targets, max_tokens=limit, seed=settings.seed
+    )
     clock.lap("collecting moments")
 
     results: dict[str, Result] = {}
-    mixed: dict[str, dict[str, list[str]]] = {}  # ids of a concept's text within the general text
     for carried, (method, direction) in itertools.product(concepts, directions.items()):
         label = f"{carried.name}, {method}" if method else carried.name
-        moments = moments_of(carried.map_text(general, seed=settings.seed)) if carried.text else shared
         results[label] = transfer(
             source,
             target,
             carried.contrast,
-            GeneralText(carried.map_text(general, seed=settings.seed), neutral, moments),
+            GeneralText(general, neutral, moments),
             behaviour=carried.behaviour(ours, chosen_on, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
             label=label,
             source_sites=sources,
@@ -115,7 +109,6 @@ def concept_transfer(
             side={},  # every arm costs the same KL; measuring capability too would take half the time again
             seed=settings.seed,
         )
-        mixed[label] = {"map_text": [prompt.id for prompt in carried.text]} if carried.text else {}
         clock.lap(label)
 
     each = [(result, recipe) for result in results.values() for recipe in result.recipes]
@@ -137,10 +130,7 @@ def concept_transfer(
         | {"strengths": [-1.0, 1.0], "max_new_tokens": max_new_tokens, "source_sites": list(map(str, sources))}
         | {"target_sites": list(map(str, targets)), "map_documents": len(general), "map_tokens": limit},
         splits={"general": [prompt.id for prompt in general]}
-        | {
-            name: {k: ids for k, ids in result.splits.items() if k != "map_text"} | mixed[name]
-            for name, result in results.items()
-        },
+        | {name: {k: ids for k, ids in r.splits.items() if k != "map_text"} for name, r in results.items()},
         seeds=dict(each[0][0].seeds),
         versions=versions(),
         hardware=hardware_of(target),
@@ -156,11 +146,14 @@ def prompts_of(count: int = COUNT) -> tuple[tuple[Prompt, ...], tuple[Prompt, ..
 
 
 def _require_disjoint(
-    carried: Concept, general: Sequence[Prompt], neutral: Sequence[Prompt], prompts: Sequence[Prompt], seed: int
+    carried: Concept, general: Sequence[Prompt], neutral: Sequence[Prompt], prompts: Sequence[Prompt]
 ) -> None:
     """Refuse sets that share a text, before any model runs."""
-    sets = {"map text": carried.map_text(general, seed=seed), "neutral text": neutral}
-    sets |= {"contrast": carried.contrast.positive + carried.contrast.negative}
+    sets = {
+        "map text": general,
+        "neutral text": neutral,
+        "contrast": carried.contrast.positive + carried.contrast.negative,
+    }
     sets |= {"prompts": tuple(prompts) if carried.scorer else ()}
     require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
 

@@ -23,7 +23,6 @@ from xmodel_steer.studies.shipping import read_table
 
 PAIRS = 240  # largest number of pairs taken from a downloaded set
 LONGEST = 900  # largest number of characters of a question with an answer
-FRENCH_TEXTS = 300
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Concept:
         tokens: The tokens of the pairs that count; see `capture`.
         prompts: Beginnings of sentences to continue, if there is a scorer.
         instructions: Words that ask for the concept, and for its opposite, if there is a scorer.
-        text: Text for the map, in addition to general text.
     """
 
     name: str
@@ -47,23 +45,7 @@ class Concept:
     scorer: Scorer | None = None
     tokens: Tokens = "mean"
     prompts: tuple[Prompt, ...] = field(repr=False, default=())
-    text: tuple[Prompt, ...] = field(repr=False, default=())
     instructions: tuple[str, str] = ("", "")
-
-    def map_text(self, general: Sequence[Prompt], *, seed: int = 0) -> tuple[Prompt, ...]:
-        """Mix the concept's text into general text.
-
-        The shuffled control permutes pairs within a window of documents. In a window of only one kind of text, its wrong pairs
-        would still be of the right kind, and the control would learn the kind.
-
-        Args:
-            general: General text.
-            seed: Seed of the order.
-        """
-        if not self.text:
-            return tuple(general)
-        texts = (*general, *self.text)
-        return tuple(texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
 
     def behaviour(
         self, prompts: Sequence[Prompt], validation: Sequence[Prompt] = (), *, max_new_tokens: int = 24, batch_size: int = 192
@@ -115,9 +97,8 @@ _ANSWERED = {  # concepts with two answers to each question, and their files (Ri
     "corrigibility": "corrigible-neutral-HHH.json",
     "survival-instinct": "survival-instinct.json",
 }
-FRENCH_SEEN = "french, in the map's text"
 READ = tuple(_SCORED)  # concepts with a scorer
-CONCEPTS = (*READ, FRENCH_SEEN, *_ANSWERED)
+CONCEPTS = (*READ, *_ANSWERED)
 
 
 def concept(name: str) -> Concept:
@@ -134,24 +115,17 @@ def concept(name: str) -> Concept:
         raise PromptError(f"concept {name!r} is unknown; choose one of {', '.join(CONCEPTS)}")
     if name in _ANSWERED:
         return _answered(name)
-    plain = "french" if name == FRENCH_SEEN else name
-    unit, scorer = _SCORED[plain]
+    unit, scorer = _SCORED[name]
     if scorer is None:
-        lists = read_table(f"words/{plain}.json")
+        lists = read_table(f"words/{name}.json")
         scorer = WordBalance(frozenset(lists["positive"]), frozenset(lists["negative"]))
     if name in _WRITTEN:
         contrast = ContrastSet.from_records(read_table(f"behaviours/{name}/contrast.jsonl"))
         return Concept(name, contrast, unit, scorer, prompts=_prompts(name), instructions=_INSTRUCTIONS[name])
     parts = read_table("concepts.json")
-    pairs = [tuple(map(" ".join, zip(*pair, strict=True))) for pair in product(*parts["contrast"][plain])]
+    pairs = [tuple(map(" ".join, zip(*pair, strict=True))) for pair in product(*parts["contrast"][name])]
     contrast = ContrastSet.from_records([{"positive": p, "negative": n} for p, n in pairs])
-    text: tuple[Prompt, ...] = ()
-    if name == FRENCH_SEEN:
-        sentences = [" ".join(sentence) for sentence in product(*parts["french_text"])]
-        order = np.random.default_rng(0).permutation(len(sentences))
-        text = tuple(Prompt(text=sentences[i]) for i in order[:FRENCH_TEXTS])
-    words = _INSTRUCTIONS[plain]
-    return Concept(name, contrast, unit, scorer, prompts=openings(), text=text, instructions=words)
+    return Concept(name, contrast, unit, scorer, prompts=openings(), instructions=_INSTRUCTIONS[name])
 
 
 def _answered(name: str) -> Concept:

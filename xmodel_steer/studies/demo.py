@@ -94,7 +94,7 @@ def concept_demo(name: str = "sentiment", *, device: str | None = None, dtype: s
     passages = general_text()
     source = load(SOURCE, device=device, dtype=dtype)
     target = load(TARGET, device=device, dtype=dtype)
-    text = chosen.map_text(passages[:MAP_DOCUMENTS])
+    text = passages[:MAP_DOCUMENTS]
     moments = cached_moments(
         source,
         target,
