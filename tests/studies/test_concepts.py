@@ -247,7 +247,7 @@ def vowels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     )
 
 
-def test_a_probes_direction_is_carried_beside_the_difference_of_means(
+def test_a_probes_direction_is_carried_as_a_difference_of_means_is(
     toy_named: Any, vowels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
@@ -260,15 +260,12 @@ def test_a_probes_direction_is_carried_beside_the_difference_of_means(
     source, target = toy_named("llama"), toy_named("gemma")
     found = feature_transfer(source.model, target.model, ("vowels",), **vowels)
     assert found.name == "feature-transfer" and set(used) == {source.name, target.name}
-    assert list(found.chosen) == ["vowels, logistic probe", "vowels, difference of means"]
-    row = small_to_larger([source.model, target.model], ("vowels",), directions={"probe": logistic_probe}, **vowels)
-    assert [name.split(": ")[1] for name in row.chosen] == ["vowels, probe"]
+    row = small_to_larger([source.model, target.model], ("vowels",), direction=logistic_probe, **vowels)
     (line,) = row.conclusions
-    assert {arm.recipe for arm in row.arms} == set(row.chosen) and ", vowels, probe: native effect" in line
-    probe, means = (found.arm("mapped", recipe=name, at="equal KL") for name in found.chosen)
-    assert probe.effect != means.effect
-    plain = concept_transfer(source.model, target.model, ("vowels",), **vowels)
-    assert plain.arm("mapped", recipe="vowels", at="equal KL").effect == means.effect
+    assert {arm.recipe for arm in row.arms} == set(row.chosen) and ", vowels: native effect" in line
+    means = concept_transfer(source.model, target.model, ("vowels",), **vowels)
+    probe, plain = (study.arm("mapped", recipe="vowels", at="equal KL").effect for study in (found, means))
+    assert probe != plain
 
 
 def test_weights_are_counted_as_hugging_face_does(bridge: Any) -> None:

@@ -1,6 +1,5 @@
 """Many concepts carried from one model into another by one recipe, in one table."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +49,7 @@ def concept_transfer(
     target_sites: Sequence[Site] | None = None,
     prompts: Sequence[Prompt] | None = None,
     max_new_tokens: int = 16,
-    directions: Mapping[str, Direction] = {"": difference_of_means},
+    direction: Direction = difference_of_means,
     settings: Settings = SETTINGS,
 ) -> Result:
     """Carry one concept after another from the source into the target, each by `transfer`.
@@ -66,7 +65,7 @@ def concept_transfer(
         prompts: Texts to continue; a third validates. By default 300 packaged beginnings of sentences that no study before
             this one reported on, and 72 others that validate.
         max_new_tokens: Length of the continuations.
-        directions: Methods to find a concept's vector, by their names; every concept is carried with each.
+        direction: Finds the vectors; see `Method`.
         settings: Text, sizes and seeds.
 
     Raises:
@@ -93,15 +92,14 @@ def concept_transfer(
     clock.lap("collecting moments")
 
     results: dict[str, Result] = {}
-    for carried, (method, direction) in itertools.product(concepts, directions.items()):
-        label = f"{carried.name}, {method}" if method else carried.name
-        results[label] = transfer(
+    for carried in concepts:
+        results[carried.name] = transfer(
             source,
             target,
             carried.contrast,
             GeneralText(general, neutral, moments),
             behaviour=carried.behaviour(ours, chosen_on, max_new_tokens=max_new_tokens, batch_size=settings.batch_size),
-            label=label,
+            label=carried.name,
             source_sites=sources,
             target_sites=targets,
             method=Method(carried.tokens, direction, settings.fitter, "all", settings.recipes, carried.instructions),
@@ -109,7 +107,7 @@ def concept_transfer(
             side={},  # every arm costs the same KL; measuring capability too would take half the time again
             seed=settings.seed,
         )
-        clock.lap(label)
+        clock.lap(carried.name)
 
     each = [(result, recipe) for result in results.values() for recipe in result.recipes]
     # Concepts with texts share their prompts.
@@ -159,7 +157,7 @@ def _require_disjoint(
 
 
 def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, **more: Any) -> Result:
-    """Carry a single feature, a linear probe's direction, and the difference of means.
+    """Carry a single feature: the direction of a linear probe.
 
     Args:
         source: The source model.
@@ -170,8 +168,7 @@ def feature_transfer(source: Any, target: Any, names: Sequence[str] = FEATURES, 
     Raises:
         PromptError: No concepts are given, or a name is unknown.
     """
-    directions = {"logistic probe": logistic_probe, "difference of means": difference_of_means}
-    study = concept_transfer(source, target, names, directions=directions, **more)
+    study = concept_transfer(source, target, names, direction=logistic_probe, **more)
     return replace(study, name="feature-transfer", question=FEATURE_QUESTION)
 
 
