@@ -525,6 +525,28 @@ def test_an_interrupted_run_continues_and_ends_the_same(
     assert again - 4 == len(calls) - 3  # what was written before the interruption is not written again
 
 
+@pytest.mark.parametrize(("native", "least", "chosen"), [(80.0, 1.9, 2), (1.2, 1.9, 1), (1.2, 2.5, 2)])
+def test_a_mapped_vector_may_cost_what_the_native_one_does(
+    native: float, least: float, chosen: int, toy_named: Callable[[str], toys.Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the native vector ruins text, the map that carries least would be the least damaging."""
+    planted = {"target layer": [(0.5, native), (0.2, native)], "source layer": [(0.02, least), (0.4, 3.0)]}
+
+    def gains(prepared: Any, varied: str, candidates: Any) -> Any:
+        found = [
+            {"varied": varied, "layer": site.layer, "site": str(site), "strength": s, "score": score}
+            | {"perplexity_ratio": ratio}
+            for (_, site, s), (score, ratio) in zip(candidates, planted[varied], strict=True)
+        ]
+        return found, [np.full(9, record["score"]) for record in found]
+
+    monkeypatch.setattr("xmodel_steer.recipe.selecting.gains", gains)
+    made = run(
+        toy_named("llama").model, toy_named("gemma").model, side={}, budget=xs.Budget((-1.0, 1.0), neutral_tokens=8)
+    )
+    assert (made.source["layer"], made.target["layer"]) == (chosen, 1)
+
+
 def test_what_will_be_done_is_said_first(
     toy_named: Callable[[str], toys.Toy], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,8 +73,8 @@ def select(prepared: Prepared) -> Selected:
 
     Target layer: where the native vector steers best. Source layer: whose mapped vector steers best there; of those within
     one standard error of the best, the one whose map has the best R² on validation documents. Headline strength: where the
-    mapped vector steers best. All while perplexity is within the budget's bound, and all on validation prompts and
-    text. Nothing is measured where there is one candidate.
+    mapped vector steers best. All while perplexity is within the budget's bound, which a mapped vector may exceed as
+    far as the native one does, and all on validation prompts and text. Nothing is measured where there is one candidate.
 
     Args:
         prepared: What `prepare` returned.
@@ -90,8 +90,8 @@ def select(prepared: Prepared) -> Selected:
         return [_Tried(*each) for each in zip(candidates, *found, strict=True)]
 
     natives, moments, fitter = prepared.natives, prepared.moments, prepared.method.fitter
-    target_site = _best(tried("target layer", natives), bound).site
-    native = natives[target_site]
+    target = _best(tried("target layer", natives), bound)
+    target_site, native = target.site, natives[target.site]
     norm = native.norm(standardised=True)
     maps = {site: fitter.fit(moments.pair(site, target_site)) for site in prepared.sources}
     transported = {site: maps[site].transport(vector) for site, vector in prepared.sources.items()}
@@ -99,9 +99,10 @@ def select(prepared: Prepared) -> Selected:
     sources = tried("source layer", scaled)
     for each in sources if sources[1:] else ():
         each.record["map_r2"] = quality_of(maps[each.site], moments.pair(each.site, target_site))
-    source_site = _best_map(sources, bound).site
+    as_native = max(bound, 1.001 * target.record["perplexity_ratio"])
+    source_site = _best_map(sources, as_native).site
     layers = [each for each in sources if not isinstance(each.site, Stack)]
-    layer = _best_map(layers, bound).site if isinstance(source_site, Stack) and layers else None
+    layer = _best_map(layers, as_native).site if isinstance(source_site, Stack) and layers else None
 
     positive = prepared.budget.positive
     headline = positive[-1]
@@ -246,16 +247,16 @@ def _best(tried: Sequence[_Tried], bound: float) -> _Tried:
 
 def _best_map(tried: Sequence[_Tried], bound: float) -> _Tried:
     """Find the best map of those that steer alike, within one standard error."""
-    best = _best(tried, bound)
+    # All vectors have one norm: where none is within the bound, the least damaging would be the one that carries least.
+    allowed = [each for each in tried if each.record["perplexity_ratio"] < bound] or list(tried)
+    best = _best(allowed, np.inf)
 
     def near(each: _Tried) -> bool:
         behind = best.scores - each.scores
-        return (
-            each.record["perplexity_ratio"] < bound and float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5
-        )
+        return float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5
 
     with np.errstate(all="ignore"):
-        tied = [best, *(each for each in tried if each is not best and near(each))]
+        tied = [best, *(each for each in allowed if each is not best and near(each))]
 
     def order(each: _Tried) -> tuple[float, bool]:
         r2 = each.record["map_r2"]
