@@ -10,7 +10,7 @@ from sample_results import planted
 import xmodel_steer as xs
 from xmodel_steer.maps.significance import above_others, sign_flip_test
 from xmodel_steer.maps.statistics import NO_NATIVE, NOT_FINITE, undefined
-from xmodel_steer.recipe.arms import EQUAL_KL, joined_arm
+from xmodel_steer.recipe.arms import EQUAL_KL, Arm, joined_arm
 from xmodel_steer.recipe.planning import undecidable
 from xmodel_steer.recipe.verdicts import BAR, LEAST_UNITS
 
@@ -97,6 +97,27 @@ def test_doing_something_where_native_does_nothing_is_harm() -> None:
     assert down.transfers is False and "by -0.5 in direction -" in down.failed[-1]
     slight = planted(still | {"mapped": (0.9, -0.1)}, seed=1).verdict()
     assert slight.transfers
+
+
+def test_doing_what_native_does_is_no_harm_where_native_is_just_not_told_from_nothing() -> None:
+    """300 zeros and ones: native moves the score down by .023, mapped by .03, which alone is told from 0."""
+    place = np.arange(300)
+    lost_and_won = {("native", 1): (0, 22), ("mapped", 1): (0, 15), ("native", -1): (12, 5), ("mapped", -1): (11, 2)}
+    made = planted({"native": 1.0, "mapped": 1.0, "random": [0.0] * 5, "shuffled": 0.0}, n=300)
+
+    def arm(old: Arm) -> Arm:
+        lost, won = lost_and_won.get((old.arm, int(old.strength)), (0, 0))
+        more = range(old.seeds) if old.arm == "random" else (0,)
+        scores = [((place >= lost) & (place < 18) | (place >= 300 - won - k)).astype(float) for k in more]
+        return joined_arm(
+            old.arm, [old.strength] * len(scores), scores, (place < 18).astype(float), kl=[old.kl], perplexity=[10.0],
+            agreement=[0.9], budget=old.budget, at=old.at, recipe=old.recipe, ids=old.ids,
+        )  # fmt: skip
+
+    found = replace(made, arms=tuple(map(arm, made.arms)))
+    native, mapped = (found.at_equal_kl(name, "-").change for name in ("native", "mapped"))
+    assert native.low <= 0 <= native.high and mapped.high < 0
+    assert found.verdict().transfers and found.verdict().failed == ()
 
 
 @pytest.mark.parametrize("n", [2, LEAST_UNITS - 1, LEAST_UNITS])

@@ -152,15 +152,13 @@ def estimate(scores: "np.ndarray | Sequence[np.ndarray]", groups: Sequence[str] 
 
 
 def change_of(table: np.ndarray, base: np.ndarray, groups: Sequence[str] | None = None) -> Estimate:
-    """Average the paired differences from the unsteered scores, with a 95 % interval.
+    """Average the paired differences from base scores, with a bootstrap's 95 % interval.
 
-    The interval is a bootstrap over prompts and seeds.
-
-    A bootstrap of shares that all changed alike, or not at all, has no width: Wilson's interval takes its place.
+    Prompts and seeds are drawn. Where shares all changed alike, or not at all, that has no width: Wilson's takes its place.
 
     Args:
         table: Scores ``(prompts, seeds)``.
-        base: The unsteered scores.
+        base: The base scores.
         groups: Label of each prompt, as for `estimate`.
     """
     moved = difference(table, base[:, None])

@@ -17,7 +17,7 @@ from xmodel_steer.maps.statistics import (
     transfer_efficiency,
     undefined,
 )
-from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, difference, gain_of
+from xmodel_steer.recipe.arms import ARMS, CONTROLS, EQUAL_KL, LEVEL, STRICTER, Arm, change_of, difference, gain_of
 from xmodel_steer.recipe.settings import RECIPES
 
 if TYPE_CHECKING:
@@ -234,12 +234,14 @@ def _failed(verdict: Verdict, native: np.ndarray, arms: Mapping[str, Mapping[str
         failed.append("the native vector moves the score the other way")
     elif verdict.efficiency.low < BAR:
         failed.append(f"the share may be under {BAR}")
-    # Where the native vector does nothing, the mapped one must do nothing.
+    # Where the native vector does nothing, the mapped one must do nothing either, or no more than the native one.
     changes = {sign: _signed(sign, named["native"]) for sign, named in arms.items()}
     moved = [way for way, low, _ in changes.values() if low > 0]
     for sign, (_, low, high) in changes.items():
-        own = arms[sign]["mapped"].change
-        if moved and low <= 0 <= high and not own.low <= 0 <= own.high and abs(own.value) >= BAR * max(moved):
+        mapped, base = arms[sign]["mapped"], np.array(arms[sign]["native"].scores)
+        own, more = mapped.change, change_of(mapped.per_seed(), base, mapped.groups or None)
+        told = not any(x.low <= 0 <= x.high for x in (own, more))
+        if moved and low <= 0 <= high and told and min(abs(own.value), abs(more.value)) >= BAR * max(moved):
             failed.append(f"it moves the score by {own.value:+.2g} in direction {sign}, where native does nothing")
     return tuple(failed)
 
