@@ -21,6 +21,10 @@ ASSETS = Path(__file__).parent / "assets"
 WIDTH = 1100
 ARMS = ("native", "mapped", "random", "shuffled")
 PLAIN = "#0072B2"  # where every point is the same kind of arm
+MAPS = {
+    "contrast read": "#CC79A7",
+    "one layer": "#56B4E9",
+}  # beside the map of general text
 EQUAL, KL = "equal strength", "equal KL"
 Rows = dict[str, tuple[str, str]]  # a row's recipe, and at what arms are compared
 
@@ -62,7 +66,7 @@ def dots(
                     y=[rows.index(p.row) + offset for p in points] or [None],
                     error_x=bars([p.value for p in points]) | {"thickness": 2, "width": 0},
                     mode="markers",
-                    marker={"size": 11, "color": COLOURS.get(arm, PLAIN)},
+                    marker={"size": 11, "color": (COLOURS | MAPS).get(arm, PLAIN)},
                     name=arm,
                     legendgroup=arm,
                     showlegend=column == 1,
@@ -292,13 +296,33 @@ def efficiencies(
     name: str,
     titles: dict[str, str],
     left: int = 290,
-    ends: tuple[float, float] = (-0.8, 1.45),
 ) -> go.Figure:
     """Draw the share of the native effect that each arm has."""
     rows = {title: (recipe, KL) for recipe, title in titles.items()}
     shares = points(name, rows, "efficiency", ARMS[1:])
     title = "share of the native vector's effect, at equal KL"
-    return dots([Panel(title, shares, ends)], left, guides=(0, 1))
+    return dots([Panel(title, shares, (-0.8, 1.45))], left, guides=(0, 1))
+
+
+def concepts() -> go.Figure:
+    """Draw each concept's share by three maps, and the controls of the first."""
+    shown = {
+        "mapped": ("", "mapped"),
+        "contrast read": (", contrast read", "mapped"),
+        "one layer": (", one layer", "mapped"),
+        "random": ("", "random"),
+        "shuffled": ("", "shuffled"),
+    }
+    shares = [
+        point._replace(arm=label)
+        for concept, title in CONCEPTS.items()
+        for label, (recipe, arm) in shown.items()
+        for point in points(
+            "concepts", {title: (concept + recipe, KL)}, "efficiency", (arm,)
+        )
+    ]
+    title = "share of the native vector's effect, at equal KL"
+    return dots([Panel(title, shares, (-1.0, 2.3))], 200, guides=(0, 1))
 
 
 def recipes(name: str, short: dict[str, str]) -> dict[str, str]:
@@ -389,7 +413,7 @@ def main() -> None:
         "switch": switch(),
         "refusal": measures("refusal", REFUSAL, refused | answered, 170),
         "maps": comparison(),
-        "concepts": efficiencies("concepts", CONCEPTS, ends=(-1.0, 2.3)),
+        "concepts": concepts(),
         "features": efficiencies("feature-transfer", probes),
         "sizes": efficiencies("small-to-larger", pairs, 330),
         "overview": overview(),
