@@ -35,7 +35,7 @@ NOTE = (
     "Every arm disturbs neutral text by the KL of the native vector at strength 1, in each direction. Efficiency: the arm's effect over "
     "the native one's; undefined where the native vector does nothing. KL and perplexity: mean of both directions."
 )
-SHOWN = 3  # texts of each direction
+SHOWN = 2  # texts of each direction
 SEEN, COUNT = 108, 300  # of the openings: earlier studies reported on the first, and these report on the next
 SETTINGS = Settings(documents=(500, 30), random_seeds=5, neutral_tokens=24, batch_size=192)
 
