@@ -22,7 +22,7 @@ WIDTH = 1100
 ARMS = ("native", "mapped", "random", "shuffled")
 PLAIN = "#0072B2"  # where every point is the same kind of arm
 MAPS = {
-    "contrast read": "#CC79A7",
+    "contrast read": "#0072B2",
     "one layer": "#56B4E9",
 }  # beside the map of general text
 EQUAL, KL = "equal strength", "equal KL"
@@ -322,7 +322,7 @@ def concepts() -> go.Figure:
         )
     ]
     title = "share of the native vector's effect, at equal KL"
-    return dots([Panel(title, shares, (-1.0, 2.3))], 200, guides=(0, 1))
+    return dots([Panel(title, shares, (-0.8, 1.45))], 200, guides=(0, 1))
 
 
 def recipes(name: str, short: dict[str, str]) -> dict[str, str]:
