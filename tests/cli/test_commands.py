@@ -374,10 +374,11 @@ def test_a_damaged_run_is_said_to_be_that(damage: Any, command: Any, tmp_path: P
 
 @pytest.mark.parametrize("damage", [lambda record: record["source"].pop("model"), lambda record: record["arms"][0].pop("kl"), lambda record: record.update(arms=[3])])  # fmt: skip
 def test_a_damaged_study_is_said_to_be_that(damage: Any, command: Any, tmp_path: Path) -> None:
-    record = json.loads((STUDY / "result.json").read_text())
+    file = shutil.copytree(STUDY, tmp_path / "study") / "result.json"
+    record = json.loads(file.read_text())
     damage(record)
-    write_record(tmp_path / "result.json", record)
-    code, _, err = command("show", tmp_path)
+    write_record(file, record)
+    code, _, err = command("show", file.parent)
     assert code == 1 and err.count("\n") == 1 and "is damaged or foreign" in err and "--debug" not in err
 
 
