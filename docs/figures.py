@@ -299,7 +299,11 @@ def efficiencies(
 ) -> go.Figure:
     """Draw the share of the native effect that each arm has."""
     rows = {title: (recipe, KL) for recipe, title in titles.items()}
-    shares = points(name, rows, "efficiency", ARMS[1:])
+    return drawn_shares(points(name, rows, "efficiency", ARMS[1:]), left)
+
+
+def drawn_shares(shares: Sequence[Point], left: int) -> go.Figure:
+    """Draw shares of the native effect in one panel."""
     title = "share of the native vector's effect, at equal KL"
     return dots([Panel(title, shares, (-0.8, 1.45))], left, guides=(0, 1))
 
@@ -313,16 +317,16 @@ def concepts() -> go.Figure:
         "random": ("", "random"),
         "shuffled": ("", "shuffled"),
     }
+
+    def rows(recipe: str) -> Rows:
+        return {title: (concept + recipe, KL) for concept, title in CONCEPTS.items()}
+
     shares = [
         point._replace(arm=label)
-        for concept, title in CONCEPTS.items()
         for label, (recipe, arm) in shown.items()
-        for point in points(
-            "concepts", {title: (concept + recipe, KL)}, "efficiency", (arm,)
-        )
+        for point in points("concepts", rows(recipe), "efficiency", (arm,))
     ]
-    title = "share of the native vector's effect, at equal KL"
-    return dots([Panel(title, shares, (-0.8, 1.45))], 200, guides=(0, 1))
+    return drawn_shares(shares, 200)
 
 
 def recipes(name: str, short: dict[str, str]) -> dict[str, str]:

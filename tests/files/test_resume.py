@@ -265,8 +265,7 @@ def test_a_study_that_was_cut_off_goes_on(
     assert repr(xs.read(folder).arms) == repr(recorded.arms)
 
 
-def test_a_resumed_plan_times_work_that_is_done(tmp_path: Path) -> None:
-    """The time of reading a saved result says nothing about what is still to do."""
+def test_what_is_to_be_done_anew_is_neither_read_nor_saved(tmp_path: Path) -> None:
     made: list[int] = []
     with resumable(tmp_path / "kept"):
         for _ in range(2):

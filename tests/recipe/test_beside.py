@@ -120,6 +120,7 @@ def test_the_plan_counts_what_further_recipes_and_words_take(result: Result, mod
     own = [arm for arm in result.arms if arm.recipe in ("", "toy") or arm.arm in ("mapped", "shuffled")]
     assert {arm.recipe for arm in own} == {"", "toy", ONE, READ}
     assert counts["measure"] == sum(arm.seeds for arm in own) - len(result.signs)
+    assert counts["side"] == 1 + sum(arm.seeds for arm in own if arm.at == EQUAL_KL)
 
 
 def test_rescored_recipes_stay_recipes_of_one_transfer(result: Result) -> None:

@@ -19,10 +19,12 @@ from xmodel_steer.core.errors import UndefinedWarning
 from xmodel_steer.evaluation.calibration import LEAST
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.figures.report import summary
+from xmodel_steer.files.resume import resumable
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, estimate
 from xmodel_steer.recipe.carrying import map_record
-from xmodel_steer.recipe.preparing import default_sites
+from xmodel_steer.recipe.planning import plan
+from xmodel_steer.recipe.preparing import default_sites, prepare
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED
 from xmodel_steer.recipe.settings import GeneralText
@@ -545,6 +547,25 @@ def test_a_mapped_vector_may_cost_what_the_native_one_does(
         toy_named("llama").model, toy_named("gemma").model, side={}, budget=xs.Budget((-1.0, 1.0), neutral_tokens=8)
     )
     assert (made.source["layer"], made.target["layer"]) == (chosen, 1)
+
+
+def test_a_resumed_plan_times_work_that_is_done(
+    toy_named: Callable[[str], toys.Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of reading a saved result says nothing about what is still to do."""
+    generated = sys.modules["xmodel_steer.evaluation.behaviours.generated"]
+    write, calls = generated.generate, []
+    monkeypatch.setattr(generated, "generate", lambda *a, **s: calls.append(1) or write(*a, **s))
+    token = bars._silent.set(False)
+    try:
+        with resumable(tmp_path / "kept"):
+            prepared = prepare(
+                toy_named("llama").model, toy_named("gemma").model, contrast(), sentences(60, 4), behaviour=asked(), **SETTINGS
+            )  # fmt: skip
+            plans = [plan(prepared, {}) and len(calls) for _ in range(2)]
+    finally:
+        bars._silent.reset(token)
+    assert plans == [plans[0], 2 * plans[0]] and plans[0] > 0
 
 
 def test_what_will_be_done_is_said_first(

@@ -35,21 +35,21 @@ def pairs_of(text: str | None) -> list[tuple[Any, Any]] | None:
         raise typer.BadParameter(f"{text!r} is not a list of layer pairs such as 15:10", param_hint="--pairs") from None
 
 
-def numbers_of(text: str, option: str, kind: Any) -> list[Any]:
+def numbers_of(text: str, option: str) -> list[float]:
     """Read a list of numbers."""
     try:
-        return [kind(item) for item in text.split(",")]
+        return [float(item) for item in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2", param_hint=option) from None
 
 
 def sites_of(text: str | None, option: str) -> list[Any]:
     """Read layers, and layers to read together such as ``9+12``, as sites."""
-    from xmodel_steer.core.spaces import as_sites
+    from xmodel_steer.core.spaces import as_site
 
     try:
         groups = [[int(layer) for layer in item.split("+")] for item in text.split(",")] if text else []
-        return [site for group in groups for site in as_sites([group] if group[1:] else group)]
+        return [as_site(group if group[1:] else group[0]) for group in groups]
     except ValueError:
         problem = f"{text!r} is not a list of layers such as 9,12 or, to read two together, 9+12"
         raise typer.BadParameter(problem, param_hint=option) from None

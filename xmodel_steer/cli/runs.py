@@ -63,7 +63,7 @@ def transfer(
 
     if tokens not in ("last", "mean", "all"):
         raise typer.BadParameter("must be last, mean or all", param_hint="--tokens")
-    doses = numbers_of(strengths, "--strengths", float)
+    doses = numbers_of(strengths, "--strengths")
     if 0 in doses or not any(s > 0 for s in doses):
         raise typer.BadParameter("must have a positive strength and not 0", param_hint="--strengths")
     if (prompts is None) != (score is None):

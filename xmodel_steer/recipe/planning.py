@@ -14,7 +14,8 @@ from xmodel_steer.recipe.verdicts import LEAST_UNITS, LEAST_VECTORS
 def plan(prepared: Prepared, side: Mapping[str, Behaviour]) -> str:
     """Say what follows `prepare`, and about how long it takes.
 
-    A few prompts are measured without steering, to time them, also where a resumed run has them. Where bars are silenced, nothing is measured or said.
+    A few prompts are measured without steering, to time them, also where a resumed run has them. Where bars are
+    silenced, nothing is measured or said.
 
     Args:
         prepared: What `prepare` returned.
@@ -54,12 +55,9 @@ def settings_of(prepared: Prepared) -> dict[str, int]:
     known = layers[0] > 0 and 1.0 in budget.positive
     strengths = positive - known if positive > 1 else 0
     signs = 2 if any(s < 0 for s in budget.strengths) else 1
-    vectors = 3 + budget.random_seeds
+    vectors = 3 + budget.random_seeds + 2 * len(prepared.method.recipes)  # a recipe has its own mapped and shuffled one
     fixed = len(budget.strengths) * (vectors if budget.fixed else 1) + signs  # the native vector at half the strength
-    recipes = 2 * (
-        signs + (len(budget.strengths) if budget.fixed else 0)
-    )  # each with its mapped and its shuffled vector
-    fair = signs * (vectors - 1) + recipes * len(prepared.method.recipes)
+    fair = signs * (vectors - 1)
     words = sum(map(bool, prepared.method.instructions))
     return {"select": 2 * (sum(layers) + strengths), "measure": 1 + fixed + fair + words, "side": 1 + fair + signs}
 

@@ -151,8 +151,8 @@ def _require_disjoint(
         "map text": general,
         "neutral text": neutral,
         "contrast": carried.contrast.positive + carried.contrast.negative,
+        "prompts": prompts if carried.scorer else (),
     }
-    sets |= {"prompts": tuple(prompts) if carried.scorer else ()}
     require_disjoint("concepts", {name: [p.content_key() for p in texts] for name, texts in sets.items()})
 
 
