@@ -49,8 +49,8 @@ def measure(source: Any, target: Any, name: str) -> dict[str, Any]:
     signs = list(enumerate((1, -1)))
     candidates = [(vector, i, sign) for vector in vectors.values() for i, sign in signs]
     _, doses = matched(
-        target, [prepared.steer(reference, sign) for _, sign in signs], candidates, prepared.text.calibration,
-        reported=prepared.text.reported, max_tokens=budget.neutral_tokens,
+        target, [prepared.steer(reference, sign) for _, sign in signs], candidates, prepared.text.reported,
+        max_tokens=budget.neutral_tokens,
     )  # fmt: skip
     settings = [prepared.steer(vector, dose.strength) for (vector, *_), dose in zip(candidates, doses, strict=True)]
     found = prepared.evaluation.measure(target, settings)

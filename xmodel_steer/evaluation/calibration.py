@@ -17,6 +17,7 @@ from xmodel_steer.interventions.contexts import steps_of
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.positions import Positions
 
+SECANTS = 4  # steps of the secant method
 LEAST = 1e-9  # a smaller KL, in nats per token, counts as this one: logarithms need a positive number
 
 
@@ -27,7 +28,7 @@ class Dose:
     Args:
         strength: The strength, with its sign.
         kl: KL from the unsteered model at this strength, in nats per token, on the calibration text.
-        reached: True if that is the budget, within twice the tolerance; otherwise no allowed strength reaches it.
+        reached: True if that is the budget, within the tolerance; otherwise no allowed strength reaches it.
     """
 
     strength: float
@@ -51,18 +52,18 @@ def calibrate(
     """Find the strength at which each vector disturbs neutral text by a given KL.
 
     Arms can then be compared at equal damage. All vectors are searched together, so that each pass over the text
-    serves all of them. The search is Chandrupatla's bracketing method (``scipy.optimize.elementwise.find_root``) in
-    logarithms of strength and KL, where KL ∝ strength² is a line.
+    serves all of them. The search is the secant method in logarithms of strength and KL, where KL ∝ strength² is a line.
+    What that does not find, Chandrupatla's bracketing method does (``scipy.optimize.elementwise.find_root``).
 
     Args:
         model: The model that is steered.
         vectors: The vectors.
         kl: The budget, in nats per token: one for all vectors, or one for each.
-        texts: Neutral text; report the KL on other text.
+        texts: Neutral text. No score is looked at, so the KL may be reported on the same text.
         signs: 1 or -1, the direction to steer in: one for all vectors, or one for each.
         positions: Where to steer.
         max_strength: Largest strength that is tried.
-        tolerance: Accepted relative error of the KL.
+        tolerance: Accepted error of the KL's logarithm.
         max_tokens: Tokens read of each text.
         batch_size: Texts at a time.
 
@@ -93,16 +94,26 @@ def calibrate(
         figures = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
         return np.log(np.maximum(figures, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
 
-    index, top = np.arange(len(vectors), dtype=float), math.log(max_strength)
-    # KL grows with the square of the strength: its value at strength 1 tells where to search.
-    first = np.clip(-0.5 * excess(np.zeros(len(vectors)), index), top - 12, top - 0.3)
-    bracket = elementwise.bracket_root(excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(index,), maxiter=8)
-    elementwise.find_root(
-        excess, bracket.bracket, args=(index,), tolerances={"xatol": 0, "xrtol": 0, "fatol": tolerance, "frtol": 0}, maxiter=12
-    )  # fmt: skip
+    top, x, slope = math.log(max_strength), np.zeros(len(vectors)), np.full(len(vectors), 2.0)
+    missed = excess(x, np.arange(len(vectors)))
+    for _ in range(SECANTS):
+        if not (left := np.flatnonzero(np.abs(missed) > tolerance)).size:
+            break
+        step = np.clip(x[left] - missed[left] / slope[left], top - 12, top) - x[left]
+        there = excess(x[left] + step, left)
+        steep = np.divide(there - missed[left], step, out=slope[left], where=step != 0)
+        slope[left], missed[left] = np.clip(steep, 0.5, 8), there
+        x[left] += step
+    if (left := np.flatnonzero(np.abs(missed) > tolerance).astype(float)).size:
+        first = np.clip(x[left.astype(int)], top - 12, top - 0.3)
+        settings = {"tolerances": {"xatol": 0, "xrtol": 0, "fatol": tolerance, "frtol": 0}, "maxiter": 12}
+        found = elementwise.bracket_root(
+            excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(left,), maxiter=8
+        )
+        elementwise.find_root(excess, found.bracket, args=(left,), **settings)
     doses = []
     for i, budget in enumerate(budgets):
         misses = {x: abs(math.log(max(value, LEAST) / budget)) for (k, x), value in known.items() if k == i}
         x = min(misses, key=misses.__getitem__)
-        doses.append(Dose(signed[i] * math.exp(x), known[i, x], misses[x] <= 2 * tolerance))
+        doses.append(Dose(signed[i] * math.exp(x), known[i, x], misses[x] <= tolerance))
     return doses

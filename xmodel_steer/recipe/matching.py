@@ -1,23 +1,17 @@
 """The third step of a transfer: every vector at the strength that does the native vector's damage."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.calibration import LEAST, Dose, calibrate
 from xmodel_steer.evaluation.damage import neutral_positions, on_neutral, side_effects
-from xmodel_steer.interventions.contexts import steps_of
-from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH
 from xmodel_steer.recipe.preparing import Prepared
-
-WITHIN = 0.05  # of the native vector's KL: its logarithm's largest difference on reported text
-CORRECTIONS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +51,6 @@ def matched(
     candidates: Sequence[tuple[SteeringVector, int, int]],
     texts: Sequence[Prompt],
     *,
-    reported: Sequence[Prompt] = (),
     positions: Positions = "all",
     max_tokens: int,
     batch_size: int = 16,
@@ -68,22 +61,16 @@ def matched(
         target: The model.
         references: Settings that set the KL, such as the native vector's in each direction.
         candidates: For each vector its reference, as an index, and the direction: 1 or -1.
-        texts: Neutral text that calibrates.
-        reported: Other neutral text, on which KL is reported: strengths are corrected there until they are within
-            `WITHIN`, because little text calibrates no better than to a fifth.
+        texts: Neutral text, that on which KL is reported: other text calibrates no better than to a fifth.
         positions: Where prompts are steered.
         max_tokens: Tokens read of each text.
         batch_size: Texts at a time.
 
     Returns:
-        The KL of each reference, on reported text where there is some, and a strength for each candidate.
+        The KL of each reference, and a strength for each candidate.
     """
-
-    def costs(settings: Sequence[Sequence[Step]], of: Sequence[Prompt]) -> list[float]:
-        effects = side_effects(target, on_neutral(settings), of, max_tokens=max_tokens, batch_size=batch_size)
-        return [max(effect.mean_kl, LEAST) for effect in effects]
-
-    budgets = costs(references, texts)
+    effects = side_effects(target, on_neutral(references), texts, max_tokens=max_tokens, batch_size=batch_size)
+    budgets = [max(effect.mean_kl, LEAST) for effect in effects]
     doses = calibrate(
         target,
         [vector for vector, _, _ in candidates],
@@ -94,18 +81,6 @@ def matched(
         max_tokens=max_tokens,
         batch_size=batch_size,
     )
-    if not reported:
-        return budgets, doses
-    budgets = costs(references, reported)
-    wanted = [budgets[reference] for _, reference, _ in candidates]
-    todo = [i for i, dose in enumerate(doses) if dose.reached]  # what calibration did not reach is left
-    for attempt in range(CORRECTIONS + 1):
-        steps = [steps_of(candidates[i][0], Add(doses[i].strength), positions) for i in todo]
-        for i, kl in zip(todo, costs(steps, reported) if todo else (), strict=True):
-            doses[i] = replace(doses[i], kl=kl, reached=abs(math.log(wanted[i] / kl)) <= WITHIN)
-        todo = [i for i in todo if not doses[i].reached]
-        for i in todo if attempt < CORRECTIONS else ():  # KL grows with the square of the strength
-            doses[i] = replace(doses[i], strength=doses[i].strength * (wanted[i] / doses[i].kl) ** 0.5)
     return budgets, doses
 
 
@@ -153,8 +128,7 @@ def match_damage(
         prepared.target,
         [prepared.steer(native, sign * headline) for sign in signs],
         [(vector, i, sign) for _, vector, i, sign in candidates],
-        prepared.text.calibration,
-        reported=prepared.text.reported,
+        prepared.text.reported,
         positions=prepared.method.positions,
         max_tokens=budget.neutral_tokens,
         batch_size=min(16, budget.batch_size),

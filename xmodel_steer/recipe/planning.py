@@ -79,8 +79,8 @@ def _seconds(prepared: Prepared, counts: Mapping[str, int], side: Mapping[str, B
             total += _time(lambda probe=probe: probe.measure(target, [[]])) / len(probe.ids) * prompts
         texts = prepared.text.calibration[:4]
         per_text = _time(lambda: prepared.damage([[]], texts)) / len(texts)
-    passes = (counts["select"] + 10 * counts["measure"]) * len(prepared.text.calibration)  # ten steps of a search
-    return total + per_text * (passes + counts["measure"] * len(prepared.text.reported))
+    passes = 4 * counts["measure"] * len(prepared.text.reported)  # three steps of a search, and the measurement
+    return total + per_text * (counts["select"] * len(prepared.text.calibration) + passes)
 
 
 def _time(work: object) -> float:

@@ -117,7 +117,7 @@ class GeneralText:
 
     Args:
         map: Text for the map.
-        neutral: Neutral text: a third calibrates, the rest is reported on.
+        neutral: Neutral text: a third chooses layers and strength, the rest is reported on.
         moments: Moments that were collected from ``map`` earlier; the models then do not read it. ``map`` may be left out, and is
             else only checked against the other sets and recorded.
     """
@@ -156,7 +156,7 @@ class GeneralText:
 
     @property
     def calibration(self) -> tuple[Prompt, ...]:
-        """The third of the neutral text that choices and strengths are made on."""
+        """The third of the neutral text that choices are made on."""
         return self.neutral[: len(self.neutral) // 3]
 
     @property

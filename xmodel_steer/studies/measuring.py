@@ -115,14 +115,13 @@ def measure_arms(
         The arms, the unsteered arm first (one for each aim, if recipes differ in their aim); and the evaluation prompts.
     """
     target, (_, neutral) = pair.target, settings.texts()
-    calibration, reported = neutral[: len(neutral) // 3], neutral[len(neutral) // 3 :]
     aims = {choice.recipe.name: choice.recipe.aim for choice in choices}
     shared = len(set(aims.values())) == 1
     runs = [Run("unsteered", [], "" if shared else name) for name in (list(aims)[:1] if shared else aims)]
     for choice in choices:
         runs += _runs(choice, settings.random_seeds, settings.seed)
         if choice.has_equal_kl:
-            runs += _at_equal_kl(target, choice, calibration, settings)
+            runs += _at_equal_kl(target, choice, neutral, settings)
     lap("calibrating to equal KL")
 
     prompts = evaluation()
@@ -136,7 +135,7 @@ def measure_arms(
                 outcomes = prompts.measure([list(runs[i].setting) for i in places], aim=aim, extent=extent)
                 measured |= dict(zip(places, outcomes, strict=True))
     costs = side_effects(
-        target, on_neutral([run.setting for run in runs]), reported, max_tokens=settings.neutral_tokens, batch_size=16
+        target, on_neutral([run.setting for run in runs]), neutral, max_tokens=settings.neutral_tokens, batch_size=16
     )
     arms = arms_of(runs, [measured[i] for i in range(len(runs))], costs)
     lap("evaluating")

@@ -20,7 +20,7 @@ class Settings:
 
     Args:
         general: General text for maps; packaged text by default.
-        neutral: Text for KL and perplexity, a third of which calibrates; packaged text by default.
+        neutral: Text for KL and perplexity, a third of which chooses layers in `transfer`; packaged text by default.
         documents: Numbers of packaged general and neutral texts.
         fitter: Fits the maps.
         random_seeds: Number of random vectors.
