@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,14 @@ def test_bad_input_gives_one_clear_error(
             source_sites=[xs.Site(1)],
             target_sites=[xs.Site(1)],
         )
+
+
+@pytest.mark.parametrize("width, members", [(576, 7), (2048, 4), (3072, 3), (5120, 2)])
+def test_the_default_stack_of_a_wide_source_fits_into_two_gib(width: int, members: int) -> None:
+    shape = SimpleNamespace(cfg=SimpleNamespace(n_layers=30, d_model=width))
+    *_, stack = default_sites(shape, "source")
+    assert [m.layer for m in (stack.members[0], stack.members[-1])] == [9, 27] and len(stack.members) == members
+    assert 3 * 8 * (members * width) ** 2 <= 2**31 or members == 2
 
 
 def test_default_sites_lie_inside_any_model(toy_named: Callable[[str], toys.Toy]) -> None:

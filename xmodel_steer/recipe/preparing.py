@@ -1,9 +1,12 @@
 """The first step of a transfer: disjoint sets, the map's moments, and a vector at every candidate site."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from xmodel_steer.activations.cached import cached_moments
 from xmodel_steer.activations.collecting import collect_moments
@@ -157,11 +160,14 @@ def prepare(
     )
 
 
+STACKED = math.isqrt(2**31 // (8 * len(PARTS)))  # widest default stack: moments of 2 GiB
+
+
 def default_sites(model: Any, end: str) -> list[Site]:
     """List candidate sites: three depths, and of a source a stack.
 
     The depths are 1/2, 5/8 and 3/4 of a source's blocks, and 3/8, 1/2 and 5/8 of a target's. The stack has seven sites from
-    .3 to .9 of the depth.
+    .3 to .9 of the depth, and fewer in a source wider than 1,351: its moments stay under 2 GiB.
 
     A concept is read best after it was worked out, over several blocks, and written best before it is used.
     """
@@ -172,7 +178,7 @@ def default_sites(model: Any, end: str) -> list[Site]:
 
     if end != "source":
         return at((0.375, 0.5, 0.625))
-    members = at([0.3 + 0.1 * k for k in range(7)])
+    members = at([0.3 + 0.6 * x for x in np.linspace(0, 1, max(2, min(7, STACKED // model.cfg.d_model)))])
     return [*at((0.5, 0.625, 0.75)), *([Stack(members)] if members[1:] else [])]
 
 
