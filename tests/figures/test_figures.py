@@ -25,7 +25,7 @@ from sample_results import result
 from xmodel_steer import figures as plots
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations, SteeringVector
-from xmodel_steer.evaluation.patching import PatchingGrid
+from xmodel_steer.evaluation.recovery import PatchingGrid
 from xmodel_steer.figures.doses import dose_response
 from xmodel_steer.figures.report import tables, write_report
 from xmodel_steer.figures.style import COLOURS
@@ -351,12 +351,14 @@ def test_norms_and_cosines_are_those_of_the_vectors() -> None:
 def grid_of_patches() -> PatchingGrid:
     spaces = tuple(Space("m", Site(i), 2, "f") for i in range(2))
     mapped = np.array([[[np.nan, 0.2, 0.4], [np.nan, 0.5, 1.2]], [[np.nan, 0.4, 0.4], [np.nan, 0.7, np.nan]]])
-    return PatchingGrid(spaces, spaces, ("-3", "-2", "-1"), mapped, np.ones((2, 2, 3)), np.ones(2), np.zeros(2))
+    return PatchingGrid(
+        spaces, spaces, ("-3", "-2", "-1"), {"own": np.ones((2, 2, 3)), "mapped": mapped}, np.ones(2), np.zeros(2)
+    )
 
 
 def test_patches_are_drawn_beside_their_ceiling_on_one_scale() -> None:
     figure = plots.patching(grid_of_patches())
-    mapped, own = figure.data
+    own, mapped = figure.data
     assert np.allclose(mapped.z, [[np.nan, 0.3, 0.4], [np.nan, 0.6, 1.2]], equal_nan=True)
     assert (own.z == 1).all()
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1.2, 1.2)

@@ -6,6 +6,7 @@ No model, file, network or figure; randomness only from a seed. `core.bars` draw
 from xmodel_steer.core.alignment import Alignment as Alignment
 from xmodel_steer.core.alignment import TokenEnds as TokenEnds
 from xmodel_steer.core.alignment import align as align
+from xmodel_steer.core.alignment import align_texts as align_texts
 from xmodel_steer.core.alignment import check_coverage as check_coverage
 from xmodel_steer.core.alignment import coverage as coverage
 from xmodel_steer.core.contrast import ContrastSet as ContrastSet

@@ -84,6 +84,52 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
     )
 
 
+def align_texts(source: TokenEnds, target: TokenEnds, source_text: str, target_text: str) -> Alignment:
+    """Pair tokens of two texts that begin and end alike.
+
+    A clean prompt and a corrupted one are such texts. In the shared beginning and the shared end, tokens pair as in `align`; those between pair in order from the last. Of
+    equal texts, the pairs are those of `align`.
+
+    Args:
+        source: Token ends in the source model, in characters of its text.
+        target: Token ends in the target model, in characters of its text.
+        source_text: The source's text.
+        target_text: The target's text.
+
+    Returns:
+        The pairs, in text order.
+
+    Example:
+        >>> rome, new_york = TokenEnds((-1, 3, 8, 11)), TokenEnds((-1, 3, 7, 12, 15))  # "_In Rome is", "_In New York is"
+        >>> pairs = align_texts(rome, new_york, "In Rome is", "In New York is")
+        >>> pairs.source, pairs.target
+        ((1, 2, 3), (1, 3, 4))
+    """
+    require_type("align_texts", TokenEnds, source, target)
+    shared = min(len(source_text), len(target_text))
+    start = next((k for k in range(shared) if source_text[k] != target_text[k]), shared)
+    if len(source_text) != len(target_text):
+        start = min(
+            start, max(0, shared - 1)
+        )  # the last token pairs with the last, also where one text begins the other
+    most = shared - start
+    end = next((k for k in range(most) if source_text[-1 - k] != target_text[-1 - k]), most)
+
+    def parts(ends: TokenEnds, text: str) -> tuple[TokenEnds, list[int]]:
+        """Count ends in the last part from the text's end; list tokens between."""
+        first, last = start, len(text) - end
+        between = [i for i, e in enumerate(ends.ends) if first < e < last]
+        both = len(source_text) + len(target_text)
+        counted = [both + e - len(text) if e >= last and e > first else e for e in ends.ends]
+        return TokenEnds(tuple(-1 if i in between else e for i, e in enumerate(counted))), between
+
+    (at_source, left), (at_target, right) = parts(source, source_text), parts(target, target_text)
+    outer, count = align(at_source, at_target), min(len(left), len(right))
+    middle = zip(left[len(left) - count :], right[len(right) - count :], strict=True)
+    pairs = sorted([*zip(outer.source, outer.target, strict=True), *middle])
+    return Alignment(tuple(s for s, _ in pairs), tuple(t for _, t in pairs), outer.eligible + count)
+
+
 def coverage(alignments: Sequence[Alignment]) -> float:
     """Compute the share of pairable tokens that pair, over several texts."""
     eligible = sum(a.eligible for a in alignments)

@@ -11,8 +11,9 @@ from xmodel_steer.evaluation.calibration import calibrate as calibrate
 from xmodel_steer.evaluation.conformance import check_model as check_model
 from xmodel_steer.evaluation.damage import SideEffect as SideEffect
 from xmodel_steer.evaluation.damage import side_effects as side_effects
-from xmodel_steer.evaluation.patching import PatchingGrid as PatchingGrid
+from xmodel_steer.evaluation.patching import Patching as Patching
 from xmodel_steer.evaluation.patching import patching_grid as patching_grid
+from xmodel_steer.evaluation.recovery import PatchingGrid as PatchingGrid
 from xmodel_steer.evaluation.replacing import ReplacementArm as ReplacementArm
 from xmodel_steer.evaluation.replacing import ReplacementResult as ReplacementResult
 from xmodel_steer.evaluation.replacing import replacement_check as replacement_check

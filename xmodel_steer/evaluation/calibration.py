@@ -1,7 +1,7 @@
 """Strengths at which all vectors do equal damage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -71,8 +71,6 @@ def calibrate(
         TypeError: An argument has another type.
         ValueError: A budget is not positive, or a sign is neither 1 nor -1.
     """
-    from scipy.optimize import elementwise
-
     require_type("calibrate: vectors", SteeringVector, *vectors)
     for name, value in (("kl", kl), ("signs", signs), ("max_strength", max_strength), ("tolerance", tolerance)):
         require_type(f"calibrate: {name}", Real, *np.atleast_1d(value).tolist(), takes="a number")
@@ -86,16 +84,30 @@ def calibrate(
     def measured(keys: Sequence[tuple[int, float]]) -> list[float]:
         new = [key for key in dict.fromkeys(keys) if key not in known]
         settings = [steps_of(vectors[i], Add(signed[i] * math.exp(x)), positions) for i, x in new]
-        effects = side_effects(model, settings, documents, max_tokens=max_tokens, batch_size=batch_size)
-        known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
+        if new:
+            effects = side_effects(model, settings, documents, max_tokens=max_tokens, batch_size=batch_size)
+            known.update({key: effect.mean_kl for key, effect in zip(new, effects, strict=True)})
         return [known[key] for key in keys]
 
     def excess(x: np.ndarray, i: np.ndarray) -> np.ndarray:  # log of KL over budget, at log strengths x of vectors i
         figures = measured(list(zip(i.astype(int).ravel().tolist(), x.ravel().tolist(), strict=True)))
         return np.log(np.maximum(figures, LEAST) / budgets[i.astype(int).ravel()]).reshape(x.shape)
 
-    top, x, slope = math.log(max_strength), np.zeros(len(vectors)), np.full(len(vectors), 2.0)
-    missed = excess(x, np.arange(len(vectors)))
+    _search(excess, len(vectors), math.log(max_strength), tolerance)
+    doses = []
+    for i, budget in enumerate(budgets):
+        misses = {x: abs(math.log(max(value, LEAST) / budget)) for (k, x), value in known.items() if k == i}
+        x = min(misses, key=misses.__getitem__)
+        doses.append(Dose(signed[i] * math.exp(x), known[i, x], misses[x] <= tolerance))
+    return doses
+
+
+def _search(excess: Callable[[np.ndarray, np.ndarray], np.ndarray], count: int, top: float, tolerance: float) -> None:
+    """Look for a zero below ``top`` of several functions, which note what is tried."""
+    from scipy.optimize import elementwise
+
+    x, slope = np.zeros(count), np.full(count, 2.0)
+    missed = excess(x, np.arange(count))
     for _ in range(SECANTS):
         if not (left := np.flatnonzero(np.abs(missed) > tolerance)).size:
             break
@@ -111,9 +123,3 @@ def calibrate(
             excess, first - 0.1, first + 0.1, xmax=top, factor=3.0, args=(left,), maxiter=8
         )
         elementwise.find_root(excess, found.bracket, args=(left,), **settings)
-    doses = []
-    for i, budget in enumerate(budgets):
-        misses = {x: abs(math.log(max(value, LEAST) / budget)) for (k, x), value in known.items() if k == i}
-        x = min(misses, key=misses.__getitem__)
-        doses.append(Dose(signed[i] * math.exp(x), known[i, x], misses[x] <= tolerance))
-    return doses

@@ -1,81 +1,246 @@
-"""Patches of one model's activations into another, one position at a time."""
+"""Activation patching: one text's activations in another text's run, one position and layer at a time."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xmodel_steer.core.alignment import align
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.alignment import align_texts
 from xmodel_steer.core.bars import progress_bar
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts
-from xmodel_steer.core.spaces import Space
-from xmodel_steer.evaluation.damage import steered_logits
+from xmodel_steer.core.spaces import Site, Sites, as_sites
+from xmodel_steer.evaluation.patched import Run, answer_tokens, first_row, names_of, pair_positions
+from xmodel_steer.evaluation.recovery import KINDS, Kind, PatchingGrid
 from xmodel_steer.interventions.mirror import require_map_between
-from xmodel_steer.interventions.steps import Reading, Replacement
+from xmodel_steer.interventions.patches import Pairs, patch
+from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
-from xmodel_steer.models.batching import Batch, batches, encode
-from xmodel_steer.models.facts import name_of, tokenizer_of
-from xmodel_steer.models.recorder import residuals
+from xmodel_steer.models.batching import encode
+from xmodel_steer.models.facts import name_of
+from xmodel_steer.models.sites import space_of
 
 
 @dataclass(frozen=True, eq=False)
-class PatchingGrid:
-    """Recovery of the clean answer when one position of one layer is patched.
+class Patching:
+    """Patches of one text's activations into another text's run, to be made one by one or together.
 
-    Recovery = (patched - corrupted) / (clean - corrupted) of the logit difference between the two answers (Wang et al.
-    2022, arXiv 2211.00593): 0 equals the corrupted prompt, 1 the clean one.
+    Positions of two prompts that begin and end alike pair from both ends: a name may have more tokens than the one that it
+    replaces.
 
     Args:
-        sources: The source's space that each row's activations are mapped from.
-        targets: The target's space that each row is patched at.
-        tokens: Name of each position.
-        mapped: Recovery with mapped source activations, ``(pairs, layers, positions)``; NaN where the position pairs
-            with no token of the source.
-        own: Recovery with the target's clean activations: the ceiling.
-        clean: Logit difference on each clean prompt.
-        corrupted: Logit difference on each corrupted prompt.
+        target: The model that is patched.
+        clean: Prompts whose right answer is the first of ``answers``.
+        corrupted: A prompt for each of them, whose right answer is the second.
+        answers: The two answers to each pair, of which the first tokens count. Without any, KL from the clean prompt's
+            next-token distribution is measured.
+        sites: Where to patch; by default the maps' sites, or every layer's ``resid_post``.
+        source: A model whose activations are mapped and patched too.
+        maps: Maps from sites of the source to ``sites``.
+        source_prompts: What the source reads, if it is another text than the one that the activations are from.
+        text: General text. Its mean at each site, and noise of its mean and variance, are patched too, as controls.
+        pairs: For each pair of prompts the positions that pair, if not by the rule: the one whose activation is read, and
+            the one that is patched, both of the target's tokens.
+        direction: ``denoise`` patches the clean prompt's activations into the corrupted run. ``noise`` patches the
+            corrupted prompt's into the clean run: recovery falls from 1.
+
+    Raises:
+        PromptError: The lists have different lengths, two answers begin with the same token, a prompt's tokens change when
+            its answer is added, a position does not exist, or the target's measure is the same on both prompts.
+        SpaceMismatchError: A map is not between these models.
+        ValueError: A map leads to none of the sites, two lead to one, or the direction is another.
+
+    Example:
+        >>> asked = Patching(large, ["Rome is in"], ["Paris is in"], [(" Italy", " France")])   # doctest: +SKIP
+        >>> asked.grid()                                                                        # doctest: +SKIP
+        PatchingGrid(gemma-3-270m, 18 sites × 4 tokens: own)
+        >>> with steering(large, asked.steps("own", [(Site(9), 1), (Site(10), 1)])):            # doctest: +SKIP
+        ...     generate(large, ["Paris is in"])
     """
 
-    sources: tuple[Space, ...]
-    targets: tuple[Space, ...]
-    tokens: tuple[str, ...]
-    mapped: np.ndarray = field(repr=False)
-    own: np.ndarray = field(repr=False)
-    clean: np.ndarray = field(repr=False)
-    corrupted: np.ndarray = field(repr=False)
+    target: Any
+    clean: Prompts
+    corrupted: Prompts
+    answers: Sequence[tuple[str, str]] | None = None
+    sites: Sites | None = None
+    source: Any = None
+    maps: Sequence[Map] = ()
+    source_prompts: Prompts | None = None
+    text: Prompts = ()
+    pairs: Sequence[Pairs] | None = None
+    direction: str = "denoise"
 
-    def __repr__(self) -> str:
-        ends = f"{self.sources[0].model} → {self.targets[0].model}"
-        return f"PatchingGrid({ends}, {len(self.targets)} sites × {len(self.tokens)} tokens)"
+    def __post_init__(self) -> None:
+        for name in ("clean", "corrupted", "source_prompts", "text"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else as_prompts(value))
+        given = {name: getattr(self, name) for name in ("clean", "corrupted", "answers", "source_prompts", "pairs")}
+        lengths = {name: len(values) for name, values in given.items() if values is not None}
+        if len(set(lengths.values())) != 1 or not lengths["clean"]:
+            said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
+            raise PromptError(f"patching: needs one of each for every pair of prompts, got {said}")
+        if self.direction not in ("denoise", "noise"):
+            raise ValueError(f"patching: direction is denoise or noise, got {self.direction!r}")
+        for mapping in self.maps:
+            require_map_between(self.source, self.target, mapping, "patching")
+        places = as_sites(self.sites) if self.sites is not None else [mapping.target.site for mapping in self.maps]
+        object.__setattr__(self, "sites", tuple(places or map(Site, range(self.target.cfg.n_layers))))
+        if len(self._maps) < len(self.maps) or not set(self._maps) <= set(self.places):
+            raise ValueError("patching: needs at most one map to each site, and none to another site")
 
-    def recovery(self, kind: str = "mapped") -> np.ndarray:
-        """Average over the pairs, ``(layers, positions)``; NaN where no pair has a value.
+    @property
+    def places(self) -> tuple[Site, ...]:
+        """The sites that are patched."""
+        return tuple(as_sites(self.sites or ()))
+
+    @property
+    def _maps(self) -> dict[Site, Map]:
+        return {mapping.target.site: mapping for mapping in self.maps}
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of patches that can be made."""
+        there = {"mapped": bool(self.maps), "mean": bool(self.text), "noise": bool(self.text)}
+        return tuple(kind for kind in KINDS if there.get(kind, True))
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The pairs of prompts, as the models read them."""
+        return tuple(
+            self._run(i, *prompts)
+            for i, prompts in enumerate(zip(as_prompts(self.clean), as_prompts(self.corrupted), strict=True))
+        )
+
+    def _run(self, i: int, *prompts: Prompt) -> Run:
+        """Read a pair of prompts with both models."""
+        clean, corrupted = encode(self.target, prompts)
+        donor, patched = (clean, corrupted) if self.direction == "denoise" else (corrupted, clean)
+        pairs = pair_positions(donor.ids, patched.ids)
+        if self.pairs is not None:
+            pairs = tuple((read, place) for read, place in self.pairs[i])
+        for side, encoding in enumerate((donor, patched)):
+            if not pairs or not all(0 <= pair[side] < len(encoding.ids) for pair in pairs):
+                raise PromptError(
+                    f"patching: positions must be some of 0 to {len(encoding.ids) - 1} in {encoding.prompt.content!r}, "
+                    f"got {[pair[side] for pair in pairs]}"
+                )
+        mapped: tuple[tuple[int, int], ...] = ()
+        read: dict[Site, Tensor] = {}
+        if self.maps:
+            prompt = donor.prompt if self.source_prompts is None else as_prompts(self.source_prompts)[i]
+            (encoding,) = encode(self.source, [prompt])
+            ends = encoding.token_ends(template=True), donor.token_ends(template=True)
+            partners = align_texts(*ends, encoding.prompt.content, donor.prompt.content)
+            source_of = dict(zip(partners.target, partners.source, strict=True))
+            mapped = tuple((source_of[a], b) for a, b in pairs if a in source_of)
+            read = first_row(self.source, encoding, [mapping.source.site for mapping in self.maps])
+        own = first_row(self.target, donor, self.places)
+        tokens = None if self.answers is None else answer_tokens(self.target, clean, self.answers[i])
+        run = Run(donor, patched, pairs, mapped, own, read, torch.zeros(0), tokens)
+        after = [run.logits(self.target, encoding) for encoding in (clean, corrupted)]
+        run = replace(run, clean=after[0][0].log_softmax(-1))
+        base = float(run.measure(after[0])[0]), float(run.measure(after[1])[0])
+        if not abs(base[0] - base[1]) > 1e-3:
+            what = "next token" if tokens is None else f"logit difference ({base[0]:.3f})"
+            raise PromptError(
+                f"patching: {name_of(self.target)} gives prompt {clean.prompt.id} and its corrupted one the same {what}; "
+                "there is nothing to recover"
+            )
+        return replace(run, base=base)
+
+    @cached_property
+    def _general(self) -> dict[Site, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of general text at each site."""
+        rows = capture(self.target, self.text, list(self.places), tokens="all", max_tokens=64)
+        values = {site: rows[site].values.float() for site in self.places}
+        return {site: (value.mean(0), value.std(0)) for site, value in values.items()}
+
+    def rows(self, kind: Kind, site: Site, pair: int = 0) -> tuple[Tensor, tuple[int, ...]]:
+        """Return what a kind of patch writes at a site, and at which positions.
 
         Args:
-            kind: ``"mapped"`` or ``"own"``.
+            kind: The kind.
+            site: The site.
+            pair: The pair of prompts.
         """
-        table = {"mapped": self.mapped, "own": self.own}[kind]
-        known = ~np.isnan(table)
-        counts = known.sum(0)
-        return np.where(counts > 0, np.where(known, table, 0.0).sum(0) / np.maximum(counts, 1), np.nan)
+        run = self.runs[pair]
+        places = tuple(place for _, place in run.pairs)
+        if kind == "own":
+            return run.own[site][[read for read, _ in run.pairs]], places
+        if kind == "mapped":
+            if site not in self._maps:
+                return torch.zeros(0, 0), ()
+            values = run.read[self._maps[site].source.site][[read for read, _ in run.mapped]]
+            return self._maps[site].transform(values), tuple(place for _, place in run.mapped)
+        mean, scale = self._general[site]
+        draws = torch.randn((len(places), len(mean)), generator=torch.Generator().manual_seed(site.layer)).to(mean)
+        return mean + draws * scale * (kind == "noise"), places
 
-    def to_frame(self) -> Any:
-        """Make a pandas frame with one row per layer, position and kind."""
-        import pandas as pd
+    def steps(self, kind: Kind, cells: Sequence[tuple[Site, int]], pair: int = 0) -> list[Step]:
+        """Make the replacements that patch several cells together.
 
-        return pd.DataFrame(
-            [
-                {"kind": kind, "source": str(s.site), "target": str(t.site), "token": token, "recovery": value}
-                for kind in ("mapped", "own")
-                for s, t, row in zip(self.sources, self.targets, self.recovery(kind), strict=True)
-                for token, value in zip(self.tokens, row, strict=True)
-            ]
+        Args:
+            kind: The kind of patch.
+            cells: Sites, each with a position of the text that is patched.
+            pair: The pair of prompts.
+
+        Raises:
+            PromptError: A position pairs with no token.
+        """
+        steps: list[Step] = []
+        for site in dict.fromkeys(site for site, _ in cells):
+            values, places = self.rows(kind, site, pair)
+            wanted = list(dict.fromkeys(place for at, place in cells if at == site))
+            if missing := set(wanted) - set(places):
+                raise PromptError(
+                    f"patching: {KINDS[kind]} has nothing for position {min(missing)} at {site}; no token pairs with it"
+                )
+            steps.append(patch(space_of(self.target, site), values[[places.index(place) for place in wanted]], wanted))
+        return steps
+
+    def grid(self) -> PatchingGrid:
+        """Patch every position of every layer alone."""
+        grid = self.empty()
+        with progress_bar(
+            total=len(self.runs) * len(self.places), unit="layer", desc=f"patch {name_of(self.target)}"
+        ) as bar:
+            for _ in self.filling(grid):
+                bar.update()
+        return grid
+
+    def empty(self) -> PatchingGrid:
+        """Make the grid before anything is patched."""
+        runs, maps = self.runs, [self._maps.get(site) for site in self.places]
+        width = max(len(run.patched.ids) for run in runs)
+        clean, corrupted = np.array([run.base for run in runs]).T
+        return PatchingGrid(
+            tuple(mapping.source if mapping else None for mapping in maps),
+            tuple(space_of(self.target, site) for site in self.places),
+            names_of(self.target, [run.patched.ids for run in runs]),
+            {kind: np.full((len(runs), len(self.places), width), np.nan) for kind in self.kinds},
+            clean,
+            corrupted,
+            "KL" if self.answers is None else "logit difference",
         )
+
+    def filling(self, grid: PatchingGrid) -> Iterator[Site]:
+        """Fill an empty grid in, and yield after each layer of each pair of prompts."""
+        for i, run in enumerate(self.runs):
+            offset = len(grid.tokens) - len(run.patched.ids)
+            for k, space in enumerate(grid.targets):
+                for kind, table in grid.values.items():
+                    rows, places = self.rows(kind, space.site, i)
+                    if places:
+                        table[i, k, [offset + place for place in places]] = run.recovery(
+                            self.target, space, rows, places
+                        )
+                yield space.site
 
 
 def patching_grid(
@@ -84,100 +249,20 @@ def patching_grid(
     maps: Sequence[Map],
     clean: Prompts,
     corrupted: Prompts,
-    answers: Sequence[tuple[str, str]],
+    answers: Sequence[tuple[str, str]] | None = None,
+    **options: Any,
 ) -> PatchingGrid:
-    """Patch mapped activations of clean prompts into runs on corrupted ones, position by position.
+    """Patch mapped activations of clean prompts into runs on corrupted ones.
+
+    Every layer and position is patched alone. Several pairs of prompts are averaged by position, counted from the last token.
 
     Args:
-        source: The model whose activations are mapped.
+        source: The model whose activations are mapped; None for the target's own alone.
         target: The model that is patched.
-        maps: One map for each row of the grid, from a site of the source to one of the target.
+        maps: Maps from sites of the source to sites of the target, one for each row of the grid.
         clean: Prompts whose right answer is the first of ``answers``.
-        corrupted: For each clean prompt one with as many tokens in the target, whose right answer is the second.
-        answers: The two answers to each pair, one token each in the target after the prompt.
-
-    Raises:
-        PromptError: The lists have different lengths, the prompts have different numbers of tokens, an answer is not
-            one token, or the target gives a clean and a corrupted prompt the same logit difference.
-        SpaceMismatchError: A map is not between these models.
+        corrupted: A prompt for each of them, whose right answer is the second.
+        answers: The two answers to each pair; see `Patching`.
+        options: ``sites``, ``source_prompts``, ``text``, ``pairs`` and ``direction`` of `Patching`, which says what is refused.
     """
-    clean_, corrupted_ = as_prompts(clean), as_prompts(corrupted)
-    if not clean_ or not len(clean_) == len(corrupted_) == len(answers):
-        raise PromptError(
-            "patching_grid: needs as many clean prompts as corrupted ones and answers, "
-            f"got {len(clean_)}, {len(corrupted_)} and {len(answers)}"
-        )
-    for mapping in maps:
-        require_map_between(source, target, mapping, "patching_grid")
-    good, bad, read = encode(target, clean_), encode(target, corrupted_), encode(source, clean_)
-    lengths = {len(e.ids) for e in (*good, *bad)}
-    if len(lengths) != 1:
-        raise PromptError(
-            f"patching_grid: the prompts have {min(lengths)} to {max(lengths)} tokens in {name_of(target)}; all must have "
-            "equally many, so that positions compare: swap words of equally many tokens"
-        )
-    width = lengths.pop()
-    tokens = [_answer_tokens(target, p, pair) for p, pair in zip(clean_, answers, strict=True)]
-
-    def difference(pair: int, ids: Tensor, step: Replacement | None = None) -> np.ndarray:
-        batch = Batch(tuple(range(len(ids))), ids, torch.ones_like(ids))
-        logits = steered_logits(target, [step] if step else [], batch, batch.rows, batch.mask.sum(1), "last")
-        good_token, bad_token = tokens[pair]
-        return (logits[:, -1, good_token] - logits[:, -1, bad_token]).float().cpu().numpy()
-
-    n = len(clean_)
-    recoveries = {kind: np.full((n, len(maps), width), np.nan) for kind in ("mapped", "own")}
-    base = np.zeros((2, n))  # logit differences on clean and corrupted prompts
-    with progress_bar(total=n * len(maps), unit="layer", desc=f"patch {name_of(target)}") as bar:
-        for i in range(n):
-            (clean_batch,), (bad_batch,) = (batches(target, [e[i]], 1) for e in (good, bad))
-            base[:, i] = [difference(i, batch.ids)[0] for batch in (clean_batch, bad_batch)]
-            if not abs(base[0, i] - base[1, i]) > 1e-3:
-                raise PromptError(
-                    f"patching_grid: {name_of(target)} gives prompt {clean_[i].id} and its corrupted one the same logit difference "
-                    f"({base[0, i]:.3f}); there is nothing to recover"
-                )
-            own = residuals(target, clean_batch, [m.target.site for m in maps])
-            stream = residuals(source, batches(source, [read[i]], 1)[0], [m.source.site for m in maps])
-            pairs = align(read[i].token_ends(), good[i].token_ends())
-            for k, mapping in enumerate(maps):
-                images = mapping.transform(stream[mapping.source.site][0][list(pairs.source)])
-                for kind, places, rows in (
-                    ("mapped", list(pairs.target), images),
-                    ("own", list(range(width)), own[mapping.target.site][0]),
-                ):
-                    ids = bad_batch.ids.expand(len(places), -1)
-                    patched = difference(i, ids, _one_place_each(mapping.target, rows, places))
-                    recoveries[kind][i, k, places] = (patched - base[1, i]) / (base[0, i] - base[1, i])
-                bar.update()
-    pieces = tokenizer_of(target).convert_ids_to_tokens(good[0].ids)
-    names = tuple(f"{p - width} {pieces[p]}" if n == 1 else str(p - width) for p in range(width))
-    spaces = tuple(m.source for m in maps), tuple(m.target for m in maps)
-    return PatchingGrid(*spaces, names, recoveries["mapped"], recoveries["own"], *base)
-
-
-def _one_place_each(space: Space, rows: Tensor, places: Sequence[int]) -> Replacement:
-    """Put activation r at its position in row r of a batch."""
-
-    def values(stream: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
-        positions = torch.tensor(places, device=stream.device)[:, None]
-        return rows.to(stream)[:, None].expand_as(stream), reading.position.to(stream.device) == positions
-
-    return Replacement(space, values)
-
-
-def _answer_tokens(model: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[int, int]:
-    """Find the tokens of two answers, one each after the prompt."""
-    base = encode(model, [prompt])[0].ids
-    tokens = []
-    for answer in answers:
-        whole = encode(model, [Prompt(text=prompt.content + answer)])[0].ids
-        if prompt.text is None or len(whole) != len(base) + 1 or whole[:-1] != base:
-            raise PromptError(
-                f"patching_grid: {answer!r} is not one token after {prompt.content[-40:]!r} in {name_of(model)}; give an answer "
-                "that is (often with a leading space), and prompts of raw text"
-            )
-        tokens.append(whole[-1])
-    if tokens[0] == tokens[1]:
-        raise PromptError(f"patching_grid: both answers are the token {answers[0]!r}; give different ones")
-    return tokens[0], tokens[1]
+    return Patching(target, clean, corrupted, answers, source=source, maps=maps, **options).grid()

@@ -6,46 +6,49 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.core.spaces import Space, Stack
-from xmodel_steer.evaluation.patching import PatchingGrid
+from xmodel_steer.evaluation.recovery import KINDS, PatchingGrid
 from xmodel_steer.figures.style import COLOURS, hover, laid_out, plain, titled
 from xmodel_steer.maps.curves import DataCurve
 from xmodel_steer.maps.layers import LayerGrid
 
 
 def patching(grid: PatchingGrid) -> Any:
-    """Plot the recovered logit difference by layer and position, mapped next to native activations.
+    """Plot the recovered share by layer and position, a map for each kind.
 
     Args:
         grid: The result of `patching_grid`.
 
     Returns:
-        A ``plotly.graph_objects.Figure`` with two heat maps on one scale. A position without a source token is empty.
+        A ``plotly.graph_objects.Figure`` with heat maps on one scale. A position without a token to read is empty.
     """
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    kinds = {"mapped": "mapped source activations", "own": "the target's own (ceiling)"}
-    tables = {kind: grid.recovery(kind) for kind in kinds}
+    tables = {kind: grid.recovery(kind) for kind in grid.values}
     bound = float(np.nan_to_num(np.abs(np.stack(list(tables.values())))).max(initial=1.0))
     figure = make_subplots(
-        rows=1, cols=2, subplot_titles=tuple(kinds.values()), horizontal_spacing=0.08, shared_yaxes=True
-    )
+        rows=1, cols=len(tables), subplot_titles=tuple(KINDS[kind] for kind in tables), horizontal_spacing=0.05,
+        shared_yaxes=True,
+    )  # fmt: skip
     tokens = [plain(token) for token in grid.tokens]  # plotly reads <s> as a tag
-    rows = [f"{s.site.layer} → {t.site.layer}" for s, t in zip(grid.sources, grid.targets, strict=True)]
+    read = (f"{space.site.layer} → " if space else "" for space in grid.sources)
+    rows = [f"{before}{space.site.layer}" for before, space in zip(read, grid.targets, strict=True)]
     for column, table in enumerate(tables.values(), 1):
         figure.add_trace(
             go.Heatmap(
-                z=table, x=list(range(len(grid.tokens))), y=rows,
+                z=table, x=list(range(len(tokens))), y=rows,
                 coloraxis="coloraxis", customdata=np.tile(np.array(tokens, dtype=object), (len(rows), 1)),
-                hovertemplate=hover("layers %{y}", "position %{customdata}", "recovery %{z:.2f}"),
+                hovertemplate=hover("layer %{y}", "position %{customdata}", "recovery %{z:.2f}"),
             ),
             row=1, col=column,
         )  # fmt: skip
-    figure.update_xaxes(title_text="position", tickvals=list(range(len(grid.tokens))), ticktext=tokens, tickangle=60)
-    figure.update_yaxes(title_text="source layer → target layer", row=1, col=1, type="category")
+    figure.update_xaxes(title_text="position", tickvals=list(range(len(tokens))), ticktext=tokens, tickangle=60)
+    title = "source layer → target layer" if any(grid.sources) else "layer"
+    figure.update_yaxes(title_text=title, row=1, col=1, type="category")
+    ends = dict.fromkeys(space.model for space in (*grid.sources, *grid.targets) if space)
     figure.update_layout(
         **laid_out(
-            f"{grid.sources[0].model} → {grid.targets[0].model}: recovered share of the logit difference",
+            f"{' → '.join(ends)}: recovered share of the {grid.measure}",
             f"0: as corrupted, 1: as clean; mean of {len(grid.clean)} pairs of prompts",
         ),
         coloraxis={"colorscale": "PuOr_r", "cmin": -bound, "cmax": bound, "colorbar": {"title": "recovery"}},
