@@ -1,33 +1,23 @@
 """The explorer's widgets. The texts come from `watch`, which knows no widget."""
 
-import asyncio
-import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from xmodel_steer.core.errors import PromptError, XModelSteerError
-from xmodel_steer.core.texts import on_page
+from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.interventions.positions import Where
 from xmodel_steer.models.facts import context_length, tokenizer_of
 from xmodel_steer.notebook.html import bars_html, code_html, text_html
 from xmodel_steer.notebook.options import Option, options_of
+from xmodel_steer.notebook.turns import Turns, ipywidgets_of, notebook_name
 from xmodel_steer.notebook.writing import Choice, View, watch
 from xmodel_steer.recipe.results import Result
 
 
-class Explorer:
-    """Controls and texts in a notebook, as `explore` returns them; displays itself.
-
-    JupyterLab delivers clicks on another thread. All forward passes run on the kernel's main thread, one token per turn
-    of its event loop, so that they alternate with the notebook's cells.
-    """
+class Explorer(Turns):
+    """Controls and texts in a notebook, as `explore` returns them; displays itself."""
 
     def __init__(
         self,
@@ -40,13 +30,9 @@ class Explorer:
         strengths: tuple[float, float],
         name: str,
     ) -> None:
-        w = _ipywidgets()
+        super().__init__("explore")
+        w = ipywidgets_of("explore")
         self._model, self._options, self._name = model, tuple(options), name
-        self._run: Iterator[View] | None = None
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:  # outside a notebook a click blocks until the texts are complete
-            self._loop = None
 
         def auto() -> Any:  # one for each control, since it also hides the control
             return w.Layout(width="auto")
@@ -68,8 +54,6 @@ class Explorer:
         self.chat = w.Checkbox(description="as a chat message", indent=False, layout=auto())
         self.chat.layout.display = None if getattr(tokenizer_of(model), "chat_template", None) else "none"
         self.generate = w.Button(description="Generate", button_style="primary")
-        self.stop = w.Button(description="Stop", disabled=True)
-        self.message = w.HTML()
         self.steered, self.unsteered = (w.HTML(layout=w.Layout(flex="1 1 320px")) for _ in range(2))
         self.next_tokens, self.code = w.HTML(), w.HTML()
         row = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 14px")
@@ -80,7 +64,6 @@ class Explorer:
         self.vector.observe(lambda _: self._list_layers(), "value")
         self._list_layers()
         self.generate.on_click(lambda _: self._clicked())
-        self.stop.on_click(lambda _: self._on_main_thread(self._finish, "Stopped."))
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.box._repr_mimebundle_(**kwargs)
@@ -103,57 +86,13 @@ class Explorer:
                 self.chat.value,
             )
         except PromptError as error:
-            self._say(str(error), wrong=True)
+            self.say(str(error), wrong=True)
             return
         chosen = (self.vector.value, self.layer.value)
         option = next(option for option in self._options if (option.name, option.site) == chosen)
-        self._say("Waiting for the running cell to end …")
-        self._on_main_thread(self._begin, choice, option)
-
-    def _on_main_thread(self, act: Callable[..., None], *arguments: Any) -> None:
-        if self._loop is None:
-            act(*arguments)
-        else:
-            self._loop.call_soon_threadsafe(act, *arguments)
-
-    # The methods below run on the main thread only.
-
-    def _begin(self, choice: Choice, option: Option) -> None:
-        run = self._run = watch(self._model, choice, option.vector)  # an earlier comparison stops here
-        self._say("Writing …")
-        self.stop.disabled = False
-        self._advance(run, choice, option)
-
-    def _advance(self, run: Iterator[View], choice: Choice, option: Option) -> None:
-        """Compute one token of the comparison, and schedule the next."""
-        while run is self._run:
-            try:
-                with _interruptible():
-                    view = next(run, None)
-                    if view is not None:
-                        self._show(view, choice, option)
-            except KeyboardInterrupt:
-                self._finish("Stopped: the kernel was interrupted.")
-            except Exception as error:
-                ours = isinstance(error, XModelSteerError)
-                if not ours:
-                    logging.getLogger(__name__).exception("explore: a forward pass failed")
-                self._finish(str(error) if ours else f"{type(error).__name__}: {error}", wrong=True)
-            else:
-                if view is None:
-                    self._finish("")
-                elif self._loop is not None:
-                    self._loop.call_soon(self._advance, run, choice, option)
-                    return
-
-    def _finish(self, text: str, *, wrong: bool = False) -> None:
-        self._run = None
-        self.stop.disabled = True
-        self._say(text, wrong=wrong)
-
-    def _say(self, text: str, *, wrong: bool = False) -> None:
-        colour = f"color:{COLOURS['mapped']};font-weight:600" if wrong else "opacity:.7"
-        self.message.value = f'<span role="{"alert" if wrong else "status"}" style="{colour}">{on_page(text)}</span>'
+        self.say("Waiting for the running cell to end …")
+        run = watch(self._model, choice, option.vector)
+        self.on_main_thread(self.begin, run, lambda view: self._show(view, choice, option), "Writing …")
 
     def _show(self, view: View, choice: Choice, option: Option) -> None:
         colour = COLOURS.get(option.name, COLOURS["mapped"])
@@ -207,46 +146,15 @@ def explore(
     """
     if isinstance(model, (Result, SteeringVector)):
         model, vectors = vectors, model
-    _ipywidgets()
+    ipywidgets_of("explore")
     a_result = isinstance(vectors, Result)
     default = "result" if a_result else "vector" if isinstance(vectors, SteeringVector) else "vectors"
-    options = options_of(model, vectors, _notebook_name(vectors, default))
-    options = [replace(option, code=_notebook_name(option.vector, option.code)) for option in options]
+    options = options_of(model, vectors, notebook_name(vectors, default))
+    options = [replace(option, code=notebook_name(option.vector, option.code)) for option in options]
     end = max(4.0, abs(vectors.headline)) if a_result else 4.0
     low, high = strengths or (-end, end)
     if not low < high:
         raise ValueError(f"explore: strengths must be the lower and the upper end of the slider, got {strengths}")
     strength = min(max(vectors.headline if a_result else 1.0, low), high)
     start: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens, "strength": strength}
-    return Explorer(model, options, **start, strengths=(low, high), name=_notebook_name(model, "model"))
-
-
-def _ipywidgets() -> Any:
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError(
-            'explore: needs ipywidgets, which is not installed; pip install "xmodel-steer[notebook]", then restart the kernel'
-        ) from error
-    return ipywidgets
-
-
-def _notebook_name(value: Any, otherwise: str) -> str:
-    """Find a value's name in the notebook, so that copied code runs there."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    names = shell.user_ns if shell else {}
-    return next((n for n, v in list(names.items()) if v is value and not n.startswith("_")), otherwise)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let the interrupt button raise KeyboardInterrupt, which a kernel ignores while no cell runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return Explorer(model, options, **start, strengths=(low, high), name=notebook_name(model, "model"))
