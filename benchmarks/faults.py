@@ -40,6 +40,7 @@ import torch
 
 import xmodel_steer as xs
 from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.core.bars import quiet
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.files.records import KEY, read_record, write_record
 from xmodel_steer.files.resume import once, resumable
@@ -260,7 +261,7 @@ def _text_accidents(folder: Path, count: int, rng: random.Random) -> Counter[str
 @contextmanager
 def models() -> Iterator[tuple[Any, Any]]:
     """Make two tiny models."""
-    with tempfile.TemporaryDirectory() as folder, xs.quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         tokenizers = toys.byte_level_tokenizer(Path(folder) / "one"), toys.metaspace_tokenizer(Path(folder) / "two")
         yield toys.toy("llama", tokenizers[0]), toys.toy("gemma", tokenizers[1])
 
@@ -539,7 +540,7 @@ def main() -> None:
     table: dict[str, dict[str, int]] = {}
     for name, (family, count) in FAMILIES.items():
         if options.only in (None, name):
-            with xs.quiet():
+            with quiet():
                 rows = family(options.count or count, options.seed)
             table |= {
                 row: {k: seen[k] for k in OUTCOMES if seen[k]} | {"tried": seen.total()} for row, seen in rows.items()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import xmodel_steer as xs
+from xmodel_steer.maps.knowing import OUTSIDE
 from xmodel_steer.recipe.saving import REPORT
 from xmodel_steer.studies import Settings, demo, removal
 from xmodel_steer.studies.concepts import openings
@@ -137,6 +138,27 @@ def test_the_verdict_is_as_often_right_as_its_page_says() -> None:
         f"at least {fine} of 200 where scores are finer than 0 and 1, and in at least {coarse} where they are not",
     ):
         assert sentence in said
+
+
+def test_the_warning_of_unknown_vectors_predicts_as_its_page_says() -> None:
+    table = json.loads((ROOT / "benchmarks" / "knowing.json").read_text())
+    said = " ".join((ROOT / "docs" / "concepts" / "maps.md").read_text().split()).replace("−.", "−0.")
+    made = table["leverage"]
+    assert abs(made["threshold"] - OUTSIDE) < 0.05 and all(p["told"]["leverage"] > 0 for p in table["points"])
+    (low, below), (wrong, above) = (made[f"left out: warned of {those}"] for those in ("those below", "the others"))
+    rank, area = ([f"{value:.2f}" for value in made[name]] for name in ("rank correlation", "AUC"))
+    for sentence in (
+        f"On {made['points']} recorded maps and vectors",
+        f"rank correlation {rank[0]} [{rank[1]}, {rank[2]}]".replace("-", "−"),
+        f"in {area[0]} [{area[1]}, {area[2]}] of pairs".replace("0.", "."),
+        f"over {made['units']} concepts and curves",
+        f"warned of {low} of {below} vectors that carried less than half, and of {wrong} of {above} that carried more",
+        f"From a leverage of {OUTSIDE} on",
+    ):
+        assert sentence in said, sentence
+    assert low / below > 0.8 > 5 * wrong / above
+    french = [p["told"]["leverage"] for p in table["points"] if p["what"] in ("french", "french, contrast read")]
+    assert "French from {:.2f} to {:.2f}".format(*french).replace(" 0.", " .") in said
 
 
 def test_what_stacked_moments_cost_is_what_was_measured() -> None:

@@ -12,7 +12,6 @@ from xmodel_steer.activations.harvesting import harvest as harvest
 from xmodel_steer.activations.reading import capture as capture
 from xmodel_steer.activations.store import ActivationStore as ActivationStore
 from xmodel_steer.core import errors as errors
-from xmodel_steer.core.bars import quiet as quiet
 from xmodel_steer.core.contrast import ContrastSet as ContrastSet
 from xmodel_steer.core.directions import difference_of_means as difference_of_means
 from xmodel_steer.core.prompts import Prompt as Prompt
@@ -43,6 +42,7 @@ from xmodel_steer.models.loading import load as load
 from xmodel_steer.models.registry import register as register
 from xmodel_steer.models.sites import space_of as space_of
 from xmodel_steer.notebook.explorer import explore as explore
+from xmodel_steer.notebook.patching_explorer import explore_patching as explore_patching
 from xmodel_steer.recipe.carrying import transfer as transfer
 from xmodel_steer.recipe.results import Result as Result
 from xmodel_steer.recipe.saving import read as read

@@ -29,9 +29,9 @@ def test_a_bar_shows_its_title_and_count(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_quiet_silences_every_bar_within_and_none_behind(capsys: pytest.CaptureFixture[str]) -> None:
-    with xs.quiet():
+    with bars.quiet():
         work()
-        with xs.quiet(False):  # an inner progress=True does not undo an outer one
+        with bars.quiet(False):  # an inner progress=True does not undo an outer one
             work()
     assert capsys.readouterr().err == ""
     work()

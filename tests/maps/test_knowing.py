@@ -1,5 +1,7 @@
 """A map's knowledge of a vector, against eigenvectors and against new samples of the text."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from sample_results import LARGE, SMALL
 
 import xmodel_steer as xs
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
-from xmodel_steer.maps.knowing import knows
+from xmodel_steer.maps.knowing import OUTSIDE, knows
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.ridge import Spectrum
 
@@ -44,6 +46,36 @@ def test_what_is_carried_is_the_eigenvectors_sum() -> None:
         )
         free = xs.Ridge(penalties=(0.0,)).fit(moments)
         assert knows(free, moments, vector).carried == pytest.approx(1)
+
+
+def test_the_leverage_is_inverse_variance_and_that_of_the_text_s_rows_is_one() -> None:
+    """Against the eigenvectors, and the definition: the rows of the text itself."""
+    moments = sampled(0, 4000)
+    mapping = xs.Ridge(penalties=(PENALTY,)).fit(moments)
+    train = moments.train
+    spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
+    for vector in vectors():
+        along = spectrum.vectors.T @ (vector.direction * spectrum.inverse)
+        expected = float((along**2 / spectrum.values).sum() / (along @ along))
+        made = knows(mapping, moments, vector)
+        assert made.leverage == pytest.approx(expected, rel=1e-3)
+        assert made.known == (expected < OUTSIDE)
+    axes = [xs.SteeringVector(direction, SMALL, "axis") for direction in spectrum.vectors.T / spectrum.inverse]
+    told = torch.tensor([knows(mapping, moments, axis).leverage for axis in axes], dtype=torch.float64)
+    # A row's square lies along each eigenvector as its eigenvalue does: mean leverage, weighted so, is 1.
+    assert float((told * spectrum.values).sum() / spectrum.values.sum()) == pytest.approx(1, rel=1e-3)
+
+
+def test_a_direction_that_the_text_does_not_span_is_unknown() -> None:
+    moments = sampled(0)
+    twins = torch.eye(4, dtype=torch.float64)  # of standardised rows whose last two dimensions are always equal
+    twins[2, 3] = twins[3, 2] = 1
+    moments = replace(moments, train=replace(moments.train, source_scatter=400 * twins))
+    mapping = xs.Ridge(penalties=(PENALTY,)).fit(moments)
+    inside, outside = (xs.SteeringVector(torch.tensor([0.0, 0.0, 1.0, s]), SMALL, "v") for s in (1.0, -1.0))
+    assert knows(mapping, moments, inside).leverage == pytest.approx(0.5, rel=1e-3)
+    unknown = knows(mapping, moments, outside)
+    assert unknown.leverage > 1e4 and not unknown.known and np.isnan(unknown.scatter)  # nothing of it is mapped
 
 
 def test_the_scatter_is_that_of_maps_of_other_samples() -> None:

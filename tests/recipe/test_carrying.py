@@ -21,6 +21,7 @@ from xmodel_steer.evaluation.calibration import LEAST
 from xmodel_steer.evaluation.reference import Reference
 from xmodel_steer.figures.report import summary
 from xmodel_steer.files.resume import resumable
+from xmodel_steer.maps.knowing import OUTSIDE
 from xmodel_steer.maps.statistics import NO_NATIVE, bootstrap_mean
 from xmodel_steer.recipe.arms import EQUAL_KL, EQUAL_STRENGTH, estimate
 from xmodel_steer.recipe.carrying import map_record
@@ -577,6 +578,17 @@ def test_a_resumed_plan_times_work_that_is_done(
     assert plans == [plans[0], 2 * plans[0]] and plans[0] > 0
 
 
+@pytest.mark.parametrize("leverage", [OUTSIDE - 0.01, OUTSIDE])
+def test_a_vector_outside_the_map_s_text_is_doubted(result: Result, tmp_path: Path, leverage: float) -> None:
+    chosen = {
+        name: {**choice, "map": {**choice["map"], "leverage": leverage}} for name, choice in result.chosen.items()
+    }
+    made = replace(result, chosen=chosen)
+    page = xs.plots.write_report(made, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(made.doubts) == page.count("hardly knows this vector") == (leverage == OUTSIDE)
+    assert all(doubt.startswith("toy: ") and f"leverage is {leverage:.2f}" in doubt for doubt in made.doubts)
+
+
 def test_what_will_be_done_is_said_first(
     toy_named: Callable[[str], toys.Toy], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -590,7 +602,9 @@ def test_what_will_be_done_is_said_first(
         assert capsys.readouterr().err == ""
     finally:
         bars._silent.reset(token)
-    (line,) = [line for line in told.splitlines() if line.startswith("toy: ")]
+    doubts = [line for line in told.splitlines() if "hardly knows this vector" in line]
+    assert doubts == list(made.doubts)
+    (line,) = [line for line in told.splitlines() if line.startswith("toy: ") and line not in doubts]
     assert "2 source and 2 target layers to choose from" in line and "evaluation prompts, " in line
     assert re.search(r"; about \d+ (seconds|minutes)", line) and "each for off target" in line
     fair = sum(arm.seeds for arm in made.arms if arm.at == EQUAL_KL)

@@ -70,7 +70,12 @@ def print_result(result: Any) -> None:
     console = console_of()
     for table in tables(result):
         console.print(table)
-    for lines, style in ((summary(result), "dim"), (examples(result), ""), (result.conclusions, "bold")):
+    for lines, style in (
+        (summary(result), "dim"),
+        (examples(result), ""),
+        (result.conclusions, "bold"),
+        (result.doubts, "yellow"),
+    ):
         for line in lines:
             console.print(Text(visible(line), style))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
@@ -30,7 +31,7 @@ class Run:
         mapped: Positions in the source and in the patched prompt that pair.
         own: The target's activations in the donor, by site.
         read: The source's activations, by site.
-        clean: Log probabilities of the next token after the clean prompt.
+        after: Log probabilities of the next token after the clean prompt, and after the corrupted one.
         tokens: First tokens of the two answers, if there are any.
         base: The measure on the clean and on the corrupted prompt.
     """
@@ -41,7 +42,7 @@ class Run:
     mapped: tuple[tuple[int, int], ...]
     own: Mapping[Site, Tensor] = field(repr=False)
     read: Mapping[Site, Tensor] = field(repr=False)
-    clean: Tensor = field(repr=False)
+    after: Float[Tensor, "2 vocabulary"] = field(repr=False)
     tokens: tuple[int, int] | None = None
     base: tuple[float, float] = (0.0, 0.0)
 
@@ -55,10 +56,11 @@ class Run:
         return torch.cat(found)
 
     def measure(self, logits: Tensor) -> np.ndarray:
-        """Compute the logit difference of the answers, or the negative KL from the clean prompt in nats."""
+        """Compute the answers' logit difference, or the negative KL in nats."""
         if self.tokens is not None:
             return (logits[:, self.tokens[0]] - logits[:, self.tokens[1]]).numpy()
-        return -(self.clean.exp() * (self.clean - logits.log_softmax(-1))).sum(-1).numpy()
+        clean = self.after[0]
+        return -(clean.exp() * (clean - logits.log_softmax(-1))).sum(-1).numpy()
 
     def recovery(self, target: Any, space: Space, rows: Tensor, places: Sequence[int]) -> np.ndarray:
         """Patch each position alone."""

@@ -142,10 +142,10 @@ class Patching:
             read = first_row(self.source, encoding, [mapping.source.site for mapping in self.maps])
         own = first_row(self.target, donor, self.places)
         tokens = None if self.answers is None else answer_tokens(self.target, clean, self.answers[i])
-        run = Run(donor, patched, pairs, mapped, own, read, torch.zeros(0), tokens)
-        after = [run.logits(self.target, encoding) for encoding in (clean, corrupted)]
-        run = replace(run, clean=after[0][0].log_softmax(-1))
-        base = float(run.measure(after[0])[0]), float(run.measure(after[1])[0])
+        run = Run(donor, patched, pairs, mapped, own, read, torch.zeros(2, 0), tokens)
+        logits = torch.cat([run.logits(self.target, encoding) for encoding in (clean, corrupted)])
+        run = replace(run, after=logits.log_softmax(-1))
+        base = float(run.measure(logits[:1])[0]), float(run.measure(logits[1:])[0])
         if not abs(base[0] - base[1]) > 1e-3:
             what = "next token" if tokens is None else f"logit difference ({base[0]:.3f})"
             raise PromptError(
@@ -230,7 +230,7 @@ class Patching:
         )
 
     def filling(self, grid: PatchingGrid) -> Iterator[Site]:
-        """Fill an empty grid in, and yield after each layer of each pair of prompts."""
+        """Fill an empty grid in, and yield after each layer of each pair."""
         for i, run in enumerate(self.runs):
             offset = len(grid.tokens) - len(run.patched.ids)
             for k, space in enumerate(grid.targets):

@@ -161,7 +161,7 @@ def write_report(result: Result, path: str | Path) -> Path:
     page = _PAGE.format(
         title=on_page(f"{result.name}: {result.between}"),
         question=f"<p>{on_page(result.question)}</p>" if result.question else "",
-        verdict="".join(f"<p>{on_page(line)}</p>" for line in result.conclusions),
+        verdict="".join(f"<p>{on_page(line)}</p>" for line in (*result.conclusions, *result.doubts)),
         facts="".join(f"<li>{on_page(line)}</li>" for line in summary(result)),
         figures=figures_html(figures),
         table=_table(result),

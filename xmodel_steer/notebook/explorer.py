@@ -99,7 +99,8 @@ class Explorer(Turns):
         heading = f"{option.name} × {choice.strength:g}, {option.site}, {choice.positions}"
         self.steered.value = text_html(heading, colour, choice.prompt, view.steered)
         self.unsteered.value = text_html("unsteered", COLOURS["unsteered"], choice.prompt, view.unsteered)
-        self.next_tokens.value = bars_html(view.next_tokens, colour)
+        keys = ("steered", colour), ("unsteered", COLOURS["unsteered"])
+        self.next_tokens.value = bars_html([(t.token, (t.steered, t.unsteered)) for t in view.next_tokens], keys)
         self.code.value = code_html(choice.code(option, self._name))
 
 

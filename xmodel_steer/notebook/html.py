@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from html import escape
 
 from xmodel_steer.core.texts import on_page
-from xmodel_steer.figures.style import COLOURS
-from xmodel_steer.notebook.writing import NextToken
 
 
 def text_html(heading: str, colour: str, prompt: str, text: str) -> str:
@@ -18,8 +16,8 @@ def text_html(heading: str, colour: str, prompt: str, text: str) -> str:
     )
 
 
-def bars_html(tokens: Sequence[NextToken], colour: str) -> str:
-    """Render the likeliest next tokens with a bar for each probability."""
+def bars_html(tokens: Sequence[tuple[str, Sequence[float]]], keys: Sequence[tuple[str, str]]) -> str:
+    """Render next tokens with bars, whose names and colours are ``keys``."""
 
     def bar(share: float, fill: str) -> str:
         return (
@@ -30,18 +28,17 @@ def bars_html(tokens: Sequence[NextToken], colour: str) -> str:
     if not tokens:
         return ""
     rows = "".join(
-        f'<tr><td style="text-align:right;font-family:monospace;white-space:pre;padding-right:8px">{_shown(t.token)}</td>'
-        f'<td style="text-align:left">{bar(t.steered, colour)}{bar(t.unsteered, COLOURS["unsteered"])}</td></tr>'
-        for t in tokens
+        f'<tr><td style="text-align:right;font-family:monospace;white-space:pre;padding-right:8px">{on_page(shown(token))}</td>'
+        f'<td style="text-align:left">{"".join(bar(s, fill) for s, (_, fill) in zip(shares, keys, strict=True))}</td></tr>'
+        for token, shares in tokens
     )
-    keys = (("steered", colour), ("unsteered", COLOURS["unsteered"]))
     legend = " ".join(f'<span style="color:{fill}">■</span> {name}' for name, fill in keys)
     return f'<div style="line-height:1.6"><b>next token</b>: {legend}</div><table>{rows}</table>'
 
 
-def _shown(token: str) -> str:
+def shown(token: str) -> str:
     """Make white space in a token visible."""
-    return on_page(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")) or "∅"
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∅"
 
 
 # On pages that are not served safely (http from another host) the browser has no clipboard object.

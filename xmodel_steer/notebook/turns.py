@@ -45,7 +45,7 @@ class Turns:
     # The methods below run on the main thread only.
 
     def begin(self, run: Iterator[Any], show: Callable[[Any], None], message: str) -> None:
-        """Take a run's steps from now on, and show what each yields; an earlier run stops here."""
+        """Take a run's steps from now on, in the place of an earlier run's."""
         self._run = run
         self.say(message)
         self.stop.disabled = False

@@ -34,7 +34,7 @@ from xmodel_steer.recipe.measuring import measure
 from xmodel_steer.recipe.planning import plan
 from xmodel_steer.recipe.preparing import Measurable, Prepared, prepare
 from xmodel_steer.recipe.records import sites_record
-from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.results import Result, doubts_of
 from xmodel_steer.recipe.saving import UNFINISHED, save_or_spare
 from xmodel_steer.recipe.selecting import Selected, one_layer, read_contrast, select
 from xmodel_steer.recipe.settings import CONTRAST_READ, ONE_LAYER, Budget, GeneralText, Method, versions
@@ -110,26 +110,29 @@ def transfer(
         )  # fmt: skip
         tell(plan(prepared, behaviours))
         begin("select layers and strength")
-        recipes = _selected(prepared)
+        recipes, chosen = _selected(prepared)
         begin("match damage")
         runs, doses = _matched(prepared, recipes)
         begin("measure")
         arms = measure(prepared, runs, behaviours)
-        result = _result(prepared, recipes, arms, doses, behaviours)
+        result = _result(prepared, recipes, chosen, doses, arms, behaviours)
         if place is not None:
             save_or_spare(result, place)
     return result
 
 
-def _selected(prepared: Prepared) -> dict[str, Selected]:
-    """Return the choices of every recipe."""
+def _selected(prepared: Prepared) -> tuple[dict[str, Selected], dict[str, dict[str, Any]]]:
+    """Return the choices of every recipe, and their records; tell the doubts."""
     chosen = select(prepared)
     recipes = {prepared.label: chosen}
     for name in prepared.method.recipes:
         more = {ONE_LAYER: one_layer, CONTRAST_READ: read_contrast}[name](prepared, chosen)
         if more is not None:
             recipes[f"{prepared.label}, {name}"] = more
-    return recipes
+    chosen = {recipe: _choice(prepared, selected) for recipe, selected in recipes.items()}
+    for line in doubts_of(chosen):
+        tell(line)
+    return recipes, chosen
 
 
 def _matched(prepared: Prepared, recipes: Mapping[str, Selected]) -> tuple[list[Run], dict[str, list[dict[str, Any]]]]:
@@ -146,7 +149,7 @@ def _matched(prepared: Prepared, recipes: Mapping[str, Selected]) -> tuple[list[
     return runs, doses
 
 
-def _choice(prepared: Prepared, selected: Selected, doses: list[dict[str, Any]]) -> dict[str, Any]:
+def _choice(prepared: Prepared, selected: Selected) -> dict[str, Any]:
     """Record what was chosen, and how well the vector was carried."""
     similarity, fitted = selected.similarity(), map_record(selected.mapping, selected.moments)
     pair = selected.moments.pair(selected.source.space.site, selected.native.space.site)
@@ -160,7 +163,6 @@ def _choice(prepared: Prepared, selected: Selected, doses: list[dict[str, Any]])
         "map_r2": fitted.get("r2"),
         "similarity": similarity,
         "map": fitted | Knowledge.record(selected.mapping, pair, selected.source),
-        "equal_kl": doses,
     }
 
 
@@ -178,8 +180,9 @@ def _vectors(recipes: Mapping[str, Selected], seed: int) -> dict[str, SteeringVe
 def _result(
     prepared: Prepared,
     recipes: Mapping[str, Selected],
-    arms: tuple[Arm, ...],
+    chosen: Mapping[str, dict[str, Any]],
     doses: Mapping[str, list[dict[str, Any]]],
+    arms: tuple[Arm, ...],
     side: Mapping[str, Behaviour],
 ) -> Result:
     """Record what was measured, and how it was made."""
@@ -191,7 +194,7 @@ def _result(
         source=_end(prepared.source, selected.source.space.site),
         target=_end(prepared.target, selected.native.space.site),
         arms=arms,
-        chosen={recipe: _choice(prepared, recipes[recipe], doses[recipe]) for recipe in recipes},
+        chosen={recipe: chosen[recipe] | {"equal_kl": doses[recipe]} for recipe in recipes},
         validation=selected.records,
         spec={
             "source_sites": [str(site) for site in prepared.sources],

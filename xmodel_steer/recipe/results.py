@@ -16,6 +16,7 @@ from xmodel_steer.core.texts import encodable
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.evaluation.scorers.text import Scorer, TextScorer, score_texts
 from xmodel_steer.maps.affine import Map
+from xmodel_steer.maps.knowing import OUTSIDE
 from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, OWN_KL, Arm, gain_of, scored_fields
 from xmodel_steer.recipe.verdicts import Verdict, recipes_of, verdict_of
 
@@ -227,6 +228,11 @@ class Result:
         """The conclusions in words: a study's own lines, or each verdict's text."""
         return self.stored or tuple(verdict.text for verdict in self.verdicts.values())
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Warn of vectors that their map's text hardly knows; read from the map alone, before anything is steered."""
+        return doubts_of(self.chosen)
+
     def rescored(self, scorer: Scorer, *, label: str, unit: str = "score") -> "Result":
         """Score the same texts by another scorer: no model is called.
 
@@ -283,6 +289,18 @@ class Result:
             return pd.DataFrame([row | measures for row, measures in zip(rows, values, strict=True)])
         rows = [row for arm in self.arms for row in prompt_rows(replace(arm, more_texts=()))]
         return pd.DataFrame(list(map(_whole, rows)))
+
+
+def doubts_of(chosen: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Warn of every recipe whose map hardly knows its vector."""
+    leverages = {recipe: choice.get("map", choice).get("leverage", 0.0) for recipe, choice in chosen.items()}
+    return tuple(
+        f"{recipe}: the map's text hardly knows this vector. Its leverage is {leverage:.2f}; of recorded maps, most from {OUTSIDE} on "
+        "carried under half of the native effect. Give text of the kind, or let both models read the contrast prompts "
+        "(recipes=['contrast read'])."
+        for recipe, leverage in leverages.items()
+        if leverage >= OUTSIDE
+    )
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:
