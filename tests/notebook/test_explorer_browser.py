@@ -1,4 +1,4 @@
-"""The explorer in a real browser against a real kernel, in JupyterLab and in Notebook."""
+"""The explorers in a real browser against a real kernel, in JupyterLab and in Notebook."""
 
 import contextlib
 import importlib.util
@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parents[1]
-MISSING = [m for m in ("jupyterlab", "notebook", "selenium", "ipywidgets") if importlib.util.find_spec(m) is None]
+MISSING = [
+    m for m in ("jupyterlab", "notebook", "selenium", "ipywidgets", "anywidget") if importlib.util.find_spec(m) is None
+]
 MISSING += [p for p in ("chromium", "chromedriver") if shutil.which(p) is None]
 pytestmark = [
     pytest.mark.browser,
@@ -49,6 +51,29 @@ def texts(strength):
 Path("expected.json").write_text(json.dumps([texts(1.0), texts(-4.0)]))
 large.original_model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 xs.explore(large, {{"joy": joy}}, prompt={PROMPT!r}, max_new_tokens={NEW})
+"""
+
+PATCHING = f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(TESTS)!r})
+import toys
+import xmodel_steer as xs
+from xmodel_steer.evaluation import Patching
+from xmodel_steer.notebook import patching_explorer
+patching_explorer.general_text = lambda: toys.sentences(20, 3)
+toy = toys.toy("gemma", toys.metaspace_tokenizer(Path("tokenizer")))
+large, clean, corrupted = toy.model, "the old sky is", "the very old harbour ski is"
+asked = Patching(large, [clean], [corrupted], text=toys.sentences(20, 3))
+place = asked.runs[0].pairs[-1][1]
+def text(cells):
+    with xs.steering(large, asked.steps("own", cells)):
+        return xs.generate(large, [corrupted], max_new_tokens=8, progress=False)[0]
+grid = asked.grid()
+Path("patched.json").write_text(json.dumps(dict(
+    place=place, values=grid.recovery("own").tolist(), one=text([(xs.Site(1), place)]),
+    four=text([(xs.Site(layer), at) for layer in (1, 2) for at in (place - 1, place)]))))
+xs.explore_patching(large, clean=clean, corrupted=corrupted, max_new_tokens=8)
 """
 
 
@@ -193,20 +218,16 @@ class Page:
         return self.wait(lambda: (t := self.texts()) and len(t[0]) > tokens, "text")
 
 
-@pytest.fixture(scope="module", params=["/lab/tree", "/notebooks"], ids=["lab", "notebook"])
-def page(
-    request: pytest.FixtureRequest, server: Server, browser: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Page:
-    """The notebook with its one cell run."""
+def opened(cell: str, place: str, name: str, server: Server, browser: Any, folder: Path) -> Page:
+    """Open a notebook of one cell, and run it."""
     import nbformat
 
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip())])
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    name = f"{request.param.strip('/').replace('/', '-')}.ipynb"
+    name = f"{name}-{place.strip('/').replace('/', '-')}.ipynb"
     nbformat.write(book, server.folder / name)
-    (server.folder / "expected.json").unlink(missing_ok=True)
-    browser.get(f"{server.url}{request.param}/{name}?token={TOKEN}")
-    made = Page(browser, server, tmp_path_factory.mktemp("page"))
+    browser.get(f"{server.url}{place}/{name}?token={TOKEN}")
+    made = Page(browser, server, folder)
     made.wait(
         lambda: any(
             s["path"] == name and s["kernel"]["execution_state"] == "idle" for s in server.ask("/api/sessions")
@@ -216,6 +237,18 @@ def page(
     made.wait(made.runs, "the run")
     made.wait(lambda: made.all(".widget-textarea textarea"), "the explorer", 120)
     return made
+
+
+PLACES = pytest.mark.parametrize("place", ["/lab/tree", "/notebooks"], ids=["lab", "notebook"])
+
+
+@pytest.fixture(scope="module", params=["/lab/tree", "/notebooks"], ids=["lab", "notebook"])
+def page(
+    request: pytest.FixtureRequest, server: Server, browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Page:
+    """The notebook with its one cell run."""
+    (server.folder / "expected.json").unlink(missing_ok=True)
+    return opened(CELL, request.param, "steer", server, browser, tmp_path_factory.mktemp("page"))
 
 
 # Each test sets what it needs: two workers may share them, each with a page of its own, in any order.
@@ -290,3 +323,47 @@ def test_an_empty_prompt_is_said_on_the_page(page: Page) -> None:
     page.wait(lambda: page.message().startswith("The prompt is empty"), "the message")
     assert page.texts() == before
     box.send_keys(PROMPT)
+
+
+@PLACES
+def test_a_grid_fills_in_and_clicks_patch_one_cell_or_several(
+    place: str, server: Server, browser: Any, tmp_path: Path
+) -> None:
+    page = opened(PATCHING, place, "patch", server, browser, tmp_path)
+    expected = json.loads((server.folder / "patched.json").read_text())
+    last = expected["place"]
+
+    # The grid is drawn anew at every change: one script finds an element and acts on it.
+    def title(selector: str) -> str:
+        return browser.execute_script("return document.querySelector(arguments[0])?.title ?? ''", selector)
+
+    def click(selector: str, shift: bool = False) -> None:
+        event = "new MouseEvent('click', {bubbles: true, shiftKey: arguments[1]})"
+        browser.execute_script(f"document.querySelector(arguments[0]).dispatchEvent({event})", selector, shift)
+
+    def cell(row: int, column: int) -> str:
+        return f"[data-cell='own {row} {column}']"
+
+    def token(side: str, number: int) -> str:
+        return f"button[data-side='{side}']:nth-of-type({number + 1})"
+
+    page.press("Fill the grid")
+    page.wait(lambda: page.all("[data-cell]"), "the cells")
+    page.wait(page.idle, "the filling", 120)
+    for row, values in enumerate(expected["values"]):
+        told = title(cell(row, last)).split(": ")[-1]
+        assert abs(float(told) - values[last]) < 2e-3
+    click(cell(1, last))
+    page.wait(lambda: page.texts() == [expected["one"]], "the patched text", 30)
+    click(cell(1, last - 1))
+    click(cell(2, last), shift=True)
+    page.wait(lambda: page.texts() == [expected["four"]], "the text of four cells", 30)
+    page.driver.save_screenshot(str(tmp_path / "patching.png"))
+    assert len(page.all("td.chosen")) == 4 and len(page.all(".widget-html table tr")) == 8
+    assert "no value" in title(cell(0, 3))
+    click(token("read", 1))
+    click(token("patched", 3))  # it had no partner
+    page.wait(lambda: "pairs with 1 " in title(token("patched", 3)), "the pair")
+    page.wait(lambda: (said := title(cell(0, 3))) and "no value" not in said, "the new grid", 60)
+    errors = ("error", "stderr")
+    assert not page.all(", ".join(f"[data-mime-type='application/vnd.jupyter.{kind}']" for kind in errors))

@@ -192,7 +192,7 @@ class PatchingExplorer(Turns):
 
 
 def _token_texts(model: Any, ids: Sequence[int]) -> list[str]:
-    """Write each token as text, with the space before it that decoding alone may lose."""
+    """Write each token as text, with the space before it."""
     tokenizer = tokenizer_of(model)
     pieces = zip(tokenizer.convert_ids_to_tokens(list(ids)), ids, strict=True)
     return [shown((" " if piece[0] in "▁Ġ" else "") + tokenizer.decode([i]).lstrip(" ")) for piece, i in pieces]
