@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.core.spaces import Space, Stack
-from xmodel_steer.evaluation.recovery import KINDS, PatchingGrid
+from xmodel_steer.evaluation.recovery import KINDS, Kind, PatchingGrid
 from xmodel_steer.figures.style import COLOURS, hover, laid_out, plain, titled
 from xmodel_steer.maps.curves import DataCurve
 from xmodel_steer.maps.layers import LayerGrid
@@ -24,7 +24,7 @@ def patching(grid: PatchingGrid) -> Any:
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    tables = {kind: grid.recovery(kind) for kind in grid.values}
+    tables: dict[Kind, np.ndarray] = {kind: grid.recovery(kind) for kind in grid.values}
     bound = float(np.nan_to_num(np.abs(np.stack(list(tables.values())))).max(initial=1.0))
     figure = make_subplots(
         rows=1, cols=len(tables), subplot_titles=tuple(KINDS[kind] for kind in tables), horizontal_spacing=0.05,
