@@ -438,7 +438,7 @@ def test_the_notebook_extra_brings_what_shows_figures_there(monkeypatch: pytest.
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    assert {Requirement(own).name for own in extras["notebook"]} == {"ipywidgets", "nbformat"}
+    assert {Requirement(own).name for own in extras["notebook"]} == {"ipywidgets", "anywidget", "nbformat"}
     assert "ipython" in {Requirement(own).name for own in metadata.requires("ipywidgets") or []}
     shown: list[object] = []
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))

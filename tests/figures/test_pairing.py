@@ -13,7 +13,6 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.figures.pairing import AlignmentView, ProjectionView, show_alignment
 from xmodel_steer.models.batching import encode
 from xmodel_steer.notebook.html import bars_html, code_html, text_html
-from xmodel_steer.notebook.writing import NextToken
 
 TEXT = "The sky <b>above</b> été 🙂\n the port"
 
@@ -56,7 +55,11 @@ def test_names_are_no_markup() -> None:
         page = view._repr_html_()
         assert "<img" not in page and "&lt;img" in page and "\x1b" not in page + str(view)
         assert "\u202e" not in page
-    parts = [text_html(name, "red", name, name), bars_html([NextToken(name, 0.5, 0.5)], "red"), code_html(name)]
+    parts = [
+        text_html(name, "red", name, name),
+        bars_html([(name, (0.5, 0.5))], [("one", "red"), ("two", "red")]),
+        code_html(name),
+    ]
     assert all("<img" not in part and "&lt;img" in part for part in parts)
 
 

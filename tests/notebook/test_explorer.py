@@ -20,7 +20,7 @@ from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import ModelError, NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.interventions.positions import Where
 from xmodel_steer.models.generation import generate_tokens
-from xmodel_steer.notebook import html, writing
+from xmodel_steer.notebook import html
 from xmodel_steer.notebook.explorer import Explorer
 from xmodel_steer.notebook.options import options_of
 from xmodel_steer.notebook.writing import Choice, watch, written
@@ -447,7 +447,7 @@ def test_the_code_has_the_notebooks_own_names(llama: toys.Toy, monkeypatch: pyte
 
 def test_what_models_write_cannot_break_the_page() -> None:
     page = html.text_html("a <b>", "#000", "<script>alert(1)</script>", "</div><img src=x>")
-    page += html.bars_html([writing.NextToken("<td>", 0.5, 0.25)], "#000") + html.code_html("</pre><script>")
+    page += html.bars_html([("<td>", (0.5, 0.25))], [("steered", "#000"), ("unsteered", "#111")]) + html.code_html("</pre><script>")
     assert "<script>" not in page and "<img" not in page and "&lt;td&gt;" in page
     assert "50.0%" in page and "25.0%" in page
 
