@@ -447,7 +447,9 @@ def test_the_code_has_the_notebooks_own_names(llama: toys.Toy, monkeypatch: pyte
 
 def test_what_models_write_cannot_break_the_page() -> None:
     page = html.text_html("a <b>", "#000", "<script>alert(1)</script>", "</div><img src=x>")
-    page += html.bars_html([("<td>", (0.5, 0.25))], [("steered", "#000"), ("unsteered", "#111")]) + html.code_html("</pre><script>")
+    page += html.bars_html([("<td>", (0.5, 0.25))], [("steered", "#000"), ("unsteered", "#111")]) + html.code_html(
+        "</pre><script>"
+    )
     assert "<script>" not in page and "<img" not in page and "&lt;td&gt;" in page
     assert "50.0%" in page and "25.0%" in page
 

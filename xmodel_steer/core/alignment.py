@@ -87,8 +87,8 @@ def align(source: TokenEnds, target: TokenEnds) -> Alignment:
 def align_texts(source: TokenEnds, target: TokenEnds, source_text: str, target_text: str) -> Alignment:
     """Pair tokens of two texts that begin and end alike.
 
-    A clean prompt and a corrupted one are such texts. In the shared beginning and the shared end, tokens pair as in `align`; those between pair in order from the last. Of
-    equal texts, the pairs are those of `align`.
+    A clean prompt and a corrupted one are such texts. In the shared beginning and the shared end, tokens pair as in `align`;
+    those between pair in order from the last. Of equal texts, the pairs are those of `align`.
 
     Args:
         source: Token ends in the source model, in characters of its text.
@@ -108,10 +108,8 @@ def align_texts(source: TokenEnds, target: TokenEnds, source_text: str, target_t
     require_type("align_texts", TokenEnds, source, target)
     shared = min(len(source_text), len(target_text))
     start = next((k for k in range(shared) if source_text[k] != target_text[k]), shared)
-    if len(source_text) != len(target_text):
-        start = min(
-            start, max(0, shared - 1)
-        )  # the last token pairs with the last, also where one text begins the other
+    if len(source_text) != len(target_text):  # the last token pairs with the last, also where one text begins the other
+        start = min(start, max(0, shared - 1))
     most = shared - start
     end = next((k for k in range(most) if source_text[-1 - k] != target_text[-1 - k]), most)
 

@@ -16,7 +16,6 @@ from xmodel_steer.evaluation.damage import steered_logits
 from xmodel_steer.interventions.steps import Reading, Replacement, Step
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import name_of, tokenizer_of
-from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.tokens import Encoding, shared_start
 
 
@@ -69,11 +68,6 @@ class Run:
         return (patched - self.base[1]) / (self.base[0] - self.base[1])
 
 
-def first_row(model: Any, encoding: Encoding, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """Read one text's activations."""
-    return {site: rows[0] for site, rows in residuals(model, batches(model, [encoding], 1)[0], sites).items()}
-
-
 def pair_positions(read: Sequence[int], patched: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Pair the tokens of two texts of one model that begin and end alike.
 
@@ -120,11 +114,8 @@ def answer_tokens(model: Any, prompt: Encoding, answers: tuple[str, str]) -> tup
     """Find the first tokens of two answers after the prompt."""
     tokens = []
     for answer in answers:
-        whole = (
-            encode(model, [Prompt(text=prompt.prompt.content + answer)])[0].ids
-            if prompt.prompt.text is not None
-            else ()
-        )
+        raw = prompt.prompt.text is not None
+        whole = encode(model, [Prompt(text=prompt.prompt.content + answer)])[0].ids if raw else ()
         if len(whole) <= len(prompt.ids) or whole[: len(prompt.ids)] != prompt.ids:
             raise PromptError(
                 f"patching: {answer!r} is no token of its own after {prompt.prompt.content[-40:]!r} in {name_of(model)}; give an "

@@ -16,10 +16,10 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts
 from xmodel_steer.core.spaces import Site, Sites, as_sites
-from xmodel_steer.evaluation.patched import Run, answer_tokens, first_row, names_of, pair_positions
+from xmodel_steer.evaluation.patched import Run, answer_tokens, names_of, pair_positions
 from xmodel_steer.evaluation.recovery import KINDS, Kind, PatchingGrid
 from xmodel_steer.interventions.mirror import require_map_between
-from xmodel_steer.interventions.patches import Pairs, patch
+from xmodel_steer.interventions.patches import Pairs, first_row, patch
 from xmodel_steer.interventions.steps import Step
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.models.batching import encode
@@ -94,12 +94,12 @@ class Patching:
         if len(self._maps) < len(self.maps) or not set(self._maps) <= set(self.places):
             raise ValueError("patching: needs at most one map to each site, and none to another site")
 
-    @property
+    @cached_property
     def places(self) -> tuple[Site, ...]:
         """The sites that are patched."""
         return tuple(as_sites(self.sites or ()))
 
-    @property
+    @cached_property
     def _maps(self) -> dict[Site, Map]:
         return {mapping.target.site: mapping for mapping in self.maps}
 

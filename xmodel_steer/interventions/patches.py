@@ -9,12 +9,13 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt, PromptLike
-from xmodel_steer.core.spaces import SiteLike, Space, as_site, require_same_space
+from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site, require_same_space
 from xmodel_steer.interventions.steps import Reading, Replacement
 from xmodel_steer.maps.affine import Map
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.recorder import residuals
 from xmodel_steer.models.sites import space_of
+from xmodel_steer.models.tokens import Encoding
 
 Pairs = Sequence[tuple[int, int]]  # positions of tokens: in the text that is read, and in the one that is patched
 
@@ -80,10 +81,15 @@ def mapped_patch(source: Any, mapping: Map, prompt: PromptLike, pairs: Pairs) ->
     return patch(mapping.target, rows, [place for _, place in pairs])
 
 
-def _rows(model: Any, site: Any, prompt: PromptLike, pairs: Pairs) -> Tensor:
+def first_row(model: Any, encoding: Encoding, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """Read one text's activations."""
+    return {site: rows[0] for site, rows in residuals(model, batches(model, [encoding], 1)[0], sites).items()}
+
+
+def _rows(model: Any, site: Site, prompt: PromptLike, pairs: Pairs) -> Tensor:
     (encoding,) = encode(model, [Prompt.of(prompt)])
     if not pairs or not all(0 <= read < len(encoding.ids) for read, _ in pairs):
         raise PromptError(
             f"patch: the positions that are read must be some of 0 to {len(encoding.ids) - 1}, got {[read for read, _ in pairs]}"
         )
-    return residuals(model, batches(model, [encoding], 1)[0], [site])[site][0][[read for read, _ in pairs]]
+    return first_row(model, encoding, [site])[site][[read for read, _ in pairs]]

@@ -11,9 +11,8 @@ from xmodel_steer.maps.affine import AffineMap, Map
 from xmodel_steer.maps.pairs import SplitMoments
 from xmodel_steer.maps.statistics import quotient
 
-OUTSIDE = (
-    1.2  # the leverage that best separates recorded maps that carried under half of the effect: benchmarks/knowing.py
-)
+# The leverage that best tells apart the recorded maps that carried under half of the effect: benchmarks/knowing.py.
+OUTSIDE = 1.2
 
 
 @dataclass(frozen=True)

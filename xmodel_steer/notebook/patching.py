@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from xmodel_steer.activations.cached import cached_moments
+from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.evaluation.patching import Patching
 from xmodel_steer.evaluation.recovery import Kind
@@ -88,31 +89,32 @@ def watch_patch(asked: Patching, patch: Patch, extra: Sequence[Step] = (), *, to
         yield PatchView(token.text, candidates)
 
 
-def code_of(patch: Patch, names: dict[str, str], settings: dict[str, Any]) -> str:
-    """Write the library calls for a patch.
+def code_of(asked: Patching, patch: Patch, names: dict[str, str], extra: str = "") -> str:
+    """Write the library calls for a patch of the first pair of prompts.
 
     Args:
+        asked: The patching, of every layer of one stream.
         patch: The cells.
         names: Expressions for ``target``, ``source`` and ``maps``.
-        settings: The prompts, answers and other arguments of `Patching`.
+        extra: Expressions for steps besides the patch, each after a comma.
     """
-    given = [f"[{settings['clean']!r}]", f"[{settings['corrupted']!r}]", f"{settings['answers']!r}"]
-    given += [f"sites=[xs.Site(layer, {settings['stream']!r}) for layer in range({settings['layers']})]"]
-    given += [f"source={names['source']}, maps={names['maps']}"] if names.get("source") else []
+    clean, corrupted = (as_prompts(prompts)[0].content for prompts in (asked.clean, asked.corrupted))
+    given = [f"[{clean!r}]", f"[{corrupted!r}]", repr(asked.answers)]
+    given += [f"sites=[xs.Site(layer, {asked.places[0].stream!r}) for layer in range({len(asked.places)})]"]
+    given += [f"source={names['source']}, maps={names['maps']}"] if asked.maps else []
     given += ["text=general_text()[:40]"] if patch.kind in ("mean", "noise") else []
-    given += [f"pairs={[settings['pairs']]!r}"] if settings["pairs"] else []
-    given += [f"direction={settings['direction']!r}"] if settings["direction"] != "denoise" else []
+    given += [f"pairs={asked.pairs!r}"] if asked.pairs else []
+    given += [f"direction={asked.direction!r}"] if asked.direction != "denoise" else []
     cells = ", ".join(f"(xs.Site({s.layer}, {s.stream!r}), {place})" for s, place in patch.cells)
-    patched = settings["corrupted" if settings["direction"] == "denoise" else "clean"]
     lines = [
         "import xmodel_steer as xs",
         "from xmodel_steer.evaluation import Patching",
         *(["from xmodel_steer.files.wheels import general_text"] if patch.kind in ("mean", "noise") else []),
-        *([f"from {__name__} import maps_by_depth"] if "maps_by_depth" in names.get("maps", "") else []),
+        *([f"from {__name__} import maps_by_depth"] if asked.maps and "maps_by_depth" in names["maps"] else []),
         "",
         f"asked = Patching({names['target']}, {', '.join(given)})",
-        f"with xs.steering({names['target']}, [*asked.steps({patch.kind!r}, [{cells}]){settings['extra']}]):",
-        f"    print(xs.generate({names['target']}, [{patched!r}], max_new_tokens={patch.max_new_tokens})[0])",
+        f"with xs.steering({names['target']}, [*asked.steps({patch.kind!r}, [{cells}]){extra}]):",
+        f"    print(xs.generate({names['target']}, [{asked.runs[0].patched.prompt.content!r}], max_new_tokens={patch.max_new_tokens})[0])",
         "xs.plots.patching(asked.grid())",
     ]
     return "\n".join(lines) + "\n"
@@ -128,8 +130,7 @@ def maps_by_depth(source: Any, target: Any, *, documents: int = 120, max_tokens:
         max_tokens: Tokens read of each.
     """
     deep, high = source.cfg.n_layers, target.cfg.n_layers
-    pairs = [(Site(round((layer + 1) / high * deep) - 1), Site(layer)) for layer in range(high)]
-    pairs = [(Site(max(0, s.layer)), t) for s, t in pairs]
+    pairs = [(Site(max(0, round((layer + 1) / high * deep) - 1)), Site(layer)) for layer in range(high)]
     limit = min(max_tokens, context_length(source), context_length(target))
     sources, targets = (tuple(dict.fromkeys(sites)) for sites in zip(*pairs, strict=True))
     moments = cached_moments(

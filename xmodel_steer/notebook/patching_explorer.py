@@ -73,7 +73,7 @@ class PatchingExplorer(Turns):
         self.box = w.VBox([self.clean, self.corrupted, w.Box(controls, layout=row), buttons, self.cells, *shown_below])
         self.fill.on_click(lambda _: self.on_main_thread(self._fill))
         self.cells.observe(lambda _: self.on_main_thread(self._patch), "selected")
-        self.cells.observe(lambda change: self.on_main_thread(self._paired, change["old"]), "pairs")
+        self.cells.observe(lambda _: self.on_main_thread(self._paired), "pairs")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.box._repr_mimebundle_(**kwargs)
@@ -142,7 +142,7 @@ class PatchingExplorer(Turns):
             for kind, table in tables.items()
         }
 
-    def _paired(self, before: Any) -> None:
+    def _paired(self) -> None:
         """Fill the grid anew with the positions that were paired by hand."""
         if self._asked is not None and self.cells.pairs != self._pairs:
             self._fill(sorted(tuple(pair) for pair in self.cells.pairs))
@@ -181,14 +181,7 @@ class PatchingExplorer(Turns):
         self.patched.value = text_html(heading, COLOURS["mapped"], run.patched.prompt.content, view.text)
         self.next_tokens.value = bars_html(view.next_tokens, SERIES)
         extra = f", xs.Intervention({option.code}, xs.Add({round(self.strength.value, 6)!r}))" if option else ""
-        clean, corrupted = (box.value for box in (self.clean, self.corrupted))
-        settings = {
-            "clean": clean, "corrupted": corrupted, "answers": asked.answers and list(asked.answers), "extra": extra,
-            "stream": self.stream.value, "layers": asked.target.cfg.n_layers, "direction": asked.direction,
-            "pairs": asked.pairs and list(asked.pairs[0]),
-        }  # fmt: skip
-        names = {k: v for k, v in self._names.items() if k == "target" or asked.maps}
-        self.code.value = code_html(code_of(patch, names, settings))
+        self.code.value = code_html(code_of(asked, patch, self._names, extra))
 
 
 def _token_texts(model: Any, ids: Sequence[int]) -> list[str]:
