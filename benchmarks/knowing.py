@@ -23,6 +23,7 @@ from xmodel_steer.activations.cached import cached_moments
 from xmodel_steer.core.spaces import Stack
 from xmodel_steer.maps.knowing import Knowledge, knows
 from xmodel_steer.recipe.arms import EFFICIENCY, EQUAL_KL
+from xmodel_steer.recipe.selecting import mixed_text
 from xmodel_steer.studies.carried import MAP_TOKENS, Carried, Pair
 from xmodel_steer.studies.concept_table import SETTINGS
 from xmodel_steer.studies.concepts import concept
@@ -75,9 +76,7 @@ def _concepts(study: Any) -> Iterator[Point]:
         name = recipe.split(", ")[0]
         contrast, text = concept(name).contrast, moments.only([pair])
         if recipe.endswith("contrast read"):
-            both = contrast.positive + contrast.negative
-            mixed = [*both, *general[: max(16, len(both) // 2)]]
-            mixed = [mixed[i] for i in np.random.default_rng(study.seeds["split"]).permutation(len(mixed))]
+            mixed = mixed_text(contrast, general, seed=study.seeds["split"])
             more = xs.collect_moments(
                 source, target, mixed, source_sites=[pair[0]], target_sites=[pair[1]], max_tokens=MAP_TOKENS,
                 seed=study.seeds["split"],

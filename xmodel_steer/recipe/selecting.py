@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from xmodel_steer.activations.collecting import collect_moments
+from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.maps.affine import Map
@@ -154,8 +156,7 @@ def one_layer(prepared: Prepared, selected: Selected) -> Selected | None:
 def read_contrast(prepared: Prepared, selected: Selected) -> Selected:
     """Fit the chosen map again, on text that has the contrast prompts too.
 
-    Their labels are not read. They are mixed with general documents, which are then read twice: pairs are shuffled
-    within a window, and in a window of contrast prompts alone the shuffled control would learn what they have in common.
+    Their labels are not read.
 
     Args:
         prepared: What `prepare` returned.
@@ -165,15 +166,11 @@ def read_contrast(prepared: Prepared, selected: Selected) -> Selected:
         PromptError: There is no general text: only its moments were given.
     """
     text, source = prepared.text, selected.source.space.site
-    contrast = prepared.contrast.positive + prepared.contrast.negative
     if not text.map:
         raise PromptError(
             "transfer: read_contrast mixes the contrast prompts with general text; give it with its moments"
         )
-    general = text.map[: max(16, len(contrast) // 2)]
-    mixed = [
-        (*contrast, *general)[i] for i in np.random.default_rng(prepared.seed).permutation(len(contrast) + len(general))
-    ]
+    mixed = mixed_text(prepared.contrast, text.map, seed=prepared.seed)
     pair = source, selected.native.space.site
     chosen, settings = prepared.moments.only([pair]), prepared.moments.settings
     more = collect_moments(
@@ -183,6 +180,22 @@ def read_contrast(prepared: Prepared, selected: Selected) -> Selected:
     )  # fmt: skip
     moments = chosen + replace(more, settings=chosen.settings)
     return _carried(prepared, moments, source, selected.native, selected.headline)
+
+
+def mixed_text(contrast: ContrastSet, general: Sequence[Prompt], *, seed: int = 0) -> list[Prompt]:
+    """Mix contrast prompts with general documents, which a map then reads twice.
+
+    Pairs are shuffled within a window. In a window of contrast prompts alone the shuffled control would learn what they have
+    in common.
+
+    Args:
+        contrast: The prompts, of both sides.
+        general: The map's text.
+        seed: Seed of the order.
+    """
+    prompts = (*contrast.positive, *contrast.negative)
+    both = (*prompts, *general[: max(16, len(prompts) // 2)])
+    return [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
 
 
 def gains(
