@@ -226,7 +226,9 @@ def opened(cell: str, place: str, name: str, server: Server, browser: Any, folde
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     name = f"{name}-{place.strip('/').replace('/', '-')}.ipynb"
     nbformat.write(book, server.folder / name)
-    browser.get(f"{server.url}{place}/{name}?token={TOKEN}")
+    # Without a workspace of its own, JupyterLab opens the last test's notebook again beside this one.
+    at = place.replace("/lab/", f"/lab/workspaces/{name.removesuffix('.ipynb')}/")
+    browser.get(f"{server.url}{at}/{name}?token={TOKEN}")
     made = Page(browser, server, folder)
     made.wait(
         lambda: any(
