@@ -14,7 +14,8 @@ from sample_maps import affine, identity, random_map
 import xmodel_steer as xs
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
-from xmodel_steer.evaluation import Patching, patching_grid
+from xmodel_steer.evaluation import GeneralText, Patching, patching_grid
+from xmodel_steer.evaluation import patched as patched_module
 from xmodel_steer.evaluation.patched import pair_positions
 from xmodel_steer.interventions import mapped_patch, mean_of, own_patch, patch
 from xmodel_steer.models.batching import encode
@@ -167,6 +168,25 @@ def test_mean_and_noise_of_general_text_are_patched_as_controls(twins) -> None:
     general = xs.capture(one.model, toys.sentences(20, 3), [1], tokens="all", max_tokens=64)[xs.Site(1)].values
     assert torch.allclose(mean[0], general.mean(0), atol=1e-4)
     assert float(((noise - mean) / general.std(0)).std()) == pytest.approx(1, abs=0.2)
+
+
+def test_general_text_is_read_once_and_each_pair_has_noise_of_its_own(twins, monkeypatch) -> None:
+    one, two = twins
+    read: list[Any] = []
+    real = patched_module.capture
+    monkeypatch.setattr(patched_module, "capture", lambda *a, **k: read.append(a[2]) or real(*a, **k))
+    general = GeneralText(one.model, toys.sentences(20, 3))
+    for _ in range(2):
+        asked = Patching(one.model, CLEAN, CORRUPTED, text=general, sites=[0, 1])
+        asked.grid()
+    assert read == [[xs.Site(0), xs.Site(1)]]
+    Patching(one.model, CLEAN, CORRUPTED, text=general, sites=[1, 2]).rows("mean", xs.Site(2))
+    assert read[1:] == [[xs.Site(2)]]
+    first, second = (asked.rows("noise", xs.Site(1), pair)[0] for pair in (0, 1))
+    again, other = asked.rows("noise", xs.Site(1))[0], asked.rows("noise", xs.Site(0))[0]
+    assert torch.equal(first, again) and not torch.allclose(first[-1], second[-1]) and not torch.allclose(first, other)
+    with pytest.raises(SpaceMismatchError, match="make a GeneralText of the target"):
+        Patching(two.model, CLEAN, CORRUPTED, text=general)
 
 
 def test_across_tokenizers_a_position_without_partner_stays_empty(llama, gemma) -> None:

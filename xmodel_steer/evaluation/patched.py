@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.errors import PromptError
-from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.prompts import Prompt, Prompts
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.evaluation.damage import steered_logits
 from xmodel_steer.interventions.steps import Reading, Replacement, Step
@@ -66,6 +67,28 @@ class Run:
         step = _one_place_each(space, rows, places)
         patched = self.measure(self.logits(target, self.patched, [step], len(places)))
         return (patched - self.base[1]) / (self.base[0] - self.base[1])
+
+
+@dataclass(frozen=True, eq=False)
+class GeneralText:
+    """General text, whose mean and noise are patched as controls; each site is read once.
+
+    Args:
+        target: The model that reads it.
+        text: The text, of which at most 64 tokens count in each prompt.
+    """
+
+    target: Any
+    text: Prompts
+    _read: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def at(self, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
+        """Find mean and standard deviation ``(d,)`` at each site; those not read before are read in one pass."""
+        if new := [site for site in sites if site not in self._read]:
+            for site, rows in capture(self.target, self.text, new, tokens="all", max_tokens=64).items():
+                values = rows.values.float()
+                self._read[site] = values.mean(0), values.std(0)
+        return {site: self._read[site] for site in sites}
 
 
 def pair_positions(read: Sequence[int], patched: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmodel_steer.activations.reading import capture
 from xmodel_steer.core.alignment import align_texts
 from xmodel_steer.core.bars import progress_bar
-from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.errors import PromptError, SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts
 from xmodel_steer.core.spaces import Site, Sites, as_sites
-from xmodel_steer.evaluation.patched import Run, answer_tokens, names_of, pair_positions
+from xmodel_steer.evaluation.patched import GeneralText, Run, answer_tokens, names_of, pair_positions
 from xmodel_steer.evaluation.recovery import KINDS, Kind, PatchingGrid
 from xmodel_steer.interventions.mirror import require_map_between
 from xmodel_steer.interventions.patches import Pairs, first_row, patch
@@ -44,7 +43,8 @@ class Patching:
         source: A model whose activations are mapped and patched too.
         maps: Maps from sites of the source to ``sites``.
         source_prompts: What the source reads, if it is another text than the one that the activations are from.
-        text: General text. Its mean at each site, and noise of its mean and variance, are patched too, as controls.
+        text: General text. Its mean at each site, and noise of its mean and variance, are patched too, as controls. A
+            `GeneralText` keeps what it has read for the next patching.
         pairs: For each pair of prompts the positions that pair, if not by the rule: the one whose activation is read, and
             the one that is patched, both of the target's tokens.
         direction: ``denoise`` patches the clean prompt's activations into the corrupted run. ``noise`` patches the
@@ -53,7 +53,7 @@ class Patching:
     Raises:
         PromptError: The lists have different lengths, two answers begin with the same token, a prompt's tokens change when
             its answer is added, a position does not exist, or the target's measure is the same on both prompts.
-        SpaceMismatchError: A map is not between these models.
+        SpaceMismatchError: A map is not between these models, or the general text is another model's.
         ValueError: A map leads to none of the sites, two lead to one, or the direction is another.
 
     Example:
@@ -72,12 +72,16 @@ class Patching:
     source: Any = None
     maps: Sequence[Map] = ()
     source_prompts: Prompts | None = None
-    text: Prompts = ()
+    text: Prompts | GeneralText = ()
     pairs: Sequence[Pairs] | None = None
     direction: str = "denoise"
 
     def __post_init__(self) -> None:
-        for name in ("clean", "corrupted", "source_prompts", "text"):
+        if not isinstance(self.text, GeneralText):
+            object.__setattr__(self, "text", GeneralText(self.target, as_prompts(self.text)))
+        if self.general.target is not self.target:
+            raise SpaceMismatchError("patching: the general text is read by another model; make a GeneralText of the target")
+        for name in ("clean", "corrupted", "source_prompts"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else as_prompts(value))
         given = {name: getattr(self, name) for name in ("clean", "corrupted", "answers", "source_prompts", "pairs")}
@@ -106,7 +110,8 @@ class Patching:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of patches that can be made."""
-        there = {"mapped": bool(self.maps), "mean": bool(self.text), "noise": bool(self.text)}
+        controls = bool(self.general.text)
+        there = {"mapped": bool(self.maps), "mean": controls, "noise": controls}
         return tuple(kind for kind in KINDS if there.get(kind, True))
 
     @cached_property
@@ -154,12 +159,11 @@ class Patching:
             )
         return replace(run, base=base)
 
-    @cached_property
-    def _general(self) -> dict[Site, tuple[Tensor, Tensor]]:
-        """Mean and standard deviation of general text at each site."""
-        rows = capture(self.target, self.text, list(self.places), tokens="all", max_tokens=64)
-        values = {site: rows[site].values.float() for site in self.places}
-        return {site: (value.mean(0), value.std(0)) for site, value in values.items()}
+    @property
+    def general(self) -> GeneralText:
+        """The general text, with what was read of it."""
+        assert isinstance(self.text, GeneralText)
+        return self.text
 
     def rows(self, kind: Kind, site: Site, pair: int = 0) -> tuple[Tensor, tuple[int, ...]]:
         """Return what a kind of patch writes at a site, and at which positions.
@@ -178,8 +182,9 @@ class Patching:
                 return torch.zeros(0, 0), ()
             values = run.read[self._maps[site].source.site][[read for read, _ in run.mapped]]
             return self._maps[site].transform(values), tuple(place for _, place in run.mapped)
-        mean, scale = self._general[site]
-        draws = torch.randn((len(places), len(mean)), generator=torch.Generator().manual_seed(site.layer)).to(mean)
+        mean, scale = self.general.at(self.places)[site]
+        seed = np.random.default_rng((site.layer, pair)).integers(2**62)
+        draws = torch.randn((len(places), len(mean)), generator=torch.Generator().manual_seed(int(seed))).to(mean)
         return mean + draws * scale * (kind == "noise"), places
 
     def steps(self, kind: Kind, cells: Sequence[tuple[Site, int]], pair: int = 0) -> list[Step]:
