@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import unescape
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,13 @@ from sample_results import result as a_record
 import xmodel_steer as xs
 from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import ModelError, NonFiniteError, PromptError, SpaceMismatchError
+from xmodel_steer.core.spaces import Stack
 from xmodel_steer.interventions.positions import Where
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.notebook import html
 from xmodel_steer.notebook.explorer import Explorer
-from xmodel_steer.notebook.options import options_of
-from xmodel_steer.notebook.writing import Choice, watch, written
+from xmodel_steer.notebook.options import Option, options_of
+from xmodel_steer.notebook.writing import OPERATORS, Choice, Setting, watch, written
 
 PROMPT = "The sky above"
 NEW = 6
@@ -38,10 +40,24 @@ def closed() -> Iterator[None]:
     ipywidgets.Widget.close_all()
 
 
-def texts(model: Any, vector: Any, choice: Choice) -> tuple[str, str]:
+def chosen(
+    vector: Any,
+    strength: float = 1.0,
+    positions: Where = "all",
+    new: int = NEW,
+    prompt: str = PROMPT,
+    chat: bool = False,
+) -> Choice:
+    """One vector that is added."""
+    option = vector if isinstance(vector, Option) else Option("joy", vector, "vectors['joy']")
+    return Choice(prompt, (Setting(option, xs.Add(strength), positions),), new, chat)
+
+
+def texts(model: Any, choice: Choice) -> tuple[str, str]:
     """Steered and unsteered text, by the library's calls."""
     settings = dict(max_new_tokens=choice.max_new_tokens)
-    with xs.steering(model, vector, operator=xs.Add(choice.strength), positions=choice.positions):
+    (setting,) = choice.settings
+    with xs.steering(model, setting.option.vector, operator=setting.operator, positions=setting.positions):
         (steered,) = xs.generate(model, [choice.asked()], **settings)
     (unsteered,) = xs.generate(model, [choice.asked()], **settings)
     return steered, unsteered
@@ -78,39 +94,38 @@ def message_of(explorer: Explorer) -> str:
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
 def test_the_streams_are_what_generate_gives(toy: toys.Toy, positions: Where) -> None:
-    vector = toy.vector(1)
     for strength in (3.0, -3.0):
-        choice = Choice(PROMPT, strength, positions, NEW)
-        *_, last = watch(toy.model, choice, vector)
-        assert (last.steered, last.unsteered) == texts(toy.model, vector, choice)
-        *_, alone = written(toy.model, choice, vector)
+        choice = chosen(toy.vector(1), strength, positions)
+        *_, last = watch(toy.model, choice)
+        assert (last.steered, last.unsteered) == texts(toy.model, choice)
+        *_, alone = written(toy.model, choice)
         assert alone.text == last.steered
 
 
 def test_they_take_turns_and_the_steered_one_begins(llama: toys.Toy) -> None:
-    vector, choice = llama.vector(1), Choice(PROMPT, 3.0, max_new_tokens=NEW)
-    views = list(watch(llama.model, choice, vector))
+    choice = chosen(llama.vector(1), 3.0)
+    views = list(watch(llama.model, choice))
     assert len(views) == 2 * NEW
-    steered, unsteered = ([t.text for t in written(llama.model, choice, v)] for v in (vector, None))
+    steered, unsteered = ([t.text for t in written(llama.model, choice, steered=on)] for on in (True, False))
     assert [v.steered for v in views[::2]] == steered and [v.unsteered for v in views[1::2]] == unsteered
     assert not views[0].next_tokens and views[1].next_tokens == views[-1].next_tokens
 
 
 def test_one_that_has_ended_does_not_stop_the_other(llama: toys.Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    vector, choice = llama.vector(1), Choice(PROMPT, 3.0, max_new_tokens=NEW)
+    vector, choice = llama.vector(1), chosen(llama.vector(1), 3.0)
     free, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW)
     with xs.steering(llama.model, vector, operator=xs.Add(3.0)):
         steered, _ = generate_tokens(llama.model, [PROMPT], max_new_tokens=NEW)
     stop = next(i for i in free[0] if i not in steered[0])
     monkeypatch.setattr(llama.model.original_model.generation_config, "eos_token_id", [stop])
-    *_, last = watch(llama.model, choice, vector)
-    assert (last.steered, last.unsteered) == texts(llama.model, vector, choice)
+    *_, last = watch(llama.model, choice)
+    assert (last.steered, last.unsteered) == texts(llama.model, choice)
     assert len(last.unsteered) < len(last.steered)
 
 
 def test_next_tokens_are_the_models_own_probabilities(toy: toys.Toy) -> None:
-    vector, choice = toy.vector(1), Choice(PROMPT, 3.0, max_new_tokens=1)
-    *_, view = watch(toy.model, choice, vector, top=5)
+    vector = toy.vector(1)
+    *_, view = watch(toy.model, chosen(vector, 3.0, new=1), top=5)
     before = logits(toy)[0, -1].softmax(-1)
     with xs.steering(toy.model, vector, operator=xs.Add(3.0)):
         after = logits(toy)[0, -1].softmax(-1)
@@ -123,7 +138,7 @@ def test_next_tokens_are_the_models_own_probabilities(toy: toys.Toy) -> None:
 
 def test_between_two_tokens_the_model_is_plain(toy: toys.Toy) -> None:
     before, count = logits(toy), hooks(toy.model)
-    for _ in watch(toy.model, Choice(PROMPT, 3.0, max_new_tokens=NEW), toy.vector(1)):
+    for _ in watch(toy.model, chosen(toy.vector(1), 3.0)):
         assert hooks(toy.model) == count
         assert torch.equal(logits(toy), before)
 
@@ -131,7 +146,7 @@ def test_between_two_tokens_the_model_is_plain(toy: toys.Toy) -> None:
 @pytest.mark.parametrize("passes", [0, 1, 2, 5])
 def test_an_interrupt_in_a_forward_pass_leaves_the_model_as_it_was(toy: toys.Toy, passes: int) -> None:
     before, count = logits(toy), hooks(toy.model)
-    run = watch(toy.model, Choice(PROMPT, 3.0, max_new_tokens=NEW), toy.vector(1))
+    run = watch(toy.model, chosen(toy.vector(1), 3.0))
     for _ in range(passes):
         next(run)
     fired = []
@@ -152,21 +167,21 @@ def test_an_interrupt_in_a_forward_pass_leaves_the_model_as_it_was(toy: toys.Toy
 
 def test_the_code_gives_the_same_texts(toy: toys.Toy) -> None:
     for strength, prompt in ((2.5, PROMPT), (-3.0, 'the "port"\nwas \\ l\'été {x}')):
-        choice = Choice(prompt, strength, "generated", NEW)
         (option,) = options_of(toy.model, toy.vector(1), "vector")
+        choice = chosen(option, strength, "generated", prompt=prompt)
         space: dict[str, Any] = {"model": toy.model, "vector": option.vector}
-        exec(choice.code(option), space)
-        *_, last = watch(toy.model, choice, option.vector)
+        exec(choice.code(), space)
+        *_, last = watch(toy.model, choice)
         assert (space["steered"], space["unsteered"]) == (last.steered, last.unsteered)
 
 
 def test_a_chat_message(llama: toys.Toy, capsys: pytest.CaptureFixture[str]) -> None:
-    choice = Choice(PROMPT, 3.0, max_new_tokens=NEW, chat=True)
     (option,) = options_of(llama.model, {"joy": llama.vector(1)})
-    *_, last = watch(llama.model, choice, option.vector)
+    choice = chosen(option, 3.0, chat=True)
+    *_, last = watch(llama.model, choice)
     chat = [{"role": "user", "content": PROMPT}]
     assert [last.unsteered] == xs.generate(llama.model, [chat], max_new_tokens=NEW)
-    exec(choice.code(option), {"model": llama.model, "vectors": {"joy": option.vector}})
+    exec(choice.code(), {"model": llama.model, "vectors": {"joy": option.vector}})
     assert capsys.readouterr().out == f"steered:\n{last.steered}\n\nunsteered:\n{last.unsteered}\n"
 
 
@@ -192,9 +207,9 @@ def test_a_results_vectors_are_those_of_the_model(llama: toys.Toy, gemma: toys.T
     assert torch.equal(target["random"].vector.direction, own.direction)
     for option in target.values():
         space: dict[str, Any] = {"model": gemma.model, "result": result}
-        choice = Choice(PROMPT, 2.0, max_new_tokens=NEW)
-        exec(choice.code(option), space)
-        assert (space["steered"], space["unsteered"]) == texts(gemma.model, option.vector, choice)
+        choice = chosen(option, 2.0)
+        exec(choice.code(), space)
+        assert (space["steered"], space["unsteered"]) == texts(gemma.model, choice)
 
 
 def test_one_name_may_have_several_layers(llama: toys.Toy) -> None:
@@ -211,9 +226,7 @@ def test_one_name_may_have_several_layers(llama: toys.Toy) -> None:
     explorer.layer.value = xs.Site(2)
     explorer.prompt.value, explorer.tokens.value = PROMPT, NEW
     explorer.generate.click()
-    assert (
-        text_of(explorer.steered.value) == texts(llama.model, vectors["joy"][1], Choice(PROMPT, max_new_tokens=NEW))[0]
-    )
+    assert text_of(explorer.steered.value) == texts(llama.model, chosen(vectors["joy"][1]))[0]
     explorer.vector.value = "calm"
     assert explorer.layer.layout.display == "none" and explorer.layer.value == xs.Site(2)
 
@@ -274,7 +287,7 @@ def test_a_click_shows_texts_probabilities_and_code(llama: toys.Toy) -> None:
     explorer = opened(llama)
     explorer.strength.value, explorer.positions.value = -3.0, "generated"
     explorer.generate.click()
-    expected = texts(llama.model, llama.vector(1), Choice(PROMPT, -3.0, "generated", NEW))
+    expected = texts(llama.model, chosen(llama.vector(1), -3.0, "generated"))
     assert (text_of(explorer.steered.value), text_of(explorer.unsteered.value)) == expected
     assert "joy × -3, resid_post[1], generated" in explorer.steered.value
     assert explorer.next_tokens.value.count("<tr>") == 8 and message_of(explorer) == ""
@@ -282,6 +295,90 @@ def test_a_click_shows_texts_probabilities_and_code(llama: toys.Toy) -> None:
     exec(code_of(explorer), space)
     assert (space["steered"], space["unsteered"]) == expected
     assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
+
+
+def with_classes(toy: toys.Toy, layer: int, seed: int = 0) -> xs.SteeringVector:
+    high, low = (toy.vector(layer, seed=seed + k).direction for k in (1, 2))
+    vector = replace(toy.vector(layer), direction=high - low, positive_mean=high, negative_mean=low)
+    return vector.with_scale(torch.rand(toy.width) + 0.5)
+
+
+@pytest.mark.parametrize("name", ["add", "ablate", "clamp to positive", "clamp to negative"])
+def test_every_operator_and_gate_is_the_librarys(llama: toys.Toy, name: str) -> None:
+    vectors = {"joy": llama.vector(1), "calm": with_classes(llama, 1), "else": with_classes(llama, 2)}
+    explorer = xs.explore(llama.model, vectors, prompt=PROMPT, max_new_tokens=NEW)
+    assert explorer.operator.options == ("add", "ablate")  # joy has no class means
+    assert [label for label, _ in explorer.gate.options] == [
+        *("everywhere", "where calm is positive", "where calm is negative")  # else is of another site
+    ]
+    explorer.vector.value = "calm"
+    assert explorer.operator.options == tuple(OPERATORS)
+    explorer.operator.value, explorer.strength.value = name, 3.0
+    assert (explorer.strength.layout.display == "none") == (name == "ablate")
+    for gate in (None, xs.Gate(vectors["calm"], "positive"), xs.Gate(vectors["calm"], "negative")):
+        explorer.gate.index = 0 if gate is None else 1 if gate.side == "positive" else 2
+        explorer.generate.click()
+        step = xs.Intervention(vectors["calm"], OPERATORS[name](3.0), gate=gate)
+        with xs.steering(llama.model, [step]):
+            (expected,) = xs.generate(llama.model, [PROMPT], max_new_tokens=NEW)
+        assert text_of(explorer.steered.value) == expected
+        space: dict[str, Any] = {"model": llama.model, "vectors": vectors}
+        exec(code_of(explorer), space)
+        assert space["steered"] == expected
+
+
+def test_kept_vectors_act_together_until_they_are_dropped(llama: toys.Toy) -> None:
+    vectors = {"joy": llama.vector(1), "calm": llama.vector(2, seed=5)}
+    explorer = xs.explore(llama.model, vectors, prompt=PROMPT, max_new_tokens=NEW)
+    explorer.strength.value = 3.0
+    explorer.generate.click()
+    alone = text_of(explorer.steered.value)
+    explorer.keep.click()
+    assert "joy × 3, resid_post[1], all" in explorer.kept.value and explorer.drop.layout.display is None
+    explorer.vector.value, explorer.operator.value, explorer.positions.value = "calm", "ablate", "generated"
+    explorer.generate.click()
+    steps = [
+        xs.Intervention(vectors["calm"], xs.Ablate(), "generated"),
+        xs.Intervention(vectors["joy"], xs.Add(3.0)),
+    ]
+    with xs.steering(llama.model, steps):
+        (expected,) = xs.generate(llama.model, [PROMPT], max_new_tokens=NEW)
+    assert text_of(explorer.steered.value) == expected != alone
+    assert "and joy × 3" in explorer.steered.value
+    space: dict[str, Any] = {"model": llama.model, "vectors": vectors}
+    exec(code_of(explorer), space)
+    assert space["steered"] == expected
+    explorer.drop.click()
+    assert not explorer.kept.value and explorer.drop.layout.display == "none"
+    explorer.vector.value, explorer.operator.value, explorer.positions.value = "joy", "add", "all"
+    explorer.generate.click()
+    assert text_of(explorer.steered.value) == alone
+
+
+def test_a_vector_of_several_sites_acts_at_each(llama: toys.Toy) -> None:
+    space = xs.space_of(llama.model, Stack([1, 2]))
+    stack = xs.SteeringVector(torch.cat([llama.vector(k).direction for k in (1, 2)]), space, label="joy")
+    explorer = xs.explore(llama.model, {"joy": stack}, prompt=PROMPT, max_new_tokens=NEW)
+    explorer.strength.value = 3.0
+    explorer.generate.click()
+    with xs.steering(llama.model, stack, operator=xs.Add(3.0)):
+        (expected,) = xs.generate(llama.model, [PROMPT], max_new_tokens=NEW)
+    assert text_of(explorer.steered.value) == expected
+    space: dict[str, Any] = {"model": llama.model, "vectors": {"joy": stack}}
+    exec(code_of(explorer), space)
+    assert space["steered"] == expected
+
+
+def test_a_run_folder_is_read(llama: toys.Toy, gemma: toys.Toy, tmp_path: Path) -> None:
+    result = a_result(llama, gemma)
+    xs.save(result, tmp_path / "run")
+    for made in (xs.explore(gemma.model, str(tmp_path / "run")), xs.explore(tmp_path / "run", gemma.model)):
+        assert made.strength.value == 2.0 and made.vector.value == "mapped"
+        made.prompt.value, made.tokens.value = PROMPT, NEW
+        made.generate.click()
+        space: dict[str, Any] = {"model": gemma.model}
+        exec(code_of(made), space)
+        assert space["steered"] == text_of(made.steered.value)
 
 
 def test_a_result_begins_at_its_headline_in_either_order(llama: toys.Toy, gemma: toys.Toy) -> None:
@@ -385,9 +482,7 @@ def test_a_click_while_one_runs_stops_it(llama: toys.Toy) -> None:
         await asyncio.to_thread(explorer.generate.click)  # JupyterLab's clicks come on another thread
         while explorer._run is not None or len(seen) < 4:
             await asyncio.sleep(0)
-        assert (
-            text_of(explorer.steered.value) == texts(llama.model, llama.vector(1), Choice(PROMPT, -3.0, "all", 40))[0]
-        )
+        assert text_of(explorer.steered.value) == texts(llama.model, chosen(llama.vector(1), -3.0, new=40))[0]
         return seen
 
     headings = [re.findall("joy × -?[0-9]", html)[0] for html in in_a_notebook(act)]
@@ -409,7 +504,7 @@ def test_stop_keeps_what_is_written(llama: toys.Toy) -> None:
         for _ in range(20):
             await asyncio.sleep(0)
         assert explorer.steered.value == shown and message_of(explorer) == "Stopped." and explorer.stop.disabled
-        whole = texts(llama.model, llama.vector(1), Choice(PROMPT, max_new_tokens=NEW))[0]
+        whole = texts(llama.model, chosen(llama.vector(1)))[0]
         assert text_of(shown) != whole and whole.startswith(text_of(shown))
 
     in_a_notebook(act)
@@ -456,4 +551,4 @@ def test_what_models_write_cannot_break_the_page() -> None:
 
 def test_an_empty_prompt_is_no_choice() -> None:
     with pytest.raises(PromptError, match="The prompt is empty: write something"):
-        Choice(" \n")
+        chosen(None, prompt=" \n")

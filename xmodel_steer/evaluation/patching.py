@@ -80,7 +80,9 @@ class Patching:
         if not isinstance(self.text, GeneralText):
             object.__setattr__(self, "text", GeneralText(self.target, as_prompts(self.text)))
         if self.general.target is not self.target:
-            raise SpaceMismatchError("patching: the general text is read by another model; make a GeneralText of the target")
+            raise SpaceMismatchError(
+                "patching: the general text is read by another model; make a GeneralText of the target"
+            )
         for name in ("clean", "corrupted", "source_prompts"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else as_prompts(value))

@@ -77,14 +77,15 @@ def steering(
 
 
 def require_space_of(model: Any, space: Space, what: str) -> None:
-    """Refuse a space of another model, or of a differently processed site.
+    """Refuse a space of another model, or of a differently processed site; of a stack, each member.
 
     Raises:
         SpaceMismatchError: The space is none of this model's.
     """
-    # A layer that this model lacks is refused like any other space.
-    layer = min(space.site.layer, model.cfg.n_layers - 1)
-    require_same_space(space_of(model, Site(layer, space.site.stream)), space, what)
+    for member in space.members:
+        # A layer that this model lacks is refused like any other space.
+        layer = min(member.site.layer, model.cfg.n_layers - 1)
+        require_same_space(space_of(model, Site(layer, member.site.stream)), member, what)
 
 
 def steps_of(

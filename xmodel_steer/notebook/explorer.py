@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.texts import on_page
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.figures.style import COLOURS
 from xmodel_steer.interventions.positions import Where
@@ -12,8 +14,9 @@ from xmodel_steer.models.facts import context_length, tokenizer_of
 from xmodel_steer.notebook.html import bars_html, code_html, text_html
 from xmodel_steer.notebook.options import Option, options_of
 from xmodel_steer.notebook.turns import Turns, ipywidgets_of, notebook_name
-from xmodel_steer.notebook.writing import Choice, View, watch
+from xmodel_steer.notebook.writing import OPERATORS, Choice, Setting, View, watch
 from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.saving import read
 
 
 class Explorer(Turns):
@@ -33,6 +36,7 @@ class Explorer(Turns):
         super().__init__("explore")
         w = ipywidgets_of("explore")
         self._model, self._options, self._name = model, tuple(options), name
+        self._kept: tuple[Setting, ...] = ()
 
         def auto() -> Any:  # one for each control, since it also hides the control
             return w.Layout(width="auto")
@@ -43,6 +47,9 @@ class Explorer(Turns):
             options=list(dict.fromkeys(o.name for o in options)), description="vector", style=short, layout=auto()
         )
         self.layer = w.Dropdown(description="layer", style=short, layout=auto())
+        self.operator, self.gate = (
+            w.Dropdown(description=name, style=short, layout=auto()) for name in ("operator", "only")
+        )
         self.strength = w.FloatSlider(
             strength, min=strengths[0], max=strengths[1], step=0.1, description="strength", style=short
         )
@@ -54,15 +61,24 @@ class Explorer(Turns):
         self.chat = w.Checkbox(description="as a chat message", indent=False, layout=auto())
         self.chat.layout.display = None if getattr(tokenizer_of(model), "chat_template", None) else "none"
         self.generate = w.Button(description="Generate", button_style="primary")
+        self.keep = w.Button(description="Keep, and add another", layout=auto())
+        self.drop, self.kept = w.Button(description="Drop the kept", layout=auto()), w.HTML()
         self.steered, self.unsteered = (w.HTML(layout=w.Layout(flex="1 1 320px")) for _ in range(2))
         self.next_tokens, self.code = w.HTML(), w.HTML()
         row = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 14px")
-        settings = [self.vector, self.layer, self.strength, self.positions, self.tokens, self.chat]
+        settings = [self.vector, self.layer, self.operator, self.strength, self.positions, self.gate, self.keep]
+        kept = w.Box([self.kept, self.drop], layout=row)
         texts = w.Box([self.steered, self.unsteered], layout=w.Layout(flex_flow="row wrap", grid_gap="0 24px"))
-        buttons = w.Box([self.generate, self.stop, self.message], layout=row)
-        self.box = w.VBox([self.prompt, w.Box(settings, layout=row), buttons, texts, self.next_tokens, self.code])
+        buttons = w.Box([self.generate, self.stop, self.tokens, self.chat, self.message], layout=row)
+        shown = [texts, self.next_tokens, self.code]
+        self.box = w.VBox([self.prompt, w.Box(settings, layout=row), kept, buttons, *shown])
         self.vector.observe(lambda _: self._list_layers(), "value")
+        self.layer.observe(lambda _: self._list_operators(), "value")
+        self.operator.observe(lambda _: self._name_slider(), "value")
         self._list_layers()
+        self._keep()
+        self.keep.on_click(lambda _: self._keep(*self._kept, self._setting()))
+        self.drop.on_click(lambda _: self._keep())
         self.generate.on_click(lambda _: self._clicked())
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -74,34 +90,63 @@ class Explorer(Turns):
         self.layer.options = [(str(site), site) for site in sites]
         self.layer.index = 0
         self.layer.layout.display = None if len(sites) > 1 else "none"
+        self._list_operators()
+
+    def _list_operators(self) -> None:
+        """Offer the operators that the vector has what it takes for, and the gates of its site."""
+        if self.layer.value is None:  # the layers are being listed
+            return
+        option, before = self._option(), self.operator.value
+        names = [name for name in OPERATORS if option.has_classes or not name.startswith("clamp")]
+        self.operator.options, self.operator.value = names, before if before in names else "add"
+        gates = [gate for gate in self._options if gate.has_classes and gate.site == option.site]
+        sides = ("positive", "negative")
+        self.gate.options = [
+            ("everywhere", None),
+            *((f"where {gate.name} is {side}", (gate, side)) for gate in gates for side in sides),
+        ]
+        self.gate.layout.display = None if gates else "none"
+
+    def _name_slider(self) -> None:
+        """Name the slider after what it is to the operator."""
+        self.strength.description = "overshoot" if str(self.operator.value).startswith("clamp") else "strength"
+        self.strength.layout.display = "none" if self.operator.value == "ablate" else None
+
+    def _option(self) -> Option:
+        chosen = (self.vector.value, self.layer.value)
+        return next(option for option in self._options if (option.name, option.site) == chosen)
+
+    def _setting(self) -> Setting:
+        """Read the controls of the vector."""
+        operator = OPERATORS[self.operator.value](round(self.strength.value, 6))
+        return Setting(self._option(), operator, self.positions.value, self.gate.value)
+
+    def _keep(self, *settings: Setting) -> None:
+        """Keep settings that act together with what the controls say."""
+        self._kept = settings
+        self.kept.value = " ".join(f"<div>and {on_page(setting.title)}</div>" for setting in settings)
+        self.drop.layout.display = None if settings else "none"
 
     def _clicked(self) -> None:
         """Read the controls and begin a comparison."""
         try:
-            choice = Choice(
-                self.prompt.value,
-                round(self.strength.value, 6),
-                self.positions.value,
-                self.tokens.value,
-                self.chat.value,
-            )
+            settings = (self._setting(), *self._kept)
+            choice = Choice(self.prompt.value, settings, self.tokens.value, self.chat.value)
         except PromptError as error:
             self.say(str(error), wrong=True)
             return
-        chosen = (self.vector.value, self.layer.value)
-        option = next(option for option in self._options if (option.name, option.site) == chosen)
         self.say("Waiting for the running cell to end …")
-        run = watch(self._model, choice, option.vector)
-        self.on_main_thread(self.begin, run, lambda view: self._show(view, choice, option), "Writing …")
+        run = watch(self._model, choice)
+        self.on_main_thread(self.begin, run, lambda view: self._show(view, choice), "Writing …")
 
-    def _show(self, view: View, choice: Choice, option: Option) -> None:
-        colour = COLOURS.get(option.name, COLOURS["mapped"])
-        heading = f"{option.name} × {choice.strength:g}, {option.site}, {choice.positions}"
+    def _show(self, view: View, choice: Choice) -> None:
+        colour = COLOURS.get(choice.settings[0].option.name, COLOURS["mapped"])
+        heading = "; and ".join(setting.title for setting in choice.settings)
         self.steered.value = text_html(heading, colour, choice.prompt, view.steered)
         self.unsteered.value = text_html("unsteered", COLOURS["unsteered"], choice.prompt, view.unsteered)
         keys = ("steered", colour), ("unsteered", COLOURS["unsteered"])
         self.next_tokens.value = bars_html([(t.token, (t.steered, t.unsteered)) for t in view.next_tokens], keys)
-        self.code.value = code_html(choice.code(option, self._name))
+        self.code.value = code_html(choice.code(self._name))
 
 
 def explore(
@@ -114,6 +159,9 @@ def explore(
 ) -> Explorer:
     """Try vectors by hand in a notebook: steered and unsteered text side by side.
 
+    A vector is added, ablated or clamped, everywhere or where a vector of the same site tells its class; "Keep, and add
+    another" makes several act together.
+
     This needs JupyterLab 4 or Notebook 7, and ``pip install "xmodel-steer[notebook]"``. Decoding is greedy. "Stop", the
     notebook's interrupt button and another click on "Generate" stop a comparison. The model is hooked only while a
     token is computed, so that other cells find it unchanged.
@@ -124,8 +172,9 @@ def explore(
     Args:
         model: The model to steer.
         vectors: A `Result`, to choose between its mapped, native, shuffled and a random vector (or, for its
-            source model, its source vector); or a vector, several, or a mapping of names to vectors. A name may
-            have several vectors, one per layer. Model and result may also come in the other order.
+            source model, its source vector), or the folder of a saved one; or a vector, several, or a mapping of
+            names to vectors. A name may have several vectors, one per layer. Model and result may also come in the
+            other order.
         prompt: Initial text of the prompt box.
         max_new_tokens: Initial number of tokens to add.
         strengths: The ends of the strength slider, in units of the vector; by default -4 and 4, or a larger headline
@@ -145,11 +194,15 @@ def explore(
         >>> xs.explore(large, result)                               # doctest: +SKIP
         >>> xs.explore(large, {"joy": joy, "calm": [calm_8, calm_10]}, prompt="The letter")  # doctest: +SKIP
     """
-    if isinstance(model, (Result, SteeringVector)):
+    if isinstance(model, (Result, SteeringVector, Path)):
         model, vectors = vectors, model
     ipywidgets_of("explore")
+    default = "vector" if isinstance(vectors, SteeringVector) else "vectors"
+    if isinstance(vectors, (str, Path)):
+        vectors, default = read(vectors), f"xs.read({str(vectors)!r})"
+    elif isinstance(vectors, Result):
+        default = "result"
     a_result = isinstance(vectors, Result)
-    default = "result" if a_result else "vector" if isinstance(vectors, SteeringVector) else "vectors"
     options = options_of(model, vectors, notebook_name(vectors, default))
     options = [replace(option, code=notebook_name(option.vector, option.code)) for option in options]
     end = max(4.0, abs(vectors.headline)) if a_result else 4.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from xmodel_steer.core.directions import random_like
 from xmodel_steer.core.errors import SpaceMismatchError
-from xmodel_steer.core.spaces import Site
+from xmodel_steer.core.spaces import Site, Stack
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.contexts import require_space_of
 from xmodel_steer.models.facts import name_of
@@ -34,6 +34,13 @@ class Option:
     def site(self) -> Site:
         """The site where the vector acts."""
         return self.vector.space.site
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it can be clamped, and be a gate."""
+        v = self.vector
+        known = v.scale is not None and v.positive_mean is not None and v.negative_mean is not None
+        return known and not isinstance(self.site, Stack)
 
 
 def options_of(model: Any, vectors: Any, name: str = "vectors") -> tuple[Option, ...]:

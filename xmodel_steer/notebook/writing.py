@@ -1,31 +1,77 @@
 """Steered and unsteered texts, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
-from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.core.spaces import Stack
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.interventions.operators import Add
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate, Operator
 from xmodel_steer.interventions.positions import Where
+from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.models.generation import Written, stream
 from xmodel_steer.notebook.options import Option
 
+# What the slider's value means to each operator.
+OPERATORS: dict[str, Callable[[float], Operator]] = {
+    "add": Add,
+    "ablate": lambda _: Ablate(),
+    "clamp to positive": lambda overshoot: Clamp("positive", overshoot=overshoot),
+    "clamp to negative": lambda overshoot: Clamp("negative", overshoot=overshoot),
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A vector at work: its operator, where it acts, and where not.
+
+    Args:
+        option: The vector.
+        operator: The operator.
+        positions: Where in the text it acts; see `Intervention`.
+        gate: A vector of the same site and the class to act on; without it, on all rows.
+    """
+
+    option: Option
+    operator: Operator = Add()
+    positions: Where = "all"
+    gate: tuple[Option, Literal["positive", "negative"]] | None = None
+
+    def steps(self) -> list[Intervention]:
+        """Make the interventions: one, or one for each member of a vector of several sites."""
+        gate = Gate(self.gate[0].vector, self.gate[1]) if self.gate else None
+        return [Intervention(v, self.operator, self.positions, gate=gate) for v in self.option.vector.members()]
+
+    @property
+    def title(self) -> str:
+        """Say what acts, where."""
+        how = f" × {self.operator.strength:g}" if isinstance(self.operator, Add) else f": {self.operator}"
+        where = f" where {self.gate[0].name} is {self.gate[1]}" if self.gate else ""
+        return f"{self.option.name}{how}, {self.option.site}, {self.positions}{where}"
+
+    @property
+    def code(self) -> str:
+        """Write the library's calls; a vector of several sites makes several."""
+        gate = f", gate=xs.Gate({self.gate[0].code}, {self.gate[1]!r})" if self.gate else ""
+        call = f"xs.Intervention({{}}, xs.{self.operator!r}, {self.positions!r}{gate})"
+        if isinstance(self.option.site, Stack):
+            return f"*({call.format('v')} for v in {self.option.code}.members())"
+        return call.format(self.option.code)
+
+
+@dataclass(frozen=True, eq=False)
 class Choice:
     """The settings of a comparison: one prompt, steered and unsteered.
 
     Args:
         prompt: The text to continue, or with ``chat`` the user's message.
-        strength: The strength of `Add`; negative steers away.
-        positions: Where in the text to steer; see `Intervention`.
+        settings: What acts, together.
         max_new_tokens: Number of tokens to add.
         chat: Render the prompt as a user's message, with the model's chat template.
 
@@ -34,8 +80,7 @@ class Choice:
     """
 
     prompt: str
-    strength: float = 1.0
-    positions: Where = "all"
+    settings: tuple[Setting, ...]
     max_new_tokens: int = 40
     chat: bool = False
 
@@ -47,16 +92,19 @@ class Choice:
         """Make the library's prompt."""
         return Prompt.of([{"role": "user", "content": self.prompt}] if self.chat else self.prompt)
 
-    def code(self, option: Option, model: str = "model") -> str:
+    def code(self, model: str = "model") -> str:
         """Write the library calls for both texts; ``model`` is an expression for the model."""
         prompt = f'[{{"role": "user", "content": {self.prompt!r}}}]' if self.chat else repr(self.prompt)
         settings = f"max_new_tokens={self.max_new_tokens}"
+        options = [o for s in self.settings for o in (s.option, *(s.gate or ())[:1])]
+        steps = ",\n    ".join(setting.code for setting in self.settings)
         lines = [
             "import xmodel_steer as xs",
-            *option.imports,
+            *dict.fromkeys(line for option in options for line in option.imports),
             "",
             f"prompt = {prompt}",
-            f"with xs.steering({model}, {option.code}, operator=xs.Add({self.strength!r}), positions={self.positions!r}):",
+            f"steps = [\n    {steps},\n]" if len(self.settings) > 1 else f"steps = [{steps}]",
+            f"with xs.steering({model}, steps):",
             f"    (steered,) = xs.generate({model}, [prompt], {settings})",
             f"(unsteered,) = xs.generate({model}, [prompt], {settings})",
             'print(f"steered:\\n{steered}\\n\\nunsteered:\\n{unsteered}")',
@@ -88,11 +136,10 @@ class View:
     next_tokens: tuple[NextToken, ...] = ()
 
 
-def written(model: Any, choice: Choice, vector: SteeringVector | None = None) -> Iterator[Written]:
+def written(model: Any, choice: Choice, *, steered: bool = True) -> Iterator[Written]:
     """Write the model's continuation token by token, steered or unsteered.
 
     The model is hooked only while a token is computed: between two tokens, and after an interruption, it is unchanged.
-    Without a vector nothing is steered.
 
     Yields:
         The text so far, with the logits of its newest token; the last text equals `generate`'s under the same
@@ -103,16 +150,16 @@ def written(model: Any, choice: Choice, vector: SteeringVector | None = None) ->
         SpaceMismatchError: The vector is of another space.
     """
     tokens = stream(model, choice.asked(), max_new_tokens=choice.max_new_tokens)
-    vectors = [] if vector is None else [vector]
+    steps = [step for setting in choice.settings * steered for step in setting.steps()]
     while True:
-        with steering(model, vectors, operator=Add(choice.strength), positions=choice.positions):
+        with steering(model, steps):
             token = next(tokens, None)
         if token is None:
             return
         yield token
 
 
-def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -> Iterator[View]:
+def watch(model: Any, choice: Choice, *, top: int = 8) -> Iterator[View]:
     """Write both continuations token by token in turn, the steered text first.
 
     Yields:
@@ -122,7 +169,7 @@ def watch(model: Any, choice: Choice, vector: SteeringVector, *, top: int = 8) -
         PromptError: The model cannot read the prompt, or has no room for the new tokens.
         SpaceMismatchError: The vector is of another space.
     """
-    running = {"steered": written(model, choice, vector), "unsteered": written(model, choice)}
+    running = {"steered": written(model, choice), "unsteered": written(model, choice, steered=False)}
     texts, first = dict.fromkeys(running, ""), {}
     candidates: tuple[NextToken, ...] = ()
     while running:
