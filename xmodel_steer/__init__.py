@@ -4,6 +4,16 @@ The method is that of arXiv 2503.04429. ``import xmodel_steer as xs``. Here are 
 ``xs.maps``, ``xs.behaviours``, ``xs.scorers``, ``xs.judges``, ``xs.plots``, ``xs.interop`` and ``xs.errors``.
 """
 
+import sys as _sys
+
+if "".join(_sys.argv[:1]).endswith(("xmodel-steer", "xmodel-steer.exe")) or _sys.argv[:1] == ["-m"]:
+    # The command line: Ctrl-C while the imports below take their seconds ends in one line.
+    _sys.excepthook = lambda kind, *rest: (
+        print("\nerror: interrupted", file=_sys.stderr)
+        if kind is KeyboardInterrupt
+        else _sys.__excepthook__(kind, *rest)
+    )
+
 from xmodel_steer import figures as plots  # noqa: F401
 from xmodel_steer import interop as interop
 from xmodel_steer import maps as maps

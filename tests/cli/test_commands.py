@@ -26,7 +26,7 @@ from toys import sentences
 from tqdm import tqdm
 
 import xmodel_steer as xs
-from xmodel_steer.cli import app
+from xmodel_steer.cli import app, options
 from xmodel_steer.cli.console import Stream
 from xmodel_steer.core import bars
 from xmodel_steer.core.errors import ArtifactError, CacheWarning, PromptError
@@ -35,6 +35,7 @@ from xmodel_steer.files.records import write_record
 from xmodel_steer.maps.pairs import PARTS
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.saving import UNFINISHED, read, save
+from xmodel_steer.studies import concepts
 from xmodel_steer.studies.commands import STUDIES
 
 
@@ -143,6 +144,68 @@ def test_a_wrong_call_is_exit_2(
 def test_debug_shows_the_traceback(command: Any) -> None:
     with pytest.raises(Exception, match="no such run folder"):
         command("--debug", "show", "nowhere")
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_debug_is_taken_anywhere(command: Any, place: int) -> None:
+    words = ["show", "nowhere"]
+    words.insert(place, "--debug")
+    with pytest.raises(PromptError, match="no such run folder"):
+        command(*words)
+
+
+def test_help_lists_the_concepts_that_ship(command: Any) -> None:
+    assert options.CONCEPTS.split(", ") == list(concepts.CONCEPTS)
+    assert options.READ.split(", ") == list(concepts.READ)
+    for words, names in ((["transfer"], concepts.READ), (["demo"], concepts.CONCEPTS)):
+        code, out, _ = command(*words, "--help")
+        told = " ".join(out.replace("│", " ").split())
+        assert code == 0 and ", ".join(names) in told
+
+
+def test_ctrl_c_while_the_imports_take_their_time_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xmodel_steer", "--version"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(xs.__file__).parents[1])])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert told == "\nerror: interrupted\n" and process.returncode != 0
+
+
+def test_explore_makes_a_notebook_for_a_run_and_keeps_one_that_is_there(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nbformat
+
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "call", lambda words: started.append(words) or 0)
+    save(result(), tmp_path / "run")
+    assert command("explore", tmp_path / "run", "--no-jupyter")[0] == 0 and not started
+    place = tmp_path / "run" / "explore.ipynb"
+    book = nbformat.read(place, 4)
+    nbformat.validate(book)
+    code = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    assert code == [
+        f'import xmodel_steer as xs\n\nresult = xs.read(".")\nmodel = xs.load({result().target["model"]!r})',
+        "xs.explore(model, result)",
+    ]
+    place.write_text(place.read_text().replace("Steering by hand", "Mine"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert command("explore", tmp_path / "run", "--model", "other")[0] == 0
+    assert started == [[sys.executable, "-m", "jupyterlab", str(place)]] and "Mine" in place.read_text()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = command("explore", tmp_path / "run")
+    assert code == 1 and "JupyterLab is not installed; pip install" in err and err.count("\n") == 1
+    assert command("explore", tmp_path / "nowhere")[0] == 1
+    save(result(), tmp_path / "run")  # the run is replaced, the notebook is the user's
+    assert "Mine" in place.read_text()
 
 
 def test_a_folder_that_is_not_a_run_is_refused_before_any_work(

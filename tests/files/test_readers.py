@@ -58,6 +58,11 @@ def test_what_cannot_be_read_is_one_error_that_names_the_file(
     file.write_bytes(data)
     with pytest.raises(PromptError, match=f"{name}: {says}"):
         read_prompts(file)
+    for read in (read_prompts, read_contrast):  # a file is named once
+        for place in (file, str(file), tmp_path / "missing.jsonl", tmp_path / "missing.csv"):
+            with pytest.raises(PromptError) as told:
+                read(place)
+            assert str(told.value).count(str(place)) == 1, told.value
 
 
 def test_a_missing_file_and_a_row_without_sides_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import socket
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,32 @@ def test_bfloat16_reads_writes_and_generates_in_its_own_dtype(loaded):
 def test_unknown_names_are_refused(name, says):
     with pytest.raises(ModelError, match=says):
         load(name, device="cpu")
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+def test_without_a_network_a_mistyped_name_fails_before_the_hub_is_asked(monkeypatch, proxy):
+    import huggingface_hub
+    from transformers import AutoConfig
+
+    def no_address(*_):
+        raise socket.gaierror("Name or service not known")
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"} if proxy else {})
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda *a, **_: asked.append(a) or (_ for _ in ()).throw(OSError("404"))
+    )
+    with pytest.raises(
+        ModelError, match="gpt-2: the " + ("hub knows no such model" if proxy else "model hub cannot be reached")
+    ):
+        load("gpt-2", device="cpu")
+    assert bool(asked) == proxy  # a proxy may reach what has no address here
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
+    with pytest.raises(ModelError, match="hub knows no such model"):
+        load("gpt-2", device="cpu")
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from xmodel_steer.cli.console import Stream
-from xmodel_steer.cli.output import in_a_line, say
+from xmodel_steer.cli.output import debugging, in_a_line, say
 from xmodel_steer.core import errors
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             print("\nerror: interrupted; no incomplete file is left, and cached results stay", file=sys.stderr)
             raise typer.Exit(130) from None
         except Exception as error:
-            if "--debug" in sys.argv:
+            if debugging():
                 raise
             say(f"error: {in_a_line(error)}", error=True)
             raise typer.Exit(1) from None
@@ -77,7 +77,8 @@ def main() -> None:
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     code: Any = 0
     try:
-        app()
+        # The option is taken anywhere, not only before the command.
+        app([word for word in sys.argv[1:] if word != "--debug"])
     except SystemExit as stop:
         code = stop.code
     finally:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from xmodel_steer.cli.app import app, reported
-from xmodel_steer.cli.options import Device, Dtype, Out
+from xmodel_steer.cli.options import CONCEPTS, Device, Dtype, Out
 from xmodel_steer.cli.output import claim_run, finish
 
 DEMOS = ("backdoor", "concepts")
@@ -16,9 +16,7 @@ DEMOS = ("backdoor", "concepts")
 @reported
 def demo(
     name: Annotated[str, typer.Argument(help="backdoor or concepts.")] = "backdoor",
-    concept: Annotated[
-        str | None, typer.Option(help="For concepts: which one, such as sentiment, first-person or dialogue.")
-    ] = None,
+    concept: Annotated[str | None, typer.Option(help=f"For concepts: which one of {CONCEPTS}.")] = None,
     out: Out = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -31,17 +29,15 @@ def demo(
     concepts: a concept, carried from the one into the other.
     The first run downloads about 330 MB and converts both models into the user's cache (XMODEL_STEER_CACHE moves it).
     """
-    from xmodel_steer.studies.concepts import CONCEPTS
     from xmodel_steer.studies.demo import backdoor_demo, concept_demo
 
     if name not in DEMOS:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(DEMOS)}", param_hint="NAME")
-    if concept and (name != "concepts" or concept not in CONCEPTS):
-        known = ", ".join(CONCEPTS)
+    if concept and (name != "concepts" or concept not in CONCEPTS.split(", ")):
         problem = (
             f"goes with demo concepts, not with demo {name}"
             if name != "concepts"
-            else f"{concept!r} does not ship with the package; there are {known}"
+            else f"{concept!r} does not ship with the package; there are {CONCEPTS}"
         )
         raise typer.BadParameter(problem, param_hint="--concept")
     shown = concept or "sentiment"

@@ -15,12 +15,17 @@ def say(line: str, *, error: bool = False) -> None:
     print(visible(line, lines=True), file=sys.stderr if error else sys.stdout)
 
 
+def debugging() -> bool:
+    """Tell whether tracebacks were asked for."""
+    return "--debug" in sys.argv
+
+
 def in_a_line(error: Exception) -> str:
     """Return an error as one line, without passwords in URLs and tokens in headers."""
     text = redacted(" ".join(str(error).split()))
     if isinstance(error, XModelSteerError):
         return text
-    return f"{type(error).__name__}: {text[:400]} (run xmodel-steer --debug ... for the traceback)"
+    return f"{type(error).__name__}: {text[:400]} (add --debug for the traceback)"
 
 
 def with_command(result: Any) -> Any:
@@ -49,7 +54,7 @@ def finish(result: Any, folder: Path) -> None:
         try:
             work()
         except Exception as error:
-            if "--debug" in sys.argv:
+            if debugging():
                 raise
             failed = True
             say(f"warning: {what}: {in_a_line(error)}", error=True)

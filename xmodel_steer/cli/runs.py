@@ -1,4 +1,4 @@
-"""The commands `transfer` and `show`."""
+"""The commands `transfer`, `show` and `explore`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from xmodel_steer.cli.app import app, reported
-from xmodel_steer.cli.options import Device, Dtype, numbers_of, scorer_of, sites_of
-from xmodel_steer.cli.output import claim_run, finish, print_result
+from xmodel_steer.cli.options import READ, Device, Dtype, numbers_of, scorer_of, sites_of
+from xmodel_steer.cli.output import claim_run, finish, print_result, say
 from xmodel_steer.core.errors import ArtifactError, PromptError, XModelSteerError
 
 
@@ -27,7 +27,7 @@ def transfer(
     score: Annotated[
         str | None,
         typer.Option(
-            help="Reads the behaviour in a text: a concept such as sentiment or tense, contains:STRING, matches:REGEX or language:NAME."
+            help=f"Reads the behaviour in a text: a concept ({READ}), contains:STRING, matches:REGEX or language:NAME."
         ),
     ] = None,
     label: Annotated[str, typer.Option(help="Name of the behaviour.")] = "behaviour",
@@ -101,13 +101,56 @@ def transfer(
 @reported
 def show(run: Annotated[Path, typer.Argument(help="Folder of a run, a demo or a study.")]) -> None:
     """Print the tables and the conclusions of a run, a demo or a study."""
-    from xmodel_steer.recipe.saving import read
-
-    if not run.is_dir():
-        raise PromptError(f"{run}: no such run folder")
     try:
-        print_result(read(run))
+        print_result(_run_at(run))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, XModelSteerError):
             raise
         raise ArtifactError(f"{run}: is damaged or incomplete ({type(error).__name__}: {error})") from error
+
+
+def _run_at(folder: Path) -> Any:
+    from xmodel_steer.recipe.saving import read
+
+    if not folder.is_dir():
+        raise PromptError(f"{folder}: no such run folder")
+    return read(folder)
+
+
+@app.command()
+@reported
+def explore(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a demo or a study.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model to steer, as for transfer; by default the run's target.")
+    ] = None,
+    jupyter: Annotated[
+        bool, typer.Option("--jupyter/--no-jupyter", help="Open the notebook in JupyterLab, where that is installed.")
+    ] = True,
+) -> None:
+    """Steer by hand with a run's vectors: make a notebook for it, and open that.
+
+    The notebook is RUN/explore.ipynb; one that is there is opened as it is.
+    """
+    import importlib.util
+    import subprocess
+    import sys
+
+    from xmodel_steer.files.places import disk_trouble
+    from xmodel_steer.notebook.opening import explore_notebook
+
+    result = _run_at(run)
+    place = run / "explore.ipynb"
+    try:
+        if not place.exists():
+            place.write_text(explore_notebook(model or result.target["model"]), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(disk_trouble(place, error)) from error
+    say(f"notebook: {place}")
+    if not jupyter:
+        return
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise ImportError(
+            'JupyterLab is not installed; pip install jupyterlab "xmodel-steer[notebook]", or open the notebook elsewhere'
+        )
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(place)]))

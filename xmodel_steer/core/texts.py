@@ -36,6 +36,12 @@ def encodable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def named(file: object, error: object) -> str:
+    """Return an error's text that begins with its file's name, once."""
+    name, text = str(file)[:200], str(error)
+    return text if text.startswith(name) else f"{name}: {text}"
+
+
 def on_page(text: str) -> str:
     """Escape a text for HTML; write its control characters as escapes.
 

@@ -14,6 +14,7 @@ from xmodel_steer.core.contrast import ContrastSet
 from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.inputs import as_prompts, rows_of
 from xmodel_steer.core.prompts import Prompt
+from xmodel_steer.core.texts import named
 
 #: Pairs of columns that hold the two sides: with the behaviour, and without it.
 PAIRS = (
@@ -45,7 +46,7 @@ def read_contrast(source: Any, *, columns: Mapping[str, str] | None = None) -> C
     try:
         return ContrastSet.from_records(_sided(rows_of_file(Path(source)), columns))
     except PromptError as error:
-        raise PromptError(f"{source}: {error}") from None
+        raise PromptError(named(source, error)) from None
 
 
 def _sided(rows: list[dict[str, Any]], columns: Mapping[str, str] | None) -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ def read_prompts(source: Any, *, columns: Mapping[str, str] | None = None) -> tu
         try:
             prompts = as_prompts(_renamed(rows_of_file(path), columns or {}), what="rows")
         except PromptError as error:
-            raise PromptError(f"{path}: {error}") from None
+            raise PromptError(named(path, error)) from None
     if not prompts:
         raise PromptError(f"{path}: has no prompts")
     return prompts

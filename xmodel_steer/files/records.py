@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xmodel_steer.core.errors import ArtifactError, UncheckedWarning, XModelSteerError
 from xmodel_steer.core.finite import is_finite
+from xmodel_steer.core.texts import named
 from xmodel_steer.files.places import whole_file
 from xmodel_steer.files.strict import dump_json, load_json, restored
 
@@ -115,9 +116,10 @@ def reading(path: Path) -> Iterator[None]:
     except (ArtifactError, Warning):  # a warning, where the user makes errors of them
         raise
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: no such file ({error.filename})") from error
+        missing = Path(str(error.filename))
+        raise ArtifactError(f"{missing if path in missing.parents else path}: no such file") from error
     except XModelSteerError as error:
-        raise ArtifactError(f"{path}: {error}") from error
+        raise ArtifactError(named(path, error)) from error
     except SafetensorError as error:
         raise ArtifactError(
             f"{path}: is not a whole safetensors file ({error}); it was cut short, or is something else"

@@ -1,6 +1,9 @@
 """Checkpoints, read whole or refused."""
 
 import re
+import socket
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +105,27 @@ def load_errors(label: str, path: str) -> Iterator[None]:
         raise ModelError(_load_failure(label, path, error)) from error
 
 
+def require_hub(name: str) -> None:
+    """Refuse a hub model at once where the hub's host has no address and the local cache lacks the model.
+
+    The hub's client would try again for 23 seconds. Behind a proxy nothing is told.
+
+    Raises:
+        ModelError: The model can only come from the hub, whose host cannot be found.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or not host or urllib.request.getproxies():
+        return
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise ModelError(f"{name}: {_UNREACHABLE}") from None
+
+
 def _load_failure(label: str, path: str, error: Exception) -> str:
     chain, cause = [], error
     while cause is not None and len(chain) < 8:
@@ -115,6 +139,10 @@ def _load_failure(label: str, path: str, error: Exception) -> str:
     return f"{label}: cannot be loaded ({type(error).__name__}: {text[:300]})"
 
 
+_UNREACHABLE = (
+    "the model hub cannot be reached and the model is not in the local cache; connect, or give a "
+    "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m"
+)
 #: For each failure of other libraries: the words that betray it, whether only a hub model has it, and what to say.
 _FAILURES = (
     (
@@ -125,8 +153,7 @@ _FAILURES = (
     (
         "ConnectionError|ConnectError|Max retries|resolve|ProxyError|Offline|Timeout|LocalEntryNotFound|couldn't connect|Cannot reach",
         True,
-        "the model hub cannot be reached and the model is not in the local cache; connect, or give a "
-        "local folder, a .gguf file, or packaged:smollm2-135m-instruct / packaged:gemma-3-270m",
+        _UNREACHABLE,
     ),
     (
         "RepositoryNotFound|404|not a valid model identifier|401", True,

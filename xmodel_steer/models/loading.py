@@ -17,7 +17,7 @@ from xmodel_steer.core.errors import ModelError, XModelSteerError
 from xmodel_steer.models.adapters import adapter_of, base_named_by, with_adapter
 from xmodel_steer.models.bridges import prepare
 from xmodel_steer.models.causal import causal_class, logits_of, read_by, require_causal
-from xmodel_steer.models.checkpoints import load_errors, without_notices
+from xmodel_steer.models.checkpoints import load_errors, require_hub, without_notices
 from xmodel_steer.models.facts import device_of
 from xmodel_steer.models.memory import copied, label_of, require_in_memory, saved
 from xmodel_steer.models.packaged import converted_gguf, packaged_model
@@ -247,6 +247,7 @@ def located(name: str | Path) -> tuple[str, str]:
         return local.resolve().name, str(local)
     if label.startswith((".", "/", "~")) or label.count("/") > 1:
         raise ModelError(f"{label}: no such folder")
+    require_hub(label)
     return label, label
 
 
