@@ -44,7 +44,6 @@ from xmodel_steer.interventions.operators import Clamp as Clamp
 from xmodel_steer.interventions.operators import Gate as Gate
 from xmodel_steer.interventions.steps import Intervention as Intervention
 from xmodel_steer.maps.isometry import Procrustes as Procrustes
-from xmodel_steer.maps.moments import Moments as Moments
 from xmodel_steer.maps.ridge import Ridge as Ridge
 from xmodel_steer.maps.training import Autoencoder as Autoencoder
 from xmodel_steer.models.generation import generate as generate
@@ -59,3 +58,4 @@ from xmodel_steer.recipe.saving import read as read
 from xmodel_steer.recipe.saving import save as save
 from xmodel_steer.recipe.settings import Budget as Budget
 from xmodel_steer.recipe.settings import Method as Method
+from xmodel_steer.recipe.sweeping import sweep as sweep

@@ -30,7 +30,7 @@ def pair(toy_named: Callable[[str], toys.Toy]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def moments(pair: list[Any]) -> xs.Moments:
+def moments(pair: list[Any]) -> xs.maps.Moments:
     return xs.collect_moments(*pair, TEXTS, **SITES)
 
 
@@ -61,7 +61,7 @@ def test_its_activations_are_those_of_its_members_joined(pair: list[Any]) -> Non
         xs.capture(pair[0], TEXTS[:1], [[0, 9]])
 
 
-def test_its_moments_hold_those_of_its_members(moments: xs.Moments) -> None:
+def test_its_moments_hold_those_of_its_members(moments: xs.maps.Moments) -> None:
     stack, width = Stack([0, 2]), moments.source[Site(0)].width
     for name in PARTS:
         part = moments.parts[name]
@@ -76,8 +76,8 @@ def test_its_moments_hold_those_of_its_members(moments: xs.Moments) -> None:
                     torch.testing.assert_close(crosses[stack, target][columns], crosses[site, target], **CLOSE)
 
 
-def test_shards_files_and_stores_give_the_same(pair: list[Any], moments: xs.Moments, tmp_path: Any) -> None:
-    def same(other: xs.Moments, **close: float) -> None:
+def test_shards_files_and_stores_give_the_same(pair: list[Any], moments: xs.maps.Moments, tmp_path: Any) -> None:
+    def same(other: xs.maps.Moments, **close: float) -> None:
         assert dict(other.source) == dict(moments.source) and other.pairs == moments.pairs
         for source, target in moments.pairs:
             one, two = moments.pair(source, target), other.pair(source, target)
@@ -97,7 +97,7 @@ def test_shards_files_and_stores_give_the_same(pair: list[Any], moments: xs.Mome
         store.pair([0, 1], 1)
 
 
-def test_maps_from_a_stack_obey_the_laws_of_maps(pair: list[Any], moments: xs.Moments, tmp_path: Any) -> None:
+def test_maps_from_a_stack_obey_the_laws_of_maps(pair: list[Any], moments: xs.maps.Moments, tmp_path: Any) -> None:
     mapping = xs.Ridge().fit(moments.pair([0, 2], 1))
     assert xs.read(xs.save(mapping, tmp_path / "map.safetensors")).source == mapping.source
     sides = [
@@ -114,7 +114,7 @@ def test_maps_from_a_stack_obey_the_laws_of_maps(pair: list[Any], moments: xs.Mo
     assert losses[STACK] <= min(losses.values()) + 1e-6
 
 
-def test_a_grid_tells_what_a_stack_adds(moments: xs.Moments) -> None:
+def test_a_grid_tells_what_a_stack_adds(moments: xs.maps.Moments) -> None:
     grid = layer_grid(moments)
     frame = grid.to_frame()
     assert set(frame["source_site"]) == {"resid_post[0]", "resid_post[2]", "resid_post[0+2]"}
@@ -129,7 +129,7 @@ def test_a_grid_tells_what_a_stack_adds(moments: xs.Moments) -> None:
     assert list(labels) == ["resid_post[0]", "resid_post[2]", "resid_post[0+2]"]
 
 
-def test_a_vector_of_a_stack_acts_at_each_of_its_sites(pair: list[Any], moments: xs.Moments) -> None:
+def test_a_vector_of_a_stack_acts_at_each_of_its_sites(pair: list[Any], moments: xs.maps.Moments) -> None:
     _, target = pair
     sites = Stack([0, 1])
     sides = [
@@ -157,7 +157,9 @@ def test_a_vector_of_a_stack_acts_at_each_of_its_sites(pair: list[Any], moments:
         Replacement(vector.space, lambda rows, _: (rows, None))
 
 
-def test_a_source_is_mirrored_through_a_stack_with_and_without_its_cache(pair: list[Any], moments: xs.Moments) -> None:
+def test_a_source_is_mirrored_through_a_stack_with_and_without_its_cache(
+    pair: list[Any], moments: xs.maps.Moments
+) -> None:
     mapping = xs.Ridge().fit(moments.pair([0, 2], 1))
     texts = []
     for use_cache in (True, False):

@@ -70,6 +70,7 @@ def print_result(result: Any) -> None:
     from rich.text import Text
 
     from xmodel_steer.figures.report import summary, tables
+    from xmodel_steer.figures.sentences import sentences
     from xmodel_steer.figures.texts import examples
 
     console = console_of()
@@ -78,7 +79,8 @@ def print_result(result: Any) -> None:
     for lines, style in (
         (summary(result), "dim"),
         (examples(result), ""),
-        (result.conclusions, "bold"),
+        (sentences(result), "bold"),
+        (result.conclusions, ""),
         (result.doubts, "yellow"),
     ):
         for line in lines:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from xmodel_steer.figures.style import COLOURS, DASHES, hover, interval, laid_out
+from xmodel_steer.figures.style import COLOURS, DASHES, colours_of, hover, interval, laid_out
 from xmodel_steer.recipe.arms import ARMS, EQUAL_KL, EQUAL_STRENGTH, Arm
 from xmodel_steer.recipe.results import Result
 
@@ -11,7 +11,7 @@ def dose_response(result: Result) -> Any:
     """Draw effect, KL and perplexity against strength, a line per arm.
 
     Args:
-        result: What `transfer` returned.
+        result: What `transfer` or `sweep` returned.
 
     Returns:
         A ``plotly.graph_objects.Figure`` with three panels.
@@ -31,9 +31,10 @@ def dose_response(result: Result) -> Any:
         (2, lambda arm: arm.kl, "nats per token"),
         (3, lambda arm: arm.perplexity, "perplexity"),
     )
-    for name in ARMS[1:]:
-        fixed = (arm for arm in result.arms if arm.arm == name and arm.at == EQUAL_STRENGTH)
-        line = sorted(fixed, key=lambda arm: arm.strength)
+    fixed = [arm for arm in result.arms if arm.arm != "unsteered" and arm.at == EQUAL_STRENGTH]
+    colours = colours_of(result)
+    for name in dict.fromkeys(arm.arm for arm in fixed):
+        line = sorted((arm for arm in fixed if arm.arm == name), key=lambda arm: arm.strength)
         points = _with_base(line, base)
         strengths = [0.0 if arm is base else arm.strength for arm in points]
         for column, value, _ in panels:
@@ -47,7 +48,7 @@ def dose_response(result: Result) -> Any:
                     legendgroup=name,
                     showlegend=column == 1,
                     mode="lines+markers",
-                    line={"color": COLOURS[name], "dash": DASHES[name], "width": 2.5},
+                    line={"color": colours[name], "dash": DASHES.get(name, "solid"), "width": 2.5},
                     marker={"size": 7},
                     hovertemplate=hover(name, "strength %{x:g}", "%{y:.3f}"),
                 ),
@@ -70,7 +71,7 @@ def dose_response(result: Result) -> Any:
     figure.update_layout(
         **laid_out(
             f"{result.name}: {result.between}",
-            f"score: {result.unit}; n = {base.effect.n}, bars are 95 % bootstrap intervals",
+            f"{_measured(result)}; n = {base.effect.n}, bars are 95 % bootstrap intervals",
         )
     )
     return figure
@@ -122,10 +123,14 @@ def frontier(result: Result) -> Any:
     figure.update_layout(
         **laid_out(
             f"{result.name}: effect against damage",
-            f"score: {result.unit}; n = {base.effect.n}; diamonds: strengths calibrated to the native vector's KL, "
+            f"{_measured(result)}; n = {base.effect.n}; diamonds: strengths calibrated to the native vector's KL, "
             "with 95 % bootstrap intervals",
         )
     )
     figure.update_xaxes(title_text="KL from the unsteered model, neutral text (nats per token)", rangemode="tozero")
     figure.update_yaxes(title_text="mean score", zeroline=False)
     return figure
+
+
+def _measured(result: Result) -> str:
+    return result.unit if result.unit == "score" else f"score: {result.unit}"

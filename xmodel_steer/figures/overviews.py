@@ -1,16 +1,13 @@
 """Figures of every arm of a result: effects, costs and efficiencies, a panel or a row for each recipe."""
 
-import itertools
 import textwrap
 from typing import Any
 
 from xmodel_steer.figures.doses import dose_response
-from xmodel_steer.figures.style import COLOURS, bars, hover, plain
+from xmodel_steer.figures.style import COLOURS, bars, colours_of, hover, plain
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.recipe.arms import EFFICIENCY, EQUAL_STRENGTH, STRICTER, Arm
 from xmodel_steer.recipe.results import Result
-
-_OTHERS = "#E69F00", "#56B4E9", "#882255"  # of arms that only some studies have
 
 
 def overview(result: Result) -> Any:
@@ -22,7 +19,7 @@ def overview(result: Result) -> Any:
     Returns:
         A ``plotly.graph_objects.Figure``.
     """
-    if result.signs:
+    if result.signs or (len(result.strengths) > 1 and all(arm.arm != "native" for arm in result.arms)):  # a sweep
         return dose_response(result)
     if all(arm.arm != "mapped" for arm in result.arms):
         return effects(result)
@@ -137,12 +134,6 @@ def efficiencies(result: Result) -> Any:
     )
     figure.update_layout(template="plotly_white", height=140 + 46 * len(names), scattermode="group", font={"size": 14})
     return figure
-
-
-def colours_of(result: Result) -> dict[str, str]:
-    """Return a colour for every arm."""
-    others = dict.fromkeys(arm.arm for arm in result.arms if arm.arm not in COLOURS)
-    return COLOURS | dict(zip(others, itertools.cycle(_OTHERS), strict=False))
 
 
 def _measured(arm: Arm) -> list[tuple[str, Estimate]]:

@@ -11,7 +11,9 @@ from typing import Any
 from xmodel_steer.core.texts import on_page, visible
 from xmodel_steer.figures.choices import curve, effect_by_layer, layers_varied
 from xmodel_steer.figures.doses import frontier
-from xmodel_steer.figures.overviews import colours_of, overview
+from xmodel_steer.figures.overviews import overview
+from xmodel_steer.figures.sentences import names_of, sentences, validated
+from xmodel_steer.figures.style import colours_of
 from xmodel_steer.figures.texts import texts_html
 from xmodel_steer.files.records import write_atomically
 from xmodel_steer.maps.statistics import number
@@ -161,7 +163,10 @@ def write_report(result: Result, path: str | Path) -> Path:
     page = _PAGE.format(
         title=on_page(f"{result.name}: {result.between}"),
         question=f"<p>{on_page(result.question)}</p>" if result.question else "",
-        verdict="".join(f"<p>{on_page(line)}</p>" for line in (*result.conclusions, *result.doubts)),
+        verdict="".join(f"<p class='plain'>{on_page(line)}</p>" for line in sentences(result))
+        + "".join(f"<p>{on_page(line)}</p>" for line in (*result.conclusions, *result.doubts)),
+        names="".join(f"<dt>{on_page(name)}</dt><dd>{on_page(said)}</dd>" for name, said in names_of(result).items()),
+        validation=_validation(result),
         facts="".join(f"<li>{on_page(line)}</li>" for line in summary(result)),
         figures=figures_html(figures),
         table=_table(result),
@@ -217,13 +222,34 @@ def _table(result: Result) -> str:
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if any(row.get(name) for row in rows)]
     if len(result.recipes) == 1:
         names.remove("recipe") if "recipe" in names else None
+    marks = [f'<span style="color:{colours[arm.arm]}">■</span> ' for arm in result.arms]
+    return _rows_html(
+        names,
+        [
+            [f"{mark if n == 'arm' else ''}{on_page(row.get(n, ''))}" for n in names]
+            for mark, row in zip(marks, rows, strict=True)
+        ],
+    )
+
+
+def _rows_html(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{on_page(name)}</th>" for name in names)
-    body = ""
-    for arm, row in zip(result.arms, rows, strict=True):
-        mark = f'<span style="color:{colours[arm.arm]}">■</span> '
-        cells = (f"{mark if name == 'arm' else ''}{on_page(row.get(name, ''))}" for name in names)
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _validation(result: Result) -> str:
+    """Fold up what validation compared."""
+    rows = validated(result)
+    if not rows:
+        return ""
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if any(row.get(name) for row in rows)]
+    left_out = sum("left out" in row for row in rows)
+    told = f"What validation compared, on prompts of its own: {len(rows)} settings" + f", {left_out} left out" * bool(
+        left_out
+    )
+    table = _rows_html(names, [[on_page(row.get(name, "")) for name in names] for row in rows])
+    return f"<details><summary>{told}</summary>{table}</details>"
 
 
 _PAGE = """<!doctype html>
@@ -232,7 +258,10 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 .verdict {{ font-size: 1.05rem; border-left: 5px solid #D55E00; padding: .2rem 1rem; background: #faf6f2; }}
+.plain {{ font-size: 1.1rem; font-weight: 500; }}
 .wide {{ overflow-x: auto; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }}
+dt {{ font-weight: 600; }} dd {{ margin: 0; }}
 table {{ border-collapse: collapse; margin: .6rem 0 1.2rem; }}
 td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; text-align: left; }}
 .numbers {{ font-size: .85rem; font-variant-numeric: tabular-nums; }}
@@ -244,15 +273,17 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; max-height: 30rem; }}
 <h1>{title}</h1>
 {question}
 <div class="verdict">{verdict}</div>
-<ul>{facts}</ul>
 {figures}
+<h2>Every arm</h2>
 <p>Effect: {unit}; on prompts that chose nothing. Intervals: 95 %, Wilson's for shares of prompts, bootstrap over prompts (and vectors, where an arm has several) for the others.
 KL in nats per token; KL and perplexity on neutral text that fitted nothing. Strength 1 is the norm of the target's own vector, in
 standardised coordinates, for every arm. {note}</p>
-<h2>Every arm</h2>
 {table}
+<dl>{names}</dl>
 {texts}
 <h2>How it was made</h2>
+<ul>{facts}</ul>
+{validation}
 <pre>{record}</pre>
 </body></html>
 """

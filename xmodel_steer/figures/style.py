@@ -1,12 +1,14 @@
 """Colours, layout and error bars of all figures."""
 
 import html
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from xmodel_steer.core.texts import visible
 from xmodel_steer.maps.statistics import Estimate
 from xmodel_steer.recipe.arms import Arm
+from xmodel_steer.recipe.results import Result
 
 # Okabe & Ito's colours, distinct for any colour vision; each arm has the same one in all figures.
 COLOURS = {
@@ -16,7 +18,14 @@ COLOURS = {
     "random": "#009E73",
     "shuffled": "#CC79A7",
 }
+_OTHERS = "#E69F00", "#56B4E9", "#882255"  # of arms that only some studies have
 DASHES = {"native": "solid", "mapped": "solid", "random": "dash", "shuffled": "dot"}
+
+
+def colours_of(result: Result) -> dict[str, str]:
+    """Return a colour for every arm."""
+    others = dict.fromkeys(arm.arm for arm in result.arms if arm.arm not in COLOURS)
+    return COLOURS | dict(zip(others, itertools.cycle(_OTHERS), strict=False))
 
 
 def bars(values: Sequence[Estimate]) -> dict[str, Any]:
