@@ -73,12 +73,8 @@ def write_vllm_vector(
         spec[-1] |= {"decode_only": True} if positions == "generated" else {}
     whole_file(path, lambda scratch: torch.save(matrix, scratch))
     # The plugin takes its list as a string.
-    write_record(_record_of(path), {"vectors": facts, "vllm_xargs": {"hotwire": json.dumps(spec)}}, indent=1)
+    write_record(Path(f"{path}.json"), {"vectors": facts, "vllm_xargs": {"hotwire": json.dumps(spec)}}, indent=1)
     return path
-
-
-def _record_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
 
 
 def read_vllm_vector(path: str | Path, model: Any = None) -> tuple[SteeringVector, ...]:
@@ -110,5 +106,6 @@ def read_vllm_vector(path: str | Path, model: Any = None) -> tuple[SteeringVecto
     tensors = {i: value[i].clone() for i in value.any(1).nonzero()[:, 0].tolist()}
     if not tensors:
         raise ArtifactError(f"{path}: has no direction")
-    rows = rows_of(path, read_record(_record_of(path)), tensors) if _record_of(path).is_file() else {}
+    record = Path(f"{path}.json")
+    rows = rows_of(path, read_record(record), tensors) if record.is_file() else {}
     return vectors_of(path, tensors, rows, model, "vLLM vector")
