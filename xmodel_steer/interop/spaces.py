@@ -166,7 +166,7 @@ def rows_of(path: Path, record: Mapping[str, Any], tensors: Mapping[int, Tensor]
 def vectors_of(
     path: Path, tensors: Mapping[int, Tensor], rows: Mapping[int, dict[str, Any]], model: Any, kind: str
 ) -> tuple[SteeringVector, ...]:
-    """Make vectors of a file's directions; their spaces are in its rows, or the model's."""
+    """Make vectors of a file's directions, in its rows' spaces or the model's."""
     if not rows and model is None:
         raise ArtifactError(
             f"{path}: was not written by xmodel_steer and does not say which weights it is for; "

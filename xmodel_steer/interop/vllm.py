@@ -24,7 +24,7 @@ def write_vllm_vector(
     positions: str = "all",
     layers: int | None = None,
 ) -> Path:
-    """Write vectors for the vLLM plugin hotwire-vllm 0.1, and the request that steers with them.
+    """Write vectors for the vLLM plugin hotwire-vllm 0.1, and the steering request.
 
     With ``HOTWIRE_VECTORS=joy.pt`` the plugin adds scale · row to a block's output, as `Add` does, where a request asks
     for it. ``joy.pt.json`` holds that request, under ``vllm_xargs``, and each vector's site, norm and space.
