@@ -106,7 +106,8 @@ def test_the_demo_switches_a_backdoor_off_and_leaves_clean_answers(tmp_path: Pat
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("script", quick_and_long("examples/*.py"))
+# The server runs until it is stopped: tests/test_serving.py.
+@pytest.mark.parametrize("script", [p for p in quick_and_long("examples/*.py") if p.id != "serve_switch.py"])
 def test_examples_run(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

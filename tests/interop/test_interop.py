@@ -921,6 +921,10 @@ class Hub:
         self.calls.append(("create", taken("create_repo", repo_id=repo_id, **settings)))
         self.repos.setdefault(repo_id, {})
 
+    def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, **settings: Any) -> None:
+        taken("upload_file", path_or_fileobj=path_or_fileobj, path_in_repo=path_in_repo, repo_id=repo_id, **settings)
+        self.repos[repo_id][path_in_repo] = path_or_fileobj
+
     def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], **settings: Any) -> Any:
         taken("upload_folder", repo_id=repo_id, folder_path=folder_path, allow_patterns=allow_patterns, **settings)
         names = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmodel_steer.core.errors import ArtifactError, SiteError, SpaceMismatchError, XModelSteerError
-from xmodel_steer.core.spaces import Site, Space
+from xmodel_steer.core.errors import ArtifactError, SiteError
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.files.records import digest_of, parse_record, require_digest, sealed, write_atomically
-from xmodel_steer.interop.spaces import RECORD, one_per_block, space_for
+from xmodel_steer.files.records import parse_record, sealed, write_atomically
+from xmodel_steer.interop.spaces import RECORD, one_per_block, row_of, rows_of, vectors_of
 
 
 def write_control_vector(
@@ -53,7 +52,7 @@ def write_control_vector(
             "find the vector at another layer, or leave this one out"
         )
     directions = [v.direction.detach().to("cpu", torch.float32).contiguous() for v in per_block]
-    record = sealed({"vectors": list(map(_row, per_block, directions))}, path)
+    record = sealed({"vectors": list(map(row_of, per_block, directions))}, path)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "vector.gguf"
         writer = GGUFWriter(file, "controlvector")
@@ -70,16 +69,6 @@ def write_control_vector(
         writer.close()
         write_atomically(path, file.read_bytes())
     return path
-
-
-def _row(vector: SteeringVector, direction: Tensor) -> dict[str, Any]:
-    return {
-        "space": vector.space.to_dict(),
-        "label": vector.label,
-        "counts": list(vector.counts),
-        "origin": vector.origin,
-        "sha256": digest_of(direction),
-    }
 
 
 def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVector, ...]:
@@ -100,27 +89,7 @@ def read_control_vector(path: str | Path, model: Any = None) -> tuple[SteeringVe
     """
     path = Path(path)
     tensors, records = _read_gguf(path)
-    if not records and model is None:
-        raise ArtifactError(
-            f"{path}: was not written by xmodel_steer and does not say which weights it is for; "
-            "give the model: read_control_vector(path, model)"
-        )
-    vectors = []
-    for layer, direction in sorted(tensors.items()):
-        row = records.get(layer, {})
-        try:
-            space = Space.from_dict(row["space"]) if row else None
-            if model is not None:
-                space = space_for(model, Site(layer), len(direction), space, f"reading {path.name}")
-            assert space is not None
-            label, origin = row.get("label", path.stem), row.get("origin", f"control vector {path.name}")
-            counts = tuple(row.get("counts", (0, 0)))
-            vectors.append(SteeringVector(direction, space, label, counts=(counts[0], counts[1]), origin=origin))
-        except (SpaceMismatchError, SiteError):
-            raise
-        except (XModelSteerError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path}: is damaged, direction.{layer}: {error}") from error
-    return tuple(vectors)
+    return vectors_of(path, tensors, records, model, "control vector")
 
 
 def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
@@ -150,17 +119,4 @@ def _read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]
         tensors[int(name[1])] = torch.tensor(tensor.data)
     if not tensors:
         raise ArtifactError(f"{path}: has no direction")
-    if RECORD not in fields:
-        return tensors, {}
-    try:
-        records = {row["space"]["layer"]: row for row in parse_record(fields[RECORD], path)["vectors"]}
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: is damaged, its record lacks or misstates {error}") from error
-    if records.keys() != tensors.keys():
-        raise ArtifactError(
-            f"{path}: is damaged, its record is about blocks {sorted(records)}, it holds {sorted(tensors)}"
-        )
-    for block, row in records.items():
-        if "sha256" in row:  # absent before schema 2
-            require_digest(path, f"direction.{block}", tensors[block], row["sha256"])
-    return tensors, records
+    return tensors, rows_of(path, parse_record(fields[RECORD], path), tensors) if RECORD in fields else {}

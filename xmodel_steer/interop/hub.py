@@ -4,20 +4,26 @@ from pathlib import Path
 
 from xmodel_steer.core.errors import ArtifactError, DownloadError
 from xmodel_steer.files.records import read_record
+from xmodel_steer.interop.cards import run_card
+from xmodel_steer.recipe.saving import read
 
 _RUN_FILES = ("*.safetensors", "*.json", "*.jsonl", "*.html")
 
 
-def upload_run(folder: str | Path, repo_id: str, *, private: bool = True, repo_type: str = "model") -> str:
-    """Upload a run folder to the Hugging Face hub.
+def upload_run(
+    folder: str | Path, repo_id: str, *, private: bool = True, repo_type: str = "model", license: str | None = None
+) -> str:
+    """Upload a run folder, with a card, to the Hugging Face hub.
 
-    The login is that of ``hf auth login``. Only safetensors, JSON, JSONL and HTML files are uploaded.
+    The login is that of ``hf auth login``. Only safetensors, JSON, JSONL and HTML files are uploaded, and as the card the
+    folder's ``README.md``, or where it has none that of `run_card`.
 
     Args:
         folder: The folder that `save` wrote.
         repo_id: The repository, ``"user/name"``; a missing one is created.
         private: Create a new repository as private.
         repo_type: ``"model"`` or ``"dataset"``.
+        license: See `run_card`.
 
     Returns:
         The address of the commit.
@@ -29,8 +35,11 @@ def upload_run(folder: str | Path, repo_id: str, *, private: bool = True, repo_t
 
     folder = Path(folder)
     _require_run(folder)
+    own = folder / "README.md"
+    card = own.read_bytes() if own.is_file() else run_card(read(folder), repo_id, license=license).encode()
     api = HfApi()
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, repo_type=repo_type)
     commit = api.upload_folder(
         folder_path=folder,
         repo_id=repo_id,

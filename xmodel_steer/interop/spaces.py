@@ -1,16 +1,19 @@
 """Spaces of vectors of other programs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xmodel_steer.core.arguments import require_type
-from xmodel_steer.core.errors import ModelError, SiteError, SpaceMismatchError
+from xmodel_steer.core.errors import ArtifactError, ModelError, SiteError, SpaceMismatchError, XModelSteerError
 from xmodel_steer.core.spaces import Site, Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
+from xmodel_steer.files.records import digest_of, require_digest
 from xmodel_steer.models.facts import HookedModel
 from xmodel_steer.models.identity import fingerprint
 from xmodel_steer.models.sites import space_of
@@ -23,6 +26,7 @@ def one_per_block(vectors: SteeringVector | Sequence[SteeringVector], what: str)
     """Require vectors after different blocks of one unprocessed model; sort them by block."""
     values = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
     require_type(what, SteeringVector, *values)
+    values = [member for vector in values for member in vector.members()]
     if not values:
         raise ValueError(f"{what}: give at least one vector")
     first = values[0].space
@@ -130,3 +134,57 @@ def space_for(model: Any, site: Site, width: int, stated: Space | None, what: st
             f"{what}: {space} needs directions of {space.width} numbers, got {width}; is it another model's?"
         )
     return space
+
+
+def row_of(vector: SteeringVector, direction: Tensor) -> dict[str, Any]:
+    """Record everything about a vector that another program's file has no place for."""
+    return {
+        "space": vector.space.to_dict(),
+        "label": vector.label,
+        "counts": list(vector.counts),
+        "origin": vector.origin,
+        "sha256": digest_of(direction),
+    }
+
+
+def rows_of(path: Path, record: Mapping[str, Any], tensors: Mapping[int, Tensor]) -> dict[int, dict[str, Any]]:
+    """Return a record's rows by block; refuse those that are not of these directions."""
+    try:
+        rows = {row["space"]["layer"]: row for row in record["vectors"]}
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: is damaged, its record lacks or misstates {error}") from error
+    if rows.keys() != tensors.keys():
+        raise ArtifactError(
+            f"{path}: is damaged, its record is about blocks {sorted(rows)}, it holds {sorted(tensors)}"
+        )
+    for block, row in rows.items():
+        if "sha256" in row:  # absent before schema 2
+            require_digest(path, f"direction.{block}", tensors[block], row["sha256"])
+    return rows
+
+
+def vectors_of(
+    path: Path, tensors: Mapping[int, Tensor], rows: Mapping[int, dict[str, Any]], model: Any, kind: str
+) -> tuple[SteeringVector, ...]:
+    """Make vectors of a file's directions, in its rows' spaces or the model's."""
+    if not rows and model is None:
+        raise ArtifactError(
+            f"{path}: was not written by xmodel_steer and does not say which weights it is for; "
+            f"give the model: read_{kind.lower().replace(' ', '_')}(path, model)"
+        )
+    vectors = []
+    for layer, direction in sorted(tensors.items()):
+        row = rows.get(layer, {})
+        try:
+            space = Space.from_dict(row["space"]) if row else None
+            if model is not None:
+                space = space_for(model, Site(layer), len(direction), space, f"reading {path.name}")
+            assert space is not None
+            label, counts = row.get("label", path.stem), tuple(row.get("counts", (0, 0)))
+            about = row.get("origin", f"{kind} {path.name}")
+            vectors.append(SteeringVector(direction, space, label, counts=(counts[0], counts[1]), origin=about))
+        except (SpaceMismatchError, SiteError):
+            raise
+        except (XModelSteerError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: is damaged, direction.{layer}: {error}") from error
+    return tuple(vectors)
