@@ -14,7 +14,7 @@ from sample_maps import affine, identity, random_map
 import xmodel_steer as xs
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.errors import PromptError, SpaceMismatchError
-from xmodel_steer.evaluation import GeneralText, Patching, patching_grid
+from xmodel_steer.evaluation import Patching, TextStatistics, patching_grid
 from xmodel_steer.evaluation import patched as patched_module
 from xmodel_steer.evaluation.patched import pair_positions
 from xmodel_steer.interventions import mapped_patch, mean_of, own_patch, patch
@@ -175,7 +175,7 @@ def test_general_text_is_read_once_and_each_pair_has_noise_of_its_own(twins, mon
     read: list[Any] = []
     real = patched_module.capture
     monkeypatch.setattr(patched_module, "capture", lambda *a, **k: read.append(a[2]) or real(*a, **k))
-    general = GeneralText(one.model, toys.sentences(20, 3))
+    general = TextStatistics(one.model, toys.sentences(20, 3))
     for _ in range(2):
         asked = Patching(one.model, CLEAN, CORRUPTED, text=general, sites=[0, 1])
         asked.grid()
@@ -185,7 +185,7 @@ def test_general_text_is_read_once_and_each_pair_has_noise_of_its_own(twins, mon
     first, second = (asked.rows("noise", xs.Site(1), pair)[0] for pair in (0, 1))
     again, other = asked.rows("noise", xs.Site(1))[0], asked.rows("noise", xs.Site(0))[0]
     assert torch.equal(first, again) and not torch.allclose(first[-1], second[-1]) and not torch.allclose(first, other)
-    with pytest.raises(SpaceMismatchError, match="make a GeneralText of the target"):
+    with pytest.raises(SpaceMismatchError, match="make a TextStatistics of the target"):
         Patching(two.model, CLEAN, CORRUPTED, text=general)
 
 

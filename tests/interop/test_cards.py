@@ -17,6 +17,7 @@ import xmodel_steer as xs
 from xmodel_steer import interop
 from xmodel_steer.interop.cards import run_card
 from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.sentences import sentences
 
 ROOT = Path(__file__).parents[2]
 BEATEN = {"native": 1.0, "mapped": 0.9, "random": [0.02, -0.02, 0.01, 0.0, -0.01], "shuffled": 0.0}
@@ -50,10 +51,10 @@ def test_metadata_are_what_the_hub_reads(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (
             BEATEN,
-            r"toy: transfers. The mapped vector does 0\.\d\d .* of what the target's own vector does, and more than every control.",
+            r"It transfers: carried over from \S+, the vector does \d\d% of what \S+'s own vector does",
         ),
-        (BEATEN | {"mapped": 0.0}, "toy: no evidence of transfer: .*not above the shuffled map"),
-        (BEATEN | {"native": 0.0}, "toy: cannot be decided: "),
+        (BEATEN | {"mapped": 0.0}, "No evidence that it transfers .*not above the shuffled map"),
+        (BEATEN | {"native": 0.0}, "Nothing can be said "),
     ],
 )
 def test_the_first_words_are_the_verdict(effects: dict[str, Any], says: str) -> None:
@@ -92,7 +93,7 @@ def test_every_recorded_study_has_a_card(study: Path) -> None:
     made = xs.read(study)
     text = read(run_card(made, "me/run")).text
     assert len(cells(text)) >= len(made.recipes) and "## Limits" in text
-    assert text.count("**") == 2 * len(made.verdicts or made.conclusions)
+    assert text.count("**") == 2 * len(sentences(made) or made.conclusions)
 
 
 def test_a_record_writes_no_markup_and_no_code() -> None:

@@ -70,8 +70,8 @@ def print_result(result: Any) -> None:
     from rich.text import Text
 
     from xmodel_steer.figures.report import summary, tables
-    from xmodel_steer.figures.sentences import sentences
     from xmodel_steer.figures.texts import examples
+    from xmodel_steer.recipe.sentences import sentences
 
     console = console_of()
     for table in tables(result):

@@ -70,7 +70,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class GeneralText:
+class TextStatistics:
     """General text, whose mean and noise are patched as controls; each site is read once.
 
     Args:

@@ -15,7 +15,7 @@ from xmodel_steer.core.errors import PromptError, SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompt, Prompts
 from xmodel_steer.core.spaces import Site, Sites, as_sites
-from xmodel_steer.evaluation.patched import GeneralText, Run, answer_tokens, names_of, pair_positions
+from xmodel_steer.evaluation.patched import Run, TextStatistics, answer_tokens, names_of, pair_positions
 from xmodel_steer.evaluation.recovery import KINDS, Kind, PatchingGrid
 from xmodel_steer.interventions.mirror import require_map_between
 from xmodel_steer.interventions.patches import Pairs, first_row, patch
@@ -44,7 +44,7 @@ class Patching:
         maps: Maps from sites of the source to ``sites``.
         source_prompts: What the source reads, if it is another text than the one that the activations are from.
         text: General text. Its mean at each site, and noise of its mean and variance, are patched too, as controls. A
-            `GeneralText` keeps what it has read for the next patching.
+            `TextStatistics` keeps what it has read for the next patching.
         pairs: For each pair of prompts the positions that pair, if not by the rule: the one whose activation is read, and
             the one that is patched, both of the target's tokens.
         direction: ``denoise`` patches the clean prompt's activations into the corrupted run. ``noise`` patches the
@@ -72,16 +72,16 @@ class Patching:
     source: Any = None
     maps: Sequence[Map] = ()
     source_prompts: Prompts | None = None
-    text: Prompts | GeneralText = ()
+    text: Prompts | TextStatistics = ()
     pairs: Sequence[Pairs] | None = None
     direction: str = "denoise"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, GeneralText):
-            object.__setattr__(self, "text", GeneralText(self.target, as_prompts(self.text)))
+        if not isinstance(self.text, TextStatistics):
+            object.__setattr__(self, "text", TextStatistics(self.target, as_prompts(self.text)))
         if self.general.target is not self.target:
             raise SpaceMismatchError(
-                "patching: the general text is read by another model; make a GeneralText of the target"
+                "patching: the general text is read by another model; make a TextStatistics of the target"
             )
         for name in ("clean", "corrupted", "source_prompts"):
             value = getattr(self, name)
@@ -162,9 +162,9 @@ class Patching:
         return replace(run, base=base)
 
     @property
-    def general(self) -> GeneralText:
+    def general(self) -> TextStatistics:
         """The general text, with what was read of it."""
-        assert isinstance(self.text, GeneralText)
+        assert isinstance(self.text, TextStatistics)
         return self.text
 
     def rows(self, kind: Kind, site: Site, pair: int = 0) -> tuple[Tensor, tuple[int, ...]]:

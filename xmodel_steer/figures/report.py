@@ -12,13 +12,13 @@ from xmodel_steer.core.texts import on_page, visible
 from xmodel_steer.figures.choices import curve, effect_by_layer, layers_varied
 from xmodel_steer.figures.doses import frontier
 from xmodel_steer.figures.overviews import overview
-from xmodel_steer.figures.sentences import names_of, sentences, validated
 from xmodel_steer.figures.style import colours_of
 from xmodel_steer.figures.texts import texts_html
 from xmodel_steer.files.records import write_atomically
 from xmodel_steer.maps.statistics import number
 from xmodel_steer.recipe.arms import EQUAL_KL, OWN_KL, STRICTER, Arm
 from xmodel_steer.recipe.results import Result
+from xmodel_steer.recipe.sentences import names_of, sentences, validated
 
 
 def tables(result: Result) -> list[Any]:

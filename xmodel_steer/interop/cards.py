@@ -9,7 +9,7 @@ from xmodel_steer.core.texts import on_page
 from xmodel_steer.maps.statistics import number
 from xmodel_steer.recipe.arms import EQUAL_STRENGTH
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.verdicts import Verdict
+from xmodel_steer.recipe.sentences import sentences
 
 _CHOSEN = ("source_layer", "target_layer", "source_site", "target_site", "operator", "strength")
 _OPERATOR = re.compile(r"(Add|Ablate|Clamp)\([\w=', .+-]*\)")  # what the card's code may call
@@ -33,7 +33,7 @@ def run_card(result: Result, repo_id: str, *, license: str | None = None) -> str
     tags = ["activation-steering", "steering-vector", "interpretability", "arxiv:2503.04429"]
     base = list(dict.fromkeys(bases)) or None
     data = ModelCardData(library_name="xmodel-steer", tags=tags, base_model=base, license=license)
-    told = [_plain(verdict) for verdict in result.verdicts.values()] or result.conclusions
+    told = sentences(result) or result.conclusions
     chosen = [
         f"{recipe}: " + ", ".join(f"{key.replace('_', ' ')} {choice[key]}" for key in _CHOSEN if key in choice)
         for recipe, choice in result.chosen.items()
@@ -67,15 +67,6 @@ def _line(text: str) -> str:
 
 def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {_line(line)}" for line in lines)
-
-
-def _plain(verdict: Verdict) -> str:
-    """Say a verdict in one sentence."""
-    if verdict.transfers:
-        share = f"{verdict.efficiency:.2f} of what the target's own vector does"
-        return f"{verdict.recipe}: transfers. The mapped vector does {share}, and more than every control."
-    outcome = "cannot be decided" if verdict.transfers is None else "no evidence of transfer"
-    return f"{verdict.recipe}: {outcome}: {'; '.join(verdict.failed)}."
 
 
 def _limits(result: Result) -> list[str]:

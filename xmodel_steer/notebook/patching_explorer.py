@@ -7,7 +7,7 @@ import numpy as np
 
 from xmodel_steer.core.errors import PromptError, XModelSteerError
 from xmodel_steer.core.spaces import STREAMS, Site
-from xmodel_steer.evaluation.patched import GeneralText
+from xmodel_steer.evaluation.patched import TextStatistics
 from xmodel_steer.evaluation.patching import Patching
 from xmodel_steer.evaluation.recovery import KINDS, PatchingGrid
 from xmodel_steer.figures.style import COLOURS
@@ -37,7 +37,7 @@ class PatchingExplorer(Turns):
         w = ipywidgets_of("explore_patching")
         self._models, self._maps = (target, source), tuple(maps)
         self._options, self._names = {option.name: option for option in options}, names
-        self._general: GeneralText | None = None
+        self._general: TextStatistics | None = None
         self._asked: Patching | None = None
         self._grid: PatchingGrid | None = None
         self._filling: Iterator[Site] | None = None
@@ -100,7 +100,7 @@ class PatchingExplorer(Turns):
             if not box.value.strip():
                 raise PromptError(f"The {name} prompt is empty: write something for the model to continue.")
         target, source = self._models
-        self._general = self._general or GeneralText(target, general_text()[:40])
+        self._general = self._general or TextStatistics(target, general_text()[:40])
         sites = [Site(layer, self.stream.value) for layer in range(target.cfg.n_layers)]
         return Patching(
             target, [self.clean.value], [self.corrupted.value], [answers] if all(answers) else None, sites=sites,
