@@ -23,6 +23,7 @@ from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interop import bake, baking, steering_hf, write_adapter
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
 from xmodel_steer.interventions.steps import Intervention
+from xmodel_steer.models.identity import fingerprint
 from xmodel_steer.models.passes import forward
 from xmodel_steer.models.sites import space_of
 
@@ -83,7 +84,9 @@ def padded() -> dict[str, Tensor]:
 def logits(model: Any) -> Tensor:
     texts = padded()
     real = texts["attention_mask"].bool()
-    if "position_ids" in inspect.signature(model.forward).parameters:  # GPT-2 counts padding otherwise
+    if (
+        "position_ids" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    ):  # GPT-2 counts padding otherwise
         texts["position_ids"] = (texts["attention_mask"].cumsum(1) - 1).clamp_min(0)
     return model(**texts, use_cache=False).logits[real]
 
@@ -241,7 +244,7 @@ def test_a_packaged_llama_is_baked_and_adapted(tmp_path: Path) -> None:
     from xmodel_steer.models.loading import located
 
     hf = AutoModelForCausalLM.from_pretrained(located("packaged:smollm2-135m-instruct")[1], dtype=torch.float32).eval()
-    space = Space("packaged:smollm2-135m-instruct", Site(15), hf.config.hidden_size, "by name")
+    space = Space("packaged:smollm2-135m-instruct", Site(15), hf.config.hidden_size, fingerprint(hf))
     v = SteeringVector(20 * torch.randn(space.width, generator=torch.Generator().manual_seed(0)), space, "joy")
     for step, everywhere in ((Intervention(v, Add(1.0)), False), (Intervention(v, Ablate()), True)):
         baked = bake(hf, step, everywhere=everywhere)
