@@ -41,7 +41,10 @@ FITS = {
     "falcon": "add ablate add-adapter ablate-adapter",
     "granite": "add ablate add-adapter ablate-adapter",
     "gpt_oss": "add ablate",
+    "smollm3": "add ablate add-adapter ablate-adapter",
     "qwen2": "ablate add-adapter ablate-adapter",
+    "qwen3": "ablate add-adapter ablate-adapter",
+    "phi3": "ablate add-adapter ablate-adapter",
     "mistral": "ablate add-adapter ablate-adapter",
     "gemma": "ablate add-adapter",
     "mixtral": "ablate",
@@ -52,6 +55,14 @@ FITS = {
     "gemma3": "",
     "olmo2": "",
 }
+#: In the tier of toys; all others are in that of architectures.
+QUICK = ("llama", "gpt2", "gpt_neox", "opt", "qwen2", "mixtral", "bloom", "gemma3")
+
+
+def that(fit: str, *, fits: bool = True) -> list[Any]:
+    """The architectures that a kind of steering fits, or does not."""
+    names = [name for name, kinds in FITS.items() if (fit in kinds.split()) == fits]
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.architectures) for n in names]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +121,7 @@ def ablated_at_every_site(folder: Path) -> Tensor:
     return given[texts["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("name", [name for name, fits in FITS.items() if "add" in fits.split()])
+@pytest.mark.parametrize("name", that("add"))
 def test_a_baked_sum_is_the_steered_model_once_reloaded(name: str, folder: Any, tmp_path: Path) -> None:
     hf = plain(folder(name))
     before = {key: tensor.clone() for key, tensor in hf.state_dict().items()}
@@ -133,7 +144,7 @@ def test_a_baked_sum_is_the_steered_model_once_reloaded(name: str, folder: Any, 
     assert not hasattr(hf.config, "xmodel_steer")
 
 
-@pytest.mark.parametrize("name", [name for name, fits in FITS.items() if "ablate" in fits.split()])
+@pytest.mark.parametrize("name", that("ablate"))
 def test_a_baked_ablation_is_that_at_every_site_once_reloaded(name: str, folder: Any, tmp_path: Path) -> None:
     hf = plain(folder(name))
     baked = bake(hf, REMOVED, everywhere=True, trust=True)
@@ -153,7 +164,7 @@ def test_a_baked_ablation_is_that_at_every_site_once_reloaded(name: str, folder:
 
 
 @pytest.mark.parametrize("kind", ["add", "ablate"])
-@pytest.mark.parametrize("name", [name for name, fits in FITS.items() if fits])
+@pytest.mark.parametrize("name", that("", fits=False))
 def test_an_adapter_is_the_steered_model_in_peft_or_refused(name: str, kind: str, folder: Any, tmp_path: Path) -> None:
     hf, everywhere = plain(folder(name)), kind == "ablate"
     steps = REMOVED if everywhere else ADDED
@@ -176,7 +187,7 @@ def test_an_adapter_is_the_steered_model_in_peft_or_refused(name: str, kind: str
     assert sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir()) < 64_000
 
 
-@pytest.mark.parametrize("name", [name for name, fits in FITS.items() if "add" not in fits.split()])
+@pytest.mark.parametrize("name", that("add", fits=False))
 def test_where_no_bias_fits_the_way_out_is_named(name: str, folder: Any) -> None:
     with pytest.raises(
         ModelError, match=r"(has no bias, and no setting|follows the MLP of).*steering_hf, llama.cpp.*vLLM"
@@ -184,7 +195,7 @@ def test_where_no_bias_fits_the_way_out_is_named(name: str, folder: Any) -> None
         bake(plain(folder(name)), ADDED, trust=True)
 
 
-@pytest.mark.parametrize("name", [name for name, fits in FITS.items() if "ablate" not in fits.split()])
+@pytest.mark.parametrize("name", that("ablate", fits=False))
 def test_where_more_than_linear_layers_writes_ablation_is_refused(name: str, folder: Any) -> None:
     with pytest.raises(ModelError, match=r"(block 0|the embedding) does more than add .* outputs.*use steering_hf"):
         bake(plain(folder(name)), REMOVED, everywhere=True, trust=True)
@@ -240,6 +251,7 @@ def test_a_layer_that_was_missed_does_not_pass_the_proof(
 
 
 @pytest.mark.packaged
+@pytest.mark.long
 def test_a_packaged_llama_is_baked_and_adapted(tmp_path: Path) -> None:
     from xmodel_steer.models.loading import located
 

@@ -43,16 +43,8 @@ class Task:
     writers: Sequence[Writer]
     everywhere: bool
 
-    def unit(self) -> Tensor:
-        """Return the direction to remove, of norm 1."""
-        return nn.functional.normalize(self.steps[0].vector.direction.double(), dim=0).float().to(self.model.device)
-
     def shifts(self) -> dict[str, Tensor]:
-        """Return what to add to the output of a layer of each steered block.
-
-        Raises:
-            ModelError: A block has no linear layer whose output arrives unchanged.
-        """
+        """Return what to add to the output of a layer of each steered block, or refuse a block without one."""
         shifts: dict[str, Tensor] = {}
         for step in self.steps:
             layer, strength = step.space.site.layer, float(getattr(step.operator, "strength", 0.0))
@@ -68,13 +60,7 @@ class Task:
 
 
 def task_of(model: Any, steering: Any, everywhere: bool, trust: bool) -> Task:
-    """Check that steering can be weights of a model, and find the layers.
-
-    Raises:
-        ModelError: The model is no plain model of transformers, or does not write by linear layers.
-        SpaceMismatchError: A vector is of another model.
-        ValueError: Weights cannot act so.
-    """
+    """Refuse steering that cannot be weights of a model, as `bake` says, or find the layers for it."""
     from transformers import PreTrainedModel
 
     usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -176,11 +162,7 @@ def _untie(model: Any) -> None:
 
 
 def _given_bias(model: Any, name: str) -> nn.Parameter:
-    """Give a layer a bias of zeros, and all others that the same setting gives one.
-
-    Raises:
-        ModelError: No setting of the configuration gives it one.
-    """
+    """Give a layer a bias of zeros, and all others that the same setting gives one; refuse if none does."""
     for switch in [switch for switch in SWITCHES if getattr(model.config, switch, None) is False]:
         config = copy.deepcopy(model.config)
         setattr(config, switch, True)
@@ -201,13 +183,10 @@ def _given_bias(model: Any, name: str) -> nn.Parameter:
 
 @torch.no_grad()
 def prove(task: Task, baked: Any) -> dict[str, Any]:
-    """Compare the logits of a model without hooks with those of the steered model.
-
-    Returns:
-        The steering in words; root mean squares of the logits' difference and of the steering's effect on them.
+    """Return the steering in words, and root mean squares of the logits' error and of the effect on them.
 
     Raises:
-        ModelError: They differ by more than `EXACT` or `ROUNDED` allows.
+        ModelError: The error is more than `EXACT` or `ROUNDED` allows.
     """
     model, steps, vector = task.model, task.steps, task.steps[0].vector
     texts = probe_texts(model)
@@ -267,6 +246,7 @@ def write_adapter(
     from safetensors.torch import save_file
 
     task = task_of(model, intervention, everywhere, trust)
+    unit = nn.functional.normalize(task.steps[0].vector.direction.double(), dim=0).float().to(model.device)
     shifts = {writer.name: None for writer in task.writers} if everywhere else task.shifts()
     tensors: dict[str, Tensor] = {}
     for name, shift in shifts.items():
@@ -275,7 +255,7 @@ def write_adapter(
         if weight.ndim != 2 or (everywhere and bias is not None) or (embeds and type(layer) is not nn.Embedding):
             raise ModelError(f"write_adapter: LoRA cannot change {name} of {hf_name(model)} exactly; try bake")
         rows = weight.movedim(axis, -1).float()  # (in, d)
-        up = -task.unit() if everywhere else rows.new_zeros(rows.shape[1])
+        up = -unit if everywhere else rows.new_zeros(rows.shape[1])
         a, b = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{name}.{a}": -(rows @ up)[None], f"{name}.{b}": up[:, None]}
         tensors |= {} if shift is None else {f"{name}.lora_B.bias": shift}
@@ -285,7 +265,7 @@ def write_adapter(
     )  # fmt: skip
     folder, files = Path(folder), ("adapter_config.json", "adapter_model.safetensors", "xmodel_steer.json")
     with whole_folder(folder, files) as scratch, warnings.catch_warnings(action="ignore"):  # peft's, of merging
-        config.save_pretrained(scratch)
+        config.save_pretrained(str(scratch))
         save_file({f"base_model.model.{k}": t.cpu().contiguous() for k, t in tensors.items()}, scratch / files[1])
         try:
             adapted = PeftModel.from_pretrained(copy.deepcopy(model), str(scratch)).eval()

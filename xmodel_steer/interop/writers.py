@@ -4,7 +4,7 @@ There is no table of names: a layer writes to the stream if a change of its outp
 a factor per token (a residual multiplier, an expert's weight). A norm in between would change it otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -55,21 +55,26 @@ def probe_texts(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[Writer]:
-    """Find every layer that writes to the residual stream.
-
-    Args:
-        model: A model of transformers in evaluation mode.
-        blocks: Its decoder blocks.
-        complete: Refuse a model in which something else writes too.
+    """Find every layer that writes to the residual stream; with ``complete``, refuse all else that does.
 
     Raises:
         ModelError: Something else writes, such as a norm after the MLP.
     """
+
+    def outputs(edits: Edits) -> list[Tensor]:
+        """Return block 0's input, then each block's output from a random stream, in float32."""
+        seen = _streams(model, blocks, edits, held)
+        return [values.float() for values in (seen[0], *seen[1::2])]
+
     width = int(text_config(model).hidden_size)
+    # A model's own stream has huge dimensions, in which changes would be rounded away.
+    held = torch.randn(2, 12, width, generator=torch.Generator().manual_seed(1)).to(model.device, model.dtype)
     layers = {n: m for n, m in model.named_modules() if (p := parts_of(m)) and p[0].shape[p[1]] == width}
     places = {module: k for k, block in enumerate(blocks) for module in block.modules()}
     ran: list[str] = []
-    stream = _streams(model, blocks, {m: partial(_noted, ran, name) for name, m in layers.items()})
+    stream = _streams(
+        model, blocks, {m: lambda out, name=name: (ran.append(name), out)[1] for name, m in layers.items()}
+    )
     queues: dict[int, list[str]] = {k: [] for k in range(-1, len(blocks))}
     for name in dict.fromkeys(reversed(ran)):  # the last first: what it reads is not changed by what is silent
         queues[places.get(layers[name], -1)].append(name)
@@ -77,11 +82,11 @@ def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[W
     for turn in range(max(map(len, queues.values()))):
         probed = {k: queue[turn] for k, queue in queues.items() if turn < len(queue)}
         silent: Edits = {layers[writer.name]: torch.zeros_like for writer in found}
-        base = _outputs(model, blocks, width, silent)
+        base = outputs(silent)
         draw = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(model.device)
         steps = {k: draw * base[k + 1].square().mean().sqrt().clamp_min(1e-3) for k in probed}
         moved = {layers[name]: partial(torch.add, steps[k].to(model.dtype)) for k, name in probed.items()}
-        after = _outputs(model, blocks, width, {**silent, **moved})
+        after = outputs({**silent, **moved})
         known = {writer.block for writer in found}
         for k, name in probed.items():
             change = after[k + 1] - base[k + 1]
@@ -91,8 +96,8 @@ def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[W
                 same = _near(gains, gain.expand_as(gains), model.dtype)
                 found.append(Writer(name, k, float(gain) if same else None, k not in known))
     if complete:
-        rest = _outputs(model, blocks, width, {layers[writer.name]: torch.zeros_like for writer in found})
-        wrong = [f"block {k}" for k, out in enumerate(rest[1:]) if not _near(out, _held(model, width), model.dtype)]
+        rest = outputs({layers[writer.name]: torch.zeros_like for writer in found})
+        wrong = [f"block {k}" for k, out in enumerate(rest[1:]) if not _near(out, held, model.dtype)]
         wrong += ["the embedding"] if rest[0].any() else []
         between = zip(stream[1:-1:2], stream[2::2], strict=True)
         wrong += ["the model between its blocks"] if any(not _near(a, b, model.dtype) for a, b in between) else []
@@ -103,11 +108,6 @@ def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[W
                 "after the MLP (Gemma 2 and 3, OLMo 2) or the embedding (BLOOM), so no weights remove a direction; use steering_hf"
             )
     return found
-
-
-def _noted(ran: list[str], name: str, out: Tensor) -> Tensor:
-    ran.append(name)
-    return out
 
 
 def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
@@ -135,14 +135,3 @@ def _streams(model: Any, blocks: nn.ModuleList, edits: Edits, held: Tensor | Non
             hooks.callback(module.register_forward_hook(lambda *call, edit=edit: edit(call[2])).remove)
         model(**probe_texts(model), use_cache=False)
     return seen
-
-
-def _held(model: Any, width: int) -> Tensor:
-    """Make a random stream, without the huge dimensions of a model's own, in which changes are rounded away."""
-    return torch.randn(2, 12, width, generator=torch.Generator().manual_seed(1)).to(model.device, model.dtype)
-
-
-def _outputs(model: Any, blocks: nn.ModuleList, width: int, edits: Edits) -> Sequence[Tensor]:
-    """Return block 0's input, then each block's output from the random stream, in float32."""
-    seen = _streams(model, blocks, edits, _held(model, width))
-    return [values.float() for values in (seen[0], *seen[1::2])]
