@@ -48,7 +48,7 @@ class Task:
         shifts: dict[str, Tensor] = {}
         for step in self.steps:
             layer, strength = step.space.site.layer, float(getattr(step.operator, "strength", 0.0))
-            writer = next((w for w in self.writers if w.block == layer and w.last and w.gain is not None), None)
+            writer = next((w for w in self.writers if w.block == layer), None)
             if writer is None or writer.gain is None:
                 raise ModelError(
                     f"{hf_name(self.model)}: a norm or a gate follows the MLP of block {layer}, as in Gemma 2 and 3, so no bias of it "
@@ -141,6 +141,7 @@ def bake(model: Any, intervention: Steering, *, everywhere: bool = False, trust:
         for name, shift in task.shifts().items():
             bias = _parts(baked, name)[2]
             bias = _given_bias(baked, name) if bias is None else bias
+            # Of experts, to each: their weights sum to 1 where they have biases (GPT-OSS), or logits differ.
             bias.copy_(bias.float() + shift)
     baked.config.xmodel_steer = prove(task, baked)
     return baked

@@ -27,13 +27,11 @@ class Writer:
         name: Its path in the model.
         block: The block that it is in; -1 before block 0.
         gain: The factor with which its output comes out of the block, 1 for most; None if tokens differ in it.
-        last: No other writer of the block reads what it wrote.
     """
 
     name: str
     block: int
     gain: float | None
-    last: bool
 
 
 def parts_of(layer: nn.Module) -> tuple[nn.Parameter, int, nn.Parameter | None] | None:
@@ -56,6 +54,8 @@ def probe_texts(model: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[Writer]:
     """Find every layer that writes to the residual stream; with ``complete``, refuse all else that does.
+
+    The first one of a block is its last, whose output no other layer of the block reads.
 
     Raises:
         ModelError: Something else writes, such as a norm after the MLP.
@@ -87,14 +87,13 @@ def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[W
         steps = {k: draw * base[k + 1].square().mean().sqrt().clamp_min(1e-3) for k in probed}
         moved = {layers[name]: partial(torch.add, steps[k].to(model.dtype)) for k, name in probed.items()}
         after = outputs({**silent, **moved})
-        known = {writer.block for writer in found}
         for k, name in probed.items():
             change = after[k + 1] - base[k + 1]
             gains = change @ steps[k] / steps[k].square().sum()
             if gains.abs().max() > 0.01 and _near(gains[..., None] * steps[k], change, model.dtype):
                 gain = gains.mean()
                 same = _near(gains, gain.expand_as(gains), model.dtype)
-                found.append(Writer(name, k, float(gain) if same else None, k not in known))
+                found.append(Writer(name, k, float(gain) if same else None))
     if complete:
         rest = outputs({layers[writer.name]: torch.zeros_like for writer in found})
         wrong = [f"block {k}" for k, out in enumerate(rest[1:]) if not _near(out, held, model.dtype)]
