@@ -44,7 +44,7 @@ class Task:
     everywhere: bool
 
     def shifts(self) -> dict[str, Tensor]:
-        """Return what to add to the output of a layer of each steered block, or refuse a block without one."""
+        """Return what to add to a layer's output, for each steered block."""
         shifts: dict[str, Tensor] = {}
         for step in self.steps:
             layer, strength = step.space.site.layer, float(getattr(step.operator, "strength", 0.0))
@@ -60,7 +60,7 @@ class Task:
 
 
 def task_of(model: Any, steering: Any, everywhere: bool, trust: bool) -> Task:
-    """Refuse steering that cannot be weights of a model, as `bake` says, or find the layers for it."""
+    """Refuse steering that cannot be weights, or find the layers for it."""
     from transformers import PreTrainedModel
 
     usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,7 +163,7 @@ def _untie(model: Any) -> None:
 
 
 def _given_bias(model: Any, name: str) -> nn.Parameter:
-    """Give a layer a bias of zeros, and all others that the same setting gives one; refuse if none does."""
+    """Give a layer a bias of zeros by a setting, or refuse."""
     for switch in [switch for switch in SWITCHES if getattr(model.config, switch, None) is False]:
         config = copy.deepcopy(model.config)
         setattr(config, switch, True)
@@ -184,7 +184,7 @@ def _given_bias(model: Any, name: str) -> nn.Parameter:
 
 @torch.no_grad()
 def prove(task: Task, baked: Any) -> dict[str, Any]:
-    """Return the steering in words, and root mean squares of the logits' error and of the effect on them.
+    """Return the steering in words, the logits' error, and its effect on them.
 
     Raises:
         ModelError: The error is more than `EXACT` or `ROUNDED` allows.
@@ -222,7 +222,7 @@ def prove(task: Task, baked: Any) -> dict[str, Any]:
 def write_adapter(
     model: Any, intervention: Steering, folder: str | Path, *, everywhere: bool = False, trust: bool = False
 ) -> Path:
-    """Write steering as a LoRA adapter of rank 1, which peft loads onto the model.
+    """Write steering as a LoRA adapter of rank 1 for peft.
 
     ``Add`` is the bias of the adapter's B (``lora_bias``), exact also where the layer has no bias, as in Qwen. ``Ablate`` with
     ``everywhere`` is B = -u and A = uᵀW on each layer that writes, exact where these have no biases. Leave it unmerged: peft

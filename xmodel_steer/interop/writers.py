@@ -35,7 +35,7 @@ class Writer:
 
 
 def parts_of(layer: nn.Module) -> tuple[nn.Parameter, int, nn.Parameter | None] | None:
-    """Return a layer's weight, the weight's dimension of outputs, and the bias; None if it cannot write."""
+    """Return a layer's weight, its output dimension, and the bias, if it can write."""
     if isinstance(down := getattr(layer, "down_proj", None), nn.Parameter):  # experts in one tensor
         return down, 2 if getattr(layer, "is_transposed", False) else 1, getattr(layer, "down_proj_bias", None)
     if isinstance(layer, nn.Linear | nn.Embedding) or type(layer).__name__ == "Conv1D":
@@ -44,7 +44,7 @@ def parts_of(layer: nn.Module) -> tuple[nn.Parameter, int, nn.Parameter | None] 
 
 
 def probe_texts(model: Any) -> dict[str, Tensor]:
-    """Make a batch of two random texts of 12 and 7 tokens, padded on the left."""
+    """Make two random texts of 12 and 7 tokens, padded on the left."""
     ids = torch.randint(int(text_config(model).vocab_size), (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -53,9 +53,10 @@ def probe_texts(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def find_writers(model: Any, blocks: nn.ModuleList, *, complete: bool) -> list[Writer]:
-    """Find every layer that writes to the residual stream; with ``complete``, refuse all else that does.
+    """Find every layer that writes to the residual stream.
 
-    The first one of a block is its last, whose output no other layer of the block reads.
+    With ``complete``, refuse a model in which something else writes too. The writer
+    listed first of a block is the last to run: no other layer of the block reads its output.
 
     Raises:
         ModelError: Something else writes, such as a norm after the MLP.
@@ -116,7 +117,7 @@ def _near(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _streams(model: Any, blocks: nn.ModuleList, edits: Edits, held: Tensor | None = None) -> list[Tensor]:
-    """Return each block's input and output in turn; with ``held``, every block reads that instead."""
+    """Return each block's input and output; with ``held``, all read that."""
     seen: list[Tensor] = []
 
     def read(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
