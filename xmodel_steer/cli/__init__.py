@@ -4,6 +4,7 @@
 # isort: off
 from xmodel_steer.cli import demos as demos
 from xmodel_steer.cli import runs as runs
+from xmodel_steer.cli import exporting as exporting
 from xmodel_steer.cli import checking as checking
 from xmodel_steer.cli import harvests as harvests
 from xmodel_steer.cli import experiments as experiments

@@ -22,6 +22,8 @@ same way:
   only one that shifts. They are read here as llama.cpp applies them.
 """
 
+from xmodel_steer.interop.baking import bake as bake
+from xmodel_steer.interop.baking import write_adapter as write_adapter
 from xmodel_steer.interop.cards import run_card as run_card
 from xmodel_steer.interop.control_vectors import read_control_vector as read_control_vector
 from xmodel_steer.interop.control_vectors import write_control_vector as write_control_vector
