@@ -128,7 +128,7 @@ def explore(
         bool, typer.Option("--jupyter/--no-jupyter", help="Open the notebook in JupyterLab, where that is installed.")
     ] = True,
 ) -> None:
-    """Steer by hand with a run's vectors: make a notebook for it, and open that.
+    """Steer by hand with a run's vectors, in a notebook.
 
     The notebook is RUN/explore.ipynb; one that is there is opened as it is.
     """

@@ -83,7 +83,7 @@ class TextStatistics:
     _read: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def at(self, sites: Sequence[Site]) -> dict[Site, tuple[Tensor, Tensor]]:
-        """Find mean and standard deviation ``(d,)`` at each site; those not read before are read in one pass."""
+        """Find mean and standard deviation ``(d,)`` at each site, in one pass."""
         if new := [site for site in sites if site not in self._read]:
             for site, rows in capture(self.target, self.text, new, tokens="all", max_tokens=64).items():
                 values = rows.values.float()

@@ -19,7 +19,8 @@ def overview(result: Result) -> Any:
     Returns:
         A ``plotly.graph_objects.Figure``.
     """
-    if result.signs or (len(result.strengths) > 1 and all(arm.arm != "native" for arm in result.arms)):  # a sweep
+    swept = [(arm.arm, arm.recipe) for arm in result.arms if arm.arm == "random" and arm.at == EQUAL_STRENGTH]
+    if result.signs or len(set(swept)) < len(swept):
         return dose_response(result)
     if all(arm.arm != "mapped" for arm in result.arms):
         return effects(result)

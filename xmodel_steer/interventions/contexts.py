@@ -77,7 +77,9 @@ def steering(
 
 
 def require_space_of(model: Any, space: Space, what: str) -> None:
-    """Refuse a space of another model, or of a differently processed site; of a stack, each member.
+    """Refuse a space of another model, or of a differently processed site.
+
+    Of a stack, each member is looked at.
 
     Raises:
         SpaceMismatchError: The space is none of this model's.

@@ -106,12 +106,13 @@ def load_errors(label: str, path: str) -> Iterator[None]:
 
 
 def require_hub(name: str) -> None:
-    """Refuse a hub model at once where the hub's host has no address and the local cache lacks the model.
+    """Refuse a hub model at once where the hub cannot be reached.
 
+        That is where its host has no address, and the local cache lacks the model.
     The hub's client would try again for 23 seconds. Behind a proxy nothing is told.
 
-    Raises:
-        ModelError: The model can only come from the hub, whose host cannot be found.
+        Raises:
+            ModelError: The model can only come from the hub, whose host cannot be found.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -93,7 +93,7 @@ class Explorer(Turns):
         self._list_operators()
 
     def _list_operators(self) -> None:
-        """Offer the operators that the vector has what it takes for, and the gates of its site."""
+        """Offer the operators that the vector can take, and its site's gates."""
         if self.layer.value is None:  # the layers are being listed
             return
         option, before = self._option(), self.operator.value

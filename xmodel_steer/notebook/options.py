@@ -37,7 +37,7 @@ class Option:
 
     @property
     def has_classes(self) -> bool:
-        """Whether it can be clamped, and be a gate."""
+        """True where it has what a clamp and a gate take."""
         v = self.vector
         known = v.scale is not None and v.positive_mean is not None and v.negative_mean is not None
         return known and not isinstance(self.site, Stack)

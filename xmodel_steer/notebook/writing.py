@@ -44,7 +44,7 @@ class Setting:
     gate: tuple[Option, Literal["positive", "negative"]] | None = None
 
     def steps(self) -> list[Intervention]:
-        """Make the interventions: one, or one for each member of a vector of several sites."""
+        """Make the intervention, or for a stack's vector one for each member."""
         gate = Gate(self.gate[0].vector, self.gate[1]) if self.gate else None
         return [Intervention(v, self.operator, self.positions, gate=gate) for v in self.option.vector.members()]
 

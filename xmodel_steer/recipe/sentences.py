@@ -33,7 +33,7 @@ _OTHERS = {
 
 
 def sentences(result: Result) -> tuple[str, ...]:
-    """Say what survived so that a reader without statistics can follow: a sentence or two for each recipe."""
+    """Say what survived, in words that need no statistics; a sentence or two a recipe."""
     if len(result.recipes) > MANY:
         return ()
     counts = result.unit.startswith("share of ")
@@ -78,7 +78,7 @@ def _compared(result: Result, recipe: str) -> str:
 
 
 def names_of(result: Result) -> dict[str, str]:
-    """Explain the arms and operators that a result has, by name."""
+    """Explain the names of the arms and operators that a result has."""
     arms = dict.fromkeys(arm.arm for arm in result.arms)
     operators = dict.fromkeys(arm.operator.split("(")[0] for arm in result.arms)
     return {n: ARM_NAMES[n] for n in arms if n in ARM_NAMES} | {

@@ -40,7 +40,9 @@ def sweep(
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Add vectors at several strengths: the effect in generated text, beside the damage on neutral text.
+    """Add vectors at several strengths; measure the effect next to the damage.
+
+    The effect is that in generated text, the damage that on neutral text.
 
     Random vectors of the first vector's norm are measured at the same strengths. A strength that is read off this is chosen
     on these prompts: report it on others.
