@@ -26,7 +26,7 @@ from toys import CONTEXT, NO_STOP
 import xmodel_steer as xs
 from xmodel_steer import interop
 from xmodel_steer.activations.reading import capture
-from xmodel_steer.core.directions import difference_of_means
+from xmodel_steer.core.directions import difference_of_means, principal_direction
 from xmodel_steer.core.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site, Space
@@ -381,6 +381,24 @@ def test_repeng_finds_a_vector_at_the_place_that_its_file_names(llama: toys.Toy,
     (read,) = interop.read_control_vector(tmp_path / "found.gguf", llama.model)
     assert read.space.site == Site(1)
     assert torch.cosine_similarity(read.direction, planted, 0) > 0.999
+
+
+@pytest.mark.parametrize("method", ["pca_center", "pca_diff"])
+def test_repeng_finds_the_principal_direction(llama: toys.Toy, method: str) -> None:
+    """Of the same rows, in its own function: it reads no model here."""
+    repeng = imported("repeng")
+    draw = torch.Generator().manual_seed(4)
+    space = space_of(llama.model, Site(1))
+    values = torch.randn(2, 40, llama.width, generator=draw) + 0.8 * torch.eye(2)[:, :1, None]
+    p, n = (Activations(side, space) for side in values)
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    theirs = repeng.extract.read_representations(
+        llama.hf, tokenizer, [repeng.DatasetEntry(positive="a", negative="b")] * 40, [1],
+        method=method, transform_hiddens=lambda _: {1: values.transpose(0, 1).reshape(80, -1).numpy().copy()},
+    )[1]  # fmt: skip
+    mine = principal_direction(p, n, centred=method == "pca_diff").direction
+    torch.testing.assert_close(mine / mine.norm(), torch.tensor(theirs), rtol=1e-3, atol=1e-4)
 
 
 def test_steering_vectors_steers_the_same(bridge: toys.Toy) -> None:
