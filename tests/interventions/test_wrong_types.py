@@ -16,6 +16,7 @@ from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.evaluation.calibration import calibrate
 from xmodel_steer.evaluation.damage import losses, side_effects
 from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.operators import Rotate
 from xmodel_steer.interventions.steps import Replacement
 
 space = Space("small", Site(1), 4, "aaaa")
@@ -33,6 +34,10 @@ STEPS = "TypeError: steering takes SteeringVector or Intervention or Replacement
 MESSAGES = {
     'xs.Add("2")': "TypeError: Add: strength takes a number, got str '2'",
     "xs.Add(None)": "TypeError: Add: strength takes a number, got NoneType",
+    "xs.Ablate(vector)": "TypeError: Ablate: also takes a tuple of vectors, got SteeringVector",
+    "xs.Ablate((vector.direction,))": "TypeError: Ablate: also takes SteeringVector, got Tensor",
+    'Rotate(by="90")': "TypeError: Rotate takes numbers, got str '90'",
+    "Rotate(by=90.0, plane=1)": "TypeError: Rotate: plane takes a SteeringVector, got int 1",
     'xs.Clamp(overshoot="1")': "TypeError: Clamp: overshoot takes a number, got str '1'",
     'xs.Clamp(gate="no")': "TypeError: Clamp: gate takes bool, got str 'no'",
     "xs.Clamp(True)": "ValueError: Clamp: to must be 'positive' or 'negative', got True",

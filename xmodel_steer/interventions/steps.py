@@ -34,7 +34,7 @@ class Intervention:
 
     Args:
         vector: The direction; its space names the site and the model.
-        operator: `Add`, `Ablate` or `Clamp`.
+        operator: `Add`, `Ablate`, `Rotate` or `Clamp`.
         positions: ``"all"``: every token of the text. ``"prompt"``: the prompt's tokens. ``"generated"``: the tokens
             after the prompt. ``"last"``: the prompt's last token. A tuple combines several, such as
             ``("last", "generated")``. Or a boolean mask over text positions, ``(tokens,)`` or ``(prompts, tokens)``,
