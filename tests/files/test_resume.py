@@ -111,6 +111,8 @@ def test_whatever_changes_is_computed_anew(
         lambda: ask(llama.model, replace(step, vector=llama.vector(2))),
         lambda: ask(llama.model, replace(step, operator=xs.Add(1.0 + 2**-50))),
         lambda: ask(llama.model, replace(step, operator=xs.Ablate())),
+        lambda: ask(llama.model, replace(step, operator=xs.Ablate((llama.vector(1, seed=1),)))),
+        lambda: ask(llama.model, replace(step, schedule=(1.0, 0.5))),
         lambda: ask(llama.model, replace(step, positions="last")),
         lambda: ask(llama.model, replace(step, positions=("last", "generated"))),
         lambda: ask(llama.model, replace(step, positions=mask)),

@@ -622,6 +622,72 @@ def test_a_decode_equals_uncached_steps_of_the_untouched_model(toy, where):
             ids.append(token)
 
 
+# --- a schedule -----------------------------------------------------------------------------
+
+SCHEDULE = (0.5, -2.0, 0.0, 1.0)  # of STEPS tokens, one each: the last is fed to no pass
+
+
+@pytest.mark.parametrize("where", ["all", "generated", "mask of each"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_schedule_scales_the_change_at_each_generated_token(toy, where, use_cache):
+    vector, lengths, before, after = toy.vector(1), lengths_of(toy), [], []
+    step = replace(intervention(vector, where, lengths, Add(3.0)), schedule=SCHEDULE)
+    with listening(toy, before), steering(toy.model, step), listening(toy, after):
+        tokens(toy, use_cache=use_cache)
+    moved = [a - b for a, b in zip(after, before, strict=True)]
+    moved = torch.cat(moved, 1) if use_cache else moved[-1]
+    for row, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        own = moved[row, max(lengths) - lengths[i] :]
+        expected = torch.zeros(len(own), 1)
+        for p in WHERE[where](i, lengths[i]):
+            if p < len(own):
+                expected[p] = 3.0 * (SCHEDULE[p - lengths[i]] if p >= lengths[i] else 1.0)
+        assert (expected == 0).any()
+        torch.testing.assert_close(own, expected * vector.direction, atol=3e-4, rtol=1e-3)
+        assert not own[expected[:, 0] == 0].any(), "share 0 is bit-exact"
+
+
+def test_scheduled_decodes_agree_in_any_batch_with_and_without_cache_and_with_hugging_faces_own(bridge):
+    vector = bridge.vector(1, size=4.0)
+    step = Intervention(vector, Add(2.0), ("last", "generated"), schedule=(1.0, 0.6, 0.2, 0.0))
+    (batch,) = batches(bridge.model, encode(bridge.model, as_prompts(TEXTS[:3])), 3, padding_side="left")
+    with steering(bridge.model, step):
+        one = tokens(bridge, batch_size=8)
+        for settings in (dict(batch_size=8, use_cache=False), dict(batch_size=3), dict(batch_size=1)):
+            assert tokens(bridge, **settings) == one
+        inner = bridge.model.original_model
+        theirs = inner.generate(
+            batch.ids, attention_mask=batch.mask, do_sample=False, max_new_tokens=STEPS, num_beams=1, **NO_STOP
+        )
+    assert [theirs[row, batch.ids.shape[1] :].tolist() for row in range(3)] == [one[i] for i in batch.rows]
+    with steering(bridge.model, replace(step, schedule=(1.0,))):
+        assert tokens(bridge, batch_size=8) != one
+    with (
+        steering(bridge.model, replace(step, positions="all")),
+        pytest.raises(SiteError, match="positions 'generated' cannot be found"),
+    ):
+        bridge.model.generate(batch.ids[:1], use_past_kv_cache=False)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_last_share_holds_for_all_that_follow_and_a_plain_pass_has_the_whole_change(toy, share):
+    vector = toy.vector(1, size=4.0)
+    with steering(toy.model, Intervention(vector, Add(2.0), "generated", schedule=(share,))):
+        scheduled, scores = tokens(toy), logits(toy)
+    with steering(toy.model, Intervention(vector, Add(2.0 * share), "generated")):
+        assert scheduled == tokens(toy) and torch.equal(scores, logits(toy))
+    with steering(toy.model, Intervention(vector, Ablate(), schedule=(share,))):
+        plain = logits(toy)
+    with steering(toy.model, vector, operator=Ablate()):
+        assert torch.equal(plain, logits(toy))
+
+
+def test_a_schedule_has_finite_numbers(llama):
+    for wrong in ((), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="schedule needs one finite number or more, got"):
+            Intervention(llama.vector(1), schedule=wrong)
+
+
 # --- the user's own calls -------------------------------------------------------------------
 
 

@@ -48,6 +48,8 @@ MESSAGES = {
     "xs.Intervention(vector, gate=vector)": "TypeError: Intervention: gate takes a Gate, got SteeringVector",
     "xs.Intervention(vector, positions=5)": "TypeError: positions takes 'all', 'prompt', 'generated', 'last', several of them, "
     "or a boolean mask, got int 5",
+    "xs.Intervention(vector, schedule=[1.0])": "TypeError: Intervention: schedule takes a tuple of numbers, got list",
+    "xs.Intervention(vector, schedule=(1.0, '0'))": "TypeError: Intervention: schedule takes numbers, got str '0'",
     'Replacement("blocks.1", print)': "TypeError: Replacement: space takes Space, got str 'blocks.1'",
     "steering(None, 5).__enter__()": STEPS + "int 5",
     'steering(None, "joy").__enter__()': STEPS + "str 'j'",
