@@ -189,7 +189,7 @@ def test_ablating_several_directions_is_the_projection_on_the_complement_in_any_
 def test_directions_that_depend_on_others_are_refused(llama):
     v, w = llama.vector(1, seed=1), llama.vector(1, seed=2)
     nearly = v - 0.4 * w + 1e-4 * llama.vector(1, seed=3)
-    with pytest.raises(ValueError, match=r"Ablate: .* lies within 0.06 degrees of the space of the vectors before it"):
+    with pytest.raises(ValueError, match=r"Ablate: .* lies within 0.06 degrees of the span of the others"):
         Ablate((w, nearly)).prepare(v)
     with pytest.raises(ValueError, match=r"Rotate: .* lies within 0.06 degrees"):
         Rotate(to=30.0, plane=-2.0 * v).prepare(v)

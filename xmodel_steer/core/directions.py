@@ -146,12 +146,7 @@ def _discriminant(
 
 
 def principal_direction(
-    positive: Activations,
-    negative: Activations,
-    *,
-    label: str = "",
-    scale: Tensor | None = None,
-    centred: bool = False,
+    positive: Activations, negative: Activations, *, label: str = "", scale: Tensor | None = None, centred: bool = False
 ) -> SteeringVector:
     """Find the first principal component of the differences between paired rows.
 

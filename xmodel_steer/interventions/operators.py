@@ -90,9 +90,7 @@ def _basis(what: str, vector: SteeringVector, others: Sequence[SteeringVector]) 
         for unit in basis:
             rest = rest - (rest @ unit) * unit
         if rest.norm() < 1e-3:
-            raise ValueError(
-                f"{what}: {v.label!r} lies within 0.06 degrees of the space of the vectors before it; leave it out"
-            )
+            raise ValueError(f"{what}: {v.label!r} lies within 0.06 degrees of the span of the others; leave it out")
         basis.append(rest / rest.norm() if basis else rest)
     return [unit.to(torch.float32) for unit in basis]
 
@@ -105,8 +103,7 @@ class Rotate:
 
     - ``by``: φ - by, not beyond v or -v. At 0 nothing changes, bit for bit.
     - ``to``: the same for all rows, so that cos(x, v) = cos(to).
-    - ``add``: the angle of x + add · v. So x → |x| (x + add · v) / |x + add · v|, repeng's ``normalize=True``. At 0
-      nothing changes, bit for bit.
+    - ``add``: that of x + add · v, so x → |x| (x + add · v) / |x + add · v|, repeng's ``normalize=True``. 0 as for ``by``.
 
     A second vector fixes the plane instead, spanned by b₁ = v / |v| and its part b₂ orthogonal to v: only the row's
     projection on it turns, with angles from b₁ towards b₂, and ``by`` has no limit. ``to`` is then the angular steering of
