@@ -34,7 +34,7 @@ from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.files import wheels
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
-from xmodel_steer.interventions.steps import Intervention
+from xmodel_steer.interventions.steps import Intervention, Replacement
 from xmodel_steer.models import packaged
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.identity import fingerprint
@@ -415,6 +415,24 @@ def test_steering_vectors_steers_the_same(bridge: toys.Toy) -> None:
         assert torch.equal(new.direction, old.direction)
         assert new.space == old.space
         assert new.origin == "steering_vectors.steering_vector.SteeringVector"
+
+
+def test_leace_erases_at_a_site_as_on_rows(llama: toys.Toy) -> None:
+    """No linear probe tells the classes apart afterwards: their means are equal."""
+    erasure = pytest.importorskip("concept_erasure", reason="concept-erasure is not here: pip install concept-erasure")
+    site = Site(1)
+
+    def rows() -> torch.Tensor:
+        return capture(llama.model, TEXTS, [site], tokens="all", include_special=True)[site].values
+
+    plain = rows()
+    labels = (plain[:, 0] > plain[:, 0].median()).long()
+    eraser = erasure.LeaceEraser.fit(plain, labels, shrinkage=False)
+    with steering(llama.model, Replacement(space_of(llama.model, site), lambda values, _: (eraser(values), None))):
+        erased = rows()
+    torch.testing.assert_close(erased, eraser(plain), **CLOSE)
+    apart = [float((r[labels == 1].mean(0) - r[labels == 0].mean(0)).norm()) for r in (plain, erased)]
+    assert apart[1] < 1e-3 * apart[0]
 
 
 def test_directions_go_to_steering_vectors_and_back(bridge: toys.Toy) -> None:
