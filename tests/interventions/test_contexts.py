@@ -15,7 +15,7 @@ from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import SiteError, SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import Activations
+from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.interop.hugging_face import steering_hf
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate, Rotate
@@ -552,6 +552,41 @@ def test_other_streams(toy, stream):
         made = streams(toy, sites=[Site(0), site, Site(1)])
     torch.testing.assert_close(made[site].values, plain[site].values + vector.direction, **CLOSE)
     assert not torch.allclose(made[Site(1)].values, plain[Site(1)].values, atol=1e-2)
+    assert torch.equal(made[Site(0)].values, plain[Site(0)].values)
+
+
+def heads(toy, layer):
+    """The module that projects the heads' outputs, in the untouched model of transformers."""
+    block = toys.hf_blocks(toy.hf)[layer]
+    return block.attn.c_proj if hasattr(block, "attn") else block.self_attn.o_proj
+
+
+def test_outputs_of_heads_are_read_and_written_before_their_projection(bridge):
+    site, read, after = Site(1, "z"), [], []
+    space = space_of(bridge.model, site)
+    assert space.width == bridge.model.cfg.n_heads * bridge.model.cfg.d_head
+    direction = torch.zeros(space.width)
+    direction[8:16] = torch.randn(8, generator=torch.Generator().manual_seed(1))  # head 1 alone
+    vector = SteeringVector(direction, space)
+    plain = streams(bridge, sites=[site, Site(0)])
+    with steering(bridge.model, vector, operator=Add(3.0)):
+        made = streams(bridge, sites=[site, Site(0), Site(1)])
+        left = streams(bridge, sites=[Site(1)], batch_size=2, padding_side="left")
+        texts = tokens(bridge, batch_size=8)
+        assert tokens(bridge, batch_size=1, use_cache=False) == texts
+
+    def edit(module, args):
+        read.append(args[0][0].detach())
+        return (args[0] + 3 * direction, *args[1:])
+
+    handle = heads(bridge, 1).register_forward_pre_hook(edit)
+    for text in TEXTS:
+        after.append(bridge.reference(bridge.ids(text))[0][1])
+    handle.remove()
+    torch.testing.assert_close(plain[site].values, torch.cat(read), **CLOSE)
+    torch.testing.assert_close(made[site].values, torch.cat(read) + 3 * direction, **CLOSE)
+    torch.testing.assert_close(made[Site(1)].values, torch.cat(after), **CLOSE)
+    torch.testing.assert_close(left[Site(1)].values, torch.cat(after), **CLOSE)
     assert torch.equal(made[Site(0)].values, plain[Site(0)].values)
 
 

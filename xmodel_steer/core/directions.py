@@ -182,8 +182,7 @@ def principal_direction(
     _, sizes, components = torch.linalg.svd(rows, full_matrices=False)
     if sizes[0] <= 1e-9 * pairs.norm():
         raise PromptError("principal direction: the differences do not vary; use difference_of_means, or more pairs")
-    along = components[0]
-    direction = (along @ pairs.mean(0)) * along
+    direction = (components[0] @ pairs.mean(0)) * components[0]
     return replace(means, direction=direction.to(means.direction.dtype), origin="principal direction")
 
 

@@ -102,7 +102,7 @@ class Rotate:
     In the plane of the row x and the vector v, x has the length r = |x| and the angle φ to v. It gets another angle:
 
     - ``by``: φ - by, not beyond v or -v. At 0 nothing changes, bit for bit.
-    - ``to``: the same for all rows, so that cos(x, v) = cos(to).
+    - ``to``: the same for all rows, so that cos(x, v) = cos(to). Both leave rows parallel to v, which have no plane.
     - ``add``: that of x + add · v, so x → |x| (x + add · v) / |x + add · v|, repeng's ``normalize=True``. 0 as for ``by``.
 
     A second vector fixes the plane instead, spanned by b₁ = v / |v| and its part b₂ orthogonal to v: only the row's
@@ -115,15 +115,11 @@ class Rotate:
         add: Strength in units of the vector, as in `Add`.
         plane: A second vector of the same space; the paper's is the first principal component of all layers' candidates.
 
-    A row that is parallel to v has no plane of its own; ``by`` and ``to`` leave it as it is.
-
     Raises:
-        TypeError: A field has another type.
         ValueError: Not exactly one of the three is given.
 
     Example:
-        >>> Rotate(to=90.0)
-        Rotate(by=None, to=90.0, add=None, plane=None)
+        >>> Intervention(vector, Rotate(to=90.0), "generated")        # doctest: +SKIP
     """
 
     by: float | None = None
@@ -144,32 +140,26 @@ class Rotate:
         length = vector.norm()
 
         def edit(rows: Tensor) -> Tensor:
-            if self.by == 0 or self.add == 0:
-                return rows
             b1 = first.to(rows.device)
             x = rows @ b1
-            if others:
-                b2 = others[0].to(rows.device)
-                y = rows @ b2
-                turns = torch.ones_like(x, dtype=torch.bool)
-            else:
-                rest = rows - x[..., None] * b1
-                y = rest.norm(dim=-1)
-                b2 = rest / y.clamp(min=1e-30)[..., None]
-                turns = y > 1e-5 * x.abs()  # the rest is rounding
+            rest = rows - x[..., None] * b1
+            b2 = others[0].to(rows.device) if others else torch.nn.functional.normalize(rest, dim=-1)
+            y = (rest * b2).sum(-1)
             angle = torch.atan2(y, x)
             if self.add is not None:
                 turned = torch.atan2(y, x + self.add * length)
             elif self.to is not None:
-                turned = torch.where(turns, math.radians(self.to), angle)
+                turned = torch.full_like(angle, math.radians(self.to))
             else:
                 turned = angle - math.radians(self.by or 0.0)
-                turned = turned if others else torch.where(turns, turned.clamp(0, math.pi), angle)
+                turned = turned if others else turned.clamp(0, math.pi)
+            if self.add is None and not others:  # what a row along the vector has beyond it is rounding
+                turned = torch.where(y > 1e-5 * x.abs(), turned, angle)
             size = torch.hypot(x, y)
             dx, dy = size * turned.cos() - x, size * turned.sin() - y
             return rows + dx[..., None] * b1 + dy[..., None] * b2
 
-        return edit
+        return (lambda rows: rows) if 0 in (self.by, self.add) else edit
 
 
 @dataclass(frozen=True, eq=False)
