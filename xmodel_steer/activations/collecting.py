@@ -245,7 +245,7 @@ class Plan:
 
 
 def _widest(model: Any, sites: Sequence[Site]) -> int:
-    """Return the largest width of single sites: that of ``z`` differs from the residual stream's."""
+    """Return the largest width of single sites; ``z`` has its own."""
     return max((space.width for site in sites for space in space_of(model, site).members), default=1)
 
 

@@ -82,7 +82,7 @@ def attached(model: Any, functions: Sequence[tuple[str, Callable[[Tensor], Tenso
 
 
 def _joined(call: Callable[[Any], Any], value: Any) -> Any:
-    """Call a function with the heads' outputs joined, ``(batch, new, heads * d)``; part the result again."""
+    """Call a function with the heads' outputs joined: ``(batch, new, heads * d)``."""
     result = call(value.flatten(2) if value.ndim == 4 else value)
     return result if result is None else result.reshape(value.shape)
 
