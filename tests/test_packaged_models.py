@@ -41,7 +41,7 @@ def test_the_conversion_is_sound(models: dict[str, Any]) -> None:
     """Perplexity of plain English is that of a working model; a wrong layout gives thousands."""
     for name, model in models.items():
         assert is_bridge(model)
-        assert 3 < xs.side_effects(model, [[]], [PARAGRAPH], max_tokens=None)[0].perplexity < 50, name
+        assert 3 < xs.evaluation.side_effects(model, [[]], [PARAGRAPH], max_tokens=None)[0].perplexity < 50, name
 
 
 def test_smollm_splits_digits(models: dict[str, Any]) -> None:

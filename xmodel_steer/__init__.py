@@ -32,7 +32,6 @@ from xmodel_steer.core.vectors import SteeringVector as SteeringVector
 from xmodel_steer.evaluation import behaviours as behaviours
 from xmodel_steer.evaluation import judges as judges
 from xmodel_steer.evaluation import scorers as scorers
-from xmodel_steer.evaluation.damage import side_effects as side_effects
 from xmodel_steer.evaluation.replacing import replacement_check as replacement_check
 from xmodel_steer.files.readers import read_contrast as read_contrast
 from xmodel_steer.files.readers import read_prompts as read_prompts
@@ -42,6 +41,7 @@ from xmodel_steer.interventions.operators import Ablate as Ablate
 from xmodel_steer.interventions.operators import Add as Add
 from xmodel_steer.interventions.operators import Clamp as Clamp
 from xmodel_steer.interventions.operators import Gate as Gate
+from xmodel_steer.interventions.operators import Rotate as Rotate
 from xmodel_steer.interventions.steps import Intervention as Intervention
 from xmodel_steer.maps.isometry import Procrustes as Procrustes
 from xmodel_steer.maps.ridge import Ridge as Ridge

@@ -42,7 +42,7 @@ def measure(model: Any, vectors: list[Any], name: str, prompts: Any, strength: f
     settings = [[xs.Intervention(v, xs.Add(s))] for v in vectors for s in (-strength, strength)]
     behaviour = xs.behaviours.GeneratedText(prompts, concept(name).scorer, NEW_TOKENS)
     measured = behaviour.measure(model, settings)
-    effects = xs.side_effects(model, settings, neutral, max_tokens=24, batch_size=16)
+    effects = xs.evaluation.side_effects(model, settings, neutral, max_tokens=24, batch_size=16)
     made = []
     for k in range(len(vectors)):
         down, up = measured[2 * k].scores, measured[2 * k + 1].scores

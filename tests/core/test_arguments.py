@@ -11,7 +11,7 @@ import json, sys
 import torch
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.contrast import ContrastSet
-from xmodel_steer.core.directions import difference_of_means, logistic_probe, random_like
+from xmodel_steer.core.directions import difference_of_means, logistic_probe, principal_direction, random_like, whitened_difference
 from xmodel_steer.core.prompts import Message, Prompt
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations, SteeringVector
@@ -33,6 +33,9 @@ MESSAGES = {
     "difference_of_means(rows, rows.values)": "TypeError: difference_of_means takes Activations, got Tensor",
     "logistic_probe([], rows)": "TypeError: logistic_probe takes Activations, got list",
     'logistic_probe(rows, rows, c="1")': "TypeError: logistic_probe: c takes a number, got str '1'",
+    'whitened_difference(rows, rows, shrinkage="oas")': "TypeError: whitened_difference: shrinkage takes a number or 'auto', got str 'oas'",
+    "whitened_difference(rows, None)": "TypeError: whitened_difference takes Activations, got NoneType",
+    "principal_direction(rows, [])": "TypeError: principal_direction takes Activations, got list",
     'random_like("v", seed=0)': "TypeError: random_like takes SteeringVector, got str 'v'",
     "align([1], [2])": "TypeError: align takes TokenEnds, got list",
     "Activations([[1.0]], space)": "TypeError: Activations.values takes Tensor, got list",

@@ -1,6 +1,7 @@
 """A layer's number is a site after its block, wherever sites are taken."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import toys
 from sample_layers import collected, rows
 
 import xmodel_steer as xs
-from xmodel_steer.core.spaces import as_site, as_sites
-from xmodel_steer.models.sites import sites_of
+from xmodel_steer.core.spaces import Stack, as_site, as_sites
+from xmodel_steer.models.sites import check_sites, sites_of
 
 FIRST = xs.Site(1)
 
@@ -72,3 +73,44 @@ def test_transfer_takes_numbers_block_0_too(llama: toys.Toy) -> None:
     given = llama.model, llama.model, toys.contrast(), toys.sentences(60, 4)
     made = xs.transfer(*given, source_sites=0, target_sites=[0], **settings)
     assert made.spec["source_sites"] == made.spec["target_sites"] == ["resid_post[0]"]
+
+
+def test_outputs_of_heads_have_their_own_width(tokenizers: dict[str, Any]) -> None:
+    """Eight dimensions a head more than the residual stream has: a vector crosses from one to the other by a map."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        **toys._common(tokenizers["byte_level"]),
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).eval()
+    toys._randomise(hf, 0)
+    toy = toys.bridged(hf, "wide heads", tokenizers["byte_level"])
+    z, texts = xs.Site(1, "z"), toys.sentences(30, 0)
+    assert (z.hook_name, xs.space_of(toy.model, z).width, xs.space_of(toy.model, 1).width) == (
+        "blocks.1.attn.hook_z", 64, 32
+    )  # fmt: skip
+    check_sites(toy.model, [z, FIRST])
+    acts = xs.capture(toy.model, texts, [z, [z, xs.Site(0, "z")]], tokens="all")
+    stack = Stack([xs.Site(0, "z"), z])
+    assert torch.equal(acts[stack].values[:, 64:], acts[z].values)
+    moments = xs.collect_moments(toy.model, toy.model, texts, source_sites=[z, 1], target_sites=[z, 1], max_tokens=16)
+    mapping = xs.Ridge().fit(moments.pair(z, FIRST))
+    first = acts[z].values[:, 0] > 0
+    vector = xs.difference_of_means(*(xs.Activations(acts[z].values[keep], acts[z].space) for keep in (first, ~first)))
+    carried = mapping.transport(vector)
+    assert (vector.direction.shape, carried.direction.shape, carried.space) == ((64,), (32,), xs.space_of(toy.model, 1))
+    with xs.steering(toy.model, [vector, carried]):
+        moved = xs.capture(toy.model, texts, z, tokens="all")[z].values
+    torch.testing.assert_close(moved, acts[z].values + vector.direction, rtol=1e-4, atol=1e-4)
+    grid = xs.collect_moments(
+        toy.model, toy.model, texts, source_sites=[1], target_sites=[z], max_tokens=16, sketch=60
+    )  # more than the stream is wide
+    assert len(grid.sketch) == 60 and max(grid.sketch) > 32
+    with pytest.raises(
+        ValueError, match="z has another width than the residual stream; join it with z of other layers"
+    ):
+        Stack([z, FIRST])
+
+    with pytest.raises(ValueError, match="stream must be one of .*, z; got 'q'"):
+        xs.Site(1, "q")

@@ -45,7 +45,7 @@ def test_hook_names_are_those_of_transformer_lens():
     "arguments, message",
     [
         ((-1,), "counts blocks from 0, got -1; name the last block by its own index"),
-        ((0, "resid"), "stream must be one of resid_pre, .*, mlp_out; got 'resid'"),
+        ((0, "resid"), "stream must be one of resid_pre, .*, z; got 'resid'"),
     ],
 )
 def test_a_bad_site_is_refused(arguments, message):

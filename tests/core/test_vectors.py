@@ -6,8 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from xmodel_steer.core.directions import difference_of_means, logistic_probe, random_like
+from xmodel_steer.core.directions import (
+    difference_of_means,
+    logistic_probe,
+    principal_direction,
+    random_like,
+    whitened_difference,
+)
 from xmodel_steer.core.errors import NonFiniteError, PromptError, SpaceMismatchError
 from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.spaces import Site, Space
@@ -94,6 +102,120 @@ def test_a_probe_turns_round_with_its_sides_and_a_strong_penalty_leaves_the_stan
     assert float(torch.cosine_similarity(weak, means, dim=0)) > 0.999
     with pytest.raises(SpaceMismatchError):
         logistic_probe(p, rows(4, 1, OTHER))
+
+
+# --- whitened difference of means -------------------------------------------------------------
+
+
+def correlated(n, seed, shift=0.0):
+    """Rows whose dimensions vary together, in unlike units."""
+    mixing = rows(SPACE.width, 50).values + torch.eye(SPACE.width)
+    units = torch.tensor([1e-2, 1.0, 3.0, 1e3, 0.5, 2.0], dtype=torch.float64)
+    return Activations((rows(n, seed).values @ mixing + shift) * units, SPACE)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, "auto"])
+def test_a_whitened_difference_is_scikit_learns_discriminant(shrinkage):
+    p, n = correlated(40, 1, shift=0.7), correlated(25, 2)
+    made = whitened_difference(p, n, label="joy", shrinkage=shrinkage)
+    values = np.concatenate([p.values, n.values])
+    spread = values.std(0)
+    labels = [1] * 40 + [0] * 25
+    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+    weights = lda.fit(values / spread, labels).coef_[0]
+    step = spread * weights / np.linalg.norm(weights)
+    np.testing.assert_allclose(made.direction / np.linalg.norm(made.direction), step / np.linalg.norm(step), rtol=1e-6)
+    if shrinkage != 0.3:  # these two do not depend on the units: the weights are those of the rows as they are
+        raw = lda.fit(values, labels).coef_[0]
+        dual = made.direction.numpy() / spread**2
+        np.testing.assert_allclose(dual / np.linalg.norm(dual), raw / np.linalg.norm(raw), rtol=1e-5)
+    assert (made.label, made.counts, made.origin) == ("joy", (40, 25), "whitened difference of means")
+
+
+def test_a_whitened_difference_solves_with_the_covariance_within_the_sides():
+    p, n = correlated(40, 1, shift=0.7), correlated(25, 2)
+    made = whitened_difference(p, n, shrinkage=0.0)
+    centred = np.concatenate([side.values.numpy() - side.values.numpy().mean(0) for side in (p, n)])
+    spread = np.concatenate([p.values, n.values]).std(0)
+    weights = np.linalg.solve(centred.T @ centred / 65, difference_of_means(p, n).direction.numpy())
+    dual = made.direction.numpy() / spread**2
+    np.testing.assert_allclose(dual / np.linalg.norm(dual), weights / np.linalg.norm(weights), rtol=1e-6)
+    # Strength 1 leads from one mean to the other along the weights.
+    step, apart = made.direction.numpy() / spread, difference_of_means(p, n).direction.numpy() / spread
+    assert step @ step == pytest.approx(step @ apart)
+
+
+def test_full_shrinkage_leaves_the_difference_of_means_and_units_change_nothing():
+    p, n = correlated(40, 1, shift=0.7), correlated(25, 2)
+    torch.testing.assert_close(whitened_difference(p, n, shrinkage=1).direction, difference_of_means(p, n).direction)
+    factors = torch.tensor([3.0, 1e3, 1.0, 0.2, 7.0, 1e-2], dtype=torch.float64)
+    scaled = [replace(side, values=side.values * factors) for side in (p, n)]
+    torch.testing.assert_close(whitened_difference(*scaled).direction, factors * whitened_difference(p, n).direction)
+    torch.testing.assert_close(whitened_difference(n, p).direction, -whitened_difference(p, n).direction)
+
+
+def test_fewer_rows_than_dimensions_whiten_too_and_a_shrinkage_is_a_share():
+    few = rows(3, 1), rows(2, 2)
+    made = whitened_difference(*few)
+    assert made.direction @ difference_of_means(*few).direction > 0
+    with pytest.raises(ValueError, match="shrinkage must be between 0 and 1, got 1.5"):
+        whitened_difference(*few, shrinkage=1.5)
+    with pytest.raises(SpaceMismatchError):
+        whitened_difference(few[0], rows(2, 2, OTHER))
+
+
+# --- principal direction ----------------------------------------------------------------------
+
+
+def as_repeng(p, n, method):
+    """Lines of repeng 0.4's read_representations, on rows in the order positive, negative, positive, negative, ..."""
+    h = np.stack([p.values.numpy(), n.values.numpy()], 1).reshape(-1, SPACE.width)
+    if method == "pca_diff":
+        train = h[::2] - h[1::2]
+    else:
+        centre = (h[::2] + h[1::2]) / 2
+        train = h.copy()
+        train[::2] -= centre
+        train[1::2] -= centre
+    direction = PCA(n_components=1, whiten=False).fit(train).components_[0]
+    projected = h @ direction
+    return direction if np.mean(projected[::2] > projected[1::2]) >= 0.5 else -direction
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("method", ["pca_center", "pca_diff"])
+def test_a_principal_direction_is_repengs(method, seed):
+    p, n = moved(rows(30, 2 * seed), torch.tensor([0.6, -0.3, 0.0, 0.2, 0.0, 0.9]).double()), rows(30, 2 * seed + 1)
+    made = principal_direction(p, n, label="joy", scale=SCALE, centred=method == "pca_diff").direction.numpy()
+    theirs = as_repeng(p, n, method)
+    means = (p.values - n.values).mean(0).numpy()
+    np.testing.assert_allclose(made / np.linalg.norm(made), theirs * np.sign(theirs @ means), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(made @ made, made @ means)  # from mean to mean along it; the positive side is higher
+
+
+def test_a_principal_direction_turns_round_with_its_sides_and_forgets_the_order_of_pairs_and_what_they_share():
+    p, n, order = rows(12, 1), rows(12, 2), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    plain = principal_direction(p, n).direction
+    torch.testing.assert_close(principal_direction(n, p).direction, -plain)
+    shuffled = [replace(side, values=side.values[order]) for side in (p, n)]
+    torch.testing.assert_close(principal_direction(*shuffled).direction, plain)
+    topic = rows(12, 3).values  # of each pair its own
+    torch.testing.assert_close(principal_direction(moved(p, topic), moved(n, topic)).direction, plain)
+    assert not torch.allclose(principal_direction(shuffled[0], n).direction, plain, rtol=0.01)  # other pairs
+
+
+def test_pairs_that_all_differ_alike_have_the_difference_of_means():
+    p, shift = rows(9, 1), vector(3).direction
+    torch.testing.assert_close(principal_direction(moved(p, shift), p).direction, shift)
+    with pytest.raises(PromptError, match="the differences do not vary; use difference_of_means"):
+        principal_direction(moved(p, shift), p, centred=True)
+
+
+def test_rows_without_partners_are_refused():
+    with pytest.raises(PromptError, match="needs pairs, row i of both sides, got 5 positive and 4 negative rows"):
+        principal_direction(rows(5, 1), rows(4, 2))
+    with pytest.raises(SpaceMismatchError):
+        principal_direction(rows(4, 1), rows(4, 2, OTHER))
 
 
 def test_repeating_every_row_changes_nothing():

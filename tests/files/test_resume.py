@@ -74,7 +74,7 @@ def test_damage_is_taken_up_to_the_bit(llama: toys.Toy, tmp_path: Path, monkeypa
     settings = [[], [xs.Intervention(llama.vector(1), xs.Add(3.0))]]
 
     def measured(**more: Any) -> list[damage.SideEffect]:
-        return xs.side_effects(llama.model, settings, toys.TEXTS, **more)
+        return xs.evaluation.side_effects(llama.model, settings, toys.TEXTS, **more)
 
     afresh = measured()
     cut_off(tmp_path / "u", measured)
@@ -111,6 +111,8 @@ def test_whatever_changes_is_computed_anew(
         lambda: ask(llama.model, replace(step, vector=llama.vector(2))),
         lambda: ask(llama.model, replace(step, operator=xs.Add(1.0 + 2**-50))),
         lambda: ask(llama.model, replace(step, operator=xs.Ablate())),
+        lambda: ask(llama.model, replace(step, operator=xs.Ablate((llama.vector(1, seed=1),)))),
+        lambda: ask(llama.model, replace(step, schedule=(1.0, 0.5))),
         lambda: ask(llama.model, replace(step, positions="last")),
         lambda: ask(llama.model, replace(step, positions=("last", "generated"))),
         lambda: ask(llama.model, replace(step, positions=mask)),
@@ -153,7 +155,7 @@ def test_a_model_with_hooks_of_others_is_another(llama: toys.Toy, written: list[
     step = xs.Intervention(llama.vector(1, size=3.0))
 
     def asked() -> tuple[Any, float]:
-        return ask(llama.model).texts, xs.side_effects(llama.model, [[]], toys.TEXTS)[0].perplexity
+        return ask(llama.model).texts, xs.evaluation.side_effects(llama.model, [[]], toys.TEXTS)[0].perplexity
 
     def steered() -> tuple[Any, float]:
         with xs.steering(llama.model, step):

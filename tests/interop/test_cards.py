@@ -17,7 +17,7 @@ import xmodel_steer as xs
 from xmodel_steer import interop
 from xmodel_steer.interop.cards import run_card
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.sentences import sentences
+from xmodel_steer.recipe.words import sentences
 
 ROOT = Path(__file__).parents[2]
 BEATEN = {"native": 1.0, "mapped": 0.9, "random": [0.02, -0.02, 0.01, 0.0, -0.01], "shuffled": 0.0}

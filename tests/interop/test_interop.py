@@ -26,7 +26,7 @@ from toys import CONTEXT, NO_STOP
 import xmodel_steer as xs
 from xmodel_steer import interop
 from xmodel_steer.activations.reading import capture
-from xmodel_steer.core.directions import difference_of_means
+from xmodel_steer.core.directions import difference_of_means, principal_direction
 from xmodel_steer.core.errors import ArtifactError, DownloadError, ModelError, SiteError, SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site, Space
@@ -34,7 +34,7 @@ from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.files import wheels
 from xmodel_steer.interventions.contexts import steering
 from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
-from xmodel_steer.interventions.steps import Intervention
+from xmodel_steer.interventions.steps import Intervention, Replacement
 from xmodel_steer.models import packaged
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.identity import fingerprint
@@ -383,6 +383,24 @@ def test_repeng_finds_a_vector_at_the_place_that_its_file_names(llama: toys.Toy,
     assert torch.cosine_similarity(read.direction, planted, 0) > 0.999
 
 
+@pytest.mark.parametrize("method", ["pca_center", "pca_diff"])
+def test_repeng_finds_the_principal_direction(llama: toys.Toy, method: str) -> None:
+    """Of the same rows, in its own function: it reads no model here."""
+    repeng = imported("repeng")
+    draw = torch.Generator().manual_seed(4)
+    space = space_of(llama.model, Site(1))
+    values = torch.randn(2, 40, llama.width, generator=draw) + 0.8 * torch.eye(2)[:, :1, None]
+    p, n = (Activations(side, space) for side in values)
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    theirs = repeng.extract.read_representations(
+        llama.hf, tokenizer, [repeng.DatasetEntry(positive="a", negative="b")] * 40, [1],
+        method=method, transform_hiddens=lambda _: {1: values.transpose(0, 1).reshape(80, -1).numpy().copy()},
+    )[1]  # fmt: skip
+    mine = principal_direction(p, n, centred=method == "pca_diff").direction
+    torch.testing.assert_close(mine / mine.norm(), torch.tensor(theirs), rtol=1e-3, atol=1e-4)
+
+
 def test_steering_vectors_steers_the_same(bridge: toys.Toy) -> None:
     theirs = imported("steering_vectors")
     mine = [bridge.vector(0, seed=1), bridge.vector(2, seed=2)]
@@ -397,6 +415,24 @@ def test_steering_vectors_steers_the_same(bridge: toys.Toy) -> None:
         assert torch.equal(new.direction, old.direction)
         assert new.space == old.space
         assert new.origin == "steering_vectors.steering_vector.SteeringVector"
+
+
+def test_leace_erases_at_a_site_as_on_rows(llama: toys.Toy) -> None:
+    """No linear probe tells the classes apart afterwards: their means are equal."""
+    erasure = pytest.importorskip("concept_erasure", reason="concept-erasure is not here: pip install concept-erasure")
+    site = Site(1)
+
+    def rows() -> torch.Tensor:
+        return capture(llama.model, TEXTS, [site], tokens="all", include_special=True)[site].values
+
+    plain = rows()
+    labels = (plain[:, 0] > plain[:, 0].median()).long()
+    eraser = erasure.LeaceEraser.fit(plain, labels, shrinkage=False)
+    with steering(llama.model, Replacement(space_of(llama.model, site), lambda values, _: (eraser(values), None))):
+        erased = rows()
+    torch.testing.assert_close(erased, eraser(plain), **CLOSE)
+    apart = [float((r[labels == 1].mean(0) - r[labels == 0].mean(0)).norm()) for r in (plain, erased)]
+    assert apart[1] < 1e-3 * apart[0]
 
 
 def test_directions_go_to_steering_vectors_and_back(bridge: toys.Toy) -> None:

@@ -1,6 +1,7 @@
 """Writing to the residual stream: exactly where and what was asked, and nothing afterwards."""
 
 import inspect
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,10 +15,10 @@ from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import SiteError, SpaceMismatchError
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.spaces import Site
-from xmodel_steer.core.vectors import Activations
+from xmodel_steer.core.vectors import Activations, SteeringVector
 from xmodel_steer.interop.hugging_face import steering_hf
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate, Rotate
 from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.generation import generate_tokens
@@ -170,6 +171,129 @@ def test_ablate_leaves_no_projection_and_nothing_else_changes(toy):
     assert (plain @ unit).abs().max() > 1
     torch.testing.assert_close(left @ unit, torch.zeros(len(left)), atol=1e-4, rtol=0)
     torch.testing.assert_close(left + (plain @ unit)[:, None] * unit, plain, **CLOSE)
+
+
+def test_ablating_several_directions_is_the_projection_on_the_complement_in_any_order(toy):
+    v, w, u = (toy.vector(1, seed=seed) for seed in (1, 2, 3))
+    plain = streams(toy)[Site(1)].values
+    q, _ = torch.linalg.qr(torch.stack([x.direction for x in (v, w, u)]).double().T)
+    expected = (plain.double() - plain.double() @ q @ q.T).float()
+    for vector, also in ((v, (w, u)), (u, (v, w)), (3.0 * w, (-0.1 * u, v + w))):
+        with steering(toy.model, vector, operator=Ablate(also)):
+            torch.testing.assert_close(streams(toy)[Site(1)].values, expected, **CLOSE)
+    with steering(toy.model, v, operator=Ablate()):
+        one = streams(toy)[Site(1)].values
+    assert not torch.allclose(one, expected, atol=1e-2)
+
+
+def test_directions_that_depend_on_others_are_refused(llama):
+    v, w = llama.vector(1, seed=1), llama.vector(1, seed=2)
+    nearly = v - 0.4 * w + 1e-4 * llama.vector(1, seed=3)
+    with pytest.raises(ValueError, match=r"Ablate: .* lies within 0.06 degrees of the span of the others"):
+        Ablate((w, nearly)).prepare(v)
+    with pytest.raises(ValueError, match=r"Rotate: .* lies within 0.06 degrees"):
+        Rotate(to=30.0, plane=-2.0 * v).prepare(v)
+    with pytest.raises(ValueError, match="Rotate: .* is a zero vector, it has no direction"):
+        Rotate(to=30.0).prepare(0.0 * v)
+    for foreign in (Ablate((llama.vector(2),)), Rotate(by=3.0, plane=llama.vector(2))):
+        with pytest.raises(SpaceMismatchError, match="(Ablate|Rotate): needs"):
+            foreign.prepare(v)
+    assert (repr(Ablate()), repr(Ablate((v,)))) == ("Ablate()", f"Ablate(({v!r},))")
+
+
+def angles(rows, direction):
+    """Degrees between rows and a direction."""
+    return torch.rad2deg(torch.cosine_similarity(rows.double(), direction.double()[None], dim=-1).acos())
+
+
+@pytest.mark.parametrize("by", [25.0, -40.0, 120.0])
+def test_turning_by_an_angle_stops_at_the_vector(toy, by):
+    vector = toy.vector(1)
+    plain = streams(toy)[Site(1)].values
+    with steering(toy.model, vector, operator=Rotate(by=by)):
+        made = streams(toy)[Site(1)].values
+    before = angles(plain, vector.direction)
+    torch.testing.assert_close(angles(made, vector.direction), (before - by).clamp(0, 180), atol=0.05, rtol=0)
+    torch.testing.assert_close(made.norm(dim=-1), plain.norm(dim=-1), rtol=1e-5, atol=0)
+    assert (before > by).any() != (by > 100)  # 120 degrees is beyond the vector for every row
+
+
+@pytest.mark.parametrize("to", [0.0, 35.0, 90.0, 180.0])
+def test_turning_to_an_angle_has_its_cosine_and_the_row_keeps_its_part_across(toy, to):
+    vector = toy.vector(1)
+    plain = streams(toy)[Site(1)].values.double()
+    with steering(toy.model, vector, operator=Rotate(to=to)):
+        made = streams(toy)[Site(1)].values.double()
+    unit = vector.direction.double() / vector.direction.double().norm()
+    size, cos = plain.norm(dim=-1), math.cos(math.radians(to))
+    torch.testing.assert_close(made @ unit / size, torch.full_like(size, cos), atol=1e-5, rtol=0)
+    across = torch.nn.functional.normalize(plain - (plain @ unit)[:, None] * unit, dim=-1)
+    expected = size[:, None] * (cos * unit + math.sin(math.radians(to)) * across)
+    torch.testing.assert_close(made.float(), expected.float(), **CLOSE)
+
+
+@pytest.mark.parametrize("to", [0.0, 70.0, 200.0, -30.0])
+def test_in_a_fixed_plane_it_is_angular_steering(toy, to):
+    """The formula of Vu & Nguyen 2025 with its projection matrix, and their case of ablation."""
+    vector, second = toy.vector(1, seed=1), toy.vector(1, seed=2)
+    plain = streams(toy)[Site(1)].values.double()
+    with steering(toy.model, vector, operator=Rotate(to=to, plane=second)):
+        made = streams(toy)[Site(1)].values
+    b1 = vector.direction.double() / vector.direction.double().norm()
+    b2 = second.direction.double() - (second.direction.double() @ b1) * b1
+    b2 = b2 / b2.norm()
+    flat = plain @ (torch.outer(b1, b1) + torch.outer(b2, b2))
+    theta = math.radians(to)
+    expected = plain - flat + flat.norm(dim=-1, keepdim=True) * (math.cos(theta) * b1 + math.sin(theta) * b2)
+    torch.testing.assert_close(made, expected.float(), **CLOSE)
+    torch.testing.assert_close(made.double().norm(dim=-1), plain.norm(dim=-1), rtol=1e-5, atol=0)
+
+
+def test_in_a_fixed_plane_turns_add_up_and_are_an_orthogonal_matrix(llama):
+    vector, second = llama.vector(1, seed=1), llama.vector(1, seed=2)
+    rows = torch.randn(2, 9, llama.width, generator=torch.Generator().manual_seed(0))
+
+    def turned(x, by):
+        return Rotate(by=by, plane=second).prepare(vector)(x)
+
+    torch.testing.assert_close(turned(turned(rows, 100.0), 150.0), turned(rows, -110.0), **CLOSE)
+    torch.testing.assert_close(turned(turned(rows, 77.0), -77.0), rows, **CLOSE)
+    matrix = turned(torch.eye(llama.width), 50.0)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(llama.width), **CLOSE)
+    assert float(matrix.det()) == pytest.approx(1, abs=1e-4)
+    assert float(matrix.trace()) == pytest.approx(llama.width - 2 + 2 * math.cos(math.radians(50)), abs=1e-4)
+    assert (rows @ vector.direction).sum() != (turned(rows, 50.0) @ vector.direction).sum()
+
+
+@pytest.mark.parametrize("strength", [1.7, -3.0])
+def test_adding_by_turning_is_repengs_normalised_addition(toy, strength):
+    vector = toy.vector(1)
+    plain = streams(toy)[Site(1)].values
+    with steering(toy.model, vector, operator=Rotate(add=strength)):
+        made = streams(toy)[Site(1)].values
+    added = plain + strength * vector.direction  # ControlModule.forward of repeng 0.4, normalize=True
+    torch.testing.assert_close(
+        made, added / added.norm(dim=-1, keepdim=True) * plain.norm(dim=-1, keepdim=True), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("operator", [Rotate(by=0.0), Rotate(add=0.0)], ids=["by", "add"])
+def test_turning_by_nothing_is_bit_exact(toy, operator):
+    plain = logits(toy)
+    with steering(toy.model, toy.vector(1), operator=operator):
+        assert torch.equal(logits(toy), plain)
+
+
+def test_rows_along_the_vector_have_no_plane_of_their_own_and_stay(llama):
+    vector = llama.vector(1)
+    rows = torch.stack([2.5 * vector.direction, -0.3 * vector.direction, 0 * vector.direction])
+    for operator in (Rotate(by=30.0), Rotate(to=30.0)):
+        torch.testing.assert_close(operator.prepare(vector)(rows), rows)
+    torch.testing.assert_close(Rotate(add=0.2).prepare(vector)(rows), rows)
+    torch.testing.assert_close(Rotate(add=0.5).prepare(vector)(rows), rows * torch.tensor([[1.0], [-1.0], [1.0]]))
+    for wrong in ({}, {"by": 1.0, "to": 2.0}):
+        with pytest.raises(ValueError, match=f"Rotate: give one of by, to and add, got {len(wrong)}"):
+            Rotate(**wrong)
 
 
 @pytest.mark.parametrize("to", ["positive", "negative"])
@@ -431,6 +555,41 @@ def test_other_streams(toy, stream):
     assert torch.equal(made[Site(0)].values, plain[Site(0)].values)
 
 
+def heads(toy, layer):
+    """The module that projects the heads' outputs, in the untouched model of transformers."""
+    block = toys.hf_blocks(toy.hf)[layer]
+    return block.attn.c_proj if hasattr(block, "attn") else block.self_attn.o_proj
+
+
+def test_outputs_of_heads_are_read_and_written_before_their_projection(bridge):
+    site, read, after = Site(1, "z"), [], []
+    space = space_of(bridge.model, site)
+    assert space.width == bridge.model.cfg.n_heads * bridge.model.cfg.d_head
+    direction = torch.zeros(space.width)
+    direction[8:16] = torch.randn(8, generator=torch.Generator().manual_seed(1))  # head 1 alone
+    vector = SteeringVector(direction, space)
+    plain = streams(bridge, sites=[site, Site(0)])
+    with steering(bridge.model, vector, operator=Add(3.0)):
+        made = streams(bridge, sites=[site, Site(0), Site(1)])
+        left = streams(bridge, sites=[Site(1)], batch_size=2, padding_side="left")
+        texts = tokens(bridge, batch_size=8)
+        assert tokens(bridge, batch_size=1, use_cache=False) == texts
+
+    def edit(module, args):
+        read.append(args[0][0].detach())
+        return (args[0] + 3 * direction, *args[1:])
+
+    handle = heads(bridge, 1).register_forward_pre_hook(edit)
+    for text in TEXTS:
+        after.append(bridge.reference(bridge.ids(text))[0][1])
+    handle.remove()
+    torch.testing.assert_close(plain[site].values, torch.cat(read), **CLOSE)
+    torch.testing.assert_close(made[site].values, torch.cat(read) + 3 * direction, **CLOSE)
+    torch.testing.assert_close(made[Site(1)].values, torch.cat(after), **CLOSE)
+    torch.testing.assert_close(left[Site(1)].values, torch.cat(after), **CLOSE)
+    assert torch.equal(made[Site(0)].values, plain[Site(0)].values)
+
+
 # --- where ----------------------------------------------------------------------------------
 
 
@@ -496,6 +655,72 @@ def test_a_decode_equals_uncached_steps_of_the_untouched_model(toy, where):
         for token in new:
             assert toy.reference(ids, {1: edit[: len(ids)]})[1][-1].argmax() == token
             ids.append(token)
+
+
+# --- a schedule -----------------------------------------------------------------------------
+
+SCHEDULE = (0.5, -2.0, 0.0, 1.0)  # of STEPS tokens, one each: the last is fed to no pass
+
+
+@pytest.mark.parametrize("where", ["all", "generated", "mask of each"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_schedule_scales_the_change_at_each_generated_token(toy, where, use_cache):
+    vector, lengths, before, after = toy.vector(1), lengths_of(toy), [], []
+    step = replace(intervention(vector, where, lengths, Add(3.0)), schedule=SCHEDULE)
+    with listening(toy, before), steering(toy.model, step), listening(toy, after):
+        tokens(toy, use_cache=use_cache)
+    moved = [a - b for a, b in zip(after, before, strict=True)]
+    moved = torch.cat(moved, 1) if use_cache else moved[-1]
+    for row, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        own = moved[row, max(lengths) - lengths[i] :]
+        expected = torch.zeros(len(own), 1)
+        for p in WHERE[where](i, lengths[i]):
+            if p < len(own):
+                expected[p] = 3.0 * (SCHEDULE[p - lengths[i]] if p >= lengths[i] else 1.0)
+        assert (expected == 0).any()
+        torch.testing.assert_close(own, expected * vector.direction, atol=3e-4, rtol=1e-3)
+        assert not own[expected[:, 0] == 0].any(), "share 0 is bit-exact"
+
+
+def test_scheduled_decodes_agree_in_any_batch_with_and_without_cache_and_with_hugging_faces_own(bridge):
+    vector = bridge.vector(1, size=4.0)
+    step = Intervention(vector, Add(2.0), ("last", "generated"), schedule=(1.0, 0.6, 0.2, 0.0))
+    (batch,) = batches(bridge.model, encode(bridge.model, as_prompts(TEXTS[:3])), 3, padding_side="left")
+    with steering(bridge.model, step):
+        one = tokens(bridge, batch_size=8)
+        for settings in (dict(batch_size=8, use_cache=False), dict(batch_size=3), dict(batch_size=1)):
+            assert tokens(bridge, **settings) == one
+        inner = bridge.model.original_model
+        theirs = inner.generate(
+            batch.ids, attention_mask=batch.mask, do_sample=False, max_new_tokens=STEPS, num_beams=1, **NO_STOP
+        )
+    assert [theirs[row, batch.ids.shape[1] :].tolist() for row in range(3)] == [one[i] for i in batch.rows]
+    with steering(bridge.model, replace(step, schedule=(1.0,))):
+        assert tokens(bridge, batch_size=8) != one
+    with (
+        steering(bridge.model, replace(step, positions="all")),
+        pytest.raises(SiteError, match="positions 'generated' cannot be found"),
+    ):
+        bridge.model.generate(batch.ids[:1], use_past_kv_cache=False)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_last_share_holds_for_all_that_follow_and_a_plain_pass_has_the_whole_change(toy, share):
+    vector = toy.vector(1, size=4.0)
+    with steering(toy.model, Intervention(vector, Add(2.0), "generated", schedule=(share,))):
+        scheduled, scores = tokens(toy), logits(toy)
+    with steering(toy.model, Intervention(vector, Add(2.0 * share), "generated")):
+        assert scheduled == tokens(toy) and torch.equal(scores, logits(toy))
+    with steering(toy.model, Intervention(vector, Ablate(), schedule=(share,))):
+        plain = logits(toy)
+    with steering(toy.model, vector, operator=Ablate()):
+        assert torch.equal(plain, logits(toy))
+
+
+def test_a_schedule_has_finite_numbers(llama):
+    for wrong in ((), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="schedule needs one finite number or more, got"):
+            Intervention(llama.vector(1), schedule=wrong)
 
 
 # --- the user's own calls -------------------------------------------------------------------
@@ -646,7 +871,7 @@ def test_a_mask_with_too_few_rows_is_refused(toy):
 def test_operators_refuse_vectors_they_cannot_use(llama):
     vector, _ = clamped(llama)
     for operator, unfit, says in (
-        (Ablate(), 0.0 * vector, "zero vector, it has no direction to remove"),
+        (Ablate(), 0.0 * vector, "Ablate: .* is a zero vector, it has no direction"),
         (Clamp(), llama.vector(1), "Clamp: .* has no class means"),
         (Clamp(), replace(vector, scale=None), "need the standard deviations"),
     ):
@@ -694,32 +919,61 @@ def test_a_vector_of_a_deeper_model_is_another_space_too(llama, toy_named):
 
 # --- every operator: a new one is a new row -------------------------------------------------
 
+#: Each with a second vector's help, and what its change lies along beside the vector: nothing, that one, or the row.
 OPERATORS = {
-    "add": Add(-1.5),
-    "ablate": Ablate(),
-    "clamp": Clamp("positive"),
-    "clamp every row": Clamp("negative", gate=False, overshoot=1.3),
+    "add": (lambda w: Add(-1.5), ""),
+    "ablate": (lambda w: Ablate(), ""),
+    "ablate two": (lambda w: Ablate((w,)), "second"),
+    "rotate by": (lambda w: Rotate(by=-50.0), "row"),
+    "rotate to": (lambda w: Rotate(to=70.0), "row"),
+    "rotate in a plane": (lambda w: Rotate(to=70.0, plane=w), "second"),
+    "rotate add": (lambda w: Rotate(add=-1.5), "row"),
+    "clamp": (lambda w: Clamp("positive"), ""),
+    "clamp every row": (lambda w: Clamp("negative", gate=False, overshoot=1.3), ""),
 }
+every_operator = pytest.mark.parametrize("make, along", OPERATORS.values(), ids=OPERATORS)
 
 
-@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
-def test_an_operator_moves_rows_along_the_vector_one_by_one_and_writes_into_none(llama, operator):
+@every_operator
+def test_an_operator_moves_rows_along_the_vector_one_by_one_and_writes_into_none(llama, make, along):
     draw = torch.Generator().manual_seed(3)
     sides = [Activations(torch.randn(9, llama.width, generator=draw), space_of(llama.model, Site(1))) for _ in range(2)]
     vector = difference_of_means(*sides, scale=torch.rand(llama.width, generator=draw) + 0.5)
+    second = llama.vector(1, seed=8)
     rows = 3 * torch.randn(2, 20, llama.width, generator=draw)
     before = rows.clone()
+    operator = make(second)
     edit = operator.prepare(vector)
     after = edit(rows)
     assert torch.equal(rows, before)
     assert not torch.equal(after, rows)
     torch.testing.assert_close(after[1, 7], edit(rows[1, 7][None])[0], **CLOSE)
-    moved = (after - rows).reshape(-1, llama.width)
-    along = vector.direction / vector.direction.norm()
-    torch.testing.assert_close(moved, (moved @ along)[:, None] * along, **CLOSE)
+    for moved, row in zip((after - rows).reshape(-1, llama.width), rows.reshape(-1, llama.width), strict=True):
+        span = [vector.direction, *{"": [], "second": [second.direction], "row": [row]}[along]]
+        q, _ = torch.linalg.qr(torch.stack(span).T)
+        torch.testing.assert_close(moved, q @ (q.T @ moved), **CLOSE)
     # A pass in which no position is selected leaves every bit as it was.
     (batch,) = batches(llama.model, encode(llama.model, as_prompts(TEXTS[:2])), 2)
     plain = forward(llama.model, batch.ids, batch.mask)[0]
     nowhere = torch.zeros(CONTEXT, dtype=torch.bool)
     with steering(llama.model, vector, operator=operator, positions=nowhere):
         assert torch.equal(forward(llama.model, batch.ids, batch.mask)[0], plain)
+
+
+@every_operator
+def test_an_operator_is_the_same_in_any_batch_with_and_without_cache_and_leaves_nothing(llama, make, along):
+    vector, _ = clamped(llama)
+    vector, operator = replace(vector, direction=6 * vector.direction), make(4 * llama.vector(1, seed=8))
+    plain, free = streams(llama), tokens(llama)
+    with steering(llama.model, vector, operator=operator):
+        made = streams(llama, batch_size=8)
+        for settings in (dict(batch_size=3, padding_side="left"), dict(batch_size=1)):
+            other = streams(llama, **settings)
+            for site in made:
+                torch.testing.assert_close(other[site].values, made[site].values, **CLOSE)
+        written = tokens(llama, batch_size=8)
+        assert tokens(llama, batch_size=8, use_cache=False) == written == tokens(llama, batch_size=1)
+    assert torch.equal(made[Site(0)].values, plain[Site(0)].values)
+    assert not torch.equal(made[Site(1)].values, plain[Site(1)].values) and written != free
+    again = streams(llama)
+    assert all(torch.equal(again[site].values, plain[site].values) for site in plain)

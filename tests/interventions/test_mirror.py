@@ -31,7 +31,7 @@ def at_site(toy, text):
 def test_its_own_activations_from_a_twin_change_nothing(twins):
     one, two = twins
     step = mapped_source(two.model, one.model, identity(two, one))
-    plain, replaced = xs.side_effects(one.model, [[], [step]], TEXTS)
+    plain, replaced = xs.evaluation.side_effects(one.model, [[], [step]], TEXTS)
     assert replaced.mean_kl < 1e-4
     assert replaced.agreement == 1.0
     assert replaced.loss == pytest.approx(plain.loss, rel=1e-4)

@@ -16,6 +16,7 @@ from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.evaluation.calibration import calibrate
 from xmodel_steer.evaluation.damage import losses, side_effects
 from xmodel_steer.interventions.contexts import steering
+from xmodel_steer.interventions.operators import Rotate
 from xmodel_steer.interventions.steps import Replacement
 
 space = Space("small", Site(1), 4, "aaaa")
@@ -33,6 +34,10 @@ STEPS = "TypeError: steering takes SteeringVector or Intervention or Replacement
 MESSAGES = {
     'xs.Add("2")': "TypeError: Add: strength takes a number, got str '2'",
     "xs.Add(None)": "TypeError: Add: strength takes a number, got NoneType",
+    "xs.Ablate(vector)": "TypeError: Ablate: also takes a tuple of vectors, got SteeringVector",
+    "xs.Ablate((vector.direction,))": "TypeError: Ablate: also takes SteeringVector, got Tensor",
+    'Rotate(by="90")': "TypeError: Rotate takes numbers, got str '90'",
+    "Rotate(by=90.0, plane=1)": "TypeError: Rotate: plane takes a SteeringVector, got int 1",
     'xs.Clamp(overshoot="1")': "TypeError: Clamp: overshoot takes a number, got str '1'",
     'xs.Clamp(gate="no")': "TypeError: Clamp: gate takes bool, got str 'no'",
     "xs.Clamp(True)": "ValueError: Clamp: to must be 'positive' or 'negative', got True",
@@ -43,6 +48,8 @@ MESSAGES = {
     "xs.Intervention(vector, gate=vector)": "TypeError: Intervention: gate takes a Gate, got SteeringVector",
     "xs.Intervention(vector, positions=5)": "TypeError: positions takes 'all', 'prompt', 'generated', 'last', several of them, "
     "or a boolean mask, got int 5",
+    "xs.Intervention(vector, schedule=[1.0])": "TypeError: Intervention: schedule takes a tuple of numbers, got list",
+    "xs.Intervention(vector, schedule=(1.0, '0'))": "TypeError: Intervention: schedule takes numbers, got str '0'",
     'Replacement("blocks.1", print)': "TypeError: Replacement: space takes Space, got str 'blocks.1'",
     "steering(None, 5).__enter__()": STEPS + "int 5",
     'steering(None, "joy").__enter__()': STEPS + "str 'j'",

@@ -12,7 +12,7 @@ from sklearn import linear_model
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
-from xmodel_steer.core.directions import difference_of_means
+from xmodel_steer.core.directions import difference_of_means, principal_direction
 from xmodel_steer.core.errors import FewRowsWarning, PromptError, SpaceMismatchError
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.core.vectors import Activations, SteeringVector
@@ -122,6 +122,15 @@ def test_transport_of_a_difference_is_the_difference_of_transformed_points(fitte
     assert (there.space, there.label, there.counts) == (fitted.target, "joy", (7, 4))
     assert torch.equal(there.scale, fitted.target_scale)
     assert "transported from small" in there.origin
+
+
+def test_an_isometry_carries_the_principal_direction_and_another_map_does_not():
+    p, n = (Activations(normal(12, DS, seed=k), SOURCE) for k in (7, 4))
+    for fitter, carried in ((Procrustes(standardise=False), True), (RandomMap(), False)):
+        fitted = fitter.fit(usual())
+        there = fitted.transport(principal_direction(p, n)).direction
+        mapped = principal_direction(fitted.transform(p), fitted.transform(n)).direction
+        assert torch.allclose(there, mapped, rtol=1e-6, atol=1e-9) == carried
 
 
 @every_fitter

@@ -334,6 +334,7 @@ PARTS = {  # attention and MLP, each as it is added to the stream
     "gpt2": ("attn", "mlp"),
     "neox": ("attention", "mlp"),
 }
+PROJECTION = {"gpt2": "attn.c_proj", "neox": "attention.dense"}  # of the heads' outputs
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -354,6 +355,8 @@ def test_every_stream_of_every_block_is_hugging_faces_own_or_refused(name, toy_n
         block.register_forward_hook(keep(Site(layer, "resid_post")))
         for stream, part in zip(("attn_out", "mlp_out"), PARTS[name], strict=True):
             getattr(block, part).register_forward_hook(keep(Site(layer, stream)))
+        projection = block.get_submodule(PROJECTION.get(name, "self_attn.o_proj"))
+        projection.register_forward_pre_hook(keep(Site(layer, "z")))
     with torch.no_grad():
         toy.hf(torch.tensor([toy.ids(TEXTS[0])]), use_cache=False)
     for layer in range(len(blocks)):
@@ -365,9 +368,7 @@ def test_every_stream_of_every_block_is_hugging_faces_own_or_refused(name, toy_n
                 rows = capture(toy.model, TEXTS[:1], [site], tokens="all", include_special=True)[site]
                 torch.testing.assert_close(rows.values, read[site], **CLOSE)
                 continue
-            says = (
-                rf"neox: block {layer} has no resid_mid; it has resid_pre, resid_post, attn_out, mlp_out\. .*choose a"
-            )
+            says = rf"neox: block {layer} has no resid_mid; it has resid_pre, resid_post, attn_out, mlp_out, z\. .*choose a"
             with pytest.raises(SiteError, match=says):
                 capture(toy.model, TEXTS[:1], [site])
             with pytest.raises(SiteError, match=says):

@@ -303,11 +303,11 @@ def with_classes(toy: toys.Toy, layer: int, seed: int = 0) -> xs.SteeringVector:
     return vector.with_scale(torch.rand(toy.width) + 0.5)
 
 
-@pytest.mark.parametrize("name", ["add", "ablate", "clamp to positive", "clamp to negative"])
+@pytest.mark.parametrize("name", ["add", "add, keeping the norm", "ablate", "clamp to positive", "clamp to negative"])
 def test_every_operator_and_gate_is_the_librarys(llama: toys.Toy, name: str) -> None:
     vectors = {"joy": llama.vector(1), "calm": with_classes(llama, 1), "else": with_classes(llama, 2)}
     explorer = xs.explore(llama.model, vectors, prompt=PROMPT, max_new_tokens=NEW)
-    assert explorer.operator.options == ("add", "ablate")  # joy has no class means
+    assert explorer.operator.options == ("add", "add, keeping the norm", "ablate")  # joy has no class means
     assert [label for label, _ in explorer.gate.options] == [
         *("everywhere", "where calm is positive", "where calm is negative")  # else is of another site
     ]

@@ -193,7 +193,8 @@ def test_without_prompts_the_preference_for_held_out_pairs_is_measured(toy_named
     ids = {f"{p.id}/{n.id}": (p, n) for p, n in zip(contrast().positive, contrast().negative, strict=True)}
     for unit, score in zip(made.splits["evaluation"], made.arm("unsteered", 0).scores, strict=True):
         means = [
-            -e.loss[0] / e.tokens[0] for e in (xs.side_effects(gemma, [[]], [p], max_tokens=None)[0] for p in ids[unit])
+            -e.loss[0] / e.tokens[0]
+            for e in (xs.evaluation.side_effects(gemma, [[]], [p], max_tokens=None)[0] for p in ids[unit])
         ]
         assert score == pytest.approx(means[0] - means[1], abs=1e-4)
 

@@ -34,7 +34,7 @@ def test_every_arm_is_what_the_librarys_calls_give(llama: toys.Toy) -> None:
             step = xs.Intervention(vector, xs.Add(strength))
             with xs.steering(llama.model, [step]):
                 texts = xs.generate(llama.model, PROMPTS, max_new_tokens=5)
-            (cost,) = xs.side_effects(llama.model, [[step]], NEUTRAL)
+            (cost,) = xs.evaluation.side_effects(llama.model, [[step]], NEUTRAL)
             assert list(arm.texts) == texts and arm.effect.value == np.mean([LETTERS(text) for text in texts])
             assert arm.kl == pytest.approx(cost.mean_kl, rel=1e-4) and arm.perplexity == pytest.approx(
                 cost.perplexity, rel=1e-4
@@ -49,8 +49,8 @@ def test_the_random_vectors_have_the_first_ones_norm(llama: toys.Toy, monkeypatc
     drawn: list[Any] = []
     real = sweeping.random_like
     monkeypatch.setattr(sweeping, "random_like", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
-    swept(llama, llama.vector(1), random_seeds=2, seed=4)
-    assert [vector.label for vector in drawn] == ["random 4", "random 5"]
+    swept(llama, llama.vector(1), random_seeds=2)
+    assert [vector.label for vector in drawn] == ["random 0", "random 1"]
     assert [vector.norm() for vector in drawn] == pytest.approx([llama.vector(1).norm()] * 2)
 
 

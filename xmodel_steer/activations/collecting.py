@@ -132,8 +132,8 @@ def collect_moments(
     documents = documents_of(texts, "collect_moments")
     if isinstance(documents, Sequence) and parts > 1:  # shards of different texts must not merge
         settings["texts"] = text_digest(documents)
-    widths = int(source.cfg.d_model), int(target.cfg.d_model)
     sites = sites_of(source, source_sites), sites_of(target, target_sites)
+    widths = _widest(source, sites[0]), _widest(target, sites[1])
     plan = Plan.of(widths, *sites, pairs, sketch, shuffled, seed).within_memory(widths, shuffled, device)
     accumulator = MomentsAccumulator(
         {s: space_of(source, s) for s in plan.sources},
@@ -242,6 +242,11 @@ class Plan:
                     "give fewer sites (a stack of g layers takes g² times the scatter of one), a smaller sketch=, or fewer pairs="
                 )
         return self
+
+
+def _widest(model: Any, sites: Sequence[Site]) -> int:
+    """Return the largest width of single sites; ``z`` has its own."""
+    return max((space.width for site in sites for space in space_of(model, site).members), default=1)
 
 
 def _cross_bytes(widths: tuple[int, int], pairs: Sequence[tuple[Site, Site]], shuffled: bool = False) -> int:

@@ -71,7 +71,7 @@ def print_result(result: Any) -> None:
 
     from xmodel_steer.figures.report import summary, tables
     from xmodel_steer.figures.texts import examples
-    from xmodel_steer.recipe.sentences import sentences
+    from xmodel_steer.recipe.words import sentences
 
     console = console_of()
     for table in tables(result):

@@ -13,7 +13,9 @@ from xmodel_steer.core.contrast import ContrastSet as ContrastSet
 from xmodel_steer.core.directions import Direction as Direction
 from xmodel_steer.core.directions import difference_of_means as difference_of_means
 from xmodel_steer.core.directions import logistic_probe as logistic_probe
+from xmodel_steer.core.directions import principal_direction as principal_direction
 from xmodel_steer.core.directions import random_like as random_like
+from xmodel_steer.core.directions import whitened_difference as whitened_difference
 from xmodel_steer.core.prompts import Message as Message
 from xmodel_steer.core.prompts import Prompt as Prompt
 from xmodel_steer.core.spaces import Site as Site

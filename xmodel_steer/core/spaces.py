@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import SpaceMismatchError
 
-STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 
 
 @dataclass(frozen=True, order=True)
@@ -17,7 +17,8 @@ class Site:
 
     Args:
         layer: Block index, counted from 0.
-        stream: One of ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``.
+        stream: One of ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out``; or ``z``, the outputs of
+            the attention heads before the output projection, joined: head h has dimensions h · d_head and following.
 
     Raises:
         TypeError: The layer is not a whole number.
@@ -53,7 +54,7 @@ class Site:
     @property
     def hook_name(self) -> str:
         """TransformerLens' name of the hook point."""
-        return f"blocks.{self.layer}.hook_{self.stream}"
+        return f"blocks.{self.layer}.{'attn.' if self.stream == 'z' else ''}hook_{self.stream}"
 
     def __str__(self) -> str:
         return f"{self.stream}[{self.layer}]"
@@ -71,7 +72,7 @@ class Stack(Site):
 
     Raises:
         TypeError: A value is neither a site nor a number.
-        ValueError: There are fewer than two sites.
+        ValueError: There are fewer than two sites, or ``z`` and another stream.
 
     Example:
         >>> str(Stack([18, 9]))
@@ -84,6 +85,8 @@ class Stack(Site):
         members = tuple(sorted({member for site in sites for member in as_site(site).members}))
         if len(members) < 2:
             raise ValueError(f"Stack: joins two sites or more, got {', '.join(map(str, members)) or 'none'}")
+        if len({site.stream == "z" for site in members}) > 1:
+            raise ValueError("Stack: z has another width than the residual stream; join it with z of other layers")
         object.__setattr__(self, "sites", members)
         object.__setattr__(self, "layer", members[-1].layer)
         object.__setattr__(self, "stream", "+".join(dict.fromkeys(site.stream for site in members)))

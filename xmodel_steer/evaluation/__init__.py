@@ -11,6 +11,9 @@ from xmodel_steer.evaluation.calibration import calibrate as calibrate
 from xmodel_steer.evaluation.conformance import check_model as check_model
 from xmodel_steer.evaluation.damage import SideEffect as SideEffect
 from xmodel_steer.evaluation.damage import side_effects as side_effects
+from xmodel_steer.evaluation.gates import GateRates as GateRates
+from xmodel_steer.evaluation.gates import choose_gate as choose_gate
+from xmodel_steer.evaluation.gates import gate_rates as gate_rates
 from xmodel_steer.evaluation.patched import TextStatistics as TextStatistics
 from xmodel_steer.evaluation.patching import Patching as Patching
 from xmodel_steer.evaluation.patching import patching_grid as patching_grid

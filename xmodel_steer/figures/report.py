@@ -18,7 +18,7 @@ from xmodel_steer.files.records import write_atomically
 from xmodel_steer.maps.statistics import number
 from xmodel_steer.recipe.arms import EQUAL_KL, OWN_KL, STRICTER, Arm
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.sentences import names_of, sentences, validated
+from xmodel_steer.recipe.words import names_of, sentences, validated
 
 
 def tables(result: Result) -> list[Any]:

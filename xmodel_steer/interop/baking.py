@@ -76,10 +76,10 @@ def task_of(model: Any, steering: Any, everywhere: bool, trust: bool) -> Task:
         operator = getattr(step, "operator", step)
         if type(operator) not in (Add, Ablate):
             raise ValueError(f"bake: weights add or ablate; {type(operator).__name__} is neither, so use steering_hf")
-        if step.gate is not None or step.prompts is not None or step.positions != "all":
+        if step.gate is not None or step.prompts is not None or step.positions != "all" or step.schedule != (1.0,):
             raise ValueError(
-                f"bake: weights act on every token of every text, so a gate, prompts and positions={step.positions!r} would be "
-                "lost; give positions='all', or use steering_hf"
+                f"bake: weights act alike on every token of every text, so a gate, prompts, a schedule and positions={step.positions!r} "
+                "would be lost; give positions='all', or use steering_hf"
             )
         operator.prepare(step.vector)  # refuses to ablate a zero vector
     ablates = any(isinstance(step.operator, Ablate) for step in steps)
@@ -247,6 +247,8 @@ def write_adapter(
     from safetensors.torch import save_file
 
     task = task_of(model, intervention, everywhere, trust)
+    if any(getattr(step.operator, "also", ()) for step in task.steps):
+        raise ModelError("write_adapter: an adapter of rank 1 ablates one direction; bake takes several")
     unit = nn.functional.normalize(task.steps[0].vector.direction.double(), dim=0).float().to(model.device)
     shifts = {writer.name: None for writer in task.writers} if everywhere else task.shifts()
     tensors: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from xmodel_steer.core.texts import on_page
 from xmodel_steer.maps.statistics import number
 from xmodel_steer.recipe.arms import EQUAL_STRENGTH
 from xmodel_steer.recipe.results import Result
-from xmodel_steer.recipe.sentences import sentences
+from xmodel_steer.recipe.words import sentences
 
 _CHOSEN = ("source_layer", "target_layer", "source_site", "target_site", "operator", "strength")
 _OPERATOR = re.compile(r"(Add|Ablate|Clamp)\([\w=', .+-]*\)")  # what the card's code may call

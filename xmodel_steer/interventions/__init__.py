@@ -12,6 +12,7 @@ from xmodel_steer.interventions.operators import Add as Add
 from xmodel_steer.interventions.operators import Clamp as Clamp
 from xmodel_steer.interventions.operators import Gate as Gate
 from xmodel_steer.interventions.operators import Operator as Operator
+from xmodel_steer.interventions.operators import Rotate as Rotate
 from xmodel_steer.interventions.patches import mapped_patch as mapped_patch
 from xmodel_steer.interventions.patches import own_patch as own_patch
 from xmodel_steer.interventions.patches import patch as patch

@@ -150,7 +150,12 @@ def steered(
             assert edit is not None
             if gate is not None:
                 where &= gate(rows)
-            return torch.where(where[..., None], edit(rows).to(value), value) if bool(where.any()) else value
+            if not bool(where.any()):
+                return value
+            edited = edit(rows)
+            if step.schedule != (1.0,):
+                edited = torch.lerp(rows, edited, tracker.shares(step.schedule, value)[..., None])
+            return torch.where(where[..., None], edited.to(value), value)
 
         return write
 
@@ -267,6 +272,7 @@ def _uncached_generate_refused(entered: Block, model: Any, steps: Sequence[Step]
     """
     gates = [s.gate.positions for s in steps if isinstance(s, Intervention) and s.gate is not None]
     named = [p for p in (*(s.positions for s in steps), *gates) if isinstance(p, (str, tuple)) and p != "all"]
+    named += ["generated" for s in steps if isinstance(s, Intervention) and s.schedule != (1.0,)]
     if not named or not hasattr(model, "generate"):
         return nullcontext()
 

@@ -1,6 +1,7 @@
 """Operators and gates: changes to a row of the residual stream, and conditions for them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, SupportsFloat, runtime_checkable
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xmodel_steer.core.arguments import require_type
+from xmodel_steer.core.spaces import require_same_space
 from xmodel_steer.core.vectors import SteeringVector
 from xmodel_steer.interventions.positions import Positions, check_positions
 
@@ -45,16 +47,123 @@ class Add:
         return lambda rows: rows + step.to(rows.device) if self.strength else rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablate:
-    """x → x - (x·v) v / |v|²: no component along v remains (Arditi et al. 2024, arXiv 2406.11717)."""
+    """x → x - (x·v) v / |v|²: no component along v remains (Arditi et al. 2024, arXiv 2406.11717).
+
+    With further directions, no component in the space that they span with v remains: x → x - QQᵀx, with the orthonormal
+    columns of Q a basis of it. Their order and lengths do not matter.
+
+    Args:
+        also: More vectors of the same space.
+    """
+
+    also: tuple[SteeringVector, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_type("Ablate: also", tuple, self.also, takes="a tuple of vectors")
+        require_type("Ablate: also", SteeringVector, *self.also)
+
+    def __repr__(self) -> str:
+        return f"Ablate({self.also!r})" if self.also else "Ablate()"
 
     def prepare(self, vector: SteeringVector) -> Edit:
-        """Make the edit for one vector; refuse a zero vector."""
-        if vector.norm() == 0:
-            raise ValueError(f"Ablate: {vector.label!r} is a zero vector, it has no direction to remove")
-        unit = (vector.direction.to(torch.float64) / vector.norm()).to(torch.float32)
-        return lambda rows: rows - (rows @ unit.to(rows.device))[..., None] * unit.to(rows.device)
+        """Make the edit for one vector; refuse zero and dependent directions."""
+        basis = _basis("Ablate", vector, self.also)
+
+        def edit(rows: Tensor) -> Tensor:
+            for unit in basis:
+                rows = rows - (rows @ unit.to(rows.device))[..., None] * unit.to(rows.device)
+            return rows
+
+        return edit
+
+
+def _basis(what: str, vector: SteeringVector, others: Sequence[SteeringVector]) -> list[Tensor]:
+    """Make an orthonormal basis of some directions, in float32, by Gram-Schmidt in float64."""
+    basis: list[Tensor] = []
+    for v in (vector, *others):
+        require_same_space(vector.space, v.space, what)
+        if v.norm() == 0:
+            raise ValueError(f"{what}: {v.label!r} is a zero vector, it has no direction")
+        rest = v.direction.to(torch.float64) / v.norm()
+        for unit in basis:
+            rest = rest - (rest @ unit) * unit
+        if rest.norm() < 1e-3:
+            raise ValueError(f"{what}: {v.label!r} lies within 0.06 degrees of the span of the others; leave it out")
+        basis.append(rest / rest.norm() if basis else rest)
+    return [unit.to(torch.float32) for unit in basis]
+
+
+@dataclass(frozen=True, repr=False)
+class Rotate:
+    """Turn rows towards the vector and keep their norm: angular steering, and addition that keeps the norm.
+
+    In the plane of the row x and the vector v, x has the length r = |x| and the angle φ to v. It gets another angle:
+
+    - ``by``: φ - by, not beyond v or -v. At 0 nothing changes, bit for bit.
+    - ``to``: the same for all rows, so that cos(x, v) = cos(to). Both leave rows parallel to v, which have no plane.
+    - ``add``: that of x + add · v, so x → |x| (x + add · v) / |x + add · v|, repeng's ``normalize=True``. 0 as for ``by``.
+
+    A second vector fixes the plane instead, spanned by b₁ = v / |v| and its part b₂ orthogonal to v: only the row's
+    projection on it turns, with angles from b₁ towards b₂, and ``by`` has no limit. ``to`` is then the angular steering of
+    Vu & Nguyen 2025 (arXiv 2510.26243): x → x - Px + |Px| (cos(to) b₁ + sin(to) b₂).
+
+    Args:
+        by: Degrees; negative turns away.
+        to: Degrees from the vector.
+        add: Strength in units of the vector, as in `Add`.
+        plane: A second vector of the same space; the paper's is the first principal component of all layers' candidates.
+
+    Raises:
+        ValueError: Not exactly one of the three is given.
+
+    Example:
+        >>> Intervention(vector, Rotate(to=90.0), "generated")        # doctest: +SKIP
+    """
+
+    by: float | None = None
+    to: float | None = None
+    add: float | None = None
+    plane: SteeringVector | None = None
+
+    def __post_init__(self) -> None:
+        angles = [value for value in (self.by, self.to, self.add) if value is not None]
+        require_type("Rotate", SupportsFloat, *angles, takes="numbers")
+        require_type("Rotate: plane", (SteeringVector, type(None)), self.plane, takes="a SteeringVector")
+        if len(angles) != 1:
+            raise ValueError(f"Rotate: give one of by, to and add, got {len(angles)}")
+
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name, value in vars(self).items() if value is not None]
+        return f"Rotate({', '.join(given)})"
+
+    def prepare(self, vector: SteeringVector) -> Edit:
+        """Make the edit for one vector; refuse a zero or parallel one."""
+        first, *others = _basis("Rotate", vector, [] if self.plane is None else [self.plane])
+        length = vector.norm()
+
+        def edit(rows: Tensor) -> Tensor:
+            b1 = first.to(rows.device)
+            x = rows @ b1
+            rest = rows - x[..., None] * b1
+            b2 = others[0].to(rows.device) if others else torch.nn.functional.normalize(rest, dim=-1)
+            y = (rest * b2).sum(-1)
+            angle = torch.atan2(y, x)
+            if self.add is not None:
+                turned = torch.atan2(y, x + self.add * length)
+            elif self.to is not None:
+                turned = torch.full_like(angle, math.radians(self.to))
+            else:
+                turned = angle - math.radians(self.by or 0.0)
+                turned = turned if others else turned.clamp(0, math.pi)
+            if self.add is None and not others:  # what a row along the vector has beyond it is rounding
+                turned = torch.where(y > 1e-5 * x.abs(), turned, angle)
+            size = torch.hypot(x, y)
+            dx, dy = size * turned.cos() - x, size * turned.sin() - y
+            return rows + dx[..., None] * b1 + dy[..., None] * b2
+
+        return (lambda rows: rows) if 0 in (self.by, self.add) else edit
 
 
 @dataclass(frozen=True, eq=False)

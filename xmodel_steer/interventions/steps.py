@@ -1,7 +1,9 @@
 """Interventions and replacements: a change, its site, and its positions in the text."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from jaxtyping import Int
 from torch import Tensor
@@ -34,7 +36,7 @@ class Intervention:
 
     Args:
         vector: The direction; its space names the site and the model.
-        operator: `Add`, `Ablate` or `Clamp`.
+        operator: `Add`, `Ablate`, `Rotate` or `Clamp`.
         positions: ``"all"``: every token of the text. ``"prompt"``: the prompt's tokens. ``"generated"``: the tokens
             after the prompt. ``"last"``: the prompt's last token. A tuple combines several, such as
             ``("last", "generated")``. Or a boolean mask over text positions, ``(tokens,)`` or ``(prompts, tokens)``,
@@ -42,9 +44,13 @@ class Intervention:
         prompts: Steer only these prompts, given by index in the list passed to `generate` or `capture` (in a plain
             forward pass: rows of the batch); all by default. One batch can then hold many arms.
         gate: Steer only rows, or texts, of one class, told by a vector of the same site; all by default.
+        schedule: Share of the change for each generated token: number k is for the k-th token after the prompt, counted
+            from 0, and the last one for all that follow, ``x → x + schedule[k] (edit(x) - x)``. The prompt's tokens get the
+            whole change; ``positions`` can leave them out. ``(1.0, 0.5, 0.0)`` ends after two tokens. By default 1.
 
     Raises:
         TypeError: A field has another type.
+        ValueError: The schedule is empty or not finite.
         SpaceMismatchError: The gate's vector is of another space.
     """
 
@@ -53,6 +59,7 @@ class Intervention:
     positions: Positions = "all"
     prompts: frozenset[int] | None = None
     gate: Gate | None = None
+    schedule: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         require_type("Intervention: vector", SteeringVector, self.vector)
@@ -60,6 +67,10 @@ class Intervention:
             raise TypeError(f"Intervention: operator takes a value such as Add(2.0), got {self.operator!r}")
         require_type("Intervention: gate", (Gate, type(None)), self.gate, takes="a Gate")
         check_positions(self.positions)
+        require_type("Intervention: schedule", tuple, self.schedule, takes="a tuple of numbers")
+        require_type("Intervention: schedule", Real, *self.schedule, takes="numbers")
+        if not self.schedule or not all(map(math.isfinite, self.schedule)):
+            raise ValueError(f"Intervention: schedule needs one finite number or more, got {self.schedule!r}")
         require_one_site(self.space, "Intervention")
         if self.gate is not None:
             require_same_space(self.space, self.gate.vector.space, "gate")

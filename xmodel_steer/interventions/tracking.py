@@ -167,6 +167,13 @@ class Tracker:
             }[name]
         return chosen
 
+    def shares(self, schedule: tuple[float, ...], like: Tensor) -> Tensor:
+        """Look up the share of the change for each new token: ``(batch, new)``."""
+        now, _ = self.running(like)
+        step = (now.position - now.prompt_lengths).to(like.device)
+        table = torch.tensor(schedule, dtype=torch.float32, device=like.device)
+        return torch.where(step < 0, 1.0, table[step.clamp(0, len(table) - 1)])
+
 
 def _past_mask(arguments: dict[str, Any], batch: int, device: torch.device) -> Tensor:
     """Find the mask of the cached tokens in the arguments of a call.

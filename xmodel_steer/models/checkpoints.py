@@ -111,7 +111,7 @@ def require_hub(name: str) -> None:
         That is where its host has no address, and the local cache lacks the model.
     The hub's client would try again for 23 seconds. Behind a proxy nothing is told.
 
-        Raises:
+    Raises:
             ModelError: The model can only come from the hub, whose host cannot be found.
     """
     from huggingface_hub import constants, try_to_load_from_cache

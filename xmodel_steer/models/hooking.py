@@ -71,7 +71,7 @@ def attached(model: Any, functions: Sequence[tuple[str, Callable[[Tensor], Tenso
         with LOCK:
             for name, function in functions:
                 point = points[name]
-                point.add_hook(lambda value, hook, call=function: call(value))
+                point.add_hook(lambda value, hook, call=function: _joined(call, value))
                 added.append((point, point.fwd_hooks[-1]))
         yield
     finally:
@@ -79,6 +79,12 @@ def attached(model: Any, functions: Sequence[tuple[str, Callable[[Tensor], Tenso
             handle.hook.remove()
             with suppress(ValueError):  # the user has reset the hooks
                 point.fwd_hooks.remove(handle)
+
+
+def _joined(call: Callable[[Any], Any], value: Any) -> Any:
+    """Call a function with the heads' outputs joined: ``(batch, new, heads * d)``."""
+    result = call(value.flatten(2) if value.ndim == 4 else value)
+    return result if result is None else result.reshape(value.shape)
 
 
 class _Replaced:

@@ -35,10 +35,11 @@ def space_of(model: Any, site: SiteLike) -> Space:
         streams = [stream for stream in STREAMS if Site(site.layer, stream).hook_name in points]
         raise SiteError(
             f"{facts.name}: block {site.layer} has no {site.stream}; it has {', '.join(streams) or 'no stream'}. "
-            "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out: "
+            "A block whose attention and MLP run in parallel has no resid_mid, a recurrent one no attn_out and no z: "
             "choose a stream that it has"
         )
-    return Space(facts.name, site, int(model.cfg.d_model), facts.fingerprint, processing_of(model))
+    width = model.cfg.n_heads * model.cfg.d_head if site.stream == "z" else model.cfg.d_model
+    return Space(facts.name, site, int(width), facts.fingerprint, processing_of(model))
 
 
 def all_sites(model: Any, stream: str = "resid_post") -> tuple[Site, ...]:
@@ -75,10 +76,10 @@ def check_sites(model: Any, sites: Sequence[Site] | None = None) -> None:
             f"TransformerLens may not support the architecture {kind}: try another version of it, or another model"
         ) from error
     for site, stream in streams.items():
-        if stream.shape != (1, 2, model.cfg.d_model):
+        if stream.shape != (1, 2, space_of(model, site).width):
             raise SiteError(
                 f"{facts_of(model).name}: {site} gives shape {tuple(stream.shape)} for 2 tokens, expected "
-                f"(1, 2, {model.cfg.d_model}); it is not this model's residual stream"
+                f"(1, 2, {space_of(model, site).width}); it is not this model's residual stream"
             )
 
 

@@ -194,14 +194,8 @@ def explore(
         >>> xs.explore(large, result)                               # doctest: +SKIP
         >>> xs.explore(large, {"joy": joy, "calm": [calm_8, calm_10]}, prompt="The letter")  # doctest: +SKIP
     """
-    if isinstance(model, (Result, SteeringVector, Path)):
-        model, vectors = vectors, model
     ipywidgets_of("explore")
-    default = "vector" if isinstance(vectors, SteeringVector) else "vectors"
-    if isinstance(vectors, (str, Path)):
-        vectors, default = read(vectors), f"xs.read({str(vectors)!r})"
-    elif isinstance(vectors, Result):
-        default = "result"
+    model, vectors, default = _given(model, vectors)
     a_result = isinstance(vectors, Result)
     options = options_of(model, vectors, notebook_name(vectors, default))
     options = [replace(option, code=notebook_name(option.vector, option.code)) for option in options]
@@ -212,3 +206,13 @@ def explore(
     strength = min(max(vectors.headline if a_result else 1.0, low), high)
     start: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens, "strength": strength}
     return Explorer(model, options, **start, strengths=(low, high), name=notebook_name(model, "model"))
+
+
+def _given(model: Any, vectors: Any) -> tuple[Any, Any, str]:
+    """Put model and vectors in order, read a folder, and name the vectors."""
+    if isinstance(model, (Result, SteeringVector, Path)):
+        model, vectors = vectors, model
+    if isinstance(vectors, (str, Path)):
+        return model, read(vectors), f"xs.read({str(vectors)!r})"
+    kinds = {Result: "result", SteeringVector: "vector"}
+    return model, vectors, kinds.get(type(vectors), "vectors")

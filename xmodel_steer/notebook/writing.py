@@ -11,7 +11,7 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Stack
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate, Operator
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate, Operator, Rotate
 from xmodel_steer.interventions.positions import Where
 from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models.facts import tokenizer_of
@@ -21,6 +21,7 @@ from xmodel_steer.notebook.options import Option
 # What the slider's value means to each operator.
 OPERATORS: dict[str, Callable[[float], Operator]] = {
     "add": Add,
+    "add, keeping the norm": lambda strength: Rotate(add=strength),
     "ablate": lambda _: Ablate(),
     "clamp to positive": lambda overshoot: Clamp("positive", overshoot=overshoot),
     "clamp to negative": lambda overshoot: Clamp("negative", overshoot=overshoot),
@@ -51,7 +52,7 @@ class Setting:
     @property
     def title(self) -> str:
         """Say what acts, where."""
-        how = f" × {self.operator.strength:g}" if isinstance(self.operator, Add) else f": {self.operator}"
+        how = f" × {self.operator.strength:g}" if isinstance(self.operator, Add) else f": {self.operator!r}"
         where = f" where {self.gate[0].name} is {self.gate[1]}" if self.gate else ""
         return f"{self.option.name}{how}, {self.option.site}, {self.positions}{where}"
 

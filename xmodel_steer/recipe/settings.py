@@ -70,8 +70,8 @@ class Method:
 
     Args:
         tokens: Tokens of a contrast prompt that count; see `capture`.
-        direction: Makes a vector of the two sides' rows, in both models: `difference_of_means`, `logistic_probe`, or a
-            function of your own of two `Activations` and a ``label``.
+        direction: Makes a vector of the two sides' rows, in both models: `difference_of_means`, another one of `core` (of
+            pairs: `principal_direction`), or a function of your own of two `Activations` and a ``label``.
         fitter: Fits the map.
         positions: Where to steer; see `Intervention`. Neutral text is steered at every token, or where a mask says how many, at as
             many from its second token on.

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from xmodel_steer.core.arguments import require_type
-from xmodel_steer.core.bars import with_progress
 from xmodel_steer.core.directions import random_like, require_random
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import Prompts
@@ -18,13 +17,15 @@ from xmodel_steer.interventions.contexts import steps_of
 from xmodel_steer.interventions.operators import Add
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.models.facts import dtype_of, hardware_of, name_of
+from xmodel_steer.recipe.arms import Arm
 from xmodel_steer.recipe.matching import Run
 from xmodel_steer.recipe.measuring import arms_of
 from xmodel_steer.recipe.results import Result
 from xmodel_steer.recipe.settings import versions
 
+CAUTION = "Every strength was measured on the same prompts: one that is chosen here is to be reported on others."
 
-@with_progress
+
 def sweep(
     model: Any,
     vectors: SteeringVector | Sequence[SteeringVector] | Mapping[str, SteeringVector],
@@ -37,8 +38,6 @@ def sweep(
     max_new_tokens: int = 24,
     batch_size: int = 64,
     random_seeds: int = 3,
-    seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """Add vectors at several strengths; measure the effect next to the damage.
 
@@ -58,8 +57,6 @@ def sweep(
         max_new_tokens: Length of the continuations.
         batch_size: Texts at a time.
         random_seeds: Number of random vectors.
-        seed: Seed of the first of them.
-        progress: Show progress bars; see `quiet`.
 
     Returns:
         A result with the arms ``unsteered``, ``random`` and one for each vector. ``to_frame()`` gives a row for each strength,
@@ -78,41 +75,40 @@ def sweep(
             f"sweep: give strengths other than 0 (the unsteered model is measured anyway), got {list(strengths)}"
         )
     require_random("sweep", random_seeds)
+    runs = _runs(named, strengths, positions, random_seeds)
+    texts = as_prompts(general_text()[:32] if neutral is None else neutral)
+    behaviour = GeneratedText(prompts, scorer, max_new_tokens, batch_size)
+    outcomes = [replace(found, ids=behaviour.ids) for found in behaviour.measure(model, [run.setting for run in runs])]
+    costs = side_effects(model, [run.setting for run in runs], texts)
+    sets = {"evaluation": list(behaviour.ids), "neutral": [prompt.id for prompt in texts]}
+    spec = {"strengths": [float(s) for s in strengths], "max_new_tokens": max_new_tokens}
+    spec |= {"positions": positions if isinstance(positions, str) else "others"}
+    return _result(model, named, arms_of(runs, outcomes, costs), spec, sets, random_seeds)
+
+
+def _result(
+    model: Any, named: Mapping[str, SteeringVector], arms: tuple[Arm, ...], spec: Mapping[str, Any],
+    sets: Mapping[str, list[str]], seeds: int,
+) -> Result:  # fmt: skip
+    end = {"model": name_of(model), "dtype": str(dtype_of(model)).removeprefix("torch.")}
+    return Result(
+        name="sweep", unit="score", source=end, target=end, arms=arms, chosen={}, validation=(), spec=spec, splits=sets,
+        seeds={"random": list(range(seeds))}, versions=versions(), stored=(CAUTION,), vectors=named, hardware=hardware_of(model),
+    )  # fmt: skip
+
+
+def _runs(
+    named: Mapping[str, SteeringVector], strengths: Sequence[float], positions: Positions, seeds: int
+) -> list[Run]:
+    """List the unsteered run, and each vector's at each strength."""
     first = next(iter(named.values()))
     like = first if first.scale is not None else first.with_scale(first.direction.new_ones(first.space.width))
-    arms = [*named.items(), *(("random", random_like(like, seed=seed + k)) for k in range(random_seeds))]
-    runs = [Run("unsteered", ())] + [
+    arms = [*named.items(), *(("random", random_like(like, seed=seed)) for seed in range(seeds))]
+    return [Run("unsteered", ())] + [
         Run(name, steps_of(vector, Add(strength), positions), "sweep", strength=float(strength))
         for name, vector in arms
         for strength in strengths
     ]
-    asked, texts = as_prompts(prompts), as_prompts(general_text()[:32] if neutral is None else neutral)
-    behaviour = GeneratedText(asked, scorer, max_new_tokens, batch_size, "score")
-    outcomes = [replace(found, ids=behaviour.ids) for found in behaviour.measure(model, [run.setting for run in runs])]
-    costs = side_effects(model, [run.setting for run in runs], texts)
-    end = {"model": name_of(model), "dtype": str(dtype_of(model)).removeprefix("torch.")}
-    return Result(
-        name="sweep",
-        unit=behaviour.unit,
-        source=end,
-        target=end,
-        arms=arms_of(runs, outcomes, costs),
-        chosen={},
-        validation=(),
-        spec={
-            "strengths": [float(s) for s in strengths],
-            "max_new_tokens": max_new_tokens,
-            "positions": positions if isinstance(positions, str) else "others",
-        },
-        splits={"evaluation": list(behaviour.ids), "neutral": [prompt.id for prompt in texts]},
-        seeds={"random": [seed + k for k in range(random_seeds)]},
-        versions=versions(),
-        stored=(
-            "Every strength was measured on the same prompts: one that is chosen here is to be reported on others.",
-        ),
-        vectors=named,
-        hardware=hardware_of(model),
-    )
 
 
 def _named(vectors: Any) -> dict[str, SteeringVector]:

@@ -33,7 +33,7 @@ _OTHERS = {
 
 
 def sentences(result: Result) -> tuple[str, ...]:
-    """Say what survived, in words that need no statistics; a sentence or two a recipe."""
+    """Say what survived in a sentence or two a recipe, without statistics."""
     if len(result.recipes) > MANY:
         return ()
     counts = result.unit.startswith("share of ")
@@ -87,7 +87,7 @@ def names_of(result: Result) -> dict[str, str]:
 
 
 def validated(result: Result) -> list[dict[str, str]]:
-    """List what validation compared, with the reason of what it left out, as rows of text."""
+    """List what validation compared, and why it left some out, as rows."""
     bound = float(result.spec.get("max_perplexity_ratio", math.inf))
     rows = []
     for record in result.validation:

@@ -10,7 +10,7 @@ from sample_results import planted
 import xmodel_steer as xs
 from xmodel_steer.figures.report import write_report
 from xmodel_steer.recipe.arms import Arm
-from xmodel_steer.recipe.sentences import ARM_NAMES, MANY, OPERATOR_NAMES, names_of, sentences, validated
+from xmodel_steer.recipe.words import ARM_NAMES, MANY, OPERATOR_NAMES, names_of, sentences, validated
 
 EFFECTS: dict[str, Any] = {"native": 1.0, "mapped": 0.9, "random": [0.02, -0.02, 0.01, 0.0, -0.01], "shuffled": 0.0}
 
