@@ -199,7 +199,7 @@ def test_explore_makes_a_notebook_for_a_run_and_keeps_one_that_is_there(
     place.write_text(place.read_text().replace("Steering by hand", "Mine"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert command("explore", tmp_path / "run", "--model", "other")[0] == 0
-    assert started == [[sys.executable, "-m", "jupyterlab", str(place)]] and "Mine" in place.read_text()
+    assert started == [[sys.executable, "-P", "-m", "jupyterlab", str(place)]] and "Mine" in place.read_text()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = command("explore", tmp_path / "run")
     assert code == 1 and "JupyterLab is not installed; pip install" in err and err.count("\n") == 1

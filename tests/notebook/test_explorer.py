@@ -537,7 +537,7 @@ def test_the_code_has_the_notebooks_own_names(llama: toys.Toy, monkeypatch: pyte
     names["joy"] = names["mine"]["joy"]
     inline = xs.explore(llama.model, {"joy": names["joy"]}, prompt=PROMPT, max_new_tokens=NEW)
     inline.generate.click()
-    assert "xs.steering(large, joy, " in code_of(inline)
+    assert "[xs.Intervention(joy, xs.Add(strength=1.0), 'all')]" in code_of(inline)
 
 
 def test_what_models_write_cannot_break_the_page() -> None:
@@ -551,4 +551,4 @@ def test_what_models_write_cannot_break_the_page() -> None:
 
 def test_an_empty_prompt_is_no_choice() -> None:
     with pytest.raises(PromptError, match="The prompt is empty: write something"):
-        chosen(None, prompt=" \n")
+        Choice(" \n", ())

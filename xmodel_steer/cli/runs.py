@@ -153,4 +153,4 @@ def explore(
         raise ImportError(
             'JupyterLab is not installed; pip install jupyterlab "xmodel-steer[notebook]", or open the notebook elsewhere'
         )
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(place)]))
+    raise typer.Exit(subprocess.call([sys.executable, "-P", "-m", "jupyterlab", str(place)]))

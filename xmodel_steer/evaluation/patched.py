@@ -49,7 +49,7 @@ class Run:
     def logits(self, target: Any, encoding: Encoding, steps: Sequence[Step] = (), copies: int = 1) -> Tensor:
         """Compute the logits after copies of a prompt, in float32."""
         found = []
-        for batch in batches(target, [encoding] * copies, 32):
+        for batch in batches(target, [encoding] * copies, 64):
             found.append(
                 steered_logits(target, list(steps), batch, batch.rows, batch.mask.sum(1), "last")[:, -1].float().cpu()
             )

@@ -241,12 +241,13 @@ class Patching:
         for i, run in enumerate(self.runs):
             offset = len(grid.tokens) - len(run.patched.ids)
             for k, space in enumerate(grid.targets):
-                for kind, table in grid.values.items():
-                    rows, places = self.rows(kind, space.site, i)
-                    if places:
-                        table[i, k, [offset + place for place in places]] = run.recovery(
-                            self.target, space, rows, places
-                        )
+                # All kinds in one batch: a few rows alone leave the processor waiting for weights.
+                made = {kind: self.rows(kind, space.site, i) for kind in grid.values}
+                values = torch.cat([rows.float().cpu() for rows, places in made.values() if places])
+                found = run.recovery(self.target, space, values, [p for _, places in made.values() for p in places])
+                for kind, (_, places) in made.items():
+                    own, found = found[: len(places)], found[len(places) :]
+                    grid.values[kind][i, k, [offset + place for place in places]] = own
                 yield space.site
 
 
