@@ -9,6 +9,7 @@ left out.
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -31,16 +32,23 @@ def executed(path: Path) -> nbformat.NotebookNode:
             )
             if rest := re.sub(r"[^\r\n]*\d+%\|[^\r\n]*", "", told).strip():
                 raise SystemExit(f"{path.name} warns: {rest}")
-            cell.outputs = [
-                output for output in cell.outputs if output.get("name") != "stderr"
-            ]
+            cell.outputs = [output for output in cell.outputs if not _passing(output)]
     book.metadata.pop("widgets", None)
     return book
+
+
+def _passing(output: nbformat.NotebookNode) -> bool:
+    """Tell a progress bar, on stderr or as a widget, from what a cell shows."""
+    return output.get("name") == "stderr" or "%|" in output.get("data", {}).get("text/plain", "")
 
 
 def main(names: list[str]) -> None:
     """Execute the notebooks of these names, or all."""
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+png"
+    startup = Path(tempfile.mkdtemp()) / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "width.py").write_text("import plotly.io\nplotly.io.renderers['png'].width = 1000\n")
+    os.environ["IPYTHONDIR"] = str(startup.parents[1])
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if not names or path.stem in names:
             print(path.stem, flush=True)

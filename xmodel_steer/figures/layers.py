@@ -27,8 +27,8 @@ def patching(grid: PatchingGrid) -> Any:
     tables: dict[Kind, np.ndarray] = {kind: grid.recovery(kind) for kind in grid.values}
     bound = float(np.nan_to_num(np.abs(np.stack(list(tables.values())))).max(initial=1.0))
     figure = make_subplots(
-        rows=1, cols=len(tables), subplot_titles=tuple(KINDS[kind] for kind in tables), horizontal_spacing=0.05,
-        shared_yaxes=True,
+        rows=1, cols=len(tables), subplot_titles=tuple(KINDS[kind].replace(" ", "<br>", 1) for kind in tables),
+        horizontal_spacing=0.05, shared_yaxes=True,
     )  # fmt: skip
     tokens = [plain(token) for token in grid.tokens]  # plotly reads <s> as a tag
     read = (f"{space.site.layer} → " if space else "" for space in grid.sources)
@@ -48,8 +48,8 @@ def patching(grid: PatchingGrid) -> Any:
     ends = dict.fromkeys(space.model for space in (*grid.sources, *grid.targets) if space)
     figure.update_layout(
         **laid_out(
-            f"{' → '.join(ends)}: recovered share of the {grid.measure}",
-            f"0: as corrupted, 1: as clean; mean of {len(grid.clean)} pairs of prompts",
+            f"Recovered share of the {grid.measure}",
+            f"{' → '.join(ends)}; 0: as corrupted, 1: as clean; {len(grid.clean)} pair{'s' * (len(grid.clean) > 1)} of prompts",
         ),
         coloraxis={"colorscale": "PuOr_r", "cmin": -bound, "cmax": bound, "colorbar": {"title": "recovery"}},
     )
