@@ -26,12 +26,14 @@ import numpy as np
 import torch
 
 import xmodel_steer as xs
+from xmodel_steer.evaluation import Patching
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.rows import DocumentRows, PairedRows
 from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import device_of
 from xmodel_steer.models.passes import forward
 from xmodel_steer.models.sites import all_sites
+from xmodel_steer.notebook.patching import maps_by_depth
 from xmodel_steer.studies.demo import SOURCE, TARGET
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -182,6 +184,31 @@ def stacked_moments_over_two_forwards(bench: Bench) -> None:
         layers=len(STACK),
         **added,
     )
+
+
+def patching_grid_over_forwards(bench: Bench) -> None:
+    """A grid of own and mapped patches over plain forward passes of as many prompts, in batches of 64.
+
+    A pass of the grid patches one layer, at 11 positions and in 2 kinds.
+    """
+    sides = [f"Everyone who lives in the old city of {city} speaks" for city in ("Rome", "Paris")]
+    maps, answers = maps_by_depth(bench.small, bench.large), [(" Italian", " French")]
+    asked = Patching(bench.large, sides[:1], sides[1:], answers, source=bench.small, maps=maps)
+    grid = asked.empty()
+    cells = len(grid.values) * len(grid.targets) * len(grid.tokens)
+
+    def fill() -> None:
+        for _ in asked.filling(grid):
+            pass
+
+    def plain() -> None:
+        for batch in batches(bench.large, encode(bench.large, [xs.Prompt.of(sides[1])]) * cells, 64):
+            forward(bench.large, batch.ids, batch.mask, logits="last")
+
+    plain()  # warm
+    pairs = [(worked(fill), worked(plain), timed(fill)) for _ in range(bench.repeats)]
+    ratios, seconds = [a / b for a, b, _ in pairs], float(np.median([s for *_, s in pairs]))
+    bench.record("patching_grid_over_forwards", ratios, "<= 1.5", cells=cells, seconds=round(seconds, 1))
 
 
 def exact_grid_over_two_forwards(bench: Bench) -> None:
@@ -500,6 +527,7 @@ FIGURES = {
         grid_speedup_over_ridgecv,
         exact_grid_over_two_forwards,
         stacked_moments_over_two_forwards,
+        patching_grid_over_forwards,
         ridge_over_best_other_r2,
     )
 }

@@ -39,7 +39,9 @@ def executed(path: Path) -> nbformat.NotebookNode:
 
 def _passing(output: nbformat.NotebookNode) -> bool:
     """Tell a progress bar, on stderr or as a widget, from what a cell shows."""
-    return output.get("name") == "stderr" or "%|" in output.get("data", {}).get("text/plain", "")
+    return output.get("name") == "stderr" or "%|" in output.get("data", {}).get(
+        "text/plain", ""
+    )
 
 
 def main(names: list[str]) -> None:
@@ -47,7 +49,9 @@ def main(names: list[str]) -> None:
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+png"
     startup = Path(tempfile.mkdtemp()) / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "width.py").write_text("import plotly.io\nplotly.io.renderers['png'].width = 1000\n")
+    (startup / "width.py").write_text(
+        "import plotly.io\nplotly.io.renderers['png'].width = 1000\n"
+    )
     os.environ["IPYTHONDIR"] = str(startup.parents[1])
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if not names or path.stem in names:

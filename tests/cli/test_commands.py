@@ -89,6 +89,21 @@ def test_text_that_the_map_reads_is_held_apart_from_what_is_reported(
     assert not (tmp_path / "run").exists()
 
 
+def test_recipes_are_passed_on(command: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(*_: Any, **options: Any) -> None:
+        given.update(options)
+        raise PromptError("enough")
+
+    monkeypatch.setattr("xmodel_steer.recipe.carrying.transfer", stop)
+    assert command(*arguments(folders, tmp_path / "run", recipes="one layer, contrast read"))[0] == 1
+    assert given["method"].recipes == ("one layer", "contrast read")
+    assert not command(*arguments(folders, tmp_path / "run"))[1] and given["method"].recipes == ()
+    code, _, err = command(*arguments(folders, tmp_path / "run", recipes="another"))
+    assert code == 1 and "recipes are 'one layer' and 'contrast read'" in err
+
+
 def test_transfer_without_prompts_measures_preference(command: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     code, _out, err = command(*arguments(folders, tmp_path / "run", prompts=None, score=None))
     assert code == 0, err

@@ -362,7 +362,7 @@ def test_patches_are_drawn_beside_their_ceiling_on_one_scale() -> None:
     assert np.allclose(mapped.z, [[np.nan, 0.3, 0.4], [np.nan, 0.6, 1.2]], equal_nan=True)
     assert (own.z == 1).all()
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1.2, 1.2)
-    assert "mean of 2 pairs" in figure.layout.title.text
+    assert "2 pairs of prompts" in figure.layout.title.text
     named = plots.patching(replace(grid_of_patches(), tokens=("-3 <s>", "-2 a", "-1 b")))
     assert named.layout.xaxis.ticktext[0] == "-3 &lt;s&gt;"
 

@@ -312,7 +312,7 @@ def test_every_operator_and_gate_is_the_librarys(llama: toys.Toy, name: str) -> 
         *("everywhere", "where calm is positive", "where calm is negative")  # else is of another site
     ]
     explorer.vector.value = "calm"
-    assert explorer.operator.options == tuple(OPERATORS)
+    assert explorer.gate.index == 0 and explorer.operator.options == tuple(OPERATORS)
     explorer.operator.value, explorer.strength.value = name, 3.0
     assert (explorer.strength.layout.display == "none") == (name == "ablate")
     for gate in (None, xs.Gate(vectors["calm"], "positive"), xs.Gate(vectors["calm"], "negative")):

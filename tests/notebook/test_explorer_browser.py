@@ -280,8 +280,9 @@ def test_the_copied_code_is_on_the_clipboard(page: Page) -> None:
     page.wait(page.idle, "the end")
     page.press("Copy code")
     page.wait(lambda: any(b.text == "Copied" for b in page.all(".widget-html button")), "the copy")
+    page.driver.save_screenshot(str(page.folder / "explorer.png"))
     copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
-    assert "with xs.steering(large, joy, operator=xs.Add(1.0), positions='all'):" in copied
+    assert "steps = [xs.Intervention(joy, xs.Add(strength=1.0), 'all')]\nwith xs.steering(large, steps):" in copied
 
 
 def test_a_second_click_takes_over_and_stop_stops(page: Page) -> None:

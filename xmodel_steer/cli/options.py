@@ -41,6 +41,11 @@ def pairs_of(text: str | None) -> list[tuple[Any, Any]] | None:
         raise typer.BadParameter(f"{text!r} is not a list of layer pairs such as 15:10", param_hint="--pairs") from None
 
 
+def names_of(text: str) -> tuple[str, ...]:
+    """Read a list of names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def numbers_of(text: str, option: str) -> list[float]:
     """Read a list of numbers."""
     try:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xmodel_steer.cli.app import app, reported
-from xmodel_steer.cli.options import READ, Device, Dtype, numbers_of, scorer_of, sites_of
+from xmodel_steer.cli.options import READ, Device, Dtype, names_of, numbers_of, scorer_of, sites_of
 from xmodel_steer.cli.output import claim_run, finish, print_result, say
 from xmodel_steer.core.errors import ArtifactError, PromptError, XModelSteerError
 
@@ -37,6 +37,9 @@ def transfer(
     tokens: Annotated[str, typer.Option(help="Tokens of a contrast prompt that count: last, mean or all.")] = "mean",
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuations.")] = 24,
     batch_size: Annotated[int, typer.Option(help="Texts generated at a time.")] = 192,
+    recipes: Annotated[
+        str, typer.Option(help="More maps to measure: one layer, contrast read, or both after a comma.")
+    ] = "",
     side: Annotated[
         bool,
         typer.Option(
@@ -88,7 +91,7 @@ def transfer(
         label=label,
         source_sites=source_sites,
         target_sites=target_sites,
-        method=Method(tokens=tokens),  # type: ignore[arg-type]
+        method=Method(tokens=tokens, recipes=names_of(recipes)),  # type: ignore[arg-type]
         side=None if side else {},
         budget=Budget(doses),
         folder=out,

@@ -48,7 +48,7 @@ class Explorer(Turns):
         )
         self.layer = w.Dropdown(description="layer", style=short, layout=auto())
         self.operator, self.gate = (
-            w.Dropdown(description=name, style=short, layout=auto()) for name in ("operator", "only")
+            w.Dropdown(description=name, style=short, layout=auto()) for name in ("operator", "act")
         )
         self.strength = w.FloatSlider(
             strength, min=strengths[0], max=strengths[1], step=0.1, description="strength", style=short
@@ -105,6 +105,7 @@ class Explorer(Turns):
             ("everywhere", None),
             *((f"where {gate.name} is {side}", (gate, side)) for gate in gates for side in sides),
         ]
+        self.gate.index = 0  # a value of None is shown only when it is chosen
         self.gate.layout.display = None if gates else "none"
 
     def _name_slider(self) -> None:
