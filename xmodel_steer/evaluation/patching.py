@@ -242,6 +242,7 @@ class Patching:
             offset = len(grid.tokens) - len(run.patched.ids)
             for k, space in enumerate(grid.targets):
                 # All kinds in one batch: a few rows alone leave the processor waiting for weights.
+                made: dict[Kind, tuple[Tensor, tuple[int, ...]]]
                 made = {kind: self.rows(kind, space.site, i) for kind in grid.values}
                 values = torch.cat([rows.float().cpu() for rows, places in made.values() if places])
                 found = run.recovery(self.target, space, values, [p for _, places in made.values() for p in places])
