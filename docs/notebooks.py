@@ -30,8 +30,8 @@ def executed(path: Path) -> nbformat.NotebookNode:
             told = "".join(
                 output.text for output in cell.outputs if output.get("name") == "stderr"
             )
-            if rest := re.sub(r"[^\r\n]*\d+%\|[^\r\n]*", "", told).strip():
-                raise SystemExit(f"{path.name} warns: {rest}")
+            if re.search("warn|error", told, re.IGNORECASE):
+                raise SystemExit(f"{path.name} warns: {told}")
             cell.outputs = [output for output in cell.outputs if not _passing(output)]
     book.metadata.pop("widgets", None)
     return book
