@@ -448,3 +448,12 @@ def test_the_notebook_extra_brings_what_shows_figures_there(monkeypatch: pytest.
     monkeypatch.setattr("plotly.io._renderers.nbformat", None)
     with pytest.raises(ValueError, match="nbformat"):
         figure.show(renderer="plotly_mimetype")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_figure_is_written_as_an_image(tmp_path: Path) -> None:
+    """The extra ``figures`` brings what Plotly needs for it."""
+    pytest.importorskip("kaleido", reason="pip install -e '.[figures]'")
+    plots.patching(grid_of_patches()).write_image(tmp_path / "patches.png")
+    assert (tmp_path / "patches.png").read_bytes().startswith(b"\x89PNG")
