@@ -24,11 +24,15 @@ class Leaving:
     layers: int | None = None
 
 
+def _require_adding(leaving: Leaving, who: str) -> None:
+    if leaving.ablate:
+        raise typer.BadParameter(f"{who} can only add; use --to baked", param_hint="--ablate")
+
+
 def _gguf(leaving: Leaving) -> str:
     from xmodel_steer.interop.control_vectors import write_control_vector
 
-    if leaving.ablate:
-        raise typer.BadParameter("llama.cpp can only add; use --to baked", param_hint="--ablate")
+    _require_adding(leaving, "llama.cpp")
     write_control_vector([step.operator.strength * step.vector for step in leaving.steps], leaving.out)
     return f"llama-server -m MODEL.gguf --control-vector {leaving.out}"
 
@@ -36,10 +40,8 @@ def _gguf(leaving: Leaving) -> str:
 def _vllm(leaving: Leaving) -> str:
     from xmodel_steer.interop.vllm import write_vllm_vector
 
-    strengths = {step.operator.strength for step in leaving.steps if not leaving.ablate}
-    if leaving.ablate:
-        raise typer.BadParameter("the vLLM plugin can only add; use --to baked", param_hint="--ablate")
-    (strength,) = strengths  # one run, one strength
+    _require_adding(leaving, "the vLLM plugin")
+    strength = leaving.steps[0].operator.strength  # all members of a stack have the run's
     write_vllm_vector([step.vector for step in leaving.steps], leaving.out, strength=strength, layers=leaving.layers)
     return f"HOTWIRE_VECTORS={leaving.out}; the request's vllm_xargs are in {leaving.out}.json"
 
@@ -103,10 +105,9 @@ def export(
     if to not in FORMATS:
         raise typer.BadParameter(f"must be {', '.join(FORMATS)}", param_hint="--to")
     result = read(run)
-    if vector not in getattr(result, "vectors", {}):
-        raise ArtifactError(
-            f"{run}: has no vector {vector!r}; --vector takes {', '.join(getattr(result, 'vectors', {}))}"
-        )
+    held = getattr(result, "vectors", {})  # a file that is no run has none
+    if vector not in held:
+        raise ArtifactError(f"{run}: has no vector {vector!r}; --vector takes {', '.join(held)}")
     positions = result.spec.get("positions", "all")
     if positions != "all" and strength is None and not ablate:
         raise ArtifactError(
@@ -117,7 +118,7 @@ def export(
     if strength is None and not ablate and not str(chosen.get("operator", "")).startswith("Add"):
         raise ArtifactError(f"{run}: did not choose a strength to add; give --strength, or --ablate")
     operator = Ablate() if ablate else Add(chosen["strength"] if strength is None else strength)
-    carried = result.vectors[vector]
+    carried = held[vector]
     members = [carried] if ablate else carried.members()
 
     def load() -> tuple[Any, Any]:

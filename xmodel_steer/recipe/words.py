@@ -79,11 +79,9 @@ def _compared(result: Result, recipe: str) -> str:
 
 def names_of(result: Result) -> dict[str, str]:
     """Explain the names of the arms and operators that a result has."""
-    arms = dict.fromkeys(arm.arm for arm in result.arms)
-    operators = dict.fromkeys(arm.operator.split("(")[0] for arm in result.arms)
-    return {n: ARM_NAMES[n] for n in arms if n in ARM_NAMES} | {
-        n: OPERATOR_NAMES[n] for n in operators if n in OPERATOR_NAMES
-    }
+    known = ARM_NAMES | OPERATOR_NAMES
+    names = [arm.arm for arm in result.arms] + [arm.operator.split("(")[0] for arm in result.arms]
+    return {name: known[name] for name in dict.fromkeys(names) if name in known}
 
 
 def validated(result: Result) -> list[dict[str, str]]:
