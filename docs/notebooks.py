@@ -53,10 +53,10 @@ def main(names: list[str]) -> None:
         "import plotly.io\nplotly.io.renderers['png'].width = 1000\n"
     )
     os.environ["IPYTHONDIR"] = str(startup.parents[1])
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if not names or path.stem in names:
-            print(path.stem, flush=True)
-            nbformat.write(executed(path), path)
+    chosen = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names]
+    for path in chosen or sorted(NOTEBOOKS.glob("*.ipynb")):
+        print(path.stem, flush=True)
+        nbformat.write(executed(path), path)
 
 
 if __name__ == "__main__":
