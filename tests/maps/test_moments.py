@@ -88,6 +88,23 @@ def test_huge_means_cost_no_precision():
     assert_equals_numpy(merged.pair(*PAIRS[1]).train, sides[0][Site(1)], sides[1][Site(5)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_batches_far_apart_are_their_rows(dtype):
+    # More batches than wait together; the first one is an outlier, and moments are looked at on the way.
+    one, every = accumulator(), []
+    for number in range(150):
+        sides = rows(3, seed=number, offset=1000.0 if number == 0 else number % 7)
+        sides = tuple({site: values.to(dtype) for site, values in side.items()} for side in sides)
+        one.add("train", *sides, [number, number, number])
+        every.append(sides)
+        if number in (0, 1, 63, 64, 149):
+            made = one.moments().pair(Site(1), Site(5)).train
+            x, y = (
+                torch.cat([each[end][site] for each in every]).double() for end, site in ((0, Site(1)), (1, Site(5)))
+            )
+            assert_equals_numpy(made, x, y, rtol=1e-6 if dtype == torch.float32 else 1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_rows_are_summed_in_float64(dtype):
     sides = tuple({site: x.to(dtype) for site, x in side.items()} for side in rows(300, offset=100.0))
@@ -95,6 +112,24 @@ def test_narrow_rows_are_summed_in_float64(dtype):
     made = collect([taken(sides, slice(i, i + 3)) for i in range(0, 300, 3)], list(range(3))).pair(*PAIRS[1]).train
     assert made.cross_scatter.dtype == torch.float64
     assert_equals_numpy(made, sides[0][Site(1)].double(), sides[1][Site(5)].double(), rtol=1e-6)
+
+
+def test_means_of_narrow_rows_have_more_digits_than_a_row():
+    sides = tuple({site: x.float() for site, x in side.items()} for side in rows(300, offset=1e4))
+    one = accumulator()
+    one.add("train", *sides, list(range(300)))
+    mean = one.moments().pair(*PAIRS[1]).train.source_mean
+    assert (mean - sides[0][Site(1)].double().mean(0)).abs().max() < 1e-6  # a float32 of this size is known to 5e-4
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 200, 520, 1100])
+def test_scatters_are_whole_at_any_width(width):
+    drawn = torch.randn(40, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    end = {Site(0): Space("any", Site(0), width, "aaaa")}
+    one = MomentsAccumulator(end, end, [(Site(0), Site(0))])
+    one.add("train", {Site(0): drawn}, {Site(0): drawn.flip(0)}, list(range(40)))
+    made = one.moments().pair(Site(0), Site(0)).train.source_scatter
+    torch.testing.assert_close(made, 40 * torch.cov(drawn.T, correction=0).reshape(width, width))
 
 
 def test_moments_that_were_handed_out_do_not_change_afterwards():
