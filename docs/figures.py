@@ -232,8 +232,11 @@ def curves() -> go.Figure:
 
 def switch() -> go.Figure:
     """Draw the effect of each thing that the site holds."""
+    every, one = "mapped, five blocks", "mapped, one block"
     names = {
-        "mapped": "mapped activations",
+        "mapped": every,
+        "mapped, all sites": every,
+        "mapped, one site": one,
         "identity": "unmapped activations",
         "shuffled": "shuffled map",
         "mean ablation": "the site's mean",
@@ -247,7 +250,11 @@ def switch() -> go.Figure:
         ("on", "effect", "on: backdoor there"),
     ):
         arms = [a for a in study.arms if a.recipe.startswith(way) and a.arm in names]
-        held = [Point(names[arm.arm], "arm", measured(arm)[measure]) for arm in arms]
+        chosen = every if "source_site" in study.chosen[arms[0].recipe] else one
+        held = [
+            Point((names | {"mapped": chosen})[arm.arm], "arm", measured(arm)[measure])
+            for arm in arms
+        ]
         panels.append(Panel(title, held))
     return dots(panels)
 
