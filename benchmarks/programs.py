@@ -2,8 +2,9 @@
 
     python programs.py PROGRAM FOLDER JOB.json
 
-It loads the checkpoint in FOLDER, answers each line "generate" or "difference" with one line of JSON (seconds, and what
-came out), and ends with its input. Nothing of xmodel_steer is imported but by the program of that name.
+It loads the checkpoint in FOLDER, answers each line "generate", "unsteered" or "difference" with one line of JSON (seconds,
+those of the processor, and what came out), and ends with its input. Nothing of xmodel_steer is imported but by the two
+programs that are this library.
 """
 
 import json
@@ -73,14 +74,16 @@ def xmodel_steer() -> dict[str, Callable[[], Any]]:
     import xmodel_steer as xs
 
     model = xs.load(folder, dtype=job["dtype"], device=job["device"], progress=False)
-    site = xs.Site(layer)
-    vector = xs.SteeringVector(direction, xs.space_of(model, site))
+    site, vector = xs.Site(layer), xs.read(job["vector"])
+
+    def unsteered() -> list[str]:
+        return xs.generate(
+            model, job["prompts"], max_new_tokens=job["new_tokens"], batch_size=len(job["prompts"]), progress=False
+        )
 
     def generate() -> list[str]:
         with xs.steering(model, vector):
-            return xs.generate(
-                model, job["prompts"], max_new_tokens=job["new_tokens"], batch_size=len(job["prompts"]), progress=False
-            )
+            return unsteered()
 
     def difference() -> list[float]:
         positive, negative = (
@@ -89,7 +92,16 @@ def xmodel_steer() -> dict[str, Callable[[], Any]]:
         )
         return xs.difference_of_means(positive, negative).direction.tolist()
 
-    return {"generate": generate, "difference": difference}
+    return {"generate": generate, "unsteered": unsteered, "difference": difference}
+
+
+def steering_hf() -> dict[str, Callable[[], Any]]:
+    """This library's steering of the plain Hugging Face model."""
+    import xmodel_steer as xs
+
+    model, tokenizer = hugging_face_model()
+    vector = xs.read(job["vector"])
+    return {"generate": lambda: written(model, tokenizer, lambda: xs.interop.steering_hf(model, vector, trust=True))}
 
 
 def transformer_lens() -> dict[str, Callable[[], Any]]:
@@ -137,14 +149,16 @@ def repeng() -> dict[str, Callable[[], Any]]:
 def main() -> None:
     """Answer until the input ends."""
     out, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(1)
     answers = globals()[program]()
     print(json.dumps({"ready": sorted(answers)}), file=out, flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         made = answers[line.strip()]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print(json.dumps({"seconds": time.perf_counter() - start, "made": made}), file=out, flush=True)
+        seconds = {"wall": time.perf_counter() - start, "processor": time.process_time() - worked}
+        print(json.dumps({**seconds, "made": made}), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""Ratios of running times and memory, each from one run on one machine: ``python benchmarks/run.py``.
+"""Ratios of running times and memory: ``python benchmarks/run.py``.
 
     python benchmarks/run.py --only harvest_over_forwards     # one figure
     python benchmarks/run.py --shape 1b-3b --device cuda      # random weights in the shape of a 1B → 3B pair
 
-Every ratio is the median over repeats that alternate both sides, with the smallest and the largest, and goes
-into results.json. Absolute times of a shared machine mean nothing, and no test asserts one.
+Both sides of a ratio take turns, on one thread. It is kept by processor time and by wall time, each as the median over the
+turns with the lowest and the highest, in results.json; ``python benchmarks/page.py`` writes them into docs/performance.md.
+Nothing is kept that was measured while other programs used the machine.
 """
 
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,67 +23,46 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import Taken, compare, finish, in_turn, keep, keep_ratio, take
 
 import xmodel_steer as xs
 from xmodel_steer.evaluation import Patching
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.rows import DocumentRows, PairedRows
 from xmodel_steer.models.batching import batches, encode
-from xmodel_steer.models.facts import device_of
+from xmodel_steer.models.facts import device_of, tokenizer_of
 from xmodel_steer.models.passes import forward
 from xmodel_steer.models.sites import all_sites
 from xmodel_steer.notebook.patching import maps_by_depth
 from xmodel_steer.studies.demo import SOURCE, TARGET
 
-RESULTS = Path(__file__).parent / "results.json"
 MAX_TOKENS, BATCH = 192, 32
 HERE, THERE = xs.Site(18), xs.Site(10)
 STACK = [9, 12, 15, 18, 21, 24, 27]
-
-
-def hardware(device: str) -> str:
-    """The machine in a few words."""
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    model = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{torch.get_num_threads()} threads, {model}, torch {torch.__version__}"
-
-
-def keep(name: str, ratios: Sequence[float], must: str, command: str, on: str, **more: Any) -> None:
-    """Write a figure into results.json: median, smallest and largest."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results[name] = shown = {
-        "ratio": round(float(np.median(ratios)), 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
-        "must": must,
-        "repeats": len(ratios),
-        **more,
-        "command": command,
-        "hardware": on,
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{name}: {shown['ratio']} ({shown['low']} to {shown['high']}), must be {must}; {more}", flush=True)
 
 
 class Bench:
     """Two models, a text, and what was measured with them."""
 
     def __init__(self, device: str, shape: str, documents: int, repeats: int) -> None:
-        self.device, self.shape, self.repeats, self.figure = device, shape, repeats, ""
+        self.device, self.shape, self.repeats = device, shape, repeats
         self.sketch = 0
         self.small, self.large = _random_pair(device) if shape == "1b-3b" else (
             xs.load(name, device=device, dtype="auto", progress=False) for name in (SOURCE, TARGET)
         )  # fmt: skip
         self.texts = general_text()[:documents]
 
-    def record(self, name: str, ratios: Sequence[float], must: str, **more: Any) -> None:
-        """Keep a figure of these models."""
-        key = name if self.shape == "packaged" else f"{name}_{self.shape}"
-        keep(key, ratios, must, f"python benchmarks/run.py --only {self.figure}", hardware(self.device), **more)
+    def compare(
+        self, figure: Callable[..., None], ours: Callable[[], Any], theirs: Callable[[], Any], must: str, **more: Any
+    ) -> dict[str, list[Taken]]:
+        """Keep a ratio of two calls of these models; the figure's docstring says what it is."""
+        name, what = self.named(figure)
+        return compare(name, what, ours, theirs, must, repeats=self.repeats, device=self.device, **more)
+
+    def named(self, figure: Callable[..., None], variant: str = "") -> tuple[str, str]:
+        """The name of a figure of these models, and what it says."""
+        parts = [figure.__name__, variant, "" if self.shape == "packaged" else self.shape]
+        return "/".join(filter(None, parts)), " ".join((figure.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
 
     def forwards(self) -> int:
         """Two plain forward passes over the text, no logits, nothing kept."""
@@ -121,8 +99,6 @@ def _random_pair(device: str) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = xs.load(SOURCE, progress=False)
-    from xmodel_steer.models.facts import tokenizer_of
-
     made = []
     for name, width, layers, heads, inner in (("1b", 2048, 16, 32, 8192), ("3b", 3072, 28, 24, 8192)):
         config = LlamaConfig(
@@ -137,35 +113,25 @@ def _random_pair(device: str) -> tuple[Any, Any]:
     return made[0], made[1]
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def worked(call: Callable[[], Any]) -> float:
-    """Seconds of processor time that a call takes, all threads together."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def grid_over_two_forwards(bench: Bench) -> None:
-    """Moments and penalty path of all layer pairs over two plain forward passes of the same text."""
-    bench.forwards()  # warm
-    pairs = [(timed(bench.grid), timed(bench.forwards)) for _ in range(bench.repeats)]
-    bench.record(
-        "grid_over_two_forwards", [a / b for a, b in pairs], "<= 2.0", documents=len(bench.texts), sketch=bench.sketch
+    """Moments and penalty path of all layer pairs, over two plain forward passes of the same text."""
+    bench.grid()
+    bench.compare(
+        grid_over_two_forwards, bench.grid, bench.forwards, "<= 1.5", documents=len(bench.texts), sketch=bench.sketch
     )
 
 
+def exact_grid_over_two_forwards(bench: Bench) -> None:
+    """The same without a sketch: full cross moments of all layer pairs."""
+    every = [(s, t) for s in all_sites(bench.small) for t in all_sites(bench.large)]
+    bench.compare(
+        exact_grid_over_two_forwards, lambda: bench.grid(pairs=every, shuffled=False), bench.forwards, "<= 2.5",
+        documents=len(bench.texts),
+    )  # fmt: skip
+
+
 def stacked_moments_over_two_forwards(bench: Bench) -> None:
-    """Moments of seven source layers read together and one target layer over two plain forward passes of the same text."""
+    """Moments of seven source layers read together and one target layer, over two plain forward passes of the same text."""
 
     def collect() -> None:
         xs.collect_moments(
@@ -173,21 +139,76 @@ def stacked_moments_over_two_forwards(bench: Bench) -> None:
             batch_size=BATCH, device=device_of(bench.large), progress=False,
         )  # fmt: skip
 
-    bench.forwards()  # warm
-    pairs = [(worked(collect), worked(bench.forwards)) for _ in range(bench.repeats)]
     added = {} if bench.shape != "packaged" else {"megabytes_added": round(peak_of(128, [STACK], [THERE.layer]) / 1024)}
-    bench.record(
-        "stacked_moments_over_two_forwards",
-        [a / b for a, b in pairs],
-        "<= 2.5",
-        documents=len(bench.texts),
-        layers=len(STACK),
-        **added,
+    bench.compare(
+        stacked_moments_over_two_forwards, collect, bench.forwards, "<= 2.5", documents=len(bench.texts),
+        layers=len(STACK), **added,
+    )  # fmt: skip
+
+
+def capture_over_bare_hook(bench: Bench) -> None:
+    """Capture of the last tokens at one deep layer, over a bare hook on the Hugging Face model that stops the pass there."""
+    from transformers import AutoModelForCausalLM
+
+    layer, folder = 14, tokenizer_of(bench.large).name_or_path
+    inner = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.large.cfg.dtype).to(bench.device).eval()
+
+    class Stop(Exception):
+        pass
+
+    def bare() -> None:
+        kept: list[torch.Tensor] = []
+
+        def read(_module: Any, _inputs: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+            raise Stop
+
+        handle = inner.model.layers[layer].register_forward_hook(read)
+        ends = []
+        with torch.no_grad():
+            for batch in batches(bench.large, encode(bench.large, bench.texts, max_tokens=MAX_TOKENS), BATCH):
+                with suppress(Stop):
+                    inner(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+                last = batch.mask.sum(-1) - 1
+                ends.append(kept.pop()[torch.arange(len(last)), last].float())
+        handle.remove()
+        torch.cat(ends)
+
+    def capture() -> None:
+        xs.capture(
+            bench.large,
+            bench.texts,
+            [xs.Site(layer)],
+            tokens="last",
+            max_tokens=MAX_TOKENS,
+            batch_size=BATCH,
+            progress=False,
+        )
+
+    bench.compare(capture_over_bare_hook, capture, bare, "<= 1.05", documents=len(bench.texts), layer=layer)
+
+
+def load_over_from_pretrained(bench: Bench) -> None:
+    """Loading a packaged model from the cache, over `from_pretrained` of the same folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tokenizer_of(bench.large).name_or_path
+
+    def plain() -> None:
+        AutoTokenizer.from_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    bench.compare(
+        load_over_from_pretrained,
+        lambda: xs.load(TARGET, dtype="float32", progress=False),
+        plain,
+        "<= 1.3",
+        model=TARGET,
     )
 
 
 def patching_grid_over_forwards(bench: Bench) -> None:
-    """A grid of own and mapped patches over plain forward passes of as many prompts, in batches of 64.
+    """A grid of own and mapped patches, over plain forward passes of as many prompts in batches of 64.
 
     A pass of the grid patches one layer, at 11 positions and in 2 kinds.
     """
@@ -205,22 +226,14 @@ def patching_grid_over_forwards(bench: Bench) -> None:
         for batch in batches(bench.large, encode(bench.large, [xs.Prompt.of(sides[1])]) * cells, 64):
             forward(bench.large, batch.ids, batch.mask, logits="last")
 
-    plain()  # warm
-    pairs = [(worked(fill), worked(plain), timed(fill)) for _ in range(bench.repeats)]
-    ratios, seconds = [a / b for a, b, _ in pairs], float(np.median([s for *_, s in pairs]))
-    bench.record("patching_grid_over_forwards", ratios, "<= 1.5", cells=cells, seconds=round(seconds, 1))
+    bench.compare(patching_grid_over_forwards, fill, plain, "<= 1.5", cells=cells)
 
 
-def exact_grid_over_two_forwards(bench: Bench) -> None:
-    """The same without a sketch: full cross moments of all layer pairs."""
-    every = [(s, t) for s in all_sites(bench.small) for t in all_sites(bench.large)]
-    bench.forwards()
-    ratio = timed(lambda: bench.grid(pairs=every, shuffled=False)) / timed(bench.forwards)
-    bench.record("exact_grid_over_two_forwards", [ratio], "stated", documents=len(bench.texts))
+def grid_speedup_over_ridgecv(bench: Bench) -> None:
+    """scikit-learn's RidgeCV on stored activations of all layer pairs, over our moments and grid, both without the forward passes.
 
-
-def grid_speedup_over_ridgecv(bench: Bench, sample: int = 3) -> None:
-    """All layer pairs from moments against scikit-learn's RidgeCV on stored activations, pair by pair."""
+    One pair is timed, times all pairs.
+    """
     from sklearn.linear_model import RidgeCV
     from sklearn.preprocessing import StandardScaler
 
@@ -229,22 +242,22 @@ def grid_speedup_over_ridgecv(bench: Bench, sample: int = 3) -> None:
     pairs = len(all_sites(bench.small)) * len(all_sites(bench.large))
     with tempfile.TemporaryDirectory() as folder:
         x, y = arrays(bench.pair(folder), "train")
-    ratios, with_forwards = [], []
-    for _ in range(sample):
-        theirs = timed(
-            lambda: RidgeCV(alphas=[p * len(x) for p in PENALTIES]).fit(StandardScaler().fit_transform(x), y)
-        )
-        whole, forwards = timed(bench.grid), timed(bench.forwards)
-        ratios.append(theirs * pairs / (whole - forwards))
-        with_forwards.append(theirs * pairs / whole)
-    bench.record(
-        "grid_speedup_over_ridgecv",
-        ratios,
-        ">= 30",
-        extrapolation=f"one pair timed {sample} times, times {pairs} pairs; {len(x)} rows, all {y.shape[1]} target dimensions; "
-        "ours: what collecting and the grid (sketch of 64 target dimensions) take beyond the forward passes, which RidgeCV is not charged with either",
-        ratio_with_our_forwards=round(float(np.median(with_forwards)), 1),
-    )
+    sides = {
+        "RidgeCV": lambda: RidgeCV(alphas=[p * len(x) for p in PENALTIES]).fit(StandardScaler().fit_transform(x), y),
+        "grid": bench.grid,
+        "forwards": bench.forwards,
+    }
+    taken = in_turn({name: lambda call=call: take(call) for name, call in sides.items()}, bench.repeats)
+    turns = list(zip(*(taken[name] for name in sides), strict=True))
+    name, what = bench.named(grid_speedup_over_ridgecv)
+    figures = {
+        "processor": [a.processor * pairs / (b.processor - c.processor) for a, b, c in turns],
+        "with_our_forwards": [a.processor * pairs / b.processor for a, b, _ in turns],
+    }
+    keep(
+        name, what, figures, must=">= 30", taken=taken.values(), device=bench.device, pairs=pairs, rows=len(x),
+        sketch=f"{bench.sketch} of {y.shape[1]} target dimensions, RidgeCV all of them",
+    )  # fmt: skip
 
 
 MEMORY = """
@@ -285,9 +298,9 @@ def peak_of(documents: int, source_sites: Sequence[Any] = (3, 5), target_sites: 
 def moments_memory_at_4x_text(bench: Bench) -> None:
     """What collecting moments adds to the memory of loaded models at its peak, at four times the text (Linux)."""
     added = [(peak_of(128), peak_of(512)) for _ in range(bench.repeats)]
-    bench.record(
-        "moments_memory_at_4x_text", [b / a for a, b in added], "<= 1.05", kilobytes_added=added, documents=[128, 512]
-    )
+    name, what = bench.named(moments_memory_at_4x_text)
+    figures = {"ratio": [b / a for a, b in added], "megabytes_added": [a / 1024 for a, _ in added]}
+    keep(name, what, figures, must="<= 1.05", documents=[128, 512])
 
 
 def repeated(folder: Path, shards: int) -> PairedRows:
@@ -304,9 +317,9 @@ def repeated(folder: Path, shards: int) -> PairedRows:
 
 
 def autoencoder_epoch_speedup(bench: Bench, shards: int = 96) -> None:
-    """An epoch from a store of many shards against the paper's way, which computes the activations in every epoch.
+    """An epoch of the autoencoder that computes the activations anew, as the paper's code does, over one from a store of 96 shards.
 
-    By processor time: an epoch is a difference of two times, which other work on the machine would drown.
+    An epoch reads every 15th document, of all shards. The passes over the bench's documents are timed and scaled.
     """
     from xmodel_steer.models.recorder import residuals
 
@@ -319,50 +332,40 @@ def autoencoder_epoch_speedup(bench: Bench, shards: int = 96) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench.pair(folder)
         every = repeated(Path(folder), shards)
-        rows = replace(every, documents=every.documents[::15])  # of every shard, so that an epoch takes seconds
+        rows = replace(every, documents=every.documents[::15])
 
-        def epochs(count: int) -> float:
-            return worked(lambda: xs.Autoencoder(epochs=count, patience=count).fit(rows))
+        def epochs(count: int) -> None:
+            xs.Autoencoder(epochs=count, patience=count).fit(rows)
 
-        epochs(1)
-        ratios = []
-        for _ in range(bench.repeats):
-            epoch = (epochs(4) - epochs(1)) / 3
-            ratios.append((worked(recompute) * len(rows.documents) / len(bench.texts) + epoch) / epoch)
-    bench.record(
-        "autoencoder_epoch_speedup", ratios, ">= 8", documents=len(rows.documents), shards=shards,
-        extrapolation=f"the passes over {len(bench.texts)} documents were timed, times {len(rows.documents) / len(bench.texts):.2f}; "
-        f"the store holds {len(every.documents)} documents in {shards} shards, copies of the first ones; an epoch reads every 15th document",
+        sides = {"passes": recompute, "one epoch": lambda: epochs(1), "four": lambda: epochs(4)}
+        taken = in_turn({name: lambda call=call: take(call) for name, call in sides.items()}, bench.repeats)
+    times = len(rows.documents) / len(bench.texts)
+    turns = [[one.processor for one in turn] for turn in zip(*taken.values(), strict=True)]
+    name, what = bench.named(autoencoder_epoch_speedup)
+    keep(
+        name, what, {"processor": [1 + passes * times / ((four - one) / 3) for passes, one, four in turns]}, must=">= 8",
+        taken=taken.values(), device=bench.device, documents=len(rows.documents), shards=shards,
     )  # fmt: skip
 
 
 def epoch_at_4x_shards(bench: Bench) -> None:
-    """Processor time of reading all rows in shuffled order, at four times the text."""
+    """Reading all rows of a store in shuffled order, at four times the text."""
     with tempfile.TemporaryDirectory() as folder:
         bench.pair(folder)
-        stores = [repeated(Path(folder), shards).documents for shards in (48, 192)]  # the first one's files stay
+        few, many = (repeated(Path(folder), shards).documents for shards in (48, 192))  # the first one's files stay
+        draws = torch.Generator().manual_seed(0)
 
-        def read(seed: int, documents: tuple[DocumentRows, ...]) -> float:
-            order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-            start = time.process_time()
-            for i in order:
+        def read(documents: tuple[DocumentRows, ...]) -> None:
+            for i in torch.randperm(len(documents), generator=draws).tolist():
                 documents[i].load()
-            return time.process_time() - start
 
-        for documents in stores:
-            read(0, documents)  # the checksums
-        seconds = [[read(repeat + 1, documents) for documents in stores] for repeat in range(bench.repeats)]
-    bench.record(
-        "epoch_at_4x_shards",
-        [b / a for a, b in seconds],
-        "<= 4.8",
-        documents=[len(d) for d in stores],
-        shards=[48, 192],
-    )
+        bench.compare(
+            epoch_at_4x_shards, lambda: read(many), lambda: read(few), "<= 4.8", documents=[len(few), len(many)]
+        )
 
 
 def harvest_over_forwards(bench: Bench) -> None:
-    """Writing every layer of both models to a store against the plain forward passes."""
+    """Writing every layer of both models to a store, over the plain forward passes."""
 
     def harvest() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -372,9 +375,7 @@ def harvest_over_forwards(bench: Bench) -> None:
                     batch_size=BATCH, progress=False,
                 )  # fmt: skip
 
-    bench.forwards()
-    pairs = [(timed(harvest), timed(bench.forwards)) for _ in range(bench.repeats)]
-    bench.record("harvest_over_forwards", [a / b for a, b in pairs], "<= 1.2", documents=len(bench.texts))
+    bench.compare(harvest_over_forwards, harvest, bench.forwards, "<= 1.2", documents=len(bench.texts))
 
 
 def arrays(rows: PairedRows, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -385,7 +386,7 @@ def arrays(rows: PairedRows, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ridge_over_best_other_r2(bench: Bench) -> None:
-    """Held-out R² per dimension at 500, 4,000 and 50,000 training tokens: every fitter, scikit-learn, latentis."""
+    """Held-out R² of our ridge map over the best of all other fitters, ours, scikit-learn's and latentis'."""
     from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
 
@@ -420,13 +421,11 @@ def ridge_over_best_other_r2(bench: Bench) -> None:
                 _latentis(table, x, y, vx, vy)
             ridge, *others = table.values()
             best = max(others, key=np.mean)
-            bench.record(
-                f"ridge_over_best_other_r2_at_{500 if n == 500 else 4000 if n == 4000 else 50000}",
-                [a / b for a, b in zip(ridge, best, strict=True)],
-                ">= 1, or said where not",
-                tokens=n,
+            name, what = bench.named(ridge_over_best_other_r2, str(round(n, -3) or n))
+            keep(
+                name, what, {"ratio": [a / b for a, b in zip(ridge, best, strict=True)]}, must=">= 1", tokens=n,
                 r2={name: round(float(np.mean(values)), 4) for name, values in table.items()},
-            )
+            )  # fmt: skip
 
 
 def _latentis(table: dict[str, list[float]], x: np.ndarray, y: np.ndarray, vx: np.ndarray, vy: np.ndarray) -> None:
@@ -450,7 +449,7 @@ def _latentis(table: dict[str, list[float]], x: np.ndarray, y: np.ndarray, vx: n
 
 
 def store_formats(bench: Bench) -> None:
-    """Zarr 3 and Arrow against safetensors: writing a shard, and reading one document of one layer of it."""
+    """Zarr 3 and Arrow over safetensors: writing a shard, or reading 200 documents of one layer of it."""
     import pyarrow as pa
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -461,13 +460,13 @@ def store_formats(bench: Bench) -> None:
     bits = {name: tensor.view(torch.int16).numpy() for name, tensor in values.items()}  # neither knows bfloat16
     starts = np.random.default_rng(0).integers(0, rows - document, 200)
 
-    def safetensors(folder: Path) -> tuple[float, float]:
+    def safetensors(folder: Path) -> tuple[Taken, Taken]:
         file = folder / "shard.safetensors"
-        written = timed(lambda: save_file(values, file))
+        written = take(lambda: save_file(values, file))
         opened = safe_open(str(file), framework="pt")
-        return written, timed(lambda: [opened.get_slice("rows/5")[i : i + document].clone() for i in map(int, starts)])
+        return written, take(lambda: [opened.get_slice("rows/5")[i : i + document].clone() for i in map(int, starts)])
 
-    def arrow(folder: Path) -> tuple[float, float]:
+    def arrow(folder: Path) -> tuple[Taken, Taken]:
         file = str(folder / "shard.arrow")
 
         def write() -> None:
@@ -476,15 +475,15 @@ def store_formats(bench: Bench) -> None:
             with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
 
-        written = timed(write)
+        written = take(write)
         column = pa.ipc.open_file(pa.memory_map(file)).read_all().column("rows/5")
 
         def read(i: int) -> np.ndarray:
             return column.slice(i, document).combine_chunks().flatten().to_numpy().reshape(document, width).copy()
 
-        return written, timed(lambda: [read(i) for i in map(int, starts)])
+        return written, take(lambda: [read(i) for i in map(int, starts)])
 
-    def zarr_3(folder: Path) -> tuple[float, float]:
+    def zarr_3(folder: Path) -> tuple[Taken, Taken]:
         import zarr
 
         group = zarr.open_group(folder / "shard.zarr", mode="w")
@@ -494,38 +493,35 @@ def store_formats(bench: Bench) -> None:
                 array = group.create_array(name, shape=own.shape, chunks=(1024, width), dtype="int16")
                 array[:] = own
 
-        written = timed(write)
+        written = take(write)
         array = zarr.open_group(folder / "shard.zarr", mode="r")["rows/5"]
-        return written, timed(lambda: [array[i : i + document] for i in map(int, starts)])
+        return written, take(lambda: [array[i : i + document] for i in map(int, starts)])
 
-    formats = {"arrow": arrow, "zarr": zarr_3}
-    ratios: dict[str, list[float]] = {}
+    formats = {"safetensors": safetensors, "arrow": arrow, "zarr": zarr_3}
+    taken: dict[str, list[Taken]] = {}
     for _ in range(bench.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            ours = safetensors(Path(folder))
-            for name, measure in formats.items():
-                try:
-                    theirs = measure(Path(folder))
-                except ImportError:
-                    print(f"{name} is not installed", flush=True)
-                    continue
-                for what, a, b in zip(("write", "read"), theirs, ours, strict=True):
-                    ratios.setdefault(f"{name}_{what}_over_safetensors", []).append(a / b)
-    for name, values_ in ratios.items():
-        bench.record(name, values_, "stated")
+        for name, measure in formats.items():
+            with tempfile.TemporaryDirectory() as folder:
+                for what, one in zip(("write", "read"), measure(Path(folder)), strict=True):
+                    taken.setdefault(f"{name} {what}", []).append(one)
+    for other in ("arrow write", "arrow read", "zarr write", "zarr read"):
+        name, what = bench.named(store_formats, other)
+        keep_ratio(name, what, taken[other], taken[f"safetensors {other.split()[1]}"], "")
 
 
 FIGURES = {
     f.__name__: f
     for f in (
         store_formats,
+        load_over_from_pretrained,
+        capture_over_bare_hook,
         harvest_over_forwards,
         autoencoder_epoch_speedup,
         epoch_at_4x_shards,
         moments_memory_at_4x_text,
         grid_over_two_forwards,
-        grid_speedup_over_ridgecv,
         exact_grid_over_two_forwards,
+        grid_speedup_over_ridgecv,
         stacked_moments_over_two_forwards,
         patching_grid_over_forwards,
         ridge_over_best_other_r2,
@@ -540,13 +536,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=("packaged", "1b-3b"), default="packaged")
     parser.add_argument("--documents", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     bench = Bench(given.device, given.shape, given.documents, given.repeats)
     for name, figure in FIGURES.items():
         if given.only in (None, name):
-            bench.figure = name
             figure(bench)
+    finish()
 
 
 if __name__ == "__main__":

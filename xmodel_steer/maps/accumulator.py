@@ -214,10 +214,7 @@ class MomentsAccumulator:
 
 
 def _gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Multiply rows with themselves.
-
-    Blocks below the diagonal are copies of those above, at two thirds of the time.
-    """
+    """Multiply rows with themselves; blocks below the diagonal are copies of those above."""
     d = rows.shape[1]
     size, made = max(64, -(-d // 8)), rows.new_empty(d, d)
     for i in range(0, d, size):
