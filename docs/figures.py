@@ -265,8 +265,9 @@ def comparison() -> go.Figure:
     order = [a.arm for a in study.arms if a.recipe == "capability under replacement"][1:]
     worst = ("shuffled", "mean", "noise")
     order.sort(key=lambda name: ("paper" in name, name.startswith(worst)))
-    best = ("ridge", "Procrustes")
-    order.sort(key=lambda name: (name.startswith(worst), name not in best))
+    best = ("ridge", "ridge, one layer", "Procrustes")
+    order.sort(key=lambda name: best.index(name) if name in best else len(best))
+    order.sort(key=lambda name: name.startswith(worst))
 
     def panel(recipe: str, measure: str, title: str, **axis: Any) -> Panel:
         by_name = {a.arm: measured(a) for a in study.arms if a.recipe == recipe}
@@ -277,7 +278,7 @@ def comparison() -> go.Figure:
     share, kl = "steering, share of native", "KL from its own text"
     panels = [
         panel("capability under replacement", "effect", "right answers"),
-        panel("steering", "efficiency", share, range=(-0.25, 1.15)),
+        panel("steering", "efficiency", share, range=(-0.25, 1.3)),
         panel("replacement", kl, kl, range=(-0.5, 1.4), ticks=(0.5, 1, 2, 5, 10, 20)),
     ]
     return dots(panels, left=290)

@@ -1,6 +1,6 @@
 """Put finished studies among the records that the documentation cites: ``python docs/record.py FOLDER ...``.
 
-A record is small: it has every number and the shown texts, and neither vectors, maps nor single scores.
+A record is small: it has every number and the texts that the report shows, and neither vectors, maps nor single scores.
 """
 
 import sys
@@ -11,13 +11,23 @@ import xmodel_steer as xs
 from xmodel_steer.figures.report import write_report
 from xmodel_steer.recipe.results import Result
 
+SHOWN = 16
 STUDIES = Path(__file__).parents[1] / "studies"
 
 
 def slim(result: Result) -> Result:
     """Leave out what only a rerun or another analysis needs."""
     arms = tuple(
-        replace(arm, scores=(), table=(), ids=(), groups=(), more_texts=(), raw=())
+        replace(
+            arm,
+            scores=(),
+            table=(),
+            ids=(),
+            groups=(),
+            texts=arm.texts[:SHOWN],
+            more_texts=(),
+            raw=(),
+        )
         for arm in result.arms
     )
     return replace(result, arms=arms, vectors={}, maps={})

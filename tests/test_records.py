@@ -95,8 +95,6 @@ def test_the_demos_show_prompts_that_no_study_has_reported_or_chosen_with() -> N
     concepts = [prompt.id for prompt in openings()[demo.REPORTED :]]
     assert (len(tasks), len(concepts)) == (80, 72)
     for name, record in RECORDS.items():
-        if name == "map-comparison":  # recorded before prompts were kept apart
-            continue
         used = set(texts_of(record["splits"]))
         assert len(used) > 100 and not used & {*tasks, *concepts}, name
 

