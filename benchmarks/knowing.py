@@ -100,6 +100,9 @@ def _site(choice: Any, end: str) -> xs.Site:
 
 
 def _curves(study: Any, name: str) -> Iterator[Point]:
+    if all(measure in point for curve in study.curves.values() for point in curve for measure in MEASURES):
+        yield from _told(study, name)  # by the study itself, since it measures what is known
+        return
     models = organism(name, PRESETS["packaged"].source)[0], organism(name, PRESETS["packaged"].target)[0]
     lessons, (general, _) = curriculum(name), Settings().texts()
     text = MapText.of(lessons.map, general, seed=study.seeds["split"])
@@ -120,9 +123,20 @@ def _curves(study: Any, name: str) -> Iterator[Point]:
             moments = moments + pair.of(prompts, [ends]) if prompts else moments
             carried = Carried.of(source, native.with_scale(moments.scale(ends[1])), moments, xs.Ridge())
             assert abs(carried.cosine - point["cosine"]) < 0.01, "not the vectors that were recorded"
-            what = f"{name}, {way.name}, {point['prompts']} prompts, trigger {point['trigger']}"
             told = Knowledge.record(carried.mapping, moments.pair(*ends), source)
-            yield Point(f"{name}, {title}", what, told, point["effect"]["value"] / effect)
+            yield Point(f"{name}, {title}", _what(name, point), told, point["effect"]["value"] / effect)
+
+
+def _told(study: Any, name: str) -> Iterator[Point]:
+    for title, curve in study.curves.items():
+        effect = study.arm("native", recipe=curve[0]["recipe"]).effect.value
+        for point in curve:
+            told = {measure: point[measure] for measure in MEASURES}
+            yield Point(f"{name}, {title}", _what(name, point), told, point["effect"]["value"] / effect)
+
+
+def _what(name: str, point: dict[str, Any]) -> str:
+    return f"{name}, {point['recipe']}, {point['prompts']} prompts, trigger {point['trigger']}"
 
 
 def spearman(told: np.ndarray, share: np.ndarray) -> float:
