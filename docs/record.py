@@ -30,7 +30,8 @@ def slim(result: Result) -> Result:
         )
         for arm in result.arms
     )
-    return replace(result, arms=arms, vectors={}, maps={})
+    # What was concluded from the scores cannot be concluded again.
+    return replace(result, arms=arms, vectors={}, maps={}, stored=result.conclusions)
 
 
 def main() -> None:
