@@ -75,9 +75,9 @@ def grouped(configs: list[Any]) -> Iterator[None]:
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation_internal = NAME  # the property would set the configurations within, too
     try:
         yield
     finally:
         for config in configs:
-            config._attn_implementation = "eager"
+            config._attn_implementation_internal = "eager"
