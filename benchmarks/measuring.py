@@ -162,11 +162,10 @@ def compare(
     repeats: int,
     device: str = "cpu",
     **more: Any,
-) -> dict[str, list[Taken]]:
+) -> None:
     """Measure two calls in turn, and keep the ratio of their processor times; on a GPU, of their times."""
     taken = in_turn({"ours": lambda: take(ours), "theirs": lambda: take(theirs)}, repeats)
     keep_ratio(name, what, taken["ours"], taken["theirs"], must, device=device, **more)
-    return taken
 
 
 def keep_ratio(

@@ -28,7 +28,7 @@ def met(row: dict[str, Any]) -> bool:
 
 def first_of(row: dict[str, Any]) -> str:
     """The value that is held to the target."""
-    return next(key for key, value in row.items() if isinstance(value, list) and key != "what")
+    return next(key for key, value in row.items() if isinstance(value, list))
 
 
 def shown(values: list[float] | None) -> str:
@@ -38,9 +38,9 @@ def shown(values: list[float] | None) -> str:
 
 def lines(results: dict[str, Any]) -> list[str]:
     """Two tables, of ratios and of generation; what misses its target comes first."""
-    rows = {name: row for name, row in results.items() if row.get("what")}
+    rows = [row for row in results.values() if row.get("what")]
     found = ["| what | by processor time | by wall time | target | command |", "|---|---|---|---|---|"]
-    for row in sorted(rows.values(), key=lambda row: (met(row), not row["must"])):
+    for row in sorted(rows, key=lambda row: (met(row), not row["must"])):
         first = first_of(row)
         target = row["must"].replace("<=", "≤").replace(">=", "≥") + ("" if met(row) else ", missed")
         found.append(

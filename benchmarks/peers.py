@@ -208,7 +208,7 @@ def _children() -> float:
 
 
 def imports(repeats: int) -> None:
-    """The time of ``import xmodel_steer``, over that of ``import torch``, each in a new interpreter."""
+    """What importing takes, in new interpreters."""
     # As pip leaves a package: compiled.
     compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
@@ -223,7 +223,7 @@ def imports(repeats: int) -> None:
         return Taken(processor, wall, processor + busy() - _children() - before)
 
     taken = in_turn({module: partial(importing, module) for module in ("xmodel_steer", "torch")}, max(7, repeats))
-    what = " ".join((imports.__doc__ or "").split()).rstrip(".").replace("``", "`")
+    what = "The time of `import xmodel_steer`, over that of `import torch`, each in a new interpreter"
     keep_ratio("imports", what, taken["xmodel_steer"], taken["torch"], "<= 1.1")
 
 

@@ -54,10 +54,10 @@ class Bench:
 
     def compare(
         self, figure: Callable[..., None], ours: Callable[[], Any], theirs: Callable[[], Any], must: str, **more: Any
-    ) -> dict[str, list[Taken]]:
+    ) -> None:
         """Keep a ratio of two calls of these models; the figure's docstring says what it is."""
         name, what = self.named(figure)
-        return compare(name, what, ours, theirs, must, repeats=self.repeats, device=self.device, **more)
+        compare(name, what, ours, theirs, must, repeats=self.repeats, device=self.device, **more)
 
     def named(self, figure: Callable[..., None], variant: str = "") -> tuple[str, str]:
         """The name of a figure of these models, and what it says."""

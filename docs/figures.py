@@ -264,10 +264,13 @@ def comparison() -> go.Figure:
     study = read(ROOT / "studies" / "map-comparison")
     order = [a.arm for a in study.arms if a.recipe == "capability under replacement"][1:]
     worst = ("shuffled", "mean", "noise")
-    order.sort(key=lambda name: ("paper" in name, name.startswith(worst)))
     best = ("ridge", "ridge, one layer", "Procrustes")
-    order.sort(key=lambda name: best.index(name) if name in best else len(best))
-    order.sort(key=lambda name: name.startswith(worst))
+
+    def place(name: str) -> tuple[bool, int, bool]:
+        rank = best.index(name) if name in best else len(best)
+        return name.startswith(worst), rank, "paper" in name
+
+    order.sort(key=place)
 
     def panel(recipe: str, measure: str, title: str, **axis: Any) -> Panel:
         by_name = {a.arm: measured(a) for a in study.arms if a.recipe == recipe}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import toys
+from transformers import AttentionInterface
 
 import xmodel_steer as xs
 from xmodel_steer.models import attention, bridges
@@ -203,9 +204,9 @@ def test_attention_of_another_kind_is_left_alone(toy_named: Any, monkeypatch: py
     if spoilt == "sinks":
         model.original_model.sinks = torch.zeros(1)
     else:
-        monkeypatch.setattr(
-            attention, "grouped_attention", lambda *a, **k: (grouped_attention(*a, **k)[0] * 1.01, None)
-        )
+        attention._register()
+        functions = AttentionInterface._global_mapping
+        monkeypatch.setitem(functions, attention.NAME, lambda *a, **k: (grouped_attention(*a, **k)[0] * 1.01, None))
     try:
         assert prepare(model) and not _GROUPED.get(model)
     finally:

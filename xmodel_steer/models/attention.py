@@ -6,6 +6,7 @@ For a decoding step of many texts that takes as long as all other layers togethe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def grouped_attention(
         softcap: Bound of the scores (Gemma 2).
     """
     groups, total = key.shape[1:3]
-    batch, heads, new, _width = query.shape
-    scores = torch.matmul(query.reshape(batch, groups, -1, query.shape[-1]), key.transpose(2, 3))
+    batch, heads, new, width = query.shape
+    scores = torch.matmul(query.reshape(batch, groups, -1, width), key.transpose(2, 3))
     scores = scores.view(batch, heads, new, total) * (module.head_dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -62,18 +63,20 @@ def configs_of(inner: Any) -> list[Any]:
     return [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "eager"]
 
 
-@contextmanager
-def grouped(configs: list[Any]) -> Iterator[None]:
-    """Let a model's own attention layers group their heads while the block lasts.
-
-    Args:
-        configs: The model's configurations, which layers look at.
-    """
+@cache
+def _register() -> None:
+    """Tell transformers the name, once."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextmanager
+def grouped(configs: list[Any]) -> Iterator[None]:
+    """Let the attention layers of these configurations group their heads while the block lasts."""
+    _register()
     for config in configs:
         config._attn_implementation_internal = NAME  # the property would set the configurations within, too
     try:

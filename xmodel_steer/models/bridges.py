@@ -7,7 +7,7 @@ part itself. `prepare` allows this only where the numbers are the same bit by bi
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,21 +132,19 @@ def prepare(model: Any) -> bool:
         if not same:
             del _BLOCKS[model]
             return False
-    _GROUPED[model] = configs_of(inner)
-    try:
-        with own_parts(model):
-            near = _near(before, inner(**inputs).logits)
-    except Exception:  # an attention layer of another kind
+    if configs := configs_of(inner):
+        _GROUPED[model] = configs
         near = False
-    if not near:
-        del _GROUPED[model]
+        with suppress(Exception), own_parts(model):  # an attention layer of another kind
+            near = _near(before, inner(**inputs).logits)
+        if not near:
+            del _GROUPED[model]
     return True
 
 
 def _near(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Tell whether numbers differ by rounding alone."""
-    far = (one - two).abs().max()
-    return bool(far <= 32 * torch.finfo(one.dtype).eps * one.abs().max())
+    return bool((one - two).abs().max() <= 32 * torch.finfo(one.dtype).eps * one.abs().max())
 
 
 def _blocks(model: Any) -> tuple[_Block, ...]:
