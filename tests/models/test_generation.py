@@ -1,15 +1,23 @@
 """Continuations: those of Hugging Face, whatever the batch, with the cache or without."""
 
 import copy
+import inspect
+from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from toys import CONTEXT, TEXTS
 
+from xmodel_steer.activations.reading import capture
+from xmodel_steer.core.directions import difference_of_means
 from xmodel_steer.core.errors import PromptError
+from xmodel_steer.core.spaces import Site
 from xmodel_steer.interventions.contexts import steering
-from xmodel_steer.interventions.operators import Add
+from xmodel_steer.interventions.operators import Ablate, Add, Clamp, Gate, Rotate, placed
 from xmodel_steer.interventions.steps import Intervention
 from xmodel_steer.models import generation
 from xmodel_steer.models.generation import generate, generate_tokens, stream
@@ -21,6 +29,12 @@ STEPS = 8
 
 def tokens(toy, texts=TEXTS, *, stop_at_eos=False, **kwargs):
     return generate_tokens(toy.model, texts, max_new_tokens=STEPS, stop_at_eos=stop_at_eos, **kwargs)[0]
+
+
+def looking(monkeypatch, look):
+    """Let `generate` look at the tokens after so many steps, as it does on a GPU."""
+    decode = generation._decode
+    monkeypatch.setattr(generation, "_decode", lambda *args: decode(*args[:-1], look))
 
 
 def test_greedy_equals_the_untouched_model_one_at_a_time(toy):
@@ -62,9 +76,10 @@ def test_a_text_ends_at_eos_and_the_others_go_on(toy, place, monkeypatch):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_texts_that_have_ended_leave_the_batch(toy, use_cache, temperature, monkeypatch):
-    """Each row keeps its steering, its sampling and its cache when rows before it leave."""
+@pytest.mark.parametrize("temperature, look", [(0.0, 1), (1.0, 1), (0.0, 3), (0.0, STEPS)])
+def test_texts_that_have_ended_leave_the_batch(toy, use_cache, temperature, look, monkeypatch):
+    """Each row keeps its steering, its sampling and its cache when rows before it leave, seldom as they are looked at."""
+    looking(monkeypatch, look)
     mask = torch.zeros(len(TEXTS), 2, dtype=torch.bool)
     mask[::2] = True  # every other prompt is steered, at its first tokens
     vector = toy.vector(1, seed=1, size=3.0)
@@ -89,10 +104,71 @@ def test_texts_that_have_ended_leave_the_batch(toy, use_cache, temperature, monk
     assert len({len(row) for row in expected}) > 2
     monkeypatch.setattr(generation, "_stop_ids", lambda model: stops)
     sizes = []
-    monkeypatch.setattr(generation, "layout", lambda rows, lengths: sizes.append(len(rows)) or layout(rows, lengths))
+    monkeypatch.setattr(
+        generation, "layout", lambda rows, *args, **more: sizes.append(len(rows)) or layout(rows, *args, **more)
+    )
     assert made(batch_size=len(TEXTS), stop_at_eos=True, use_cache=use_cache) == expected
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < sizes[0] == len(TEXTS)
+    assert (sizes[-1] < sizes[0] or look == STEPS) and sizes[0] == len(TEXTS)
+
+
+class Reads(TorchFunctionMode):
+    """Counts the calls at which the processor would wait for a GPU, or copy to it."""
+
+    WAITING = (
+        Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.cpu,
+        Tensor.numpy, Tensor.nonzero, Tensor.masked_select, Tensor.equal, torch.nonzero, torch.masked_select,
+        torch.equal, torch.tensor, torch.as_tensor,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_function__(self, called, types, args=(), kwargs=None):
+        waits = called in self.WAITING
+        if called in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else args[1:2]
+            waits = any(isinstance(part, Tensor) and part.dtype == torch.bool for part in index)
+        if waits:
+            frame = inspect.currentframe().f_back
+            self.places[called.__name__, frame.f_code.co_filename, frame.f_lineno] += 1
+        return called(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_between_two_looks_nothing_waits_for_a_gpu(toy, stop_at_eos, monkeypatch):
+    """Three steps wait as often as seven, unsteered and with every operator, at names of positions and some prompts."""
+    looking(monkeypatch, STEPS)
+    monkeypatch.setattr(generation, "_stop_ids", lambda model: frozenset({10**6}))
+    rows = capture(toy.model, TEXTS, [1], tokens="all")[Site(1)]
+    halves = (replace(rows, values=half, rows=()) for half in rows.values.chunk(2))
+    vector = difference_of_means(*halves, scale=rows.values.std(0))
+    steps = [
+        Intervention(vector, Add(2.0), "generated", prompts=frozenset({0, 2}), schedule=(1.0, 0.5)),
+        Intervention(vector, Ablate(), "all"),
+        Intervention(vector, Rotate(by=5.0), ("prompt", "generated")),
+        Intervention(vector, Clamp("positive"), "all", gate=Gate(vector)),
+        Intervention(vector, Add(1.0), "last"),
+    ]
+    for setting in ([], steps):
+        counted = []
+        for number in (3, 7):
+            with steering(toy.model, setting), Reads() as reads:
+                generate_tokens(toy.model, TEXTS[:3], max_new_tokens=number, stop_at_eos=stop_at_eos)
+            # Where a model attends by SDPA, transformers itself looks at the mask in every step.
+            counted.append(
+                {p: n for p, n in reads.places.items() if not p[1].endswith("transformers/masking_utils.py")}
+            )
+        assert counted[0] == counted[1]
+        assert any("tolist" in place for place in counted[0])
+
+
+def test_a_direction_is_copied_to_a_device_once():
+    direction = torch.ones(4)
+    there = placed(direction)
+    first, second, own = (there(torch.empty(2, 4, device=device)) for device in ("meta", "meta", "cpu"))
+    assert first is second and first.device.type == "meta" and own is direction
 
 
 def test_settings_that_come_with_the_model_are_not_read(bridge, monkeypatch):

@@ -27,6 +27,7 @@ from xmodel_steer.models.batching import batches, encode, pad_id
 from xmodel_steer.models.facts import context_length, dtype_of, is_bridge, name_of, tokenizer_of
 from xmodel_steer.models.generation import generate_tokens
 from xmodel_steer.models.identity import content_hash, fingerprint, processing_of
+from xmodel_steer.models.loading import _bfloat16_pays as bfloat16_pays
 from xmodel_steer.models.loading import load, resolve_dtype
 from xmodel_steer.models.passes import forward
 from xmodel_steer.models.registry import register
@@ -225,6 +226,22 @@ def test_auto_dtype(monkeypatch):
         assert resolve_dtype("auto", cpu) == expected
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype(torch.bfloat16, cpu) == resolve_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "has, pays",
+    [
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),  # twice the time of float32
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True}, True),
+        ({"avx2": True, "cpu_name": "Intel Xeon"}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_pays_where_a_processor_multiplies_it_fast(has, pays, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert bfloat16_pays() is pays
 
 
 def test_what_is_no_hooked_model_is_refused(llama):

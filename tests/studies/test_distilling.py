@@ -18,11 +18,21 @@ from xmodel_steer.core.prompts import Prompt
 from xmodel_steer.core.spaces import Site
 from xmodel_steer.evaluation.behaviours.likelihoods import MultipleChoice
 from xmodel_steer.evaluation.damage import side_effects
+from xmodel_steer.interventions.contexts import steps_of
 from xmodel_steer.interventions.mirror import mapped_source
+from xmodel_steer.models.batching import batches, encode
 from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.studies import Settings, trained
 from xmodel_steer.studies.concepts import Concept
-from xmodel_steer.studies.distilling import Training, distilled, functional_map, shared_tokens
+from xmodel_steer.studies.distilling import (
+    Training,
+    _logits,
+    _logits_at,
+    _Read,
+    distilled,
+    functional_map,
+    shared_tokens,
+)
 from xmodel_steer.studies.map_tasks import CAPABILITY, REPLACED
 
 TEXTS = [Prompt(text=text) for text in toys.sentences(32, 6)]
@@ -85,6 +95,21 @@ def test_models_of_two_tokenizers_share_strings(toy_named: Callable[[str], toys.
     vector = own_vector(source)
     made = distilled(source, target, vector, own_vector(target), TEXTS, replace(TRAINING, steps=2))
     assert made.space.model == own_vector(target).space.model and torch.isfinite(made.direction).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_the_logits_that_training_needs_are_those_of_a_full_pass(
+    name: str, toy_named: Callable[[str], toys.Toy]
+) -> None:
+    """Of paired positions and shared tokens alone, steered too; afterwards the model computes all logits again."""
+    model = toy_named(name).model
+    (batch,) = batches(model, encode(model, TEXTS[:3]), 3)
+    places, shared = (torch.tensor([0, 1, 2]), torch.tensor([3, 0, 2])), torch.tensor([5, 9, 2, 7])
+    for setting in ([], steps_of(own_vector(model))):
+        full = _logits(model, batch, setting)
+        some = _logits_at(model, _Read(batch, places, shared, (torch.empty(0),) * 2), setting)
+        assert torch.allclose(some, full[places][:, shared], atol=1e-5)
+        assert torch.equal(_logits(model, batch, setting), full)
 
 
 def test_a_map_is_trained_to_keep_the_targets_predictions(toy_named: Callable[[str], toys.Toy]) -> None:

@@ -18,7 +18,7 @@ from xmodel_steer.core.arguments import require_type
 from xmodel_steer.core.errors import SiteError
 from xmodel_steer.core.spaces import Site, Space, require_same_space
 from xmodel_steer.core.vectors import SteeringVector
-from xmodel_steer.interventions.operators import Add, Gate, Operator, Write
+from xmodel_steer.interventions.operators import Add, Gate, Operator, Write, placed
 from xmodel_steer.interventions.positions import Positions
 from xmodel_steer.interventions.steps import Intervention, Replacement, Step
 from xmodel_steer.interventions.tracking import Tracker
@@ -132,6 +132,8 @@ def steered(
 
     def writer(step: Step) -> Write:
         edit = step.operator.prepare(step.vector) if isinstance(step, Intervention) else None
+        shares = step.schedule if isinstance(step, Intervention) else (1.0,)
+        table = placed(torch.tensor(shares, dtype=torch.float32))
         gate = _opened(step.gate, tracker) if isinstance(step, Intervention) and step.gate is not None else None
         # A replacement and a gate with positions read the whole text, so they see passes without a selected token too.
         sees_all = isinstance(step, Replacement) or (step.gate is not None and step.gate.positions is not None)
@@ -140,21 +142,21 @@ def steered(
             if not tracker.block.here:
                 return value
             fired.add(step.space.site)
-            where = tracker.selected(step.positions, step.prompts, value)
-            if not sees_all and not bool(where.any()):
+            now, where = tracker.running(value)[0], tracker.selected(step.positions, step.prompts, value)
+            if not sees_all and not (where if isinstance(where, bool) else now.decoding or bool(where.any())):
                 return value
             rows = value.to(torch.float32)
             if isinstance(step, Replacement):
                 edited, held = step.values(rows, tracker.reading())
-                return torch.where((where if held is None else where & held)[..., None], edited.to(value), value)
-            assert edit is not None
-            if gate is not None:
-                where &= gate(rows)
-            if not bool(where.any()):
-                return value
-            edited = edit(rows)
-            if step.schedule != (1.0,):
-                edited = torch.lerp(rows, edited, tracker.shares(step.schedule, value)[..., None])
+            else:
+                assert edit is not None
+                held = None if gate is None else gate(rows)
+                edited = edit(rows)
+                if shares != (1.0,):
+                    edited = torch.lerp(rows, edited, tracker.shares(table(value))[..., None])
+            where = where if held is None else held & where
+            if isinstance(where, bool):
+                return edited.to(value) if where else value
             return torch.where(where[..., None], edited.to(value), value)
 
         return write

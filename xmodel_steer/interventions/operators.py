@@ -19,6 +19,21 @@ Edit = Callable[[Tensor], Tensor]
 Write = Callable[[Tensor], Tensor]
 
 
+def placed(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that gives a tensor on another one's device.
+
+    It is copied there once: a copy at every step of a decode would make a GPU wait for the processor.
+    """
+    copies: dict[torch.device, Tensor] = {}
+
+    def copy(other: Tensor) -> Tensor:
+        if other.device not in copies:
+            copies[other.device] = tensor.to(other.device)
+        return copies[other.device]
+
+    return copy
+
+
 @runtime_checkable
 class Operator(Protocol):
     """A change at a site: a new residual stream from the old one and a vector."""
@@ -43,8 +58,8 @@ class Add:
 
     def prepare(self, vector: SteeringVector) -> Edit:
         """Make the edit for one vector."""
-        step = self.strength * vector.direction.to(torch.float32)
-        return lambda rows: rows + step.to(rows.device) if self.strength else rows
+        step = placed(self.strength * vector.direction.to(torch.float32))
+        return lambda rows: rows + step(rows) if self.strength else rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,11 +84,11 @@ class Ablate:
 
     def prepare(self, vector: SteeringVector) -> Edit:
         """Make the edit for one vector; refuse zero and dependent directions."""
-        basis = _basis("Ablate", vector, self.also)
+        basis = [placed(unit) for unit in _basis("Ablate", vector, self.also)]
 
         def edit(rows: Tensor) -> Tensor:
             for unit in basis:
-                rows = rows - (rows @ unit.to(rows.device))[..., None] * unit.to(rows.device)
+                rows = rows - (rows @ unit(rows))[..., None] * unit(rows)
             return rows
 
         return edit
@@ -140,14 +155,14 @@ class Rotate:
 
     def prepare(self, vector: SteeringVector) -> Edit:
         """Make the edit for one vector; refuse a zero or parallel one."""
-        first, *others = _basis("Rotate", vector, [] if self.plane is None else [self.plane])
+        first, *others = map(placed, _basis("Rotate", vector, [] if self.plane is None else [self.plane]))
         length = vector.norm()
 
         def edit(rows: Tensor) -> Tensor:
-            b1 = first.to(rows.device)
+            b1 = first(rows)
             x = rows @ b1
             rest = rows - x[..., None] * b1
-            b2 = others[0].to(rows.device) if others else torch.nn.functional.normalize(rest, dim=-1)
+            b2 = others[0](rows) if others else torch.nn.functional.normalize(rest, dim=-1)
             y = (rest * b2).sum(-1)
             angle = torch.atan2(y, x)
             if self.add is not None:
@@ -205,7 +220,8 @@ class Gate:
         """
         w, high, low = _classes(self.vector, "Gate")
         side, middle = (1.0 if (self.side == "positive") == (high > low) else -1.0), (high + low) / 2
-        return lambda rows: side * (rows @ w.to(rows.device) - middle)
+        covector = placed(w)
+        return lambda rows: side * (rows @ covector(rows) - middle)
 
 
 def _check_side(what: str, side: str) -> None:
@@ -250,12 +266,13 @@ class Clamp:
     def prepare(self, vector: SteeringVector) -> Edit:
         """Make the edit for one vector, which needs class means and scale."""
         w, high, low = _classes(vector, "Clamp")
-        goal, v = (high if self.to == "positive" else low), vector.direction.to(torch.float32)
+        goal, v = (high if self.to == "positive" else low), placed(vector.direction.to(torch.float32))
+        covector = placed(w)
         other = Gate(vector, "negative" if self.to == "positive" else "positive").prepare()
 
         def edit(rows: Tensor) -> Tensor:
-            gap = goal - rows @ w.to(rows.device)
-            moved = rows + (self.overshoot * gap)[..., None] * v.to(rows.device)
+            gap = goal - rows @ covector(rows)
+            moved = rows + (self.overshoot * gap)[..., None] * v(rows)
             return torch.where((other(rows) > 0)[..., None], moved, rows) if self.gate else moved
 
         return edit

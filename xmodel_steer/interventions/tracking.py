@@ -24,6 +24,7 @@ class Pass:
     prompt_lengths: Tensor  # (batch, 1)
     rows: tuple[int, ...] | None
     ids: Tensor  # the new tokens
+    decoding: bool  # one generated token of every row
 
 
 class Tracker:
@@ -105,7 +106,8 @@ class Tracker:
         rows = known.rows if known else None
         if rows is None and generated is not None:
             rows = tuple(row * generated[0] // batch for row in range(batch))
-        self.block.remember("pass", Pass(position, lengths[:, None], rows, ids))
+        decoding = known is not None and known.decoding
+        self.block.remember("pass", Pass(position, lengths[:, None], rows, ids, decoding))
         self.passes += 1
 
     @staticmethod
@@ -140,13 +142,22 @@ class Tracker:
             )
         return now, tuple(range(len(now.position))) if now.rows is None else now.rows
 
-    def selected(self, positions: Positions, prompts: frozenset[int] | None, like: Tensor) -> Tensor:
-        """Select the new tokens at some positions of some prompts: boolean ``(batch, new)``."""
+    def selected(self, positions: Positions, prompts: frozenset[int] | None, like: Tensor) -> Tensor | bool:
+        """Select the new tokens at some positions of some prompts.
+
+        Returns:
+            Boolean ``(batch, new)``, or in a decode one bool if it is that of every token.
+        """
         now, rows = self.running(like)
+        if now.decoding and not isinstance(positions, Tensor):
+            names = {positions} if isinstance(positions, str) else set(positions)
+            if names.isdisjoint(("all", "generated")) or (prompts is not None and prompts.isdisjoint(rows)):
+                return False
+            return True if prompts is None or prompts.issuperset(rows) else self._among(prompts, rows, like.device)
         place, length = now.position.to(like.device), now.prompt_lengths.to(like.device)
         real = place >= 0
         if prompts is not None:
-            real &= torch.tensor([row in prompts for row in rows], device=like.device)[:, None]
+            real &= self._among(prompts, rows, like.device)
         if isinstance(positions, Tensor):
             mask = positions.to(like.device)
             if mask.ndim == 2:
@@ -167,11 +178,19 @@ class Tracker:
             }[name]
         return chosen
 
-    def shares(self, schedule: tuple[float, ...], like: Tensor) -> Tensor:
-        """Look up the share of the change for each new token: ``(batch, new)``."""
-        now, _ = self.running(like)
-        step = (now.position - now.prompt_lengths).to(like.device)
-        table = torch.tensor(schedule, dtype=torch.float32, device=like.device)
+    def _among(self, prompts: frozenset[int], rows: tuple[int, ...], device: torch.device) -> Tensor:
+        """Tell which rows are of some prompts, once for all their passes: ``(batch, 1)``."""
+        made = self.block.recall(prompts)
+        if made is None or made[:2] != (rows, device):
+            made = (rows, device, torch.tensor([row in prompts for row in rows], device=device)[:, None])
+            self.block.remember(prompts, made)
+        return made[2]
+
+    def shares(self, table: Tensor) -> Tensor:
+        """Look up each new token's share of the change in a schedule: ``(batch, new)``."""
+        now = self.now
+        assert now is not None
+        step = (now.position - now.prompt_lengths).to(table.device)
         return torch.where(step < 0, 1.0, table[step.clamp(0, len(table) - 1)])
 
 

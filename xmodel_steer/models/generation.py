@@ -15,12 +15,13 @@ from xmodel_steer.core.finite import check_finite
 from xmodel_steer.core.inputs import as_prompts
 from xmodel_steer.core.prompts import PromptLike
 from xmodel_steer.models.arguments import require_counts, require_number
-from xmodel_steer.models.batching import Batch, batches, encode, pad_id
+from xmodel_steer.models.batching import Batch, batches, encode
 from xmodel_steer.models.facts import conduct_of, context_length, name_of, tokenizer_of
 from xmodel_steer.models.passes import forward, keep_rows, layout
 from xmodel_steer.models.shortage import memory_errors
 from xmodel_steer.models.tokens import Encoding
 
+LOOK = 8  # steps between two looks at the tokens on a GPU
 GOING = 0.75  # finished texts leave a batch when this share of its texts, or less, is unfinished
 
 
@@ -96,10 +97,11 @@ def generate_tokens(
     with progress_bar(total=total, unit="prompt", desc=f"generate {name_of(model)}") as bar:
         for batch in batches(model, encodings, batch_size, padding_side="left"):
             generators = [_generator(seed, row) for row in batch.rows]
-            for chosen, _ in _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache):
-                for row, token in zip(batch.rows, chosen, strict=True):
-                    if token is not None:
-                        added[row].append(token)
+            # Samples are drawn on the processor, so that every step waits anyway.
+            look = 1 if batch.ids.device.type == "cpu" or temperature > 0 else LOOK
+            for chosen, _ in _decode(model, batch, max_new_tokens, temperature, generators, stops, use_cache, look):
+                for row, tokens in zip(batch.rows, chosen, strict=True):
+                    added[row] += tokens
             bar.update(len(batch.rows))
     return added, [list(e.ids) for e in encodings]
 
@@ -144,8 +146,8 @@ def stream(model: Any, prompt: PromptLike, *, max_new_tokens: int = 64) -> Itera
     (encoding,) = encodings = _encoded(model, [prompt], max_new_tokens)
     (batch,) = batches(model, encodings, 1, padding_side="left")
     before, after = list(encoding.ids), []
-    for (token,), logits in _decode(model, batch, max_new_tokens, 0.0, (), _stop_ids(model), use_cache=True):
-        after += [] if token is None else [token]
+    for (tokens,), logits in _decode(model, batch, max_new_tokens, 0.0, (), _stop_ids(model), use_cache=True):
+        after += tokens
         yield Written(_added_text(tokenizer_of(model), before, after), logits[0])
 
 
@@ -188,52 +190,62 @@ def _decode(
     generators: Sequence[torch.Generator],
     stops: frozenset[int],
     use_cache: bool,
-) -> Iterator[tuple[list[int | None], Tensor]]:
-    """Yield each row's new token and the running rows' logits after every forward pass.
+    look: int = 1,
+) -> Iterator[tuple[list[list[int]], Tensor]]:
+    """Yield each row's new tokens, and the last logits of those running.
 
-    A row's token is None once its text has ended. Finished rows leave the batch once they are a quarter of it, if the
-    model's cache allows that: answers differ in length, and the longest one would otherwise cost as much as a full
-    batch.
+    Tokens are looked at after so many steps: a look waits for the device. Further tokens of a row whose text has ended
+    are left out. Such rows leave the batch once they are a quarter of it, if the model's cache allows that: answers
+    differ in length, and the longest one would otherwise cost as much as a full batch.
     """
     conduct = conduct_of(model)
     use_cache = use_cache and conduct.cached
-    ids, mask, cache, lengths = batch.ids, batch.mask, None, batch.mask.sum(-1)
+    ids, cache, lengths, width = batch.ids, None, batch.mask.sum(-1), batch.mask.shape[1]
+    mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), steps)], 1)
     present = list(range(len(batch.rows)))  # numbers of the rows that are still in the batch
     running = [True] * len(present)  # by row: its text has not ended
     fresh = ids  # the tokens that the model reads next
-    for _ in range(steps):
+    unseen: list[tuple[Tensor, Tensor]] = []  # tokens that nobody has looked at, with their logits
+    for step in range(steps):
+        read = mask[:, : width + step]
+        told = layout([batch.rows[row] for row in present], lengths, decoding=use_cache and step > 0)
         # The layout ends before each yield: a generator shares its caller's context.
-        with memory_errors(model, *mask.shape), layout([batch.rows[row] for row in present], lengths):
-            logits, cache = forward(model, fresh, mask, logits="last", cache=cache, use_cache=use_cache)
+        with memory_errors(model, *read.shape), told:
+            logits, cache = forward(model, fresh, read, logits="last", cache=cache, use_cache=use_cache)
         assert logits is not None
-        chosen = _choose(logits[:, -1], temperature, [generators[row] for row in present] if generators else ())
-        added: list[int | None] = [None] * len(running)
-        for place, (row, token) in enumerate(zip(present, chosen.tolist(), strict=True)):
-            running[row] = running[row] and token not in stops
-            if running[row]:
-                added[row] = token
-            else:
-                chosen[place] = pad_id(model)  # a finished row reads padding until it leaves
-        yield added, logits[:, -1]
-        going = [place for place, row in enumerate(present) if running[row]]
-        if not going:
-            return
-        if len(going) <= GOING * len(present) and (conduct.dropping or not use_cache):
-            kept = torch.tensor(going, device=ids.device)
-            keep_rows(cache, kept)
-            ids, mask, lengths, chosen = ids[kept], mask[kept], lengths[kept], chosen[kept]
-            present = [present[place] for place in going]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        ids = torch.cat([ids, chosen[:, None]], 1)
-        fresh = chosen[:, None] if use_cache else ids
+        highest, chosen = _choose(
+            logits[:, -1], temperature, [generators[row] for row in present] if generators else ()
+        )
+        unseen.append((highest, chosen))
+        if (step + 1) % look == 0 or step + 1 == steps:
+            added: list[list[int]] = [[] for _ in running]
+            check_finite(torch.stack([value for value, _ in unseen], 1), "generate: logits")
+            for row, tokens in zip(present, torch.stack([token for _, token in unseen], 1).tolist(), strict=True):
+                for token in tokens:
+                    running[row] = running[row] and token not in stops
+                    added[row] += [token] if running[row] else []
+            unseen = []
+            yield added, logits[:, -1]
+            going = [place for place, row in enumerate(present) if running[row]]
+            if not going:
+                return
+            if len(going) <= GOING * len(present) and (conduct.dropping or not use_cache):
+                kept = torch.tensor(going, device=ids.device)
+                keep_rows(cache, kept)
+                ids, mask, lengths, chosen = ids[kept], mask[kept], lengths[kept], chosen[kept]
+                present = [present[place] for place in going]
+        fresh = chosen[:, None]
+        if not use_cache:
+            fresh = ids = torch.cat([ids, fresh], 1)
 
 
-def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+def _choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Choose each row's token, and return its highest logit, where NaN is highest, too."""
     # max returns argmax's index, four times faster in bfloat16, and treats NaN as the largest value.
     highest, top = logits.max(-1)
-    check_finite(highest, "generate: logits")
     if temperature <= 0:
-        return top
+        return highest, top
+    check_finite(highest, "generate: logits")
     shares = (logits.float() / temperature).softmax(-1).cpu()
     drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators, strict=True)]
-    return torch.cat(drawn).to(logits.device)
+    return highest, torch.cat(drawn).to(logits.device)

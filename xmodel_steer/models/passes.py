@@ -24,6 +24,7 @@ class Layout:
 
     rows: tuple[int, ...]
     prompt_lengths: Int[Tensor, " batch"] | None
+    decoding: bool
 
 
 LAYOUT: ContextVar[Layout | None] = ContextVar("xmodel_steer_layout", default=None)
@@ -45,12 +46,20 @@ def reading(module: Any, mask: Int[Tensor, "batch total"]) -> AbstractContextMan
     return _within(READING, (module, mask))
 
 
-def layout(rows: Sequence[int], prompt_lengths: Tensor | None = None) -> AbstractContextManager[None]:
+def layout(
+    rows: Sequence[int], prompt_lengths: Tensor | None = None, *, decoding: bool = False
+) -> AbstractContextManager[None]:
     """Tell steering hooks the rows' prompts and their numbers of real tokens.
 
     A hook sees neither: in an uncached decode every pass looks like a new prompt.
+
+    Args:
+        rows: Number of each row's prompt.
+        prompt_lengths: Number of each prompt's real tokens.
+        decoding: The pass reads one generated token of every row. Hooks need not look where the texts are then, which
+            would make a GPU wait.
     """
-    return _within(LAYOUT, Layout(tuple(rows), prompt_lengths))
+    return _within(LAYOUT, Layout(tuple(rows), prompt_lengths, decoding))
 
 
 @torch.no_grad()

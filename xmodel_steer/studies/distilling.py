@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import linear
 
 from xmodel_steer.core.alignment import align
 from xmodel_steer.core.bars import progress_bar
@@ -94,11 +95,11 @@ def distilled(
     falling = _falling(adam, training.steps)
     for read in _turns(reads, training.steps, f"distil {mapped.label}"):
         with torch.no_grad():
-            plain = _logits(target, read.batch, [])[read.places][:, read.shared].log_softmax(-1)
+            plain = _logits_at(target, read, []).log_softmax(-1)
         for sign, shift in zip((1.0, -1.0), read.shifts, strict=True):
             teacher = (plain + training.weight * shift).softmax(-1)
             steered = replace(mapped, direction=point * scale)
-            own = _logits(target, read.batch, steps_of(steered, Add(sign)))[read.places][:, read.shared].log_softmax(-1)
+            own = _logits_at(target, read, steps_of(steered, Add(sign))).log_softmax(-1)
             loss = -(teacher * own).sum(-1).mean() + training.anchor / 2 * ((point - start) / norm).square().sum()
             _add_slopes(loss, [point])
         _step(adam, falling)
@@ -254,7 +255,26 @@ def _step(adam: torch.optim.Optimizer, falling: Any) -> None:
     adam.zero_grad()
 
 
-def _logits(model: Any, batch: Batch, setting: Sequence[Step]) -> Float[Tensor, "batch tokens vocabulary"]:
+def _logits_at(model: Any, read: _Read, setting: Sequence[Step]) -> Float[Tensor, "positions shared"]:
+    """Run a batch with gradients, for the logits of paired positions and shared tokens."""
+    if is_bridge(model):
+        head = model.original_model.get_output_embeddings()
+        head = getattr(
+            head, "original_component", head
+        )  # the bridge would pass the new forward on, but not its removal
+        weight, bias = head.weight, head.bias
+    else:
+        head = model.unembed
+        weight, bias = head.W_U.T, head.b_U
+    columns, bias = weight[read.shared], None if bias is None else bias[read.shared]
+    head.forward = lambda stream: linear(stream[read.places], columns, bias)
+    try:
+        return _logits(model, read.batch, setting)
+    finally:
+        del head.forward
+
+
+def _logits(model: Any, batch: Batch, setting: Sequence[Step]) -> Float[Tensor, "*rows vocabulary"]:
     """Run a batch of right-padded texts with gradients."""
     inner = model.original_model if is_bridge(model) else model
     with steering(model, setting), layout(batch.rows, batch.mask.sum(-1)):

@@ -31,7 +31,7 @@ NOTE = (
     "Controls of the training: the shifts of a random source vector, and the shifts of other positions. Replacement: the site holds "
     "mapped activations of the source; the effect is the share of texts more like the target's own than the source's own."
 )
-FALLING_SHORT = ("dialogue", "french", "questions")
+FALLING_SHORT = ("french", "questions")
 DISTILLED, RANDOM, SHUFFLED = "distilled", "distilled, random source vector", "distilled, shuffled shifts"
 FUNCTIONAL = "ridge, trained through the target"
 
