@@ -37,8 +37,8 @@ def shown(values: list[float] | None) -> str:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Two tables, of ratios and of generation; what misses its target comes first."""
-    rows = [row for row in results.values() if row.get("what")]
+    """Three tables: ratios, what misses its target first; generation; how times grow."""
+    rows = [row for row in results.values() if row.get("what") and "sizes" not in row]
     found = ["| what | by processor time | by wall time | target | command |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (met(row), not row["must"])):
         first = first_of(row)
@@ -52,6 +52,10 @@ def lines(results: dict[str, Any]) -> list[str]:
     for row in sorted(cells, key=lambda row: row["xmodel_steer"][0]):
         setting = f"{row['model']}, {row['dtype']}, {row['batch']} × {row['new_tokens']}"
         found.append(f"| {setting} | " + " | ".join(shown(row.get(name)) for name in PROGRAMS) + " |")
+    found += ["", "| what grows | at each size | slope |", "|---|---|---|"]
+    for row in (row for row in results.values() if "sizes" in row):
+        sizes = ", ".join(f"{size}: {values[0]:.3g} {row['unit']}" for size, values in row["sizes"].items())
+        found.append(f"| {row['what']} | {sizes} | {shown(row['slope'])} |")
     return found
 
 

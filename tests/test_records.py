@@ -159,16 +159,17 @@ def test_the_warning_of_unknown_vectors_predicts_as_its_page_says() -> None:
     assert "French from {:.2f} to {:.2f}".format(*french).replace(" 0.", " .") in said
 
 
-def test_what_several_target_sites_add_is_what_was_measured() -> None:
+def test_what_several_target_sites_do_is_what_was_measured() -> None:
     table = json.loads((ROOT / "benchmarks" / "target_sites.json").read_text())
-    said = " ".join((ROOT / "docs" / "how-to" / "layers.md").read_text().split())
-    assert set(table) == {"sentiment"} and "one concept so far" in said
-    arms = table["sentiment"]
-    for end in ("native", "mapped"):
-        beyond = arms[f"{end} resid_post[7+9+11]"]["beyond the native vector at one site"]
-        shown = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**beyond).replace("0.", ".").replace("-", "−")
-        assert shown in said and beyond["n"] == 150
-    assert f"{arms['mapped resid_post[11]']['gain']['value']:.2f}".lstrip("0") in said
+    page = (ROOT / "docs" / "how-to" / "layers.md").read_text()
+    assert set(table) == {"sentiment", "questions", "tense"}
+    for concept, arms in table.items():
+        for end in ("native", "mapped"):
+            single = next(name for name in arms if name.startswith(end) and "+" not in name)
+            rows = [arms[name] for name in (single, *(f"{end} resid_post[{s}]" for s in ("7+9", "9+11", "7+9+11")))]
+            gains = ["{value:.2f} [{low:.2f}, {high:.2f}]".format(**row["gain"]).replace("0.", ".") for row in rows]
+            assert f"| {concept} | {end} | {' | '.join(gains)} |" in page
+            assert all(row["gain"]["n"] == 150 and row["reached"] for row in rows)
 
 
 def test_what_stacked_moments_cost_is_what_was_measured() -> None:

@@ -94,7 +94,11 @@ def test_a_run_of_an_earlier_version_is_read() -> None:
         assert (old.scores, old.table) == (new.scores, new.table)
     assert back.verdict() == now.verdict()
     assert (back.name, back.unit, back.headline) == (now.name, now.unit, now.headline)
-    assert same(dict(back.maps), dict(now.maps)) and set(back.vectors) == {"native", "source"}
+    for name, old in back.maps.items():  # fitted anew, with another processor's rounding
+        new = now.maps[name]
+        assert (old.source, old.target) == (new.source, new.target)
+        assert torch.allclose(old.weight, new.weight, atol=1e-5) and torch.allclose(old.bias, new.bias, atol=1e-5)
+    assert set(back.maps) == set(now.maps) and set(back.vectors) == {"native", "source"}
     assert back.choice()["similarity"] == now.choice()["similarity"] and back.choice()["map"] == MAP_RECORD
     assert [(r["varied"], r["layer"], r["score"]) for r in back.validation] == [
         ("target layer", 1, 0.2),

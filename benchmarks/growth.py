@@ -1,0 +1,170 @@
+"""How time and memory grow: ``python benchmarks/growth.py``.
+
+    python benchmarks/growth.py --only growth/moments by width
+
+Models of random weights, in float32 on one thread. Sizes take turns. The slope of log seconds over log size, by least
+squares, is 1 where the time is in proportion.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import finish, in_turn, keep, spread, take
+
+import xmodel_steer as xs
+from xmodel_steer.evaluation.behaviours.generated import GeneratedText
+from xmodel_steer.files.wheels import general_text
+from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.recipe.settings import GeneralText
+from xmodel_steer.studies.concepts import concept, openings
+from xmodel_steer.studies.demo import SOURCE
+
+WIDTH, LAYERS, DOCUMENTS = 256, 4, 64
+SIZES = {
+    "documents": (32, 64, 128, 256),
+    "layers": (2, 4, 8, 16),
+    "width": (64, 128, 256, 512),
+    "prompts": (36, 72, 144, 288),
+    "random vectors": (2, 4, 8, 16),
+}
+
+
+def model(width: int = WIDTH, layers: int = LAYERS, name: str = "toy") -> Any:
+    """A model of random weights with a packaged model's tokenizer."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        num_key_value_heads=width // 64, vocab_size=49152, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(len(name))
+    hf = LlamaForCausalLM(config).eval()
+    made = build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, model_name=name)
+    xs.register(made, name=name, tokenizer=tokenizer_of(tokens()))
+    return made
+
+
+def tokens(loaded: list[Any] = []) -> Any:  # noqa: B006 (loaded once)
+    """The packaged model whose tokenizer is used."""
+    if not loaded:
+        loaded.append(xs.load(SOURCE, progress=False))
+    return loaded[0]
+
+
+def moments(documents: int = DOCUMENTS, layers: int = LAYERS, width: int = WIDTH) -> Callable[[], Any]:
+    """Moments of all layer pairs, with both models' passes."""
+    ends = [model(width, layers, name) for name in ("small", "large")]
+    settings = {"source_sites": "all", "target_sites": "all", "max_tokens": 192, "progress": False}
+    return lambda: xs.collect_moments(*ends, general_text()[:documents], **settings)  # type: ignore[arg-type]
+
+
+def harvest(documents: int = DOCUMENTS, layers: int = LAYERS, width: int = WIDTH) -> Callable[[], Any]:
+    """Harvest of all layers, with the model's passes."""
+    read = model(width, layers)
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            xs.harvest(
+                read, general_text()[:documents], folder, end="source", sites="all", max_tokens=192, progress=False
+            )
+
+    return call
+
+
+def transfer(**size: int) -> Callable[[], Any]:
+    """Transfer with all arms at equal KL."""
+    prompts, vectors = size.get("prompts", 36), size.get("random vectors", 2)
+    ends = [model(64, 4, name) for name in ("small", "large")]
+    asked = GeneratedText(openings(prompts), lambda text: sum(c in "aeiou" for c in text) / 99, 8, 64)
+    text = GeneralText(general_text()[:48], general_text()[-12:])
+    budget = xs.Budget((-1.0, 1.0), False, vectors, map_tokens=64)
+    contrast = concept("sentiment").contrast
+    return lambda: xs.transfer(*ends, contrast, text, behaviour=asked, budget=budget, progress=False)
+
+
+def curve(what: Callable[..., Callable[[], Any]], by: str, repeats: int) -> None:
+    """Measure a call at every size, and keep the slope."""
+    calls = {str(size): what(**{by: size}) for size in SIZES[by]}
+    taken = in_turn({size: lambda call=call: take(call) for size, call in calls.items()}, repeats)
+    turns = np.log([[one.processor for one in turn] for turn in zip(*taken.values(), strict=True)])
+    slopes = np.polyfit(np.log(SIZES[by]), turns.T, 1)[0]
+    seconds = {size: spread([one.processor for one in ones]) for size, ones in taken.items()}
+    doc = " ".join((what.__doc__ or "").split()).rstrip(".")
+    keep(
+        f"growth/{what.__name__} by {by}", f"{doc}, by {by}", {"slope": slopes}, taken=taken.values(), sizes=seconds,
+        unit="s",
+    )  # fmt: skip
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import growth
+import xmodel_steer as xs
+
+def memory(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+ends = [growth.model(64, 2, name) for name in ("small", "large")]
+words = "the river rises in hills north of a town and flows south".split()
+texts = (" ".join(words[(i * k) % len(words)] for k in range(2, 14)) + f" {i}" for i in range(int(sys.argv[1])))
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+xs.collect_moments(*ends, texts, source_sites=[0, 1], target_sites=[0, 1], max_tokens=32, progress=False)
+print(before, memory("VmHWM"))
+"""
+
+
+def memory(documents: Sequence[int] = (1000, 10_000, 100_000)) -> None:
+    """Keep what collecting moments from a generator adds to the memory of loaded models, at its peak."""
+    added = {}
+    for count in documents:
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(count), str(Path(__file__).parent)], capture_output=True, text=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}, check=True,
+        )  # fmt: skip
+        before, peak = map(int, done.stdout.split()[-2:])
+        added[str(count)] = [round((peak - before) / 1024, 1)] * 3
+        print(f"  {count} documents: {added[str(count)][0]} MB", flush=True)
+    slope = np.polyfit(np.log(documents), np.log([values[0] for values in added.values()]), 1)[0]
+    keep("growth/memory by documents", "Memory that moments add at their peak, by documents from a generator",
+         {"slope": [slope]}, sizes=added, unit="MB")  # fmt: skip
+
+
+CURVES: dict[str, Callable[[int], None]] = {
+    f"growth/{what.__name__} by {by}": lambda repeats, what=what, by=by: curve(what, by, repeats)
+    for what, sizes in (
+        (moments, ("documents", "layers", "width")),
+        (harvest, ("documents", "layers", "width")),
+        (transfer, ("prompts", "random vectors")),
+    )
+    for by in sizes
+} | {"growth/memory by documents": lambda repeats: memory()}
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*CURVES, "growth"], help="one curve")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, measure in CURVES.items():
+        if given.only in (None, "growth", name):
+            measure(given.repeats)
+    finish()
+
+
+if __name__ == "__main__":
+    main()
