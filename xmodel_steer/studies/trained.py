@@ -54,7 +54,7 @@ def distillation(
     Args:
         source: The source model.
         target: The target model.
-        names: Concepts with texts, some of `CONCEPTS`.
+        names: Concepts with texts, some of `CONCEPTS`; by default those of which a linear map carries least.
         training: Settings of the training.
         counts: Numbers of evaluation prompts, and of those that the replacement check continues.
         capability: Multiple-choice questions; the packaged ones by default.
