@@ -7,25 +7,19 @@ squares, is 1 where the time is in proportion.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import finish, in_turn, keep, spread, take
+from measuring import finish, in_turn, keep, peak_of, random_model, spread, take
 
 import xmodel_steer as xs
 from xmodel_steer.evaluation.behaviours.generated import GeneratedText
 from xmodel_steer.files.wheels import general_text
-from xmodel_steer.models.facts import tokenizer_of
 from xmodel_steer.recipe.settings import GeneralText
 from xmodel_steer.studies.concepts import concept, openings
-from xmodel_steer.studies.demo import SOURCE
 
 WIDTH, LAYERS, DOCUMENTS = 256, 4, 64
 SIZES = {
@@ -38,26 +32,9 @@ SIZES = {
 
 
 def model(width: int = WIDTH, layers: int = LAYERS, name: str = "toy") -> Any:
-    """A model of random weights with a packaged model's tokenizer."""
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
-        num_key_value_heads=width // 64, vocab_size=49152, max_position_embeddings=512,
-    )  # fmt: skip
+    """A model of random weights."""
     torch.manual_seed(len(name))
-    hf = LlamaForCausalLM(config).eval()
-    made = build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, model_name=name)
-    xs.register(made, name=name, tokenizer=tokenizer_of(tokens()))
-    return made
-
-
-def tokens(loaded: list[Any] = []) -> Any:  # noqa: B006 (loaded once)
-    """The packaged model whose tokenizer is used."""
-    if not loaded:
-        loaded.append(xs.load(SOURCE, progress=False))
-    return loaded[0]
+    return random_model(name, width, layers, width // 32, width // 64, 4 * width)
 
 
 def moments(documents: int = DOCUMENTS, layers: int = LAYERS, width: int = WIDTH) -> Callable[[], Any]:
@@ -105,37 +82,21 @@ def curve(what: Callable[..., Callable[[], Any]], by: str, repeats: int) -> None
     )  # fmt: skip
 
 
-MEMORY = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+MADE = """
 import growth
 import xmodel_steer as xs
-
-def memory(what):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what))
-
 ends = [growth.model(64, 2, name) for name in ("small", "large")]
 words = "the river rises in hills north of a town and flows south".split()
 texts = (" ".join(words[(i * k) % len(words)] for k in range(2, 14)) + f" {i}" for i in range(int(sys.argv[1])))
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-xs.collect_moments(*ends, texts, source_sites=[0, 1], target_sites=[0, 1], max_tokens=32, progress=False)
-print(before, memory("VmHWM"))
 """
+COLLECTED = "xs.collect_moments(*ends, texts, source_sites=[0, 1], target_sites=[0, 1], max_tokens=32, progress=False)"
 
 
 def memory(documents: Sequence[int] = (1000, 10_000, 100_000)) -> None:
     """Keep what collecting moments from a generator adds to the memory of loaded models, at its peak."""
     added = {}
     for count in documents:
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(count), str(Path(__file__).parent)], capture_output=True, text=True,
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}, check=True,
-        )  # fmt: skip
-        before, peak = map(int, done.stdout.split()[-2:])
-        added[str(count)] = [round((peak - before) / 1024, 1)] * 3
+        added[str(count)] = spread([round(peak_of(MADE, COLLECTED, count) / 1024, 1)])
         print(f"  {count} documents: {added[str(count)][0]} MB", flush=True)
     slope = np.polyfit(np.log(documents), np.log([values[0] for values in added.values()]), 1)[0]
     keep("growth/memory by documents", "Memory that moments add at their peak, by documents from a generator",

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+import xmodel_steer as xs
+from xmodel_steer.models.facts import tokenizer_of
+from xmodel_steer.studies.demo import SOURCE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -72,6 +77,60 @@ def in_turn(sides: Mapping[str, Callable[[], Taken]], repeats: int) -> dict[str,
                 flush=True,
             )
     return taken
+
+
+def random_model(
+    name: str, width: int, layers: int, heads: int, groups: int, inner: int, *, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
+    """A model of random weights with a packaged model's tokenizer: for times alone."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=49152, max_position_embeddings=2048,
+    )  # fmt: skip
+    with torch.device(device):
+        hf = LlamaForCausalLM(config).to(dtype).eval()
+    made = build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, model_name=name)
+    xs.register(made, name=name, tokenizer=_tokenizer())
+    return made
+
+
+@cache
+def _tokenizer() -> Any:
+    return tokenizer_of(xs.load(SOURCE, progress=False))
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+
+def memory(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+{before}
+start = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
+{call}
+print(start, memory("VmHWM"))
+"""
+
+
+def peak_of(before: str, call: str, *arguments: Any) -> int:
+    """Kilobytes that a call adds at its peak to the memory of what was made before it, both as code (Linux)."""
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    # glibc must give freed blocks back at once: the peak is then of what was in use, not of what it hoarded.
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(before=before, call=call), *map(str, arguments)], capture_output=True,
+        text=True, check=True, env={
+            **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": path,
+        },
+    )  # fmt: skip
+    start, peak = map(int, done.stdout.split()[-2:])
+    return peak - start
 
 
 def hardware(device: str) -> str:

@@ -10,10 +10,7 @@ Nothing is kept that was measured while other programs used the machine.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import Taken, compare, finish, in_turn, keep, keep_ratio, take
+from measuring import Taken, compare, finish, in_turn, keep, keep_ratio, peak_of, random_model, take
 
 import xmodel_steer as xs
 from xmodel_steer.evaluation import Patching
@@ -95,22 +92,8 @@ class Bench:
 
 def _random_pair(device: str) -> tuple[Any, Any]:
     """Models in the shape of Llama-3.2 1B and 3B, weights random: for times alone."""
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = xs.load(SOURCE, progress=False)
-    made = []
-    for name, width, layers, heads, inner in (("1b", 2048, 16, 32, 8192), ("3b", 3072, 28, 24, 8192)):
-        config = LlamaConfig(
-            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=8, vocab_size=49152, max_position_embeddings=2048,
-        )  # fmt: skip
-        with torch.device(device):
-            hf = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-        model = build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, model_name=name)
-        xs.register(model, name=name, tokenizer=tokenizer_of(tokenizer))
-        made.append(model)
-    return made[0], made[1]
+    more: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    return random_model("1b", 2048, 16, 32, 8, 8192, **more), random_model("3b", 3072, 28, 24, 8, 8192, **more)
 
 
 def grid_over_two_forwards(bench: Bench) -> None:
@@ -139,7 +122,11 @@ def stacked_moments_over_two_forwards(bench: Bench) -> None:
             batch_size=BATCH, device=device_of(bench.large), progress=False,
         )  # fmt: skip
 
-    added = {} if bench.shape != "packaged" else {"megabytes_added": round(peak_of(128, [STACK], [THERE.layer]) / 1024)}
+    added = (
+        {}
+        if bench.shape != "packaged"
+        else {"megabytes_added": round(moments_peak(128, [STACK], [THERE.layer]) / 1024)}
+    )
     bench.compare(
         stacked_moments_over_two_forwards, collect, bench.forwards, "<= 2.5", documents=len(bench.texts),
         layers=len(STACK), **added,
@@ -260,44 +247,30 @@ def grid_speedup_over_ridgecv(bench: Bench) -> None:
     )  # fmt: skip
 
 
-MEMORY = """
+LOADED = """
 import json
-import sys
-from pathlib import Path
 import xmodel_steer as xs
 from xmodel_steer.studies.demo import SOURCE, TARGET
 from xmodel_steer.files.wheels import general_text
-
-def memory(what):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what))
-
 small, large = (xs.load(name, device="cpu", dtype="auto", progress=False) for name in (SOURCE, TARGET))
 texts = general_text()
 sites = json.loads(sys.argv[2])
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
+"""
+COLLECTED = """
 text = (texts[i % 64] for i in range(int(sys.argv[1])))  # the same window again and again
 xs.collect_moments(small, large, text, **sites, max_tokens=192, batch_size=32, progress=False)
-print(before, memory("VmHWM"))
 """
 
 
-def peak_of(documents: int, source_sites: Sequence[Any] = (3, 5), target_sites: Sequence[Any] = (2, 3)) -> int:
+def moments_peak(documents: int, source_sites: Sequence[Any] = (3, 5), target_sites: Sequence[Any] = (2, 3)) -> int:
     """Kilobytes that collecting moments adds at its peak to the memory of loaded models."""
     sites = {"source_sites": source_sites, "target_sites": target_sites}
-    # glibc must give freed blocks back at once: the peak is then of what was in use, not of what it hoarded.
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(documents), json.dumps(sites)], capture_output=True, text=True, check=True,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )  # fmt: skip
-    before, peak = map(int, done.stdout.split()[-2:])
-    return peak - before
+    return peak_of(LOADED, COLLECTED, documents, json.dumps(sites))
 
 
 def moments_memory_at_4x_text(bench: Bench) -> None:
     """What collecting moments adds to the memory of loaded models at its peak, at four times the text (Linux)."""
-    added = [(peak_of(128), peak_of(512)) for _ in range(bench.repeats)]
+    added = [(moments_peak(128), moments_peak(512)) for _ in range(bench.repeats)]
     name, what = bench.named(moments_memory_at_4x_text)
     figures = {"ratio": [b / a for a, b in added], "megabytes_added": [a / 1024 for a, _ in added]}
     keep(name, what, figures, must="<= 1.05", documents=[128, 512])

@@ -78,7 +78,7 @@ def test_a_text_ends_at_eos_and_the_others_go_on(toy, place, monkeypatch):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("temperature, look", [(0.0, 1), (1.0, 1), (0.0, 3), (0.0, STEPS)])
 def test_texts_that_have_ended_leave_the_batch(toy, use_cache, temperature, look, monkeypatch):
-    """Each row keeps its steering, its sampling and its cache when rows before it leave, seldom as they are looked at."""
+    """Each row keeps its steering, its sampling and its cache when rows before it leave, however seldom they are looked at."""
     looking(monkeypatch, look)
     mask = torch.zeros(len(TEXTS), 2, dtype=torch.bool)
     mask[::2] = True  # every other prompt is steered, at its first tokens

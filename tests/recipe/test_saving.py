@@ -96,7 +96,7 @@ def test_a_run_of_an_earlier_version_is_read() -> None:
     assert (back.name, back.unit, back.headline) == (now.name, now.unit, now.headline)
     for name, old in back.maps.items():  # fitted anew, with another processor's rounding
         new = now.maps[name]
-        assert (old.source, old.target) == (new.source, new.target)
+        assert (old.source, old.target, repr(old)) == (new.source, new.target, repr(new))
         assert torch.allclose(old.weight, new.weight, atol=1e-5) and torch.allclose(old.bias, new.bias, atol=1e-5)
     assert set(back.maps) == set(now.maps) and set(back.vectors) == {"native", "source"}
     assert back.choice()["similarity"] == now.choice()["similarity"] and back.choice()["map"] == MAP_RECORD

@@ -142,8 +142,8 @@ def steered(
             if not tracker.block.here:
                 return value
             fired.add(step.space.site)
-            now, where = tracker.running(value)[0], tracker.selected(step.positions, step.prompts, value)
-            if not sees_all and not (where if isinstance(where, bool) else now.decoding or bool(where.any())):
+            where = tracker.selected(step.positions, step.prompts, value)
+            if where is False and not sees_all:
                 return value
             rows = value.to(torch.float32)
             if isinstance(step, Replacement):

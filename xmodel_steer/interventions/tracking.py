@@ -146,7 +146,7 @@ class Tracker:
         """Select the new tokens at some positions of some prompts.
 
         Returns:
-            Boolean ``(batch, new)``, or in a decode one bool if it is that of every token.
+            Boolean ``(batch, new)``; False where that is none, and in a decode True where it is every token.
         """
         now, rows = self.running(like)
         if now.decoding and not isinstance(positions, Tensor):
@@ -167,16 +167,17 @@ class Tracker:
             else:
                 mask = mask.expand(len(place), -1)
             inside = real & (place < mask.shape[1])
-            return inside & mask.gather(1, place.clamp(0, mask.shape[1] - 1))
-        chosen = torch.zeros_like(real)
-        for name in (positions,) if isinstance(positions, str) else positions:
-            chosen |= {
-                "all": real,
-                "prompt": real & (place < length),
-                "generated": real & (place >= length),
-                "last": real & (place == length - 1),
-            }[name]
-        return chosen
+            chosen = inside & mask.gather(1, place.clamp(0, mask.shape[1] - 1))
+        else:
+            chosen = torch.zeros_like(real)
+            for name in (positions,) if isinstance(positions, str) else positions:
+                chosen |= {
+                    "all": real,
+                    "prompt": real & (place < length),
+                    "generated": real & (place >= length),
+                    "last": real & (place == length - 1),
+                }[name]
+        return chosen if bool(chosen.any()) else False
 
     def _among(self, prompts: frozenset[int], rows: tuple[int, ...], device: torch.device) -> Tensor:
         """Tell which rows are of some prompts, once for all their passes: ``(batch, 1)``."""

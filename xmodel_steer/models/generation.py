@@ -213,9 +213,7 @@ def _decode(
         with memory_errors(model, *read.shape), told:
             logits, cache = forward(model, fresh, read, logits="last", cache=cache, use_cache=use_cache)
         assert logits is not None
-        highest, chosen = _choose(
-            logits[:, -1], temperature, [generators[row] for row in present] if generators else ()
-        )
+        highest, chosen = _choose(logits[:, -1], temperature, [generators[r] for r in present] if generators else ())
         unseen.append((highest, chosen))
         if (step + 1) % look == 0 or step + 1 == steps:
             added: list[list[int]] = [[] for _ in running]

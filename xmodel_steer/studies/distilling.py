@@ -259,9 +259,8 @@ def _logits_at(model: Any, read: _Read, setting: Sequence[Step]) -> Float[Tensor
     """Run a batch with gradients, for the logits of paired positions and shared tokens."""
     if is_bridge(model):
         head = model.original_model.get_output_embeddings()
-        head = getattr(
-            head, "original_component", head
-        )  # the bridge would pass the new forward on, but not its removal
+        # A bridge's component would pass the new forward on to the part inside, but not its removal.
+        head = getattr(head, "original_component", head)
         weight, bias = head.weight, head.bias
     else:
         head = model.unembed
