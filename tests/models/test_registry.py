@@ -240,7 +240,7 @@ def test_auto_dtype(monkeypatch):
     ],
 )
 def test_bfloat16_pays_where_a_processor_multiplies_it_fast(has, pays, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)  # torch 2.6 has none
     assert bfloat16_pays() is pays
 
 
