@@ -7,13 +7,19 @@ squares, is 1 where the time is in proportion.
 """
 
 import argparse
+import os
+import re
+import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import finish, in_turn, keep, peak_of, random_model, spread, take
+from measuring import IMPORTED, Taken, busy, finish, in_turn, keep, peak_of, random_model, spread, take
 
 import xmodel_steer as xs
 from xmodel_steer.evaluation.behaviours.generated import GeneratedText
@@ -103,6 +109,70 @@ def memory(documents: Sequence[int] = (1000, 10_000, 100_000)) -> None:
          {"slope": [slope]}, sizes=added, unit="MB")  # fmt: skip
 
 
+SHARED = """
+import sys, time
+import torch
+torch.set_num_threads(1)
+import growth
+from growth import xs
+from xmodel_steer.activations.distributed import all_reduced, process_group
+
+what, folder = sys.argv[1], sys.argv[2]
+with process_group() as (rank, size):
+    if what == "moments":
+        ends = [growth.model(name=name) for name in ("small", "large")]
+    else:
+        rank, size, read = int(sys.argv[3]), int(sys.argv[4]), growth.model()
+    texts, start = growth.general_text()[:256], (time.process_time(), time.perf_counter())
+    settings = {"max_tokens": 192, "progress": False, "shard": (rank, size)}
+    if what == "moments":
+        found = xs.collect_moments(*ends, texts, source_sites="all", target_sites="all", **settings)
+        found = all_reduced(found) if size > 1 else found
+    else:
+        xs.harvest(read, texts, folder, end="source", sites="all", **settings)
+    print(f"took {time.process_time() - start[0]} {time.perf_counter() - start[1]}", flush=True)
+"""
+
+
+def processes(what: str, counts: Sequence[int] = (1, 2, 4), repeats: int = 3) -> None:
+    """Keep what processes that share a text take together: ``moments`` under torchrun, or a ``harvest`` by shards."""
+    spent: dict[str, list[float]] = {str(count): [] for count in counts}
+
+    def used() -> float:
+        of = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return of.ru_utime + of.ru_stime
+
+    def shared(count: int) -> Taken:
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "run.py"
+            script.write_text(SHARED)
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            given = [[*torchrun, str(script), what, folder]]
+            if what == "harvest":
+                given = [[str(script), what, folder, str(i), str(count)] for i in range(count)]
+            environment, before = os.environ | {"PYTHONPATH": IMPORTED}, (used(), busy())
+            jobs = [
+                subprocess.Popen([sys.executable, *each], stdout=subprocess.PIPE, text=True, env=environment)
+                for each in given
+            ]
+            told = "".join(job.communicate()[0] for job in jobs)
+            took = [tuple(map(float, pair)) for pair in re.findall(r"took (\S+) (\S+)", told)]
+            assert len(took) == count, told
+            spent[str(count)].append(sum(processor for processor, _ in took))
+            return Taken(used() - before[0], max(wall for _, wall in took), busy() - before[1])
+
+    taken = in_turn({str(count): lambda count=count: shared(count) for count in counts}, repeats)
+    found = {count: seconds[1:] for count, seconds in spent.items()}  # the first turn warms up
+    slopes = np.polyfit(np.log(counts), np.log(np.array(list(found.values()))), 1)[0]
+    wall = {count: spread([one.wall for one in ones]) for count, ones in taken.items()}
+    by = "processes of torchrun" if what == "moments" else "jobs that each write a shard"
+    keep(
+        f"growth/{what} by processes", f"{what.capitalize()} of 256 documents, all processes together, by {by}",
+        {"slope": slopes}, taken=taken.values(), sizes={count: spread(s) for count, s in found.items()}, wall_of=wall,
+        unit="s",
+    )  # fmt: skip
+
+
 CURVES: dict[str, Callable[[int], None]] = {
     f"growth/{what.__name__} by {by}": lambda repeats, what=what, by=by: curve(what, by, repeats)
     for what, sizes in (
@@ -111,7 +181,13 @@ CURVES: dict[str, Callable[[int], None]] = {
         (transfer, ("prompts", "random vectors")),
     )
     for by in sizes
-} | {"growth/memory by documents": lambda repeats: memory()}
+} | {
+    "growth/memory by documents": lambda repeats: memory(),
+    **{
+        f"growth/{what} by processes": lambda repeats, what=what: processes(what, repeats=repeats)
+        for what in ("moments", "harvest")
+    },
+}
 
 
 def main() -> None:

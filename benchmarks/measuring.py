@@ -121,12 +121,11 @@ print(start, memory("VmHWM"))
 
 def peak_of(before: str, call: str, *arguments: Any) -> int:
     """Kilobytes that a call adds at its peak to the memory of what was made before it, both as code (Linux)."""
-    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     # glibc must give freed blocks back at once: the peak is then of what was in use, not of what it hoarded.
     done = subprocess.run(
         [sys.executable, "-c", MEMORY.format(before=before, call=call), *map(str, arguments)], capture_output=True,
         text=True, check=True, env={
-            **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": path,
+            **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": IMPORTED,
         },
     )  # fmt: skip
     start, peak = map(int, done.stdout.split()[-2:])
