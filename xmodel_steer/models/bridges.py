@@ -143,7 +143,8 @@ def prepare(model: Any) -> bool:
 
 
 def _near(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Tell whether numbers differ by rounding alone: none did in the packaged models, of either dtype."""
+    """Tell whether numbers differ by rounding alone."""
+    # In the packaged models no number differed, in either dtype.
     return bool((one - two).abs().max() <= 8 * torch.finfo(one.dtype).eps * one.abs().max())
 
 
