@@ -316,7 +316,7 @@ def efficiencies(
 def drawn_shares(shares: Sequence[Point], left: int) -> go.Figure:
     """Draw shares of the native effect in one panel."""
     title = "share of the native vector's effect, at equal KL"
-    return dots([Panel(title, shares, (-0.8, 1.45))], left, guides=(0, 1))
+    return dots([Panel(title, shares, (-0.95, 1.45))], left, guides=(0, 1))
 
 
 def concepts() -> go.Figure:
