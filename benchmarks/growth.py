@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,21 @@ def transfer(**size: int) -> Callable[[], Any]:
     return lambda: xs.transfer(*ends, contrast, text, behaviour=asked, budget=budget, progress=False)
 
 
-def curve(what: Callable[..., Callable[[], Any]], by: str, repeats: int) -> None:
-    """Measure a call at every size, and keep the slope."""
-    calls = {str(size): what(**{by: size}) for size in SIZES[by]}
-    taken = in_turn({size: lambda call=call: take(call) for size, call in calls.items()}, repeats)
+def grown(name: str, what: str, calls: dict[int, Callable[[], Taken]], repeats: int) -> None:
+    """Measure every size in turn, and keep the slope."""
+    taken = in_turn({str(size): call for size, call in calls.items()}, repeats)
     turns = np.log([[one.processor for one in turn] for turn in zip(*taken.values(), strict=True)])
-    slopes = np.polyfit(np.log(SIZES[by]), turns.T, 1)[0]
+    slopes = np.polyfit(np.log(list(calls)), turns.T, 1)[0]
     seconds = {size: spread([one.processor for one in ones]) for size, ones in taken.items()}
+    keep(f"growth/{name}", what, {"slope": slopes}, taken=taken.values(), sizes=seconds, unit="s")
+
+
+def curve(what: Callable[..., Callable[[], Any]], by: str, repeats: int) -> None:
+    """Keep how a call's time grows with one of its sizes."""
+    calls = {size: what(**{by: size}) for size in SIZES[by]}
     doc = " ".join((what.__doc__ or "").split()).rstrip(".")
-    keep(
-        f"growth/{what.__name__} by {by}", f"{doc}, by {by}", {"slope": slopes}, taken=taken.values(), sizes=seconds,
-        unit="s",
-    )  # fmt: skip
+    measures = {size: lambda call=call: take(call) for size, call in calls.items()}
+    grown(f"{what.__name__} by {by}", f"{doc}, by {by}", measures, repeats)
 
 
 MADE = """
@@ -117,60 +121,46 @@ import growth
 from growth import xs
 from xmodel_steer.activations.distributed import all_reduced, process_group
 
-what, folder = sys.argv[1], sys.argv[2]
 with process_group() as (rank, size):
-    if what == "moments":
-        ends = [growth.model(name=name) for name in ("small", "large")]
-    else:
-        rank, size, read = int(sys.argv[3]), int(sys.argv[4]), growth.model()
-    texts, start = growth.general_text()[:256], (time.process_time(), time.perf_counter())
+    small, large = (growth.model(name=name) for name in ("small", "large"))
+    texts, start = growth.general_text()[:256], time.process_time()
     settings = {"max_tokens": 192, "progress": False, "shard": (rank, size)}
-    if what == "moments":
-        found = xs.collect_moments(*ends, texts, source_sites="all", target_sites="all", **settings)
+    if sys.argv[1] == "moments":
+        found = xs.collect_moments(small, large, texts, source_sites="all", target_sites="all", **settings)
         found = all_reduced(found) if size > 1 else found
     else:
-        xs.harvest(read, texts, folder, end="source", sites="all", **settings)
-    print(f"took {time.process_time() - start[0]} {time.perf_counter() - start[1]}", flush=True)
+        xs.harvest(small, texts, "store", end="source", sites="all", **settings)
+    print(f"took {time.process_time() - start}", flush=True)
 """
 
 
-def processes(what: str, counts: Sequence[int] = (1, 2, 4), repeats: int = 3) -> None:
-    """Keep what processes that share a text take together: ``moments`` under torchrun, or a ``harvest`` by shards."""
-    spent: dict[str, list[float]] = {str(count): [] for count in counts}
+def shared(what: str, count: int) -> Taken:
+    """Let torchrun's processes share a text; the processor time is of all of them, without their start."""
 
     def used() -> float:
         of = resource.getrusage(resource.RUSAGE_CHILDREN)
         return of.ru_utime + of.ru_stime
 
-    def shared(count: int) -> Taken:
-        with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder) / "run.py"
-            script.write_text(SHARED)
-            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            given = [[*torchrun, str(script), what, folder]]
-            if what == "harvest":
-                given = [[str(script), what, folder, str(i), str(count)] for i in range(count)]
-            environment, before = os.environ | {"PYTHONPATH": IMPORTED}, (used(), busy())
-            jobs = [
-                subprocess.Popen([sys.executable, *each], stdout=subprocess.PIPE, text=True, env=environment)
-                for each in given
-            ]
-            told = "".join(job.communicate()[0] for job in jobs)
-            took = [tuple(map(float, pair)) for pair in re.findall(r"took (\S+) (\S+)", told)]
-            assert len(took) == count, told
-            spent[str(count)].append(sum(processor for processor, _ in took))
-            return Taken(used() - before[0], max(wall for _, wall in took), busy() - before[1])
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "run.py"
+        script.write_text(SHARED)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        before = used(), time.perf_counter(), busy()
+        done = subprocess.run(
+            [*torchrun, str(script), what], cwd=folder, env=os.environ | {"PYTHONPATH": IMPORTED}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        children, wall, everything = used() - before[0], time.perf_counter() - before[1], busy() - before[2]
+    took = [float(seconds) for seconds in re.findall(r"took ([\d.]+)", done.stdout)]
+    assert len(took) == count, done.stdout
+    return Taken(sum(took), wall, sum(took) + everything - children)
 
-    taken = in_turn({str(count): lambda count=count: shared(count) for count in counts}, repeats)
-    found = {count: seconds[1:] for count, seconds in spent.items()}  # the first turn warms up
-    slopes = np.polyfit(np.log(counts), np.log(np.array(list(found.values()))), 1)[0]
-    wall = {count: spread([one.wall for one in ones]) for count, ones in taken.items()}
-    by = "processes of torchrun" if what == "moments" else "jobs that each write a shard"
-    keep(
-        f"growth/{what} by processes", f"{what.capitalize()} of 256 documents, all processes together, by {by}",
-        {"slope": slopes}, taken=taken.values(), sizes={count: spread(s) for count, s in found.items()}, wall_of=wall,
-        unit="s",
-    )  # fmt: skip
+
+def processes(what: str, repeats: int) -> None:
+    """Keep what processes that share a text take together."""
+    calls = {count: lambda count=count: shared(what, count) for count in (1, 2, 4)}
+    doc = f"{what.capitalize()} of 256 documents, all processes of torchrun together, by their number"
+    grown(f"{what} by processes", doc, calls, repeats)
 
 
 CURVES: dict[str, Callable[[int], None]] = {
@@ -184,7 +174,7 @@ CURVES: dict[str, Callable[[int], None]] = {
 } | {
     "growth/memory by documents": lambda repeats: memory(),
     **{
-        f"growth/{what} by processes": lambda repeats, what=what: processes(what, repeats=repeats)
+        f"growth/{what} by processes": lambda repeats, what=what: processes(what, repeats)
         for what in ("moments", "harvest")
     },
 }

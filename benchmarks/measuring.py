@@ -24,6 +24,7 @@ from xmodel_steer.studies.demo import SOURCE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
+IMPORTED = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))  # by programs that are started
 MOST = 0.1  # processors that others may use while a figure is measured
 TICK = 0.02  # seconds by which the kernel's count may be late
 VERSIONS = ("torch", "transformers", "transformer-lens")
