@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import Taken, compare, finish, in_turn, keep, keep_ratio, peak_of, random_model, take
+from measuring import compare, finish, in_turn, keep, peak_of, random_model, take
 
 import xmodel_steer as xs
 from xmodel_steer.evaluation import Patching
@@ -421,71 +421,9 @@ def _latentis(table: dict[str, list[float]], x: np.ndarray, y: np.ndarray, vx: n
         table.setdefault(name, []).append(float(r2_score(vy, made.numpy())))
 
 
-def store_formats(bench: Bench) -> None:
-    """Zarr 3 and Arrow over safetensors: writing a shard, or reading 200 documents of one layer of it."""
-    import pyarrow as pa
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    rows, width, sites, document = 12_000, 640, 12, 150
-    draw = torch.randn(rows, sites * width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    values = {f"rows/{k}": draw[:, k * width : (k + 1) * width].contiguous() for k in range(sites)}
-    bits = {name: tensor.view(torch.int16).numpy() for name, tensor in values.items()}  # neither knows bfloat16
-    starts = np.random.default_rng(0).integers(0, rows - document, 200)
-
-    def safetensors(folder: Path) -> tuple[Taken, Taken]:
-        file = folder / "shard.safetensors"
-        written = take(lambda: save_file(values, file))
-        opened = safe_open(str(file), framework="pt")
-        return written, take(lambda: [opened.get_slice("rows/5")[i : i + document].clone() for i in map(int, starts)])
-
-    def arrow(folder: Path) -> tuple[Taken, Taken]:
-        file = str(folder / "shard.arrow")
-
-        def write() -> None:
-            columns = {n: pa.FixedSizeListArray.from_arrays(pa.array(b.reshape(-1)), width) for n, b in bits.items()}
-            table = pa.table(columns)
-            with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
-
-        written = take(write)
-        column = pa.ipc.open_file(pa.memory_map(file)).read_all().column("rows/5")
-
-        def read(i: int) -> np.ndarray:
-            return column.slice(i, document).combine_chunks().flatten().to_numpy().reshape(document, width).copy()
-
-        return written, take(lambda: [read(i) for i in map(int, starts)])
-
-    def zarr_3(folder: Path) -> tuple[Taken, Taken]:
-        import zarr
-
-        group = zarr.open_group(folder / "shard.zarr", mode="w")
-
-        def write() -> None:
-            for name, own in bits.items():
-                array = group.create_array(name, shape=own.shape, chunks=(1024, width), dtype="int16")
-                array[:] = own
-
-        written = take(write)
-        array = zarr.open_group(folder / "shard.zarr", mode="r")["rows/5"]
-        return written, take(lambda: [array[i : i + document] for i in map(int, starts)])
-
-    formats = {"safetensors": safetensors, "arrow": arrow, "zarr": zarr_3}
-    taken: dict[str, list[Taken]] = {}
-    for _ in range(bench.repeats):
-        for name, measure in formats.items():
-            with tempfile.TemporaryDirectory() as folder:
-                for what, one in zip(("write", "read"), measure(Path(folder)), strict=True):
-                    taken.setdefault(f"{name} {what}", []).append(one)
-    for other in ("arrow write", "arrow read", "zarr write", "zarr read"):
-        name, what = bench.named(store_formats, other)
-        keep_ratio(name, what, taken[other], taken[f"safetensors {other.split()[1]}"], "")
-
-
 FIGURES = {
     f.__name__: f
     for f in (
-        store_formats,
         load_over_from_pretrained,
         capture_over_bare_hook,
         harvest_over_forwards,
