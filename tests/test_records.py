@@ -172,10 +172,9 @@ def test_what_several_target_sites_do_is_what_was_measured() -> None:
             assert all(row["gain"]["n"] == 150 and row["reached"] for row in rows)
 
 
-def test_what_stacked_moments_cost_is_what_was_measured() -> None:
+def test_what_stacked_moments_add_to_memory_is_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results.json").read_text())["stacked_moments_over_two_forwards"]
     said = (ROOT / "docs" / "how-to" / "layers.md").read_text()
-    assert f"{measured['ratio']:.2f} times the processor time" in said and measured["high"] <= 2.5
     assert f"{measured['megabytes_added'] / 1000:.1f} GB were added" in said
 
 
