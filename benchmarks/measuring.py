@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -145,6 +146,11 @@ def hardware(device: str) -> str:
     return f"{model} ({kinds[0]})" if kinds else model
 
 
+def _settings(name: str) -> str:
+    """What the program was given; where that is nothing, what gives this figure alone."""
+    return shlex.join(sys.argv[1:] if "--only" in sys.argv else ["--only", name.partition("/")[0], *sys.argv[1:]])
+
+
 def _commit() -> str:
     """The commit, with a plus where files differ from it."""
 
@@ -194,7 +200,7 @@ def keep(
         "must": must,
         "repeats": len(next(iter(figures.values()))),
         **more,
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} --only {name.partition('/')[0]}",
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {_settings(name)}",
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "others": round(others, 2),

@@ -41,11 +41,11 @@ STACK = [9, 12, 15, 18, 21, 24, 27]
 class Bench:
     """Two models, a text, and what was measured with them."""
 
-    def __init__(self, device: str, shape: str, documents: int, repeats: int) -> None:
-        self.device, self.shape, self.repeats = device, shape, repeats
+    def __init__(self, device: str, shape: str, documents: int, repeats: int, dtype: str) -> None:
+        self.device, self.shape, self.repeats, self.dtype = device, shape, repeats, dtype
         self.sketch = 0
         self.small, self.large = _random_pair(device) if shape == "1b-3b" else (
-            xs.load(name, device=device, dtype="auto", progress=False) for name in (SOURCE, TARGET)
+            xs.load(name, device=device, dtype=dtype, progress=False) for name in (SOURCE, TARGET)
         )  # fmt: skip
         self.texts = general_text()[:documents]
 
@@ -58,8 +58,13 @@ class Bench:
 
     def named(self, figure: Callable[..., None], variant: str = "") -> tuple[str, str]:
         """The name of a figure of these models, and what it says."""
-        parts = [figure.__name__, variant, "" if self.shape == "packaged" else self.shape]
-        return "/".join(filter(None, parts)), " ".join((figure.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+        parts = [
+            figure.__name__,
+            variant,
+            *(own for own in (self.shape, self.dtype) if own not in ("packaged", "auto")),
+        ]
+        said = " ".join((figure.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+        return "/".join(filter(None, parts)), f"{said}, in {str(self.large.cfg.dtype).removeprefix('torch.')}"
 
     def forwards(self) -> int:
         """Two plain forward passes over the text, no logits, nothing kept."""
@@ -183,11 +188,11 @@ def load_over_from_pretrained(bench: Bench) -> None:
 
     def plain() -> None:
         AutoTokenizer.from_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=bench.large.cfg.dtype)
 
     bench.compare(
         load_over_from_pretrained,
-        lambda: xs.load(TARGET, dtype="float32", progress=False),
+        lambda: xs.load(TARGET, dtype=bench.dtype, progress=False),
         plain,
         "<= 1.3",
         model=TARGET,
@@ -446,11 +451,12 @@ def main() -> None:
     parser.add_argument("--only", choices=FIGURES, help="one figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=("packaged", "1b-3b"), default="packaged")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--documents", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(given.device, given.shape, given.documents, given.repeats)
+    bench = Bench(given.device, given.shape, given.documents, given.repeats, given.dtype)
     for name, figure in FIGURES.items():
         if given.only in (None, name):
             figure(bench)

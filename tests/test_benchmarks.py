@@ -24,8 +24,8 @@ def test_the_page_has_the_figures():
 
     page = PAGE.read_text()
     assert page == with_tables(page, RESULTS), "run python benchmarks/page.py"
-    for row in NEW.values():
-        assert row["command"] in page
+    for program, kind in (("peers", "generation"), ("growth", "growth")):
+        assert f"`python benchmarks/{program}.py --only {kind}`" in page
 
 
 @pytest.mark.parametrize("name", NEW)

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from sample_layers import DT, SOURCE, TARGET, collected, related, rows
+from sample_layers import DT, SOURCE, TARGET, collected, normal, related, rows
 
 from xmodel_steer import figures as plots
 from xmodel_steer.core.errors import PromptError
@@ -28,17 +28,47 @@ PENALTIES = (1e-3, 0.1, 3.0)
 def test_every_cell_is_the_ridge_fit_of_its_pair():
     moments = collected()
     grid = layer_grid(moments, penalties=PENALTIES)
+    assert all(values.shape == (len(SOURCE), len(TARGET)) for values in grid.test.values())
     for (i, s), (j, t), (k, penalty) in product(enumerate(SOURCE), enumerate(TARGET), enumerate(PENALTIES)):
         pair = moments.pair(s, t)
         fitted = Ridge(penalties=(penalty,)).fit(pair)
-        for part, made in (("validation", grid.validation), ("test", grid.test)):
-            score = fitted.score_moments(getattr(pair, part))
-            assert made["r2"][i, j, k] == pytest.approx(score.mean_r2)
-            assert made["cosine"][i, j, k] == pytest.approx(score.cosine)
-            assert made["norm_ratio"][i, j, k] == pytest.approx(score.norm_ratio)
-        loss = fitted.standardised_loss(pair.test) * DT * pair.test.count
-        total = float((pair.test.target_scatter.diagonal() / pair.train.target_scale**2).sum())
-        assert grid.test["fvu"][i, j, k] == pytest.approx(loss / total)
+        parts = {"validation": grid.validation, "test": layer_grid(moments, penalties=(penalty,)).test}
+        parts |= {"chosen": grid.test} if k == grid.best[i, j] else {}
+        for part, made in parts.items():
+            own = {name: values[i, j, k] if part == "validation" else values[i, j] for name, values in made.items()}
+            rows = pair.validation if part == "validation" else pair.test
+            score = fitted.score_moments(rows)
+            loss = fitted.standardised_loss(rows) * DT * rows.count
+            total = float((rows.target_scatter.diagonal() / pair.train.target_scale**2).sum())
+            expected = {
+                "r2": score.mean_r2,
+                "cosine": score.cosine,
+                "norm_ratio": score.norm_ratio,
+                "fvu": loss / total,
+            }
+            assert own == pytest.approx(expected)
+
+
+def test_a_wide_source_and_many_rows_are_summed_in_pieces_to_the_same():
+    """Scatters are read in blocks of 64 columns or more, rows are centred 1,024 at a time."""
+    here, there = replace(SOURCE[Site(0)], width=150), replace(TARGET[Site(1)], width=3)
+    made = MomentsAccumulator({here.site: here}, {there.site: there}, [(here.site, there.site)])
+    mixing, wide = normal(150, 3, seed=7), {}
+    for seed, (part, n) in enumerate((("train", 2500), ("validation", 1100), ("test", 1025))):
+        x = normal(n, 150, seed=seed) + 100
+        wide[part] = x, (x - 100) @ mixing + normal(n, 3, seed=seed + 9)
+        made.add(part, {here.site: wide[part][0]}, {there.site: wide[part][1]}, range(n))
+    moments = made.moments()
+    x, y = wide["train"]
+    own = moments.pair(here.site, there.site).train
+    torch.testing.assert_close(own.source_mean, x.mean(0))
+    torch.testing.assert_close(own.source_scatter, (x - x.mean(0)).T @ (x - x.mean(0)))
+    torch.testing.assert_close(own.cross_scatter, (x - x.mean(0)).T @ (y - y.mean(0)))
+    grid = layer_grid(moments, penalties=(0.1,))
+    fitted = Ridge(penalties=(0.1,)).fit(moments.pair(here.site, there.site))
+    mapped, truth = fitted.points(wide["test"][0]), wide["test"][1]
+    r2 = 1 - (mapped - truth).square().sum(0) / (truth - truth.mean(0)).square().sum(0)
+    assert grid.test["r2"][0, 0] == pytest.approx(float(r2.mean()))
 
 
 def test_the_chosen_penalty_is_that_of_validation_alone():
@@ -49,6 +79,15 @@ def test_the_chosen_penalty_is_that_of_validation_alone():
         assert grid.penalties[grid.best[i, j]] == fitted.info["penalty"]
         assert grid.chosen("r2")[i, j] == pytest.approx(fitted.score_test.mean_r2)
     assert grid.counts == {"train": (12, 6), "validation": (40, 20), "test": (60, 30)}
+
+
+def test_a_grid_that_was_saved_with_every_penalty_is_read_at_the_chosen_one(tmp_path):
+    grid = layer_grid(collected(sizes=(12, 40, 60)), penalties=PENALTIES)
+    every = [layer_grid(collected(sizes=(12, 40, 60)), penalties=(penalty,)).test for penalty in PENALTIES]
+    old = replace(grid, test={name: np.stack([one[name] for one in every], -1) for name in grid.test})
+    back = read(save(old, tmp_path / "grid.safetensors"))
+    for name, values in grid.test.items():
+        np.testing.assert_allclose(back.test[name], values)
 
 
 def test_the_frame_is_the_chosen_arrays_row_by_row():

@@ -238,7 +238,11 @@ def _grid_from(header: Record, tensors: Tensors) -> LayerGrid:
     if not all(isinstance(penalty, int | float) for penalty in penalties):
         raise ValueError(f"penalties must be numbers, got {str(penalties)[:60]}")
     for name in tensors:
-        tensor_of(tensors, name, (*layers, len(penalties)) if "/" in name else layers)
+        every = (*layers, len(penalties))
+        if name.startswith("test/") and tuple(tensors[name].shape) == every:  # as kept at first: at every penalty
+            best = tensor_of(tensors, "validation/r2", every).numpy().argmax(-1)
+            tensors = tensors | {name: tensors[name].gather(-1, torch.from_numpy(best)[..., None])[..., 0]}
+        tensor_of(tensors, name, every if name.startswith("validation/") else layers)
     return LayerGrid(
         source,
         target,

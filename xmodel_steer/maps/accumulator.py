@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xmodel_steer.core.finite import check_finite
+from xmodel_steer.core.finite import check_finite, is_finite
 from xmodel_steer.core.spaces import Site, Space
 from xmodel_steer.maps.moments import Moments, PartMoments
 from xmodel_steer.maps.pairs import PARTS
@@ -135,11 +135,7 @@ class MomentsAccumulator:
         rows: dict[Any, Tensor] = {}
         for end, sites in (("source", source), ("target", target)):
             for site, values in sites.items():
-                wide = values.to(self._device, torch.float64)
-                check_finite(wide, f"moments: {end} {site}")
-                mean = wide.mean(0)
-                means[end, site] = mean
-                rows[end, site] = (wide - mean).to(torch.promote_types(values.dtype, torch.float32))
+                means[end, site], rows[end, site] = self._centred(values, f"moments: {end} {site}")
         if self._sketch:
             columns = torch.tensor(self._sketch, device=self._device)
             for site in target:
@@ -154,6 +150,19 @@ class MomentsAccumulator:
         self._parts[part].add(n, len(set(documents)), means, products)
         self._paired += n
         self._eligible += possible
+
+    def _centred(self, values: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """Centre rows in float64, by pieces: a whole copy takes longer than the sums."""
+        rows = values.to(self._device, torch.promote_types(values.dtype, torch.float32), copy=True)
+        mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=self._device)
+        for piece in rows.split(1024):
+            mean += piece.to(torch.float64).sum(0)
+        mean /= len(rows)
+        if not is_finite(mean):
+            check_finite(rows, what)
+        for piece in rows.split(1024):
+            piece.copy_(piece.to(torch.float64).sub_(mean))
+        return mean, rows
 
     def _batch_products(self, rows: Mapping[Any, Tensor], other: Tensor) -> dict[Any, Tensor]:
         """Multiply centred rows: each left side once, with all its right sides joined."""

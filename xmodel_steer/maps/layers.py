@@ -1,6 +1,6 @@
 """Quality of maps between every source layer and every target layer, and rules to choose a pair."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,19 +13,19 @@ from xmodel_steer.core.errors import PromptError
 from xmodel_steer.core.spaces import Site, SiteLike, Space, as_site
 from xmodel_steer.core.tables import html_table
 from xmodel_steer.core.vectors import inverse_of
-from xmodel_steer.maps.affine import MapScore, score_of
 from xmodel_steer.maps.fitting import PENALTIES
 from xmodel_steer.maps.moments import Moments
-from xmodel_steer.maps.pairs import SplitMoments
+from xmodel_steer.maps.pairs import PairMoments, SplitMoments
 from xmodel_steer.maps.ridge import Spectrum
 
 
 @dataclass(frozen=True, eq=False)
 class LayerGrid:
-    """Held-out quality of the ridge map of every layer pair at every penalty.
+    """Held-out quality of the ridge map of every layer pair.
 
-    Arrays are ``(source sites, target sites, penalties)``. ``validation`` comes from the documents
-    that choose the penalty, ``test`` from documents that choose nothing. Both hold:
+    ``validation`` comes from the documents that choose the penalty, in arrays of ``(source sites, target
+    sites, penalties)``; ``test`` from documents that choose nothing, at each pair's chosen penalty, in arrays of
+    ``(source sites, target sites)``. Both hold:
 
     * ``r2``: mean R² over target dimensions, each counting alike;
     * ``cosine``: cosine of mapped and true rows in standardised coordinates;
@@ -85,7 +85,9 @@ class LayerGrid:
         """
         if metric == "cka":
             return self.cka
-        values = getattr(self, part)[metric]
+        if part == "test":
+            return self.test[metric]
+        values = self.validation[metric]
         return np.take_along_axis(values, self.best[..., None], -1)[..., 0]
 
     def to_frame(self) -> Any:
@@ -190,86 +192,102 @@ def layer_grid(moments: Moments, *, penalties: Sequence[float] = PENALTIES) -> L
                 f"layer_grid: {part.count} rows in the {name} part; give more documents (a tenth of them validates, a tenth tests)"
             )
     pair = moments.sketched if moments.sketch else moments.pair
-    shape = (len(sources), len(targets), len(penalties))
-    names = ("r2", "cosine", "fvu", "norm_ratio")
-    scores = {part: {name: np.zeros(shape) for name in names} for part in ("validation", "test")}
-    cka, spread = np.zeros(shape[:2]), np.zeros(shape)
-    width = next(iter(moments.target.values())).width
-    for i, source in enumerate(sources):
+    validation, test, cka = [], [], []
+    for source in sources:
         pairs = [pair(source, target) for target in targets]
         train = pairs[0].train
         spectrum = Spectrum.of(train.source_scatter, train.source_scale, train.count)
         blocks = _Blocks.of(pairs, spectrum)
-        for k, penalty in enumerate(penalties):
-            coefficients = spectrum.gains(penalty)[:, None] * blocks.train
-            for part in ("validation", "test"):
-                measured = blocks.measure(part, coefficients)
-                for j, (score, fvu) in enumerate(measured):
-                    values = (score.mean_r2, score.cosine, fvu, score.norm_ratio)
-                    for name, value in zip(names, values, strict=True):
-                        scores[part][name][i, j, k] = value
-                    if part == "test" and moments.sketch:
-                        varying = score.r2[~score.r2.isnan()]
-                        finite = max(0.0, 1 - len(moments.sketch) / width)  # drawn without replacement
-                        several = len(varying) > 1  # one dimension has no spread
-                        spread[i, j, k] = float(varying.std()) * (finite / len(varying)) ** 0.5 if several else np.nan
-        for j, target in enumerate(targets):
-            cka[i, j] = _cka(pairs[j], moments.parts["test"].target_scatters[target], moments.scale(target))
-    best = scores["validation"]["r2"].argmax(-1)
+        gains = torch.stack([spectrum.gains(penalty) for penalty in penalties], 1)
+        tried = [blocks.measure("validation", own[:, None] * blocks.train) for own in gains.T]
+        validation.append({name: np.stack([one[name] for one in tried], -1) for name in tried[0]})
+        best = validation[-1]["r2"].argmax(-1)[blocks.owner]
+        test.append(blocks.measure("test", gains[:, best] * blocks.train))
+        every = moments.parts["test"].target_scatters
+        cka.append([_cka(own, every[t], moments.scale(t)) for own, t in zip(pairs, targets, strict=True)])
+    chosen, tested = ({name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in (validation, test))
+    error, _ = tested.pop("r2_error"), chosen.pop("r2_error")
+    share = len(moments.sketch) / next(iter(moments.target.values())).width  # drawn without replacement
     return LayerGrid(
         tuple(moments.source.values()),
         tuple(moments.target.values()),
         tuple(penalties),
-        scores["validation"],
-        scores["test"],
-        cka,
+        chosen,
+        tested,
+        np.array(cka),
         len(moments.sketch),
-        np.take_along_axis(spread, best[..., None], -1)[..., 0],
+        error * (1 - share) ** 0.5 if share else np.zeros_like(error),
         {name: (part.count, part.documents) for name, part in moments.parts.items()},
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """A source layer and all target layers, joined, in the coordinates of its eigenvectors."""
+    """A source layer and all target layers, joined, in the coordinates of its eigenvectors.
+
+    Each column is a target dimension; its owner is the number of its target layer.
+    """
 
     train: Float[Tensor, "ds k"]
-    spectrum: Spectrum
+    owner: Tensor
     pairs: list[SplitMoments]
-    scatters: dict[str, Tensor]
+    doubled: dict[str, Tensor]  # scatters, blocks right of the diagonal twice and those left of it unread
     crosses: dict[str, Tensor]
     shifts: dict[str, Tensor]
 
     @classmethod
     def of(cls, pairs: list[SplitMoments], spectrum: Spectrum) -> "_Blocks":
         turn = spectrum.inverse[:, None] * spectrum.vectors  # weights are turn @ coefficients
-        scatters, crosses, shifts = {}, {}, {}
+        doubled, crosses, shifts = {}, {}, {}
         for name in ("validation", "test"):
             part = getattr(pairs[0], name)
-            scatters[name] = turn.T @ part.source_scatter @ turn
+            doubled[name] = turn.T @ part.source_scatter @ turn
+            for rows in _slices(len(turn)):
+                doubled[name][rows, rows.stop :] *= 2
             crosses[name] = turn.T @ torch.cat([getattr(p, name).cross_scatter for p in pairs], 1)
             shifts[name] = (part.source_mean - pairs[0].train.source_mean) @ turn
         train = spectrum.project(torch.cat([p.train.cross_scatter for p in pairs], 1))
-        return cls(train, spectrum, pairs, scatters, crosses, shifts)
+        owner = torch.cat([torch.full((p.target.width,), j) for j, p in enumerate(pairs)])
+        return cls(train, owner, pairs, doubled, crosses, shifts)
 
-    def measure(self, name: str, coefficients: Tensor) -> list[tuple[MapScore, float]]:
-        """Compute the score on a part and the FVU, for each target layer."""
-        moved = self.shifts[name] @ coefficients
-        fitted = (coefficients * (self.scatters[name] @ coefficients)).sum(0)
+    def measure(self, name: str, coefficients: Tensor) -> dict[str, np.ndarray]:
+        """Compute each target layer's scores on a part; R² with its error."""
+
+        def joined(value: Callable[[SplitMoments, PairMoments], Tensor]) -> Tensor:
+            return torch.cat([value(pair, getattr(pair, name)) for pair in self.pairs])
+
+        def summed(values: Tensor) -> np.ndarray:
+            return np.bincount(self.owner, values.numpy(), len(self.pairs))
+
+        moved = self.shifts[name] @ coefficients - joined(lambda pair, part: part.target_mean - pair.train.target_mean)
+        mapped = getattr(self.pairs[0], name).count * moved**2
+        for rows in _slices(len(coefficients)):
+            mapped += (coefficients[rows] * (self.doubled[name][rows, rows.start :] @ coefficients[rows.start :])).sum(
+                0
+            )
         agreed = (coefficients * self.crosses[name]).sum(0)
-        scores, start = [], 0
-        for pair in self.pairs:
-            columns = slice(start, start + pair.target.width)
-            start = columns.stop
-            part, scale = getattr(pair, name), pair.train.target_scale
-            offset = part.count * (moved[columns] - (part.target_mean - pair.train.target_mean)) ** 2
-            truth, dot = part.target_scatter.diagonal(), agreed[columns]
-            mapped = fitted[columns] + offset
-            error = truth - 2 * dot + mapped
-            score = score_of(error, truth, dot, mapped, scale=scale, count=part.count, documents=part.documents)
-            left, total = (float((x * inverse_of(scale) ** 2).sum()) for x in (error, truth))
-            scores.append((score, left / total if total > 0 else float("nan")))
-        return scores
+        truth = joined(lambda _, part: part.target_scatter.diagonal())
+        error, varies = truth - 2 * agreed + mapped, truth > 0
+        r2 = torch.where(varies, 1 - error / truth, 0.0)
+        precision = joined(lambda pair, _: inverse_of(pair.train.target_scale) ** 2)
+        left, total, size, dot = (summed(values * precision) for values in (error, truth, mapped, agreed))
+        with np.errstate(all="ignore"):
+            count = summed(varies)
+            mean = summed(r2) / count
+            spread = summed(torch.where(varies, r2 - torch.from_numpy(mean)[self.owner], 0.0) ** 2) / (count - 1)
+            return {
+                "r2": mean,
+                "r2_error": np.sqrt(spread / count),
+                "cosine": np.where(total * size > 0, dot / np.sqrt(total * size), 0.0),
+                "fvu": np.where(total > 0, left / total, np.nan),
+                "norm_ratio": np.where(total > 0, np.sqrt(size / total), 0.0),
+            }
+
+
+def _slices(width: int) -> list[slice]:
+    """Part a symmetric matrix into blocks of rows; half of it needs no product."""
+    size = max(64, -(-width // 8))
+    return [slice(start, start + size) for start in range(0, width, size)]
 
 
 def _cka(pair: SplitMoments, target_scatter: Tensor, target_scale: Tensor) -> float:
