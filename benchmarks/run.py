@@ -24,6 +24,7 @@ from measuring import compare, finish, in_turn, keep, peak_of, random_model, tak
 
 import xmodel_steer as xs
 from xmodel_steer.evaluation import Patching
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.files.wheels import general_text
 from xmodel_steer.maps.rows import DocumentRows, PairedRows
 from xmodel_steer.models.batching import batches, encode
@@ -256,6 +257,7 @@ LOADED = """
 import json
 import xmodel_steer as xs
 from xmodel_steer.studies.demo import SOURCE, TARGET
+from xmodel_steer.files.records import read_record, write_record
 from xmodel_steer.files.wheels import general_text
 small, large = (xs.load(name, device="cpu", dtype="auto", progress=False) for name in (SOURCE, TARGET))
 texts = general_text()
@@ -284,13 +286,13 @@ def moments_memory_at_4x_text(bench: Bench) -> None:
 def repeated(folder: Path, shards: int) -> PairedRows:
     """The store in a folder with its shards over and over, so many in all: for times alone."""
     for end in ("source", "target"):
-        record = json.loads((folder / end / "end.json").read_text())
+        record = read_record(folder / end / "end.json")
         for number in range(record["shards"], shards):
             shutil.copy(
                 folder / end / f"{number % record['shards']:06d}.safetensors",
                 folder / end / f"{number:06d}.safetensors",
             )
-        (folder / end / "end.json").write_text(json.dumps({**record, "shards": shards}))
+        write_record(folder / end / "end.json", {**record, "shards": shards})
     return xs.ActivationStore(folder).pair(HERE, THERE)
 
 
