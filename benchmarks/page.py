@@ -33,7 +33,7 @@ def first_of(row: dict[str, Any]) -> str:
 
 def shown(values: list[float] | None) -> str:
     """Median, lowest and highest."""
-    return "" if values is None else "{} [{}, {}]".format(*(f"{v:.3g}" for v in values))
+    return "" if values is None else "{} [{}, {}]".format(*(f"{v + 0.0:.3g}" for v in values))
 
 
 def lines(results: dict[str, Any]) -> list[str]:

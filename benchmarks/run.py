@@ -111,7 +111,7 @@ def grid_over_two_forwards(bench: Bench) -> None:
 
 
 def exact_grid_over_two_forwards(bench: Bench) -> None:
-    """The same without a sketch: full cross moments of all layer pairs."""
+    """Full cross moments and penalty path of all layer pairs, without a sketch, over two plain forward passes."""
     every = [(s, t) for s in all_sites(bench.small) for t in all_sites(bench.large)]
     bench.compare(
         exact_grid_over_two_forwards, lambda: bench.grid(pairs=every, shuffled=False), bench.forwards, "<= 2.5",

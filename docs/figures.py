@@ -410,6 +410,51 @@ def verdicts() -> go.Figure:
     return figure
 
 
+def growth() -> go.Figure:
+    """Draw how processor time grows with the size of what is read, from benchmarks/results.json."""
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    rows = {
+        name.removeprefix("growth/"): row["sizes"]
+        for name, row in results.items()
+        if name.startswith("growth/") and row["unit"] == "s"
+    }
+    calls = list(dict.fromkeys(name.split(" by ")[0] for name in rows))
+    figure = make_subplots(
+        cols=len(calls), subplot_titles=calls, shared_yaxes=True, horizontal_spacing=0.035
+    )
+    colours = {"documents": "#0072B2", "prompts": "#0072B2", "layers": "#009E73"}
+    colours |= {"width": "#CC79A7", "random vectors": "#E69F00", "processes": "#777"}
+    for name, sizes in rows.items():
+        call, by = name.split(" by ")
+        first = next(iter(sizes))
+        figure.add_trace(
+            go.Scatter(
+                x=[int(size) / int(first) for size in sizes],
+                y=[values[0] / sizes[first][0] for values in sizes.values()],
+                mode="lines+markers",
+                line={"color": colours[by], "width": 2.5},
+                marker={"size": 9},
+                name=by,
+                showlegend=by not in [trace.name for trace in figure.data],
+            ),
+            row=1,
+            col=calls.index(call) + 1,
+        )
+    for column in range(1, len(calls) + 1):
+        line = {"color": "#999", "dash": "dash", "width": 1.5}
+        guide = go.Scatter(x=[1, 8], y=[1, 8], mode="lines", line=line)
+        figure.add_trace(
+            guide.update(name="in proportion", showlegend=column == 1), row=1, col=column
+        )
+    ticks = {"type": "log", "tickvals": [1, 2, 4, 8], "title_font_size": 15}
+    figure.update_xaxes(title_text="times the smallest size", **ticks)
+    figure.update_yaxes(type="log", tickvals=[1, 2, 4, 8, 16])
+    figure.update_yaxes(title_text="times its time", row=1, col=1)
+    laid_out(figure, 80, 400, legend=True)
+    figure.update_layout(margin={"t": 80, "b": 65})
+    return figure
+
+
 def main() -> None:
     """Draw every figure."""
     tokens, kept = "agreement with the clean answer", "clean answers kept"
@@ -436,6 +481,7 @@ def main() -> None:
     for name, figure in figures.items():
         write_svg(figure, ASSETS / f"paper-{name}.svg")
     write_svg(verdicts(), ASSETS / "verdicts.svg")
+    write_svg(growth(), ASSETS / "growth.svg")
 
 
 if __name__ == "__main__":

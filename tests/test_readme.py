@@ -1,5 +1,6 @@
 """The README is short, its links lead somewhere, and its code runs on a clone as it stands."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def test_its_floors_are_the_packages_folders() -> None:
     named = re.sub(r"\([^)]*\)", "", floors)
     folders = {file.parent.name for file in (ROOT / "xmodel_steer").glob("*/__init__.py")}
     assert set(re.findall(r"\w+", named)) == folders
+
+
+def test_its_speeds_are_those_that_were_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    grid = rows["grid_over_two_forwards"]["processor"][0]
+    means = rows["difference/steering_vectors packaged:gemma-3-270m"]["processor"][0]
+    steered = rows["generation/packaged:gemma-3-270m float32 8x48"]["xmodel_steer"][0]
+    (said,) = re.findall(r"^- \*\*Speed\*\*: (.*?)\(\[", TEXT, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"\d*\.\d+", said) == [f"{value:.2f}".removeprefix("0") for value in (grid, means, steered)]
 
 
 def test_its_code_compiles() -> None:
